@@ -1,0 +1,33 @@
+"""Normalizing flows: bijections with both directions and their determinants, and the flows made of them."""
+
+from flowprox.flows.bijection import Bijection, NonFiniteError, Sequential
+from flowprox.flows.flow import Flow
+from flowprox.flows.glow import Glow
+from flowprox.flows.layers import (
+    ActNorm,
+    AffineCoupling,
+    Conv1x1,
+    GlowStep,
+    HaarSqueeze,
+    Split,
+    Squeeze,
+    Unsqueeze,
+)
+from flowprox.flows.reversible import Reversible
+
+__all__ = [
+    "ActNorm",
+    "AffineCoupling",
+    "Bijection",
+    "Conv1x1",
+    "Flow",
+    "Glow",
+    "GlowStep",
+    "HaarSqueeze",
+    "NonFiniteError",
+    "Reversible",
+    "Sequential",
+    "Split",
+    "Squeeze",
+    "Unsqueeze",
+]

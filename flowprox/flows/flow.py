@@ -1,0 +1,193 @@
+r"""A flow: a bijection from image to latent together with a base density.
+
+    log p(x) = log N(f(x); 0, I) + log|det Df(x)|          (Wei et al. 2022, Eq. 6)
+
+Symbols: x image (B, C, H, W) in [0, 1]; z = f(x) latent, flat (B, D), D = C H W; g = f^-1. A flow is fully convolutional:
+any H, W divisible by ``divisor`` will do, whatever size it was made for.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from flowprox.flows.bijection import Bijection, check_finite
+
+__all__ = ["Flow"]
+
+
+class Flow(Bijection):
+    """A bijection with a standard normal base density.
+
+    Arguments:
+        bijection: shape-preserving map of (B, C, H, W).
+        image_shape: (C, H, W) the flow was made for; the default size of ``sample``, ``inverse`` and ``decode``.
+        n_levels: number of squeezes; H and W must be divisible by 2^n_levels.
+        offset: subtracted from x before the bijection, so that a fresh flow sees centred images.
+
+    Example:
+        >>> from flowprox.flows import Glow
+        >>> flow = Glow(image_shape=(3, 16, 16), n_levels=2, n_steps=2, hidden_channels=8)
+        >>> x = torch.rand(4, 3, 16, 16)
+        >>> z, logdet = flow(x)
+        >>> z.shape, logdet.shape, bool((flow.decode(z) - x).abs().max() < 1e-5)
+        (torch.Size([4, 768]), torch.Size([4]), True)
+    """
+
+    def __init__(
+        self, bijection: Bijection, image_shape: tuple[int, int, int], n_levels: int = 0, offset: float = 0.5
+    ) -> None:
+        super().__init__()
+        self.bijection = bijection
+        self.n_channels, self.height, self.width = (int(n) for n in image_shape)
+        self.n_levels = n_levels
+        self.offset = offset
+        self._check_size(self.height, self.width, "image_shape")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) the flow was made for."""
+        return self.n_channels, self.height, self.width
+
+    @property
+    def divisor(self) -> int:
+        """Height and width of an image must be multiples of this."""
+        return 2**self.n_levels
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Image (B, C, H, W) to (latent (B, D), log|det Df(x)| (B,)).
+
+        Raises:
+            ValueError: wrong number of channels, or H or W not divisible by ``divisor``.
+            NonFiniteError: the latent is not finite.
+        """
+        self._check_image(x)
+        z, logdet = self.bijection(x - self.offset)
+        return check_finite(z.flatten(1), type(self).__name__, "forward"), logdet
+
+    def inverse(self, z: Tensor, image_size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+        """Latent (B, D) to (image (B, C, H, W), log|det Dg(z)| (B,)).
+
+        Arguments:
+            z: flat latent.
+            image_size: (H, W); by default the size the flow was made for if D fits it, else a square.
+
+        Raises:
+            ValueError: D does not fit ``image_size``.
+            NonFiniteError: the image is not finite.
+        """
+        x, logdet = self.bijection.inverse(self._unflatten(z, image_size))
+        return check_finite(x + self.offset, type(self).__name__, "inverse"), logdet
+
+    def encode(self, x: Tensor) -> Tensor:
+        """f(x): image (B, C, H, W) to latent (B, D), without the determinant; errors as in ``forward``."""
+        return check_finite(self.encode_image(x).flatten(1), type(self).__name__, "forward")
+
+    def decode(self, z: Tensor, image_size: tuple[int, int] | None = None) -> Tensor:
+        """g(z): latent (B, D) to image (B, C, H, W), without the determinant; errors as in ``inverse``."""
+        return check_finite(self.decode_image(self._unflatten(z, image_size)), type(self).__name__, "inverse")
+
+    def encode_image(self, x: Tensor) -> Tensor:
+        """f(x) with the latent arranged as an image (B, C, H, W), and no check that it is finite (no synchronisation)."""
+        self._check_image(x)
+        return self.bijection.encode(x - self.offset)
+
+    def decode_image(self, z: Tensor) -> Tensor:
+        """g of a latent arranged as an image (B, C, H, W), unchecked."""
+        return self.bijection.decode(z) + self.offset
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x) in nats, (B,), of images (B, C, H, W)."""
+        z, logdet = self.forward(x)
+        return self.base_log_prob(z) + logdet
+
+    def base_log_prob(self, z: Tensor) -> Tensor:
+        """log N(z; 0, I), (B,), of flat latents (B, D)."""
+        return -0.5 * (z.square().sum(dim=1) + z.shape[1] * math.log(2 * math.pi))
+
+    def bits_per_dimension(self, x: Tensor, n_bits: int = 8) -> Tensor:
+        """Negative log-likelihood of x in [0, 1] on the scale of its 2^n_bits grey levels, (B,)."""
+        return n_bits - self.log_prob(x) / (x[0].numel() * math.log(2))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        temperature: float = 1.0,
+        image_size: tuple[int, int] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """n images (n, C, H, W) = g(temperature * z), z ~ N(0, I).
+
+        Raises:
+            ValueError: negative temperature, or a size that is not divisible by ``divisor``.
+        """
+        if temperature < 0:
+            raise ValueError(f"temperature must be at least 0, got {temperature}")
+        height, width = image_size or (self.height, self.width)
+        self._check_size(height, width, "image_size")
+        like = next(self.parameters())
+        z = torch.randn(n, self.n_channels * height * width, dtype=like.dtype, device=like.device, generator=generator)
+        return self.decode(temperature * z, (height, width))
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Data-dependent initialisation of every ActNorm that is not initialised yet, from images x (B, C, H, W)."""
+        training = self.training
+        self.train()
+        self.encode(x)
+        self.train(training)
+
+    def latent_groups(self, image_size: tuple[int, int] | None = None) -> Tensor:
+        """Which (level, channel) of the multi-scale latent each entry of the image-shaped latent belongs to.
+
+        Returns:
+            integers (C, H, W) from 0 to ``n_latent_groups`` - 1.
+        """
+        height, width = image_size or (self.height, self.width)
+        first = torch.arange(self.n_channels).view(1, -1, 1, 1).expand(1, self.n_channels, height, width)
+        return first[0] if self.n_levels == 0 else _groups(self.n_channels, height, width, self.n_levels)[0]
+
+    @property
+    def n_latent_groups(self) -> int:
+        """Number of (level, channel) pairs of the latent."""
+        return int(self.latent_groups().max()) + 1
+
+    def _unflatten(self, z: Tensor, image_size: tuple[int, int] | None) -> Tensor:
+        if image_size is None:
+            image_size = (self.height, self.width)
+            if z.shape[1] != math.prod(self.image_shape):
+                side = math.isqrt(z.shape[1] // self.n_channels)
+                image_size = (side, side)
+        self._check_size(*image_size, "image_size")
+        if z.ndim != 2 or z.shape[1] != self.n_channels * image_size[0] * image_size[1]:
+            raise ValueError(
+                f"z has shape {tuple(z.shape)}, which does not fit {self.n_channels} channels at {image_size}; "
+                "pass a flat latent (B, D) and its image_size"
+            )
+        return z.view(z.shape[0], self.n_channels, *image_size)
+
+    def _check_image(self, x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.n_channels:
+            raise ValueError(f"x must have shape (B, {self.n_channels}, H, W), got {tuple(x.shape)}")
+        self._check_size(x.shape[-2], x.shape[-1], "x")
+
+    def _check_size(self, height: int, width: int, name: str) -> None:
+        if height % self.divisor or width % self.divisor or height < 1 or width < 1:
+            raise ValueError(
+                f"{name} has size {height}x{width}; height and width must be divisible by {self.divisor}: pad or crop"
+            )
+
+
+def _groups(n_channels: int, height: int, width: int, n_levels: int, first: int = 0) -> Tensor:
+    """Group numbers (1, C, H, W) of a latent made by nested Squeeze, Split and Unsqueeze."""
+    channels, height, width = 4 * n_channels, height // 2, width // 2
+    groups = torch.arange(first, first + channels).view(1, -1, 1, 1).expand(1, channels, height, width)
+    if n_levels > 1:
+        half = channels // 2
+        inner = _groups(half, height, width, n_levels - 1, first + channels - half)
+        final = torch.arange(first, first + channels - half).view(1, -1, 1, 1)
+        groups = torch.cat([inner, final.expand(1, -1, height, width)], dim=1)
+    return torch.nn.functional.pixel_shuffle(groups, 2)

@@ -1,0 +1,113 @@
+r"""Glow: a multi-scale flow of ActNorm, invertible 1x1 convolution and affine coupling.
+
+    level l:   squeeze -> n_steps[l] x (ActNorm, Conv1x1, AffineCoupling) -> split -> level l+1
+
+Half of a level's channels are final latents, the other half go on to the next, coarser level.
+
+References:
+    Kingma and Dhariwal 2018, Glow: generative flow with invertible 1x1 convolutions, https://arxiv.org/abs/1807.03039
+    Asim et al. 2020, Invertible generative models for inverse problems, https://arxiv.org/abs/1905.11672
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from flowprox.flows.bijection import Bijection, Sequential
+from flowprox.flows.flow import Flow
+from flowprox.flows.layers import GlowStep, HaarSqueeze, Split, Squeeze, Unsqueeze
+from flowprox.flows.reversible import Reversible
+from flowprox.networks import CouplingNet, CouplingUNet
+from flowprox.spec import Specified
+
+__all__ = ["Glow"]
+
+
+class Glow(Specified, Flow):
+    """Multi-scale Glow with bounded log-scales.
+
+    Arguments:
+        image_shape: (C, H, W) it is made for; other sizes work too.
+        n_levels: L; H and W must be divisible by 2^L.
+        n_steps: steps of flow per level, one number or one per level.
+        hidden_channels: width of the coupling nets, one number or one per level.
+        coupling: "conv" (3x3, 1x1, 3x3), "conv-actnorm" (the same with ActNorm after the hidden convolutions, as published)
+            or "unet" (``CouplingUNet``; an entry of ``hidden_channels`` is then a list of widths, finest scale first).
+        scale_bound: bound of the log-scales.
+        squeeze: "pixels" or "haar" (orthonormal averages and details).
+        backward: "plain" autograd; "inputs" keeps each step's input and recomputes the coupling nets; "invert" keeps only a
+            level's output and recomputes everything from it (memory flat in depth).
+
+    Raises:
+        ValueError: lists whose length is not n_levels, an image size not divisible by 2^L, an unknown option.
+
+    Example:
+        >>> sum(p.numel() for p in Glow.paper().parameters())
+        25771456
+    """
+
+    def __init__(
+        self,
+        image_shape: Sequence[int] = (3, 64, 64),
+        n_levels: int = 3,
+        n_steps: int | Sequence[int] = 6,
+        hidden_channels: int | Sequence[int | Sequence[int]] = 64,
+        coupling: str = "conv",
+        scale_bound: float = 0.5,
+        squeeze: str = "pixels",
+        backward: str = "plain",
+    ) -> None:
+        steps = _per_level(n_steps, n_levels, "n_steps")
+        widths = _per_level(hidden_channels, n_levels, "hidden_channels")
+        _check_choice("coupling", coupling, ("conv", "conv-actnorm", "unet"))
+        _check_choice("squeeze", squeeze, ("pixels", "haar"))
+        _check_choice("backward", backward, ("plain", "inputs", "invert"))
+
+        def level(index: int, channels: int) -> Bijection:
+            channels = 4 * channels
+            flow_steps = [
+                GlowStep(channels, _coupling_net(coupling, channels, widths[index]), scale_bound)
+                for _ in range(steps[index])
+            ]
+            body = Sequential(flow_steps) if backward == "plain" else Reversible(flow_steps, recompute=backward)
+            layers: list[Bijection] = [HaarSqueeze() if squeeze == "haar" else Squeeze(), body]
+            if index + 1 < n_levels:
+                layers.append(Split(level(index + 1, channels // 2)))
+            return Sequential([*layers, Unsqueeze()])
+
+        channels, height, width = image_shape
+        super().__init__(level(0, channels), (channels, height, width), n_levels)
+
+    @classmethod
+    def paper(cls, image_shape: Sequence[int] = (3, 64, 64), backward: str = "plain") -> Glow:
+        """The Glow of Asim et al. and Wei et al.: 18 steps in three levels and one in the fourth, width 512, 25,771,456
+        parameters for 3 channels; the log-scale is bounded where theirs is a sigmoid."""
+        return cls(image_shape, 4, [18, 18, 18, 1], 512, coupling="conv-actnorm", backward=backward)
+
+    @classmethod
+    def compact(cls, image_shape: Sequence[int] = (3, 64, 64), backward: str = "plain") -> Glow:
+        """The small preset for laptops: three levels of four steps, width 64."""
+        return cls(image_shape, 3, 4, 64, squeeze="haar", backward=backward)
+
+
+def _coupling_net(kind: str, channels: int, width: int | Sequence[int]) -> nn.Module:
+    passes, transformed = channels - channels // 2, channels // 2
+    if kind == "unet":
+        return CouplingUNet(passes, 2 * transformed, [width] if isinstance(width, int) else width)
+    if not isinstance(width, int):
+        raise ValueError(f"hidden_channels must hold one width per level for coupling {kind!r}, got {width}")
+    return CouplingNet(passes, 2 * transformed, width, actnorm=kind == "conv-actnorm")
+
+
+def _per_level(value, n_levels: int, name: str) -> list:  # noqa: ANN001
+    values = [value] * n_levels if isinstance(value, int) else list(value)
+    if n_levels < 1 or len(values) != n_levels:
+        raise ValueError(f"{name} has {len(values)} entries for n_levels={n_levels}; give one number or one per level")
+    return values
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")

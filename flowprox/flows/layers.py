@@ -1,0 +1,341 @@
+r"""The layers that Glow and RealNVP are made of.
+
+    ActNorm         z = exp(s) * x + b                    logdet = H W sum(s)
+    Conv1x1         z = W x,  W = P L (U + diag(d))       logdet = H W sum(log|d|)
+    AffineCoupling  z_a = exp(s(x_b)) * x_a + t(x_b)      logdet = sum(s(x_b))
+    Squeeze         2x2 pixels to 4 channels              logdet = 0
+    Split           an inner bijection maps the first half of the channels, the others are final
+
+Symbols: x (B, C, H, W) in, z out, (s, t) log-scale and shift. The log-scale of a coupling layer is bounded,
+s = m tanh(r / m) for a net's raw output r: a scale that may approach zero is what breaks the inverse in float32.
+Under autocast only the coupling nets run in low precision; the arithmetic above stays in the dtype of x.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowprox.flows.bijection import Bijection
+from flowprox.networks import ChannelAffine
+
+__all__ = [
+    "ActNorm",
+    "AffineCoupling",
+    "Conv1x1",
+    "GlowStep",
+    "HaarSqueeze",
+    "Split",
+    "Squeeze",
+    "Unsqueeze",
+    "bounded_log_scale",
+]
+
+
+def _per_sample(value: Tensor, x: Tensor) -> Tensor:
+    """A log-determinant that is the same for every image, as (B,)."""
+    return (value * (x.shape[-2] * x.shape[-1])).expand(x.shape[0])
+
+
+class ActNorm(Bijection, ChannelAffine):
+    """Scale and shift per channel, initialised so that the first training batch has mean 0 and variance 1.
+
+    The flag that says so, ``initialized``, is a buffer and is saved with the weights.
+
+    References:
+        Kingma and Dhariwal 2018, Glow, https://arxiv.org/abs/1807.03039, Sec. 3.1
+
+    Arguments:
+        n_channels: C.
+
+    Example:
+        >>> layer = ActNorm(3)
+        >>> z, logdet = layer(torch.randn(64, 3, 8, 8) * 5 + 1)
+        >>> round(z.std().item(), 3), logdet.shape
+        (1.0, torch.Size([64]))
+    """
+
+    def __init__(self, n_channels: int) -> None:
+        ChannelAffine.__init__(self, n_channels)
+        self._initialization_pending = True
+
+    def initialize_once(self, x: Tensor) -> None:
+        """Initialise from x in train mode unless that has happened; the buffer is read until it is known to be set."""
+        if self._initialization_pending:
+            if not bool(self.initialized):
+                if not self.training:
+                    return
+                self.initialize(x)
+            self._initialization_pending = False
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
+        super()._load_from_state_dict(*args, **kwargs)
+        self._initialization_pending = True
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.initialize_once(x)
+        return ChannelAffine.forward(self, x), _per_sample(self.log_scale.sum(), x)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        scale = torch.exp(-self.log_scale).view(1, -1, 1, 1)
+        return (z - self.bias.view(1, -1, 1, 1)) * scale, _per_sample(-self.log_scale.sum(), z)
+
+
+class Conv1x1(Bijection):
+    """Invertible 1x1 convolution W = P L (U + diag(d)), a learned generalisation of a channel permutation.
+
+    L (unit lower), U (strictly upper) and log|d| share one C x C parameter, so the layer has C^2 of them; P and the signs of
+    d are fixed. The inverse is two triangular solves.
+
+    References:
+        Kingma and Dhariwal 2018, Glow, https://arxiv.org/abs/1807.03039, Sec. 3.2 (LU decomposition)
+
+    Arguments:
+        n_channels: C. The start is a random rotation.
+    """
+
+    permutation: Tensor
+    sign: Tensor
+
+    def __init__(self, n_channels: int) -> None:
+        super().__init__()
+        rotation, _ = torch.linalg.qr(torch.randn(n_channels, n_channels))
+        p, lower, upper = torch.linalg.lu(rotation)
+        diagonal = upper.diagonal()
+        self.lu = nn.Parameter(lower.tril(-1) + upper.triu(1) + torch.diag(diagonal.abs().log()))
+        self.register_buffer("permutation", p)
+        self.register_buffer("sign", diagonal.sign())
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        identity = torch.eye(self.lu.shape[0], dtype=self.lu.dtype, device=self.lu.device)
+        diagonal = self.sign * torch.exp(self.lu.diagonal())
+        return self.lu.tril(-1) + identity, self.lu.triu(1) + torch.diag(diagonal)
+
+    def weight(self) -> Tensor:
+        """W, (C, C)."""
+        lower, upper = self._factors()
+        return self.permutation @ (lower @ upper)
+
+    def inverse_weight(self) -> Tensor:
+        """W^-1, (C, C), by two triangular solves."""
+        lower, upper = self._factors()
+        half = torch.linalg.solve_triangular(lower, self.permutation.T, upper=False, unitriangular=True)
+        return torch.linalg.solve_triangular(upper, half, upper=True)
+
+    def log_determinant(self) -> Tensor:
+        """log|det W|, a scalar."""
+        return self.lu.diagonal().sum()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return channel_mix(x, self.weight()), _per_sample(self.log_determinant(), x)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return channel_mix(z, self.inverse_weight()), _per_sample(-self.log_determinant(), z)
+
+
+def channel_mix(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """weight (C', C) times the channels of x (B, C, H, W), in x's precision also under autocast."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.conv2d(x, weight[:, :, None, None], bias)
+
+
+def bounded_log_scale(raw: Tensor, bound: float) -> Tensor:
+    """bound * tanh(raw / bound): the identity near zero, never beyond +-bound."""
+    return bound * torch.tanh(raw / bound)
+
+
+class AffineCoupling(Bijection):
+    """z_a = exp(s(x_b)) x_a + t(x_b), z_b = x_b (Wei et al. 2022, Sec. IV; Dinh et al. 2017).
+
+    Arguments:
+        net: maps x_b (B, C - C//2, H, W) to (s, t) stacked, (B, 2 (C//2), H, W).
+        scale_bound: bound m of the log-scale; exp(s) lies in [exp(-m), exp(m)]. DESIGN: 0.5 cost no likelihood and kept the
+            inverse exact on noisy images.
+    """
+
+    def __init__(self, net: nn.Module, scale_bound: float = 0.5) -> None:
+        super().__init__()
+        if not scale_bound > 0 or not math.isfinite(scale_bound):
+            raise ValueError(f"scale_bound must be positive and finite, got {scale_bound}; 0.5 is a good value")
+        self.net = net
+        self.scale_bound = scale_bound
+
+    def scale_and_shift(self, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """(s, t) from the half that passes; in the dtype of the input whatever the net computed in."""
+        raw, shift = self.net(condition).to(condition.dtype).chunk(2, dim=1)
+        return bounded_log_scale(raw, self.scale_bound), shift
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = _halves(x)
+        log_scale, shift = self.scale_and_shift(b)
+        return torch.cat([a * torch.exp(log_scale) + shift, b], dim=1), log_scale.sum(dim=(1, 2, 3))
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = _halves(z)
+        log_scale, shift = self.scale_and_shift(b)
+        return torch.cat([(a - shift) * torch.exp(-log_scale), b], dim=1), -log_scale.sum(dim=(1, 2, 3))
+
+    def encode(self, x: Tensor) -> Tensor:
+        a, b = _halves(x)
+        log_scale, shift = self.scale_and_shift(b)
+        return torch.cat([a * torch.exp(log_scale) + shift, b], dim=1)
+
+    def decode(self, z: Tensor) -> Tensor:
+        a, b = _halves(z)
+        log_scale, shift = self.scale_and_shift(b)
+        return torch.cat([(a - shift) * torch.exp(-log_scale), b], dim=1)
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    half = x.shape[1] // 2
+    return x[:, :half], x[:, half:]
+
+
+class GlowStep(Bijection):
+    """ActNorm, 1x1 convolution and affine coupling: one step of flow (Kingma and Dhariwal 2018, Fig. 2a).
+
+    The first two are linear per pixel and are applied as one convolution: W (exp(s) x + b).
+
+    Arguments:
+        n_channels: C, at least 2.
+        net: conditioner of the coupling, see ``AffineCoupling``.
+        scale_bound: bound of the coupling's log-scale.
+    """
+
+    def __init__(self, n_channels: int, net: nn.Module, scale_bound: float = 0.5) -> None:
+        super().__init__()
+        self.actnorm = ActNorm(n_channels)
+        self.mix = Conv1x1(n_channels)
+        self.coupling = AffineCoupling(net, scale_bound)
+
+    def _mixed(self, x: Tensor) -> Tensor:
+        if self.actnorm._initialization_pending:
+            self._initialize_once(x)
+        weight = self.mix.weight()
+        bias = weight @ self.actnorm.bias
+        return channel_mix(x, weight * torch.exp(self.actnorm.log_scale), bias)
+
+    def _unmixed(self, z: Tensor) -> Tensor:
+        weight = torch.exp(-self.actnorm.log_scale)[:, None] * self.mix.inverse_weight()
+        bias = -torch.exp(-self.actnorm.log_scale) * self.actnorm.bias
+        return channel_mix(z, weight, bias)
+
+    def _initialize_once(self, x: Tensor) -> None:
+        fresh = self.training and not bool(self.actnorm.initialized)
+        self.actnorm.initialize_once(x)
+        if fresh and hasattr(self.coupling.net, "initialize"):
+            with torch.no_grad():
+                mixed = self.mix.forward(self.actnorm.forward(x)[0])[0]
+                self.coupling.net.initialize(_halves(mixed)[1])  # type: ignore[operator]
+
+    def _logdet(self, x: Tensor) -> Tensor:
+        return _per_sample(self.actnorm.log_scale.sum() + self.mix.log_determinant(), x)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z, logdet = self.coupling(self._mixed(x))
+        return z, logdet + self._logdet(x)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        x, logdet = self.coupling.inverse(z)
+        return self._unmixed(x), logdet - self._logdet(z)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.coupling.encode(self._mixed(x))
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self._unmixed(self.coupling.decode(z))
+
+
+class Squeeze(Bijection):
+    """Each 2x2 block of pixels becomes four channels: (B, C, H, W) to (B, 4C, H/2, W/2) (Dinh et al. 2017)."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.encode(x), x.new_zeros(x.shape[0])
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self.decode(z), z.new_zeros(z.shape[0])
+
+    def encode(self, x: Tensor) -> Tensor:
+        if x.shape[-2] % 2 or x.shape[-1] % 2:
+            raise ValueError(f"x has odd height or width {tuple(x.shape[-2:])}; pad or crop it to even numbers")
+        return F.pixel_unshuffle(x, 2)
+
+    def decode(self, z: Tensor) -> Tensor:
+        if z.shape[1] % 4:
+            raise ValueError(f"z has {z.shape[1]} channels, which is not a multiple of 4")
+        return F.pixel_shuffle(z, 2)
+
+
+class Unsqueeze(Squeeze):
+    """The inverse of ``Squeeze``: (B, 4C, H, W) to (B, C, 2H, 2W)."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        return Squeeze.decode(self, x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return Squeeze.encode(self, z)
+
+
+class HaarSqueeze(Squeeze):
+    """``Squeeze`` followed by the orthonormal 2-D Haar transform of each 2x2 block; the C averages come first.
+
+    Averages and details start apart, which a random rotation has to learn.
+    """
+
+    haar: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        signs = [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]
+        self.register_buffer("haar", torch.tensor(signs).float() / 2, persistent=False)
+
+    def _transform(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        blocks = x.view(batch, channels // 4, 4, height, width)
+        bands = torch.einsum("ij,bcjhw->bichw", self.haar.to(x.dtype), blocks)
+        return bands.reshape(batch, channels, height, width)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self._transform(super().encode(x).contiguous())
+
+    def decode(self, z: Tensor) -> Tensor:
+        batch, channels, height, width = z.shape
+        bands = z.reshape(batch, 4, channels // 4, height, width)
+        blocks = torch.einsum("ij,bichw->bcjhw", self.haar.to(z.dtype), bands)
+        return super().decode(blocks.reshape(batch, channels, height, width))
+
+
+class Split(Bijection):
+    """The last channels are final; ``inner``, which keeps its input's shape, maps the first C//2.
+
+    Nesting ``Squeeze``, steps, ``Split`` and ``Unsqueeze`` gives the multi-scale architecture of Dinh et al. 2017 as one
+    bijection from (B, C, H, W) to (B, C, H, W).
+
+    Arguments:
+        inner: a shape-preserving bijection.
+    """
+
+    def __init__(self, inner: Bijection) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        rest, done = _halves(x)
+        rest, logdet = self.inner(rest)
+        return torch.cat([rest, done], dim=1), logdet
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        rest, done = _halves(z)
+        rest, logdet = self.inner.inverse(rest)
+        return torch.cat([rest, done], dim=1), logdet
+
+    def encode(self, x: Tensor) -> Tensor:
+        rest, done = _halves(x)
+        return torch.cat([self.inner.encode(rest), done], dim=1)
+
+    def decode(self, z: Tensor) -> Tensor:
+        rest, done = _halves(z)
+        return torch.cat([self.inner.decode(rest), done], dim=1)

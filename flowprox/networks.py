@@ -1,0 +1,229 @@
+"""Plain networks: the conditioners inside coupling layers, and the ResNet and U-Net used as baseline proxes.
+
+None of them knows about flows, operators or training. Shapes: x (B, C, H, W), any H and W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["CouplingNet", "CouplingUNet", "ResNet", "UNet", "ZeroConv2d"]
+
+
+class ZeroConv2d(nn.Conv2d):
+    """Convolution that starts at zero, so that a coupling layer starts as the identity (Kingma and Dhariwal 2018).
+
+    Arguments:
+        in_channels, out_channels, kernel_size: as in ``torch.nn.Conv2d``; padding keeps the size.
+        learn_scale: multiply the output by exp(3 * scale) with a learned scale per channel, as Glow does.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, learn_scale: bool = False) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)  # type: ignore[arg-type]
+        self.log_scale = nn.Parameter(torch.zeros(out_channels)) if learn_scale else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return out if self.log_scale is None else out * torch.exp(3 * self.log_scale).view(1, -1, 1, 1)
+
+
+class ChannelAffine(nn.Module):
+    """Learned scale and shift per channel, set from the first training batch so that each channel has mean 0, variance 1."""
+
+    initialized: Tensor
+
+    def __init__(self, n_channels: int) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(n_channels))
+        self.bias = nn.Parameter(torch.zeros(n_channels))
+        self.register_buffer("initialized", torch.tensor(False))
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Set scale and shift from x (B, C, H, W)."""
+        std, mean = torch.std_mean(x.float(), dim=(0, 2, 3), correction=0)
+        self.log_scale.copy_(-torch.log(std + 1e-6))
+        self.bias.copy_(-mean * torch.exp(self.log_scale))
+        self.initialized.fill_(True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.exp(self.log_scale).to(x.dtype).view(1, -1, 1, 1)
+        return x * scale + self.bias.to(x.dtype).view(1, -1, 1, 1)
+
+
+class CouplingNet(nn.Module):
+    """Conditioner of an affine coupling layer: a stack of convolutions with ReLU, the last one zero at the start.
+
+    Arguments:
+        in_channels, out_channels: channels of the conditioning half, and of (log-scale, shift) together.
+        hidden_channels: width.
+        kernel_sizes: one per convolution; (3, 1, 3) is Glow's.
+        actnorm: a learned scale and shift, initialised from data, after each hidden convolution, and a learned output scale
+            (the form of Kingma and Dhariwal 2018, which GlowIP uses too).
+
+    Example:
+        >>> CouplingNet(6, 12, 32)(torch.rand(2, 6, 8, 8)).abs().max().item()
+        0.0
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        hidden_channels: int,
+        kernel_sizes: Sequence[int] = (3, 1, 3),
+        actnorm: bool = False,
+    ) -> None:
+        super().__init__()
+        widths = [in_channels] + [hidden_channels] * (len(kernel_sizes) - 1)
+        self.hidden = nn.ModuleList(
+            nn.Conv2d(c_in, hidden_channels, size, padding=size // 2)
+            for c_in, size in zip(widths, kernel_sizes[:-1], strict=False)
+        )
+        self.norms = nn.ModuleList(ChannelAffine(hidden_channels) for _ in self.hidden) if actnorm else None
+        self.last = ZeroConv2d(widths[-1], out_channels, kernel_sizes[-1], learn_scale=actnorm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, convolution in enumerate(self.hidden):
+            x = convolution(x)
+            if self.norms is not None:
+                x = self.norms[i](x)
+            x = F.relu(x)
+        return self.last(x)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Data-dependent initialisation of the inner scales from the conditioning half x (B, C, H, W)."""
+        for i, convolution in enumerate(self.hidden):
+            x = convolution(x)
+            if self.norms is not None:
+                self.norms[i].initialize(x)  # type: ignore[operator]
+                x = self.norms[i](x)
+            x = F.relu(x)
+
+
+class CouplingUNet(nn.Module):
+    """Conditioner with a wide view: a small U-Net whose every scale is one residual 3x3 block.
+
+    Few coupling steps with such nets see the whole of a 64x64 image, which a stack of 3x3 convolutions in few steps cannot.
+
+    Arguments:
+        in_channels, out_channels: channels of the conditioning half, and of (log-scale, shift) together.
+        hidden_channels: one width per scale, finest first.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, hidden_channels: Sequence[int]) -> None:
+        super().__init__()
+        widths = list(hidden_channels)
+        self.first = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in zip(widths, widths[1:], strict=False))
+        self.blocks = nn.ModuleList(nn.Conv2d(w, w, 3, padding=1) for w in widths[1:])
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in zip(widths, widths[1:], strict=False))
+        self.last = ZeroConv2d(widths[0], out_channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        skips = []
+        for down, block in zip(self.down, self.blocks, strict=True):
+            skips.append(x)
+            height, width = x.shape[-2:]
+            x = F.relu(down(F.pad(x, (0, width % 2, 0, height % 2), mode="replicate")))
+            x = x + F.relu(block(x))
+        for up, skip in zip(reversed(self.up), reversed(skips), strict=True):
+            x = F.relu(up(x)[..., : skip.shape[-2], : skip.shape[-1]] + skip)
+        return self.last(x)
+
+
+class ResNet(nn.Module):
+    """Residual network of Mardani et al. 2018 as Wei et al. 2022, Sec. V-C, describe it.
+
+    Residual blocks of two 3x3 convolutions with batch normalisation and ReLU, then three 1x1 convolutions; the output is
+    added to the input. Two blocks of width 128 have 0.66 M parameters; the paper counts 0.16 M, which width 62 gives.
+
+    References:
+        Mardani et al. 2018, Neural proximal gradient descent for compressive imaging, https://arxiv.org/abs/1806.03963
+
+    Arguments:
+        n_channels: image channels.
+        hidden_channels: width of the blocks.
+        n_blocks: number of residual blocks.
+    """
+
+    def __init__(self, n_channels: int = 3, hidden_channels: int = 128, n_blocks: int = 2) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(n_channels, hidden_channels, 3, padding=1)
+        self.blocks = nn.ModuleList(_residual_block(hidden_channels) for _ in range(n_blocks))
+        self.last = nn.Sequential(
+            nn.Conv2d(hidden_channels, hidden_channels, 1),
+            nn.ReLU(),
+            nn.Conv2d(hidden_channels, hidden_channels, 1),
+            nn.ReLU(),
+            nn.Conv2d(hidden_channels, n_channels, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        for block in self.blocks:
+            h = h + block(h)
+        return x + self.last(h)
+
+
+def _residual_block(width: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for _ in range(2):
+        layers += [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class UNet(nn.Module):
+    """The standard U-Net of Ronneberger et al. 2015 with batch normalisation; widths 64 to 1024 give 31.04 M parameters.
+
+    References:
+        Ronneberger et al. 2015, U-Net: convolutional networks for biomedical image segmentation,
+        https://arxiv.org/abs/1505.04597
+
+    Arguments:
+        n_channels: image channels.
+        hidden_channels: width at the finest scale; it doubles at each of the four coarser ones.
+        n_scales: number of resolutions, 5 in the original.
+        residual: add the output to the input.
+    """
+
+    def __init__(
+        self, n_channels: int = 3, hidden_channels: int = 64, n_scales: int = 5, residual: bool = True
+    ) -> None:
+        super().__init__()
+        widths = [hidden_channels * 2**i for i in range(n_scales)]
+        self.residual = residual
+        self.contract = nn.ModuleList(
+            _double_convolution(a, b) for a, b in zip([n_channels, *widths], widths, strict=False)
+        )
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in zip(widths, widths[1:], strict=False))
+        self.expand = nn.ModuleList(_double_convolution(2 * a, a) for a in widths[:-1])
+        self.last = nn.Conv2d(widths[0], n_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, skips = x, []
+        for i, block in enumerate(self.contract):
+            if i > 0:
+                h = F.max_pool2d(h, 2, ceil_mode=True)
+            h = block(h)
+            skips.append(h)
+        for i in reversed(range(len(self.up))):
+            up = self.up[i](h)[..., : skips[i].shape[-2], : skips[i].shape[-1]]
+            h = self.expand[i](torch.cat([skips[i], up], dim=1))
+        out = self.last(h)
+        return x + out if self.residual else out
+
+
+def _double_convolution(c_in: int, c_out: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for a in (c_in, c_out):
+        layers += [nn.Conv2d(a, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
+    return nn.Sequential(*layers)

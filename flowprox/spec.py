@@ -1,0 +1,113 @@
+"""How a model writes down its own constructor call, and is built again from it.
+
+A model card must say how to rebuild a model without pickle and without importing a name that a stranger wrote. Every class
+that derives from ``Specified`` is entered in a registry under its own name and remembers the arguments it was constructed
+with; ``spec()`` gives them as plain JSON values, nested models included, and ``build`` accepts registered names only.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["Specified", "build", "registered_kinds"]
+
+_REGISTRY: dict[str, type] = {}
+
+
+class Specified:
+    """Mixin that records constructor arguments.
+
+    Example:
+        >>> class Scale(Specified):
+        ...     def __init__(self, factor: float = 2.0):
+        ...         self.factor = factor
+        >>> Scale(3.0).spec()
+        {'kind': 'Scale', 'arguments': {'factor': 3.0}}
+        >>> build({'kind': 'Scale', 'arguments': {'factor': 4.0}}).factor
+        4.0
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _REGISTRY[cls.__name__] = cls
+        if "__init__" in cls.__dict__:
+            cls.__init__ = _recording(cls.__init__)  # type: ignore[method-assign]
+
+    def spec(self) -> dict[str, Any]:
+        """The constructor call as JSON values: ``{"kind": class name, "arguments": {...}}``."""
+        arguments = self.__dict__.get("_arguments", {})
+        return {"kind": type(self).__name__, "arguments": {name: _encode(value) for name, value in arguments.items()}}
+
+
+def _recording(init: Any) -> Any:
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        if "_arguments" not in self.__dict__:  # the outermost constructor wins over those it calls
+            bound = signature.bind(self, *args, **kwargs)
+            arguments = dict(bound.arguments)
+            del arguments[next(iter(signature.parameters))]
+            for name, parameter in signature.parameters.items():
+                if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                    arguments.update(arguments.pop(name, {}))
+            # nn.Module.__setattr__ would register modules a second time
+            object.__setattr__(self, "_arguments", arguments)
+        init(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, Specified):
+        return value.spec()
+    if isinstance(value, list | tuple):
+        items: list[Any] = []
+        for i, item in enumerate(value):
+            first = next((j for j in range(i) if value[j] is item), i) if isinstance(item, Specified) else i
+            items.append(_encode(item) if first == i else {"same_as": first})
+        return items
+    if isinstance(value, Mapping):
+        return {str(key): _encode(item) for key, item in value.items()}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"cannot write {type(value).__name__} into a model card; pass plain values or flowprox models")
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        if "kind" in value:
+            return build(value)
+        return {key: _decode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        items: list[Any] = []
+        for item in value:
+            same = isinstance(item, Mapping) and set(item) == {"same_as"}
+            items.append(items[item["same_as"]] if same else _decode(item))
+        return items
+    return value
+
+
+def build(spec: Mapping[str, Any]) -> Any:
+    """Construct what ``spec()`` described.
+
+    Raises:
+        ValueError: the kind is not a registered flowprox class, or its arguments do not fit the constructor.
+    """
+    kind = spec.get("kind")
+    if not isinstance(kind, str) or kind not in _REGISTRY:
+        raise ValueError(f"unknown kind {kind!r} in the model card; known kinds: {', '.join(registered_kinds())}")
+    arguments = spec.get("arguments", {})
+    try:
+        inspect.signature(_REGISTRY[kind]).bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"the card's arguments do not fit {kind}: {error}") from error
+    return _REGISTRY[kind](**{name: _decode(value) for name, value in arguments.items()})
+
+
+def registered_kinds() -> list[str]:
+    """Names of all classes a card may name."""
+    return sorted(_REGISTRY)
