@@ -1,0 +1,140 @@
+r"""Proximal maps, learned and exact: what an unfolded network does between two data steps.
+
+    prox_{s R}(v) = argmin_x 1/2 ||x - v||^2 + s R(x)                                contract: prox(v, step) -> x
+
+For a flow f with inverse g, Wei et al. 2022 take the prox in the latent space, where the prior is a plain norm:
+
+    FlowProx:  x = g(P(f(v))),   P(z) = z / (1 + s w)                Gaussian base, R = 1/2 sum w z^2     (Eqs. 9 to 11)
+                                 P(z) = sign(z) max(|z| - s w, 0)    Laplace base,  R = sum w |z|
+
+Symbols: v image after the data step (B, C, H, W), x image of the same shape, s >= 0 the step (the fold's shrinkage lambda_k),
+w > 0 weights: 1, or one learned number per latent channel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flowprox.flows import Flow
+from flowprox.networks import ResNet, UNet
+from flowprox.spec import Specified
+
+__all__ = ["FlowProx", "Prox", "ResNetProx", "SoftThreshold", "UNetProx"]
+
+
+class Prox(nn.Module):
+    """Contract of every prox."""
+
+    divisor: int = 1
+
+    def forward(self, v: Tensor, step: float | Tensor) -> Tensor:
+        """Map v (B, C, H, W) to an image of the same shape; ``step`` is a scalar, at least 0."""
+        raise NotImplementedError
+
+
+class SoftThreshold(Specified, Prox):
+    """The exact prox of step * ||x||_1: sign(v) max(|v| - step, 0).
+
+    Example:
+        >>> SoftThreshold()(torch.tensor([-2.0, 0.5, 3.0]), 1.0)
+        tensor([-1., 0., 2.])
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(self, v: Tensor, step: float | Tensor) -> Tensor:
+        return _soft_threshold(v, step)
+
+
+class FlowProx(Specified, Prox):
+    """Shrinkage in the latent space of a flow (Wei et al. 2022, Eqs. 9 to 11).
+
+    A round trip through an exact inverse: with step 0 it is the identity. One number per fold shrinks all latents alike, as
+    in the paper; with ``channelwise`` the base density has a learned precision w for every (level, channel) of the latent, so
+    that training can send latents that carry noise to zero and leave the others alone.
+
+    References:
+        Wei et al. 2022, Deep unfolding with normalizing flow priors for inverse problems, https://arxiv.org/abs/2107.02848
+
+    Arguments:
+        flow: image (B, C, H, W) to latent.
+        base: "gaussian" (divide) or "laplace" (soft threshold).
+        channelwise: learn one weight per latent channel; all are 1 at the start.
+
+    Raises:
+        ValueError: an unknown base.
+
+    Example:
+        >>> from flowprox.flows import Glow
+        >>> prox = FlowProx(Glow(image_shape=(3, 8, 8), n_levels=1, n_steps=1, hidden_channels=4))
+        >>> v = torch.rand(2, 3, 8, 8)
+        >>> bool((prox(v, 0.0) - v).abs().max() < 1e-5)
+        True
+    """
+
+    groups: Tensor
+
+    def __init__(self, flow: Flow, base: str = "gaussian", channelwise: bool = False) -> None:
+        super().__init__()
+        if base not in ("gaussian", "laplace"):
+            raise ValueError(f"base must be 'gaussian' or 'laplace', got {base!r}")
+        self.flow = flow
+        self.base = base
+        self.log_weight = nn.Parameter(torch.zeros(flow.n_latent_groups)) if channelwise else None
+        self.register_buffer("groups", flow.latent_groups(), persistent=False)
+
+    @property
+    def divisor(self) -> int:  # type: ignore[override]
+        """Height and width must be multiples of this."""
+        return self.flow.divisor
+
+    def forward(self, v: Tensor, step: float | Tensor) -> Tensor:
+        z = self.flow.encode_image(v)
+        return self.flow.decode_image(self.shrink(z, step))
+
+    def shrink(self, z: Tensor, step: float | Tensor) -> Tensor:
+        """P(z) for an image-shaped latent (B, C, H, W)."""
+        if self.log_weight is not None:
+            step = step * torch.exp(self.log_weight)[self._groups(z)]
+        return z / (1 + step) if self.base == "gaussian" else _soft_threshold(z, step)
+
+    def _groups(self, z: Tensor) -> Tensor:
+        if self.groups.shape[-2:] != z.shape[-2:]:
+            self.groups = self.flow.latent_groups((z.shape[-2], z.shape[-1])).to(z.device)
+        return self.groups
+
+
+def _soft_threshold(v: Tensor, threshold: float | Tensor) -> Tensor:
+    return torch.sign(v) * torch.clamp(v.abs() - threshold, min=0)
+
+
+class ResNetProx(Specified, Prox):
+    """ResNet of Mardani et al. 2018 in place of the prox (baseline of Wei et al. 2022, Sec. V-C); it ignores ``step``.
+
+    Arguments: as ``flowprox.networks.ResNet``.
+    """
+
+    def __init__(self, n_channels: int = 3, hidden_channels: int = 128, n_blocks: int = 2) -> None:
+        super().__init__()
+        self.net = ResNet(n_channels, hidden_channels, n_blocks)
+
+    def forward(self, v: Tensor, step: float | Tensor = 0.0) -> Tensor:
+        return self.net(v)
+
+
+class UNetProx(Specified, Prox):
+    """U-Net of Ronneberger et al. 2015 in place of the prox (baseline of Wei et al. 2022, Sec. V-C); it ignores ``step``.
+
+    Arguments: as ``flowprox.networks.UNet``.
+    """
+
+    def __init__(
+        self, n_channels: int = 3, hidden_channels: int = 64, n_scales: int = 5, residual: bool = True
+    ) -> None:
+        super().__init__()
+        self.net = UNet(n_channels, hidden_channels, n_scales, residual)
+
+    def forward(self, v: Tensor, step: float | Tensor = 0.0) -> Tensor:
+        return self.net(v)

@@ -1,0 +1,231 @@
+r"""Unfolded networks: K iterations of a proximal algorithm whose prox is learned, trained end to end.
+
+    fold k:   v_k     = D_k(x_k, y)                 data step
+              x_{k+1} = prox_k(v_k, lambda_k)       learned prox
+
+    UnfoldedPGD:  D_k = x + mu_k A^T (y - A x)                                gradient step on 1/2 ||y - A x||^2
+    UnfoldedHQS:  D_k = argmin_u 1/2 ||y - A u||^2 + rho_k/2 ||u - x||^2      exact step of half-quadratic splitting
+
+Symbols: y measurement, A operator, x image (B, C, H, W), mu step size, rho penalty, lambda shrinkage. The start x_0 is g(0),
+the image of the most likely latent of the pretrained flow, or A^T y. Wei et al. 2022, Sec. III; their Eq. (8) prints the
+gradient step with the opposite sign, which ascends for mu > 0, and their Eq. (12) leaves the last shrinkage out, which makes
+the last flow the identity: ``shrink_last=False`` gives that form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from deepinv.models import Reconstructor
+from deepinv.physics import Physics
+from torch import Tensor, nn
+
+from flowprox.flows import Flow
+from flowprox.operators import data_gradient, data_prox
+from flowprox.prox import FlowProx
+from flowprox.spec import Specified
+
+__all__ = ["Unfolded", "UnfoldedHQS", "UnfoldedPGD"]
+
+
+class Unfolded(Reconstructor):
+    """What the unfolded algorithms share; a subclass gives the data step.
+
+    Arguments:
+        proxes: one per fold; the same object K times ties the folds.
+        data_weight: the learned scalar of the data step at the start, > 0, one number or one per fold.
+        shrinkage: lambda at the start, > 0, one number or one per fold.
+        start: "flow" (g(0), kept as a learned image) or "adjoint" (A^T y).
+        shrink_last: shrink in the last fold too.
+        operator: a physics of the network's own, used in place of the one passed to ``forward``; its parameters are trained
+            along.
+
+    Raises:
+        ValueError: no proxes, a start value that is not positive, or start "flow" without a ``FlowProx`` in the first fold.
+    """
+
+    def __init__(
+        self,
+        proxes: Sequence[nn.Module],
+        data_weight: float | Sequence[float],
+        shrinkage: float | Sequence[float],
+        start: str,
+        shrink_last: bool,
+        operator: Physics | None,
+    ) -> None:
+        super().__init__()
+        if not proxes:
+            raise ValueError("proxes is empty; pass one prox per fold")
+        if start not in ("flow", "adjoint"):
+            raise ValueError(f"start must be 'flow' or 'adjoint', got {start!r}")
+        self.proxes = nn.ModuleList(proxes)
+        self.log_data_weight = _log_parameter(data_weight, len(proxes), "step_size or penalty")
+        self.log_shrinkage = _log_parameter(shrinkage, len(proxes), "shrinkage")
+        self.shrink_last = shrink_last
+        self.operator = operator
+        self.start_image = None
+        if start == "flow":
+            if not isinstance(proxes[0], FlowProx):
+                raise ValueError("start='flow' needs a FlowProx in the first fold; use start='adjoint' with other proxes")
+            self.start_image = nn.Parameter(_most_likely_image(proxes[0].flow, proxes[0].flow.image_shape[1:]))
+
+    def data_step(self, x: Tensor, y: Tensor, physics: Physics, weight: Tensor) -> Tensor:
+        """One data step from x (B, C, H, W); ``weight`` is the fold's learned scalar."""
+        raise NotImplementedError
+
+    def forward(self, y: Tensor, physics: Physics) -> Tensor:
+        """Reconstruct x (B, C, H, W) from the measurement y of ``physics``.
+
+        Raises:
+            ValueError: the image size is not divisible by ``divisor``, or the channels do not fit.
+        """
+        return self.iterates(y, physics)[-1]
+
+    def iterates(self, y: Tensor, physics: Physics) -> list[Tensor]:
+        """The start image and the result of every fold, K + 1 images (B, C, H, W)."""
+        physics = physics if self.operator is None else self.operator
+        x = self.initial_image(y, physics)
+        images = [x]
+        weights = torch.exp(self.log_data_weight)
+        steps = torch.exp(self.log_shrinkage)
+        for k, prox in enumerate(self.proxes):
+            v = self.data_step(x, y, physics, weights[k])
+            last = k == len(self.proxes) - 1
+            x = prox(v, steps[k] if self.shrink_last or not last else torch.zeros_like(steps[k]))
+            images.append(x)
+        return images
+
+    def initial_image(self, y: Tensor, physics: Physics) -> Tensor:
+        """x_0 (B, C, H, W)."""
+        adjoint = physics.A_adjoint(y)
+        if self.start_image is None:
+            return adjoint
+        image = self.start_image
+        if image.shape[-2:] != adjoint.shape[-2:]:
+            image = _most_likely_image(self.proxes[0].flow, adjoint.shape[-2:])  # type: ignore[arg-type, union-attr]
+        return image.expand(adjoint.shape[0], -1, -1, -1)
+
+    @property
+    def shrinkages(self) -> Tensor:
+        """lambda_k, (K,)."""
+        return torch.exp(self.log_shrinkage.detach())
+
+    @property
+    def divisor(self) -> int:
+        """Height and width of the image must be multiples of this."""
+        return math.lcm(*(getattr(prox, "divisor", 1) for prox in self.proxes))
+
+    def flows(self) -> list[Flow]:
+        """The distinct flows of the folds, in order."""
+        flows = [prox.flow for prox in self.proxes if isinstance(prox, FlowProx)]
+        return list(dict.fromkeys(flows))
+
+    def parameter_groups(self, learning_rate: float, scalar_learning_rate: float) -> list[dict]:
+        """Groups for an optimiser: networks, and the scalars (mu or rho, lambda, latent weights), which Wei et al. train with
+        1e-2 beside 1e-5 for the flows."""
+        scalars = [self.log_data_weight, self.log_shrinkage]
+        scalars += [prox.log_weight for prox in self.proxes if getattr(prox, "log_weight", None) is not None]
+        seen = {id(p) for p in scalars}
+        others = [p for p in self.parameters() if id(p) not in seen and p.requires_grad]
+        groups = [{"params": others, "lr": learning_rate, "name": "networks"}] if others else []
+        unique = list({id(p): p for p in scalars}.values())
+        return [*groups, {"params": unique, "lr": scalar_learning_rate, "name": "scalars"}]
+
+    def freeze_proxes(self) -> None:
+        """Train the scalars only: with one pretrained flow in every fold this is the plug-and-play of Wei et al., Table II."""
+        for parameter in self.proxes.parameters():
+            parameter.requires_grad_(False)
+        if self.start_image is not None:
+            self.start_image.requires_grad_(False)
+
+
+class UnfoldedPGD(Specified, Unfolded):
+    """Unfolded proximal gradient descent (Wei et al. 2022, Sec. III, Eqs. 8 to 12).
+
+    Arguments:
+        proxes: one per fold; the same object K times ties the folds.
+        step_size: mu at the start; 0.5 with noise-trained flows.
+        shrinkage: lambda at the start; large values throw a pretrained flow off the map.
+        start, shrink_last, operator: see ``Unfolded``.
+
+    Raises:
+        ValueError: no proxes, a start value that is not positive, or start "flow" without a ``FlowProx`` in the first fold.
+
+    Example:
+        >>> from flowprox.flows import Glow
+        >>> from flowprox.operators import make_physics
+        >>> flows = [Glow(image_shape=(3, 8, 8), n_levels=1, n_steps=1, hidden_channels=4) for _ in range(2)]
+        >>> model = UnfoldedPGD([FlowProx(flow) for flow in flows])
+        >>> physics = make_physics("denoising", (3, 8, 8))
+        >>> model(torch.rand(2, 3, 8, 8), physics).shape
+        torch.Size([2, 3, 8, 8])
+    """
+
+    def __init__(
+        self,
+        proxes: Sequence[nn.Module],
+        step_size: float | Sequence[float] = 0.5,
+        shrinkage: float | Sequence[float] = 0.05,
+        start: str = "flow",
+        shrink_last: bool = True,
+        operator: Physics | None = None,
+    ) -> None:
+        super().__init__(proxes, step_size, shrinkage, start, shrink_last, operator)
+
+    def data_step(self, x: Tensor, y: Tensor, physics: Physics, weight: Tensor) -> Tensor:
+        return x + weight * data_gradient(x, y, physics)
+
+    @property
+    def step_sizes(self) -> Tensor:
+        """mu_k, (K,)."""
+        return torch.exp(self.log_data_weight.detach())
+
+
+class UnfoldedHQS(Specified, Unfolded):
+    """Unfolded half-quadratic splitting: the data step is solved exactly, which a blur's small singular values reward.
+
+    Arguments:
+        proxes: one per fold; the same object K times ties the folds.
+        penalty: rho at the start, relative to a data term of weight one.
+        shrinkage, start, shrink_last, operator: see ``Unfolded``.
+
+    Raises:
+        ValueError: as ``UnfoldedPGD``.
+    """
+
+    def __init__(
+        self,
+        proxes: Sequence[nn.Module],
+        penalty: float | Sequence[float] = 0.1,
+        shrinkage: float | Sequence[float] = 0.05,
+        start: str = "flow",
+        shrink_last: bool = True,
+        operator: Physics | None = None,
+    ) -> None:
+        super().__init__(proxes, penalty, shrinkage, start, shrink_last, operator)
+
+    def data_step(self, x: Tensor, y: Tensor, physics: Physics, weight: Tensor) -> Tensor:
+        return data_prox(x, y, physics, weight)
+
+    @property
+    def penalties(self) -> Tensor:
+        """rho_k, (K,)."""
+        return torch.exp(self.log_data_weight.detach())
+
+
+def _log_parameter(value: float | Sequence[float], n_folds: int, name: str) -> nn.Parameter:
+    values = [float(value)] * n_folds if isinstance(value, int | float) else [float(v) for v in value]
+    if len(values) != n_folds or any(not v > 0 for v in values):
+        raise ValueError(f"{name} must be positive, one number or one per fold ({n_folds}); got {value}")
+    return nn.Parameter(torch.tensor(values).log())
+
+
+@torch.no_grad()
+def _most_likely_image(flow: Flow, image_size: Sequence[int]) -> Tensor:
+    """g(0), (1, C, H, W): the image of the most likely latent (Wei et al. 2022, Sec. III-C)."""
+    height, width = image_size
+    like = next(flow.parameters())
+    zeros = torch.zeros(1, flow.n_channels, height, width, dtype=like.dtype, device=like.device)
+    return flow.decode_image(zeros)
