@@ -93,7 +93,7 @@ class SeededGaussianNoise(GaussianNoise):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """x + sigma n; ``generator`` is one for the batch or one per image, ``sigma`` is kept as deepinv's noise does."""
+        """x + sigma n; ``generator`` is one for the batch or one per image; ``sigma`` is kept, as deepinv's does."""
         self.update_parameters(sigma=sigma)
         if seed is not None:
             generator = torch.Generator().manual_seed(seed)
@@ -116,8 +116,8 @@ class CircularConvolution(LinearPhysics):
 
         A x = F^-1 (h F x),    A^T y = F^-1 (conj(h) F y),    h = F(kernel)
 
-    F is the discrete Fourier transform. Unlike deepinv's ``BlurFFT`` it takes images of any size that holds the kernel, and
-    ``prox_l2`` is exact and differentiable in every argument and in the kernel. Computed in float32 or, for float64
+    F is the discrete Fourier transform. Unlike deepinv's ``BlurFFT`` it takes images of any size that holds the kernel,
+    and ``prox_l2`` is exact and differentiable in every argument and in the kernel. Computed in float32 or, for float64
     images, float64.
     """
 
@@ -203,8 +203,10 @@ class CircularBlur(CircularConvolution):
         image_shape: ImageShape | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(img_size=image_shape, noise_model=noise_model or SeededGaussianNoise(0.0), device=device)
-        self.register_buffer("filter", _checked_kernel(kernel, image_shape)[None, None].to(device))
+        super().__init__(img_size=image_shape)
+        self.set_noise_model(noise_model or SeededGaussianNoise(0.0))
+        self.register_buffer("filter", _checked_kernel(kernel, image_shape)[None, None])
+        self.to(device)
 
     def kernel(self) -> Tensor:
         """The kernel, shape (1, 1, h, w)."""
@@ -212,7 +214,7 @@ class CircularBlur(CircularConvolution):
 
 
 class LearnedBlur(Specified, CircularConvolution):
-    """Circular blur whose kernel is learned, starting as a Gaussian; the optional learned operator of an unfolded network.
+    """Circular blur whose kernel is learned, starting as a Gaussian: the learned operator of an unfolded network.
 
     With ``normalised`` the kernel is a softmax of its parameter: positive, sum 1. Otherwise it is the parameter itself.
 
@@ -235,7 +237,8 @@ class LearnedBlur(Specified, CircularConvolution):
     def __init__(
         self, kernel_size: int = 9, sigma_blur: float = 5.0, sigma: float = 0.0, normalised: bool = True
     ) -> None:
-        super().__init__(noise_model=SeededGaussianNoise(sigma))
+        super().__init__()
+        self.set_noise_model(SeededGaussianNoise(sigma))
         kernel = _gaussian_kernel(kernel_size, sigma_blur)
         self.normalised = normalised
         self.weight = nn.Parameter(kernel.log() if normalised else kernel)
@@ -363,7 +366,8 @@ class Problem:
             return json.dumps({"name": self.name, "parameters": self.parameters}, sort_keys=True)
         except TypeError as error:
             raise ValueError(
-                f"a parameter of {self.name} cannot be written as JSON ({error}); save the array as .npy and give its path"
+                f"a parameter of {self.name} cannot be written as JSON ({error}); "
+                "save the array as .npy and give its path"
             ) from error
 
     @classmethod
@@ -438,7 +442,7 @@ def _random_inpainting(
 
 def _masking(pattern: Tensor, image_shape: ImageShape, noise: NoiseModel, device: torch.device | str) -> LinearPhysics:
     mask = pattern.expand(image_shape).contiguous()
-    return Inpainting(img_size=image_shape, mask=mask, device=device, noise_model=noise)
+    return Inpainting(img_size=image_shape, mask=mask, device=device, noise_model=noise)  # pyright: ignore
 
 
 def _deblurring(
@@ -458,7 +462,13 @@ def _deblurring(
     checked = _checked_kernel(given, image_shape)
     if boundary == "circular":
         return CircularBlur(checked, noise_model=noise, image_shape=image_shape, device=device)
-    return Blur(filter=checked[None, None], padding=boundary, device=device, noise_model=noise, img_size=image_shape)
+    return Blur(
+        filter=checked[None, None],
+        padding=boundary,
+        device=torch.device(device),
+        noise_model=noise,
+        img_size=image_shape,
+    )
 
 
 PROBLEMS: dict[str, ProblemKind] = {
@@ -491,8 +501,8 @@ def measure(x: Tensor, physics: Physics, generator: torch.Generator | None = Non
     Arguments:
         x: images (B, C, H, W) in [0, 1].
         physics: the operator with its noise model.
-        generator: source of the noise, on any device; torch's global one by default. With ``SeededGaussianNoise``, which
-            ``make_physics`` sets, the noise depends on neither the device nor the memory layout of x.
+        generator: source of the noise, on any device; torch's global one by default. With ``SeededGaussianNoise``,
+            which ``make_physics`` sets, the noise depends on neither the device nor the memory layout of x.
 
     Raises:
         ValueError: x is not of the size of the operator's mask.
@@ -548,8 +558,8 @@ def data_gradient(x: Tensor, y: Tensor, physics: LinearPhysics) -> Tensor:
     """A^T (y - A x): the direction in which 1/2 ||y - A x||^2 falls, so that x + mu * data_gradient is a gradient step.
 
     References:
-        Wei, van Gorp, Gonzalez Carabarin, Freedman, Eldar, van Sloun (2022), Deep unfolding with normalizing flow priors for
-        inverse problems, https://arxiv.org/abs/2107.02848, Eq. (8), whose sign is that of ascent.
+        Wei, van Gorp, Gonzalez-Carabarin, Freedman, Eldar, van Sloun (2022), Deep unfolding with normalizing flow
+        priors for inverse problems, https://arxiv.org/abs/2107.02848, Eq. (8), whose sign is that of ascent.
 
     Arguments:
         x: images (B, C, H, W).
@@ -564,8 +574,8 @@ def data_prox(
 ) -> Tensor:
     """argmin_x 1/2 ||y - A x||^2 + rho/2 ||x - v||^2, differentiable in v, y and rho.
 
-    In closed form for denoising, inpainting and circular blur, the learned one included; otherwise by conjugate gradient,
-    whose gradient deepinv computes by implicit differentiation. Nothing is written to ``physics``.
+    In closed form for denoising, inpainting and circular blur, the learned one included; otherwise by conjugate
+    gradient, whose gradient deepinv computes by implicit differentiation. Nothing is written to ``physics``.
 
     Arguments:
         v: images (B, C, H, W) to stay close to.
@@ -603,8 +613,10 @@ def data_prox(
 
 
 def _check_image(x: Tensor, physics: Physics) -> None:
-    if isinstance(physics, Inpainting) and x.shape[-2:] != physics.mask.shape[-2:]:
-        (h, w), (mask_h, mask_w) = x.shape[-2:], physics.mask.shape[-2:]
+    if not isinstance(physics, Inpainting):
+        return
+    (h, w), (mask_h, mask_w) = x.shape[-2:], physics.get_buffer("mask").shape[-2:]
+    if (h, w) != (mask_h, mask_w):
         raise ValueError(
             f"images of {h}x{w} do not fit the operator's mask of {mask_h}x{mask_w}; "
             f"build the operator with image_shape (C, {h}, {w})"
@@ -631,7 +643,8 @@ def _gaussian_kernel(kernel_size: int, sigma_blur: float) -> Tensor:
 def _checked_kernel(kernel: Tensor, image_shape: ImageShape | None) -> Tensor:
     if kernel.ndim != 2 or any(side % 2 == 0 for side in kernel.shape):
         raise ValueError(
-            f"kernel must be a matrix (h, w) with odd sides, got shape {tuple(kernel.shape)}; pad it with a row or column of zeros"
+            f"kernel must be a matrix (h, w) with odd sides, got shape {tuple(kernel.shape)}; "
+            "pad it with a row or column of zeros"
         )
     if not torch.isfinite(kernel).all() or not kernel.any():
         raise ValueError("kernel must hold finite numbers that are not all zero")
