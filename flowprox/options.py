@@ -1,0 +1,286 @@
+"""The settings of a training run, as plain typed records.
+
+The command line and the YAML recipes are made from these classes, so each field is an option of the same name. Nothing heavy is
+imported here: ``flowprox --help`` stays fast. Wrong values raise when the record is made, before any data is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = [
+    "DataOptions",
+    "DenoiserOptions",
+    "LikelihoodOptions",
+    "ProblemOptions",
+    "TrainingOptions",
+    "UnfoldedOptions",
+    "parse_duration",
+]
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _check_range(name: str, value: list[float]) -> None:
+    _require(
+        len(value) == 2 and 0.0 <= value[0] <= value[1],
+        f"{name} must be two numbers, low <= high, both >= 0; got {value}",
+    )
+
+
+def parse_duration(value: str | float | int, name: str = "max_time") -> float:
+    """Seconds in ``"HH:MM:SS"``, ``"DD:HH:MM:SS"``, ``"MM:SS"`` or a plain number of seconds.
+
+    Raises:
+        ValueError: the text has another form, or the time is not positive.
+
+    Example:
+        >>> parse_duration("00:10:00")
+        600.0
+    """
+    parts = str(value).split(":")
+    try:
+        numbers = [float(part) for part in parts]
+    except ValueError:
+        numbers = []
+    _require(
+        1 <= len(numbers) <= 4 and all(number >= 0 for number in numbers),
+        f'{name} must look like "HH:MM:SS" or be a number of seconds; got {value!r}',
+    )
+    factors = (86400.0, 3600.0, 60.0, 1.0)[4 - len(numbers) :]
+    seconds = sum(number * factor for number, factor in zip(numbers, factors, strict=True))
+    _require(seconds > 0, f"{name} must be positive; got {value!r}")
+    return seconds
+
+
+@dataclass
+class DataOptions:
+    """Which images to train and validate on.
+
+    Arguments:
+        train: a folder of images, an .npz shard, a glob of shards, or a list of these.
+        validation: the same for validation. None takes the validation part of a folder's deterministic split; for shards it
+            trains without validation.
+        image_size: height and width in pixels; larger images are cropped and resized.
+        channels: 3 for colour, 1 for grey.
+        limit: use only the first so many training images; None uses all.
+        skip_corrupt: report and skip unreadable images instead of stopping at the first.
+    """
+
+    train: str | list[str]
+    validation: str | list[str] | None = None
+    image_size: int = 64
+    channels: int = 3
+    limit: int | None = None
+    skip_corrupt: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.image_size >= 1, f"image_size must be positive; got {self.image_size}")
+        _require(self.channels in (1, 3), f"channels must be 1 or 3; got {self.channels}")
+        _require(self.limit is None or self.limit >= 1, f"limit must be positive or null; got {self.limit}")
+
+
+@dataclass
+class ProblemOptions:
+    """The measurement y = A x + noise that a network is trained for.
+
+    Arguments:
+        name: a problem of ``flowprox.operators``, such as denoising, inpainting, random-inpainting or deblurring.
+        parameters: what differs from the problem's defaults, for example {sigma: 0.25}.
+        seed: seed of whatever is drawn once with the operator, such as a random mask.
+    """
+
+    name: str = "denoising"
+    parameters: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass
+class LikelihoodOptions:
+    """How images become continuous before their likelihood is maximised.
+
+    Arguments:
+        bit_depth: b; images are quantised to 2^b levels and dequantised, x = (floor(x 2^b) + u) / 2^b with u uniform in [0, 1).
+        noise_range: lowest and highest standard deviation of Gaussian noise added to each image, the level drawn uniformly
+            per image; [0, 0] adds none. A flow meant for unfolding should see images as noisy as its folds will.
+    """
+
+    bit_depth: int = 8
+    noise_range: list[float] = field(default_factory=lambda: [0.0, 0.0])
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.bit_depth <= 8, f"bit_depth must be between 1 and 8; got {self.bit_depth}")
+        _check_range("noise_range", self.noise_range)
+
+
+@dataclass
+class DenoiserOptions:
+    """A plain network, pre-trained to remove Gaussian noise, to start the folds of an unfolded network from.
+
+    Arguments:
+        prox: which network.
+        prox_arguments: arguments of its constructor, such as {channels: 64}.
+        noise_range: lowest and highest standard deviation of the noise, drawn uniformly per image.
+    """
+
+    prox: Literal["resnet", "unet"] = "unet"
+    prox_arguments: dict[str, Any] = field(default_factory=dict)
+    noise_range: list[float] = field(default_factory=lambda: [0.0, 0.3])
+
+    def __post_init__(self) -> None:
+        _check_range("noise_range", self.noise_range)
+
+
+@dataclass
+class UnfoldedOptions:
+    """An unfolded network: n_folds times a gradient step and a learned prox.
+
+    Arguments:
+        prox: "flow" (trained), "plug-and-play" (a frozen flow, the same in every fold, only step sizes learned), "resnet" or "unet".
+        flow: a pretrained flow (name, hub id or folder), or a specification {kind: ..., arguments: {...}} to start from
+            random weights. Needed by "flow" and "plug-and-play".
+        pretrained: a pretrained prox (folder written by train-denoiser) to start "resnet" or "unet" from.
+        prox_arguments: arguments of the ResNet's or U-Net's constructor when it is not pretrained.
+        n_folds: K.
+        tied: use the same prox, with the same weights, in every fold.
+        step_size: mu at the start, learned; for "pgd".
+        penalty: rho at the start, learned; for "hqs".
+        shrinkage: lambda at the start, learned.
+        shrink_last: shrink in the last fold too; false is the literal Eq. (12) of Wei et al. (2022).
+        base: density of the latent: "gaussian" divides it by 1 + lambda, "laplace" soft-thresholds it.
+        channelwise: learn one weight of the shrinkage per latent channel instead of one for all.
+        iteration: "pgd" (proximal gradient) or "hqs" (half-quadratic splitting, exact data step).
+        start: x_0: "flow" (the most likely latent of the flow, decoded) or "adjoint" (A^T y). null takes the flow where the
+            proxes are flows.
+        likelihood_weight: weight of the bits per dimension of the clean images, averaged over the folds' flows, added to the loss.
+        learn_operator: learn the blur kernel used in the gradient steps along with the network (Wei et al., Sec. II).
+    """
+
+    prox: Literal["flow", "plug-and-play", "resnet", "unet"] = "flow"
+    flow: str | dict[str, Any] | None = None
+    pretrained: str | None = None
+    prox_arguments: dict[str, Any] = field(default_factory=dict)
+    n_folds: int = 4
+    tied: bool = False
+    step_size: float = 0.5
+    penalty: float = 0.1
+    shrinkage: float = 0.05
+    shrink_last: bool = True
+    base: Literal["gaussian", "laplace"] = "gaussian"
+    channelwise: bool = False
+    iteration: Literal["pgd", "hqs"] = "pgd"
+    start: Literal["flow", "adjoint"] | None = None
+    likelihood_weight: float = 0.0
+    learn_operator: bool = False
+
+    def __post_init__(self) -> None:
+        with_flow = self.prox in ("flow", "plug-and-play")
+        _require(self.n_folds >= 1, f"n_folds must be at least 1; got {self.n_folds}")
+        _require(self.step_size > 0, f"step_size must be positive; got {self.step_size}")
+        _require(self.penalty > 0, f"penalty must be positive; got {self.penalty}")
+        _require(self.shrinkage > 0, f"shrinkage must be positive; got {self.shrinkage}")
+        _require(self.likelihood_weight >= 0, f"likelihood_weight must not be negative; got {self.likelihood_weight}")
+        _require(
+            not with_flow or self.flow is not None,
+            f'prox "{self.prox}" needs flow: the name or folder of a pretrained flow, or its specification',
+        )
+        _require(
+            with_flow or self.start != "flow",
+            f'start "flow" needs a flow prox; with prox "{self.prox}" choose start "adjoint"',
+        )
+        _require(
+            self.prox != "plug-and-play" or self.likelihood_weight == 0,
+            "plug-and-play keeps the flow frozen: set likelihood_weight to 0",
+        )
+        _require(
+            with_flow or self.likelihood_weight == 0,
+            f'prox "{self.prox}" has no likelihood: set likelihood_weight to 0',
+        )
+        _require(
+            not with_flow or self.pretrained is None,
+            f'pretrained is for "resnet" and "unet"; give the flow of prox "{self.prox}" as flow',
+        )
+
+
+@dataclass
+class TrainingOptions:
+    """How long, how fast and on what a model is trained. One run, its resumption included, shares the limits below.
+
+    Arguments:
+        batch_size: images per step, over all processes.
+        learning_rate: Adam's step size for the weights, at the schedule's peak.
+        scalar_learning_rate: the same for the few scalars mu and lambda.
+        schedule: shape of the learning rates over the run: "constant", "cosine" (to zero) or "one-cycle" (30 % up, 70 % down).
+            Progress is the largest of step / max_steps and elapsed / max_time. A run limited only in time has rates that follow
+            the clock, so its resumption cannot be exact to the bit.
+        warmup_steps: steps over which the rates rise linearly from zero, on top of the schedule.
+        gradient_clip: largest allowed norm of all gradients together; 0 never clips.
+        ema_decay: decay per step of the running average of the weights, which is what is validated and saved; 0 switches it off.
+        max_steps: stop after so many steps.
+        max_epochs: stop after so many passes over the training images.
+        max_time: stop after this wall-clock time, "HH:MM:SS" or seconds, summed over resumptions.
+        patience: stop when so many validations in a row brought no new best; 0 never stops early.
+        validate_every: steps between validations.
+        n_validation_images: how many images each validation uses.
+        precision: "32", or "bf16" for the convolutional networks inside the model; the flow's own arithmetic stays float32.
+        accelerator: "cpu", "cuda", "mps" or "auto".
+        devices: processes per machine (one device each).
+        num_nodes: machines.
+        strategy: Lightning's strategy: "auto", "ddp", "ddp_spawn" or "ddp_find_unused_parameters_true".
+        num_threads: CPU threads per process; null leaves PyTorch's choice. With one thread PyTorch skips its fast convolutions.
+        channels_last: keep images and weights channels-last, the faster layout for convolutions.
+        horizontal_flip: mirror half of the training images, drawn anew in every step.
+        checkpoint_every: seconds between two writes of the state a run resumes from; 0 writes after every step.
+        seed: every random number of the run follows from it.
+        progress: show a progress bar (on a terminal) or a line per validation.
+    """
+
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    scalar_learning_rate: float = 1e-2
+    schedule: Literal["constant", "cosine", "one-cycle"] = "cosine"
+    warmup_steps: int = 0
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.0
+    max_steps: int | None = None
+    max_epochs: float | None = None
+    max_time: str | float | None = None
+    patience: int = 0
+    validate_every: int = 500
+    n_validation_images: int = 256
+    precision: Literal["32", "bf16"] = "32"
+    accelerator: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    strategy: str = "auto"
+    num_threads: int | None = None
+    channels_last: bool = False
+    horizontal_flip: bool = True
+    checkpoint_every: float = 300.0
+    seed: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        positive = ("batch_size", "learning_rate", "validate_every", "n_validation_images", "devices", "num_nodes")
+        positive += ("max_steps", "max_epochs", "num_threads")
+        for name in positive:
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{name} must be positive; got {value}")
+        for name in ("scalar_learning_rate", "warmup_steps", "gradient_clip", "patience", "checkpoint_every"):
+            _require(getattr(self, name) >= 0, f"{name} must not be negative; got {getattr(self, name)}")
+        _require(0.0 <= self.ema_decay < 1.0, f"ema_decay must be at least 0 and below 1; got {self.ema_decay}")
+        _require(
+            any(limit is not None for limit in (self.max_steps, self.max_epochs, self.max_time)) or self.patience > 0,
+            "the run would never end: set max_steps, max_epochs, max_time or patience",
+        )
+        if self.max_time is not None:
+            parse_duration(self.max_time)
+        processes = self.devices * self.num_nodes
+        _require(
+            self.batch_size % processes == 0,
+            f"batch_size counts images over all processes: {self.batch_size} cannot be shared by {processes} processes",
+        )
