@@ -1,0 +1,63 @@
+"""Image reconstruction from noisy or incomplete measurements with normalizing-flow priors.
+
+The names below are imported on first use, so that ``import flowprox`` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flowprox.checkpoints import list_models, load_model, save_model
+    from flowprox.flows import Glow, RealNVP
+    from flowprox.operators import make_physics
+    from flowprox.prox import FlowProx, ResNetProx, SoftThreshold, UNetProx
+    from flowprox.unfolded import UnfoldedHQS, UnfoldedPGD
+
+    __version__: str
+
+__all__ = [
+    "FlowProx",
+    "Glow",
+    "RealNVP",
+    "ResNetProx",
+    "SoftThreshold",
+    "UNetProx",
+    "UnfoldedHQS",
+    "UnfoldedPGD",
+    "__version__",
+    "list_models",
+    "load_model",
+    "make_physics",
+    "save_model",
+]
+
+_HOMES = {
+    "flowprox.checkpoints": ("list_models", "load_model", "save_model"),
+    "flowprox.flows": ("Glow", "RealNVP"),
+    "flowprox.operators": ("make_physics",),
+    "flowprox.prox": ("FlowProx", "ResNetProx", "SoftThreshold", "UNetProx"),
+    "flowprox.unfolded": ("UnfoldedHQS", "UnfoldedPGD"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            value = version("flowprox")
+        except PackageNotFoundError:  # run from a source tree that was not installed
+            value = "0+uninstalled"
+    elif name in _HOME_OF:
+        value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    else:
+        raise AttributeError(f"module 'flowprox' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
