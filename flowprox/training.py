@@ -1,14 +1,14 @@
 r"""Training of flows and of unfolded networks, on one device or many, resumable to the bit.
 
     flow       min E[-log p(x) / (D ln 2)] + b         bits per dimension of dequantised images
-    unfolded   min E||x_hat(A x + noise, A) - x||^2    (Wei et al. 2022, Eq. 13), Adam with an own rate for mu and lambda
+    unfolded   min E||x_hat(A x + noise, A) - x||^2    (Wei et al. 2022, Eq. 13); mu and lambda have their own rate
 
-Symbols: x clean image (B, C, H, W) in [0, 1], D = C H W, b bit depth. The loop is ours and the engine (devices, processes,
-precision, logging) is Lightning Fabric's; this is the only file that imports it.
+Symbols: x clean image (B, C, H, W) in [0, 1], D = C H W, b bit depth. The loop is ours; devices, processes and the logger
+are Lightning Fabric's, and this is the only file that imports it.
 
-Every random number of step t on process r comes from a generator seeded with (seed, t, r), and the images of step t are the places
-[t B, (t + 1) B) of an endless sequence of permutations seeded with (seed, epoch). So the state of a run is its weights, optimiser,
-averages and t, and a run that was killed continues exactly as if it had not been.
+Every random number of step t on process r comes from a generator seeded with (seed, t, r), and the images of step t follow
+from (seed, t). So the state of a run is its weights, optimiser, averages and t, and a run that was killed continues exactly
+as if it had not been.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lightning.fabric.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from flowprox.checkpoints import atomic_write, load_model, load_training_state, save_model, save_training_state
-from flowprox.data import ImageDataset, save_image
+from flowprox.data import ImageDataset, ResumableSampler, save_image
 from flowprox.flows import Flow, Glow, NonFiniteError
 from flowprox.operators import LearnedBlur, make_physics, measure
 from flowprox.options import (
@@ -91,7 +91,7 @@ class TrainingResult:
     best: dict[str, float]
 
 
-# ---------------------------------------------------------------------------------------------------------------- tasks
+# --------------------------------------------------------------------------------------------------------------- tasks
 
 
 class Task(nn.Module):
@@ -311,10 +311,11 @@ def fit(
     """Train a task; what ``train_flow`` and ``train_unfolded`` come down to.
 
     Arguments:
-        make_task: builds the task; called once per process (with several processes under "ddp_spawn" it must be picklable).
+        make_task: builds the task; called once in every process (under "ddp_spawn" it must be picklable).
         data: the images.
         training: the limits, the optimiser and the devices.
-        out: folder of the run: ``state.pt``, ``model/``, ``metrics.jsonl``, ``loss.png``, ``samples.png``, ``recipe.yaml``, ``tensorboard/``.
+        out: folder of the run: ``model/``, ``state.pt``, ``recipe.yaml``, ``metrics.jsonl``, ``tensorboard/``, ``loss.png``,
+            ``samples.png``.
         recipe: what is written to ``recipe.yaml`` and into the model's card.
         resume: continue the run in ``out``, if there is one.
         name: the model's name in its card.
@@ -334,7 +335,6 @@ def fit(
         devices=training.devices,
         num_nodes=training.num_nodes,
         strategy=training.strategy,
-        precision="bf16-mixed" if training.precision == "bf16" else "32-true",
     )
     job = _Job(make_task, data, training, folder, recipe or {}, resume, name)
     return fabric.launch(functools.partial(_run_job, job=job))
@@ -353,9 +353,8 @@ class _Run:
     def __init__(self, fabric: Fabric, job: _Job, stop: threading.Event) -> None:
         self.fabric, self.job, self.stop, self.options = fabric, job, stop, job.training
         self.device = fabric.device
-        self.images = _load_images(job.data.train, job.data, "train")[: job.data.limit]
-        self.validation = _validation_images(job.data, self.options.n_validation_images)
-        self.order = _Order(len(self.images), self.options.batch_size, self.options.seed)
+        self.images, self.validation = _load_both(job.data, self.options.n_validation_images)
+        self.sampler = self._sampler(fabric.global_rank, fabric.world_size)
         self.limit = self._step_limit()
         self.max_time = parse_duration(self.options.max_time) if self.options.max_time is not None else math.inf
         self.step, self.skipped, self.skipped_in_a_row, self.previously = 0, 0, 0, 0.0
@@ -373,7 +372,7 @@ class _Run:
             self.task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if state is None:
             with torch.no_grad():
-                self.task.initialize(self._clean(self.order.batch(0)[:256]))
+                self.task.initialize(self._clean(next(iter(self._sampler(0, 1)))[:256]))
         else:
             self.task.model.load_state_dict(state["model"])
         self.task.train()
@@ -397,6 +396,7 @@ class _Run:
             self._restore(state)
         kept = [b for n, b in self.task.model.named_buffers() if n.endswith(("running_mean", "running_var"))]
         self.statistics, self.statistics_kept = kept, [b.clone() for b in kept]
+        self.batches = self._endless_batches()
         self.log = _Log(fabric, job, self.step, self.limit, self.max_time)
 
     # -- the course of the run
@@ -451,15 +451,14 @@ class _Run:
         """One optimiser step; the detached loss, or None where the step was skipped."""
         self.elapsed = elapsed if self.fabric.world_size == 1 else self.elapsed
         generator = self._seed_step()
-        inputs = self.task.batch(
-            self._flip(self._clean(self._my_part(self.order.batch(self.step))), generator), generator
-        )
+        inputs = self.task.batch(self._flip(self._clean(next(self.batches)), generator), generator)
         if self.statistics:
             torch._foreach_copy_(self.statistics_kept, self.statistics)
         self.optimizer.zero_grad(set_to_none=True)
         loss, applied = None, False
         try:
-            loss = self.forward(*inputs)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
+                loss = self.forward(*inputs)
             if self._agree(loss, elapsed):
                 self.fabric.backward(loss)
                 applied = self._apply_gradients(loss)
@@ -476,8 +475,8 @@ class _Run:
     def _agree(self, loss: Tensor | None, elapsed: float) -> bool:
         """Whether all processes have a finite loss; process 0's clock and stop signals travel along.
 
-        A process that went on alone would wait for ever in the gradient's reduction. A single process needs no vote: it finds out
-        with the gradient's norm, at no further synchronisation.
+        A process that went on alone would wait for ever in the gradient's reduction. A single process needs no vote: it
+        finds out with the gradient's norm, at no further synchronisation.
         """
         if self.fabric.world_size == 1:
             return loss is not None
@@ -531,12 +530,18 @@ class _Run:
         torch.manual_seed(seed)  # for whatever draws from the global generator, such as dropout
         return torch.Generator(self.device).manual_seed(seed)
 
-    def _my_part(self, batch: Tensor) -> Tensor:
-        each = len(batch) // self.fabric.world_size
-        return batch[self.fabric.global_rank * each :][:each]
+    def _sampler(self, rank: int, world_size: int) -> ResumableSampler:
+        n, batch_size = len(self.images), self.options.batch_size
+        whole = n >= batch_size
+        return ResumableSampler(n, batch_size, self.options.seed, rank=rank, world_size=world_size, drop_last=whole)
 
-    def _clean(self, indices: Tensor) -> Tensor:
-        return self._to_float(self.images[indices])
+    def _endless_batches(self) -> Iterator[list[int]]:
+        self.sampler.seek(self.step)
+        while True:
+            yield from self.sampler
+
+    def _clean(self, indices: list[int]) -> Tensor:
+        return self._to_float(self.images[torch.tensor(indices)])
 
     def _to_float(self, images: Tensor) -> Tensor:
         x = images.to(self.device, non_blocking=True).float().div_(255)
@@ -653,7 +658,6 @@ class _Run:
             "seed": options.seed,
             "batch_size": options.batch_size,
             "n_images": len(self.images),
-            "processes": self.fabric.world_size,
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -684,32 +688,8 @@ class _Run:
 
     def _step_limit(self) -> float:
         options = self.options
-        epochs = options.max_epochs * len(self.images) / options.batch_size if options.max_epochs else math.inf
+        epochs = options.max_epochs * len(self.sampler) if options.max_epochs else math.inf
         return min(options.max_steps or math.inf, max(1, round(epochs)) if epochs < math.inf else math.inf)
-
-
-class _Order:
-    """Which images a step sees: places [t B, (t + 1) B) of an endless sequence of permutations seeded with (seed, epoch)."""
-
-    def __init__(self, n_images: int, batch_size: int, seed: int) -> None:
-        self.n_images, self.batch_size, self.seed = n_images, batch_size, seed
-        self.permutations: dict[int, Tensor] = {}
-
-    def batch(self, step: int) -> Tensor:
-        """Image indices (B,) of a step."""
-        parts, place, missing = [], step * self.batch_size, self.batch_size
-        while missing > 0:
-            epoch, start = divmod(place, self.n_images)
-            parts.append(self._permutation(epoch)[start : start + missing])
-            place, missing = place + len(parts[-1]), missing - len(parts[-1])
-        return torch.cat(parts)
-
-    def _permutation(self, epoch: int) -> Tensor:
-        if epoch not in self.permutations:
-            self.permutations = {e: p for e, p in self.permutations.items() if e == epoch - 1}
-            generator = torch.Generator().manual_seed(_mix(self.seed, epoch, -2))
-            self.permutations[epoch] = torch.randperm(self.n_images, generator=generator)
-        return self.permutations[epoch]
 
 
 def _mix(*numbers: int) -> int:
@@ -743,7 +723,7 @@ def _move_physics(task: Task, device: torch.device) -> None:
 
 @contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """An event set by SIGTERM or the first SIGINT, so that a run can write its state; a second SIGINT interrupts as usual."""
+    """An event set by SIGTERM or SIGINT, so that a run can write its state; a second SIGINT interrupts as usual."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -762,31 +742,34 @@ def _stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-# ---------------------------------------------------------------------------------------------------------------- images
+# -------------------------------------------------------------------------------------------------------------- images
 
 
-def _load_images(source: str | list[str], data: DataOptions, split: str) -> Tensor:
-    """All images of the sources as one uint8 tensor (N, C, H, W)."""
-    sources = [source] if isinstance(source, str) else source
-    parts = []
-    for one in sources:
-        dataset = ImageDataset(
-            one, image_size=data.image_size, split=split, channels=data.channels, skip_corrupt=data.skip_corrupt
-        )
-        parts.append(dataset.to_tensor())
-    return torch.cat(parts)
+def _load_images(source: str | list[str], data: DataOptions, split: str, limit: int | None) -> Tensor:
+    """The images of a source as one uint8 tensor (N, C, H, W)."""
+    return ImageDataset(
+        source,
+        image_size=data.image_size,
+        split=split,
+        channels=data.channels,
+        skip_corrupt=data.skip_corrupt,
+        limit=limit,
+    ).images
 
 
-def _validation_images(data: DataOptions, n: int) -> Tensor:
-    if data.validation is not None:
-        return _load_images(data.validation, data, "all")[:n]
+def _load_both(data: DataOptions, n_validation: int) -> tuple[Tensor, Tensor]:
+    """Training and validation images; the latter may be none."""
     sources = [data.train] if isinstance(data.train, str) else data.train
+    if data.validation is not None:
+        validation = _load_images(data.validation, data, "all", n_validation)
+        return _load_images(sources, data, "all", data.limit), validation
     if all(Path(source).is_dir() for source in sources):
-        return _load_images(data.train, data, "validation")[:n]
-    return torch.empty(0, data.channels, data.image_size, data.image_size, dtype=torch.uint8)
+        return _load_images(sources, data, "train", data.limit), _load_images(sources, data, "val", n_validation)
+    train = _load_images(sources, data, "all", data.limit)
+    return train, train[:0]
 
 
-# ------------------------------------------------------------------------------------------------------------------ logs
+# ---------------------------------------------------------------------------------------------------------------- logs
 
 
 class _Log:
@@ -805,7 +788,7 @@ class _Log:
         self.rows = [row for row in _read_rows(self.out / "metrics.jsonl") if row["step"] <= step]
         with atomic_write(self.out / "metrics.jsonl", mode="w") as f:
             f.writelines(json.dumps(row) + "\n" for row in self.rows)
-        self.file = open(self.out / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self.file = open(self.out / "metrics.jsonl", "a", encoding="utf-8")
         self.board = TensorBoardLogger(self.out, name="tensorboard", version="")
 
     def start(self, elapsed: float) -> None:
@@ -910,7 +893,7 @@ def _progress_bar(limit: float, max_time: float, elapsed: float) -> Any:
     return bar
 
 
-# --------------------------------------------------------------------------------------------------------- entry points
+# -------------------------------------------------------------------------------------------------------- entry points
 
 
 def train_flow(
@@ -925,7 +908,8 @@ def train_flow(
     """Train a flow on clean images by maximum likelihood.
 
     Arguments:
-        flow: "compact", "paper", a specification {kind: Glow, arguments: {...}}, or a pretrained flow (name, hub id, folder) to train on.
+        flow: "compact", "paper", a specification {kind: Glow, arguments: {...}}, or a pretrained flow (name, hub id, folder)
+            to train on.
         data: the images.
         training: limits, optimiser and devices.
         likelihood: bit depth and added noise.
@@ -963,7 +947,7 @@ def train_unfolded(
         name: the model's name in its card.
 
     Raises:
-        FileExistsError, ValueError, NonFiniteError: see ``fit``; and ValueError for a model or problem that cannot be built.
+        FileExistsError, ValueError, NonFiniteError: see ``fit``; ValueError also for what cannot be built.
     """
     recipe = _recipe(model=model, problem=problem, data=data, training=training, out=out, name=name)
     make_task = functools.partial(_reconstruction_task, model, problem, data)
