@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from flowprox.prox import FlowProx, ResNetProx, SoftThreshold, UNetProx
     from flowprox.unfolded import UnfoldedHQS, UnfoldedPGD
 
-    __version__: str
-
 __all__ = [
     "FlowProx",
     "Glow",
@@ -33,6 +31,8 @@ __all__ = [
     "save_model",
 ]
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "flowprox.checkpoints": ("list_models", "load_model", "save_model"),
     "flowprox.flows": ("Glow", "RealNVP"),
@@ -44,17 +44,9 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            value = version("flowprox")
-        except PackageNotFoundError:  # run from a source tree that was not installed
-            value = "0+uninstalled"
-    elif name in _HOME_OF:
-        value = getattr(importlib.import_module(_HOME_OF[name]), name)
-    else:
+    if name not in _HOME_OF:
         raise AttributeError(f"module 'flowprox' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
     globals()[name] = value
     return value
 

@@ -25,12 +25,13 @@ import os
 import platform
 import re
 import secrets
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -74,6 +75,7 @@ _MODEL_MODULES = (  # lowest first: a flow is loaded without importing deepinv
     "flowprox.baselines",
 )
 _PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin", ".th", ".tar"}
+_SHORT_LIST = re.compile(r"\[\n[^\[\]{}\"]{1,200}\n\s*\]")  # of numbers; JSON text has no line breaks inside strings
 _SMALL = 1024  # tensors with fewer elements stay float32 in a half-precision file: they weigh nothing and steer much
 
 
@@ -145,7 +147,11 @@ class Card:
         """The card as indented JSON."""
         values = {f.name: _plain(getattr(self, f.name), f.name) for f in dataclasses.fields(self) if f.name != "model"}
         first = {"format_version": values.pop("format_version"), "name": values.pop("name"), "model": self.model}
-        return json.dumps(first | values, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(first | values, indent=2, ensure_ascii=False)
+        return (
+            _SHORT_LIST.sub(lambda found: re.sub(r"\n\s*", " ", found[0]).replace("[ ", "[").replace(" ]", "]"), text)
+            + "\n"
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -281,7 +287,7 @@ def save_model(
     card.weights_dtype = stored_dtype or str(next(model.parameters(), torch.empty(0)).dtype).removeprefix("torch.")
     data = safetensors.torch.save(
         {name: _to_store(name, tensor, stored_dtype) for name, tensor in tensors.items()},
-        metadata={"format": "pt", "shared": json.dumps(shared)},
+        metadata={"shared": json.dumps(shared)},  # one key only: safetensors writes several in random order
     )
     card.n_bytes = len(data)
     card.sha256 = hashlib.sha256(data).hexdigest()
@@ -417,12 +423,11 @@ def _preprocessing(model: Any) -> dict[str, Any]:
 def _provenance(model: nn.Module) -> dict[str, Any]:
     import torch
 
-    versions = {"python": platform.python_version()}
-    for package in ("flowprox", "torch", "deepinv"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # a source tree on the path
-            versions[package] = "not installed"
+    import flowprox
+
+    versions = {"flowprox": flowprox.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    if "deepinv" in sys.modules:  # a flow alone does not depend on it
+        versions["deepinv"] = version("deepinv")
     tensor = next(model.parameters(), torch.empty(0))
     machine = (
         torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else f"{tensor.device.type}, {os.cpu_count()} cores"
@@ -534,12 +539,11 @@ def _resolve(name: str | os.PathLike[str], files: tuple[str, ...], revision: str
 
 def _download(repo_id: str, files: tuple[str, ...], revision: str | None) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
 
     where = f"{repo_id!r} is not a folder here, and the hub"
     try:
         folder = huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=list(files))
-    except (*HfHubHTTPError.__bases__, OSError, ValueError) as error:  # its base: any failure of the HTTP library
+    except _hub_errors() as error:
         raise CheckpointError(
             f"{where} could not be asked for it ({_first_line(error)}); check the path or id, the revision, the "
             "connection, and for a private model run `hf auth login`"
@@ -548,6 +552,13 @@ def _download(repo_id: str, files: tuple[str, ...], revision: str | None) -> Pat
     if missing:
         raise CheckpointError(f"{where} has no {missing[0]} under that id: it is not a flowprox model")
     return Path(folder)
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """Failures of the hub, of ids and of the connection: the HTTP library's base class, whichever library it is."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (*(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)), OSError, ValueError)
 
 
 def _first_line(error: BaseException) -> str:
@@ -737,7 +748,6 @@ def push_to_hub(
         CheckpointError: the folder is not a whole model, or the hub refused.
     """
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
 
     folder = Path(folder)
     card = _read_card(folder / CARD)
@@ -751,7 +761,7 @@ def push_to_hub(
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.create_commit(repo_id, operations, commit_message=f"{card.name} (flowprox)", revision=revision)
-    except (*HfHubHTTPError.__bases__, OSError, ValueError) as error:  # its base: any failure of the HTTP library
+    except _hub_errors() as error:
         raise CheckpointError(
             f"could not upload {folder} to {repo_id!r}: {_first_line(error)}; check the id and run `hf auth login`"
         ) from error
@@ -781,7 +791,7 @@ def _readme(card: Card, repo_id: str) -> str:
     text = [
         f"---\n{data.to_yaml()}\n---",
         f"# {card.name}",
-        f"A `{card.model['kind']}` with {card.n_parameters:,} parameters, stored as {card.weights_dtype}, for "
+        f"`{card.model['kind']}` with {card.n_parameters:,} parameters, stored as {card.weights_dtype}, for "
         "image reconstruction with normalizing-flow priors.",
         f'```python\nimport flowprox\n\nmodel = flowprox.load_model("{repo_id}")\n```',
         f"**Licence.** {card.licence}",
