@@ -1,0 +1,86 @@
+"""How close an estimate is to the truth: PSNR and SSIM, per image.
+
+    PSNR = -10 log10 mean((x_hat - x)^2)                                  in dB, for images in [0, 1]
+    SSIM = mean over windows of
+           (2 m m' + c1)(2 cov + c2) / ((m^2 + m'^2 + c1)(s^2 + s'^2 + c2))
+
+Symbols: x truth, x_hat estimate, both (B, C, H, W) with data range 1; m, s^2 mean and variance in a window, primes
+for x_hat, cov the covariance, c1 = 0.01^2, c2 = 0.03^2.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+__all__ = ["psnr", "ssim"]
+
+_SSIM_WINDOW = 11
+
+
+def psnr(x_hat: Tensor, x: Tensor, *, clip: bool = True) -> Tensor:
+    """Peak signal-to-noise ratio in dB, mean square error over all channels and pixels of one image.
+
+    Arguments:
+        x_hat: estimate (B, C, H, W).
+        x: truth (B, C, H, W) in [0, 1].
+        clip: clip the estimate to [0, 1] first, as an image that is shown or saved would be.
+
+    Returns:
+        (B,) in dB; infinite where both are equal.
+
+    Raises:
+        ValueError: shapes differ or are not (B, C, H, W).
+
+    Example:
+        >>> import torch
+        >>> x = torch.zeros(1, 3, 16, 16)
+        >>> round(float(psnr(x + 0.1, x)), 3)
+        20.0
+    """
+    x_hat, x = _prepared(x_hat, x, clip)
+    return -10 * (x_hat - x).square().flatten(1).mean(1).log10()
+
+
+def ssim(x_hat: Tensor, x: Tensor, *, clip: bool = True) -> Tensor:
+    """Structural similarity with a Gaussian window of 11x11, sigma 1.5, mean over windows inside the image and
+    channels.
+
+    Arguments:
+        x_hat: estimate (B, C, H, W), H and W at least 11.
+        x: truth (B, C, H, W) in [0, 1].
+        clip: clip the estimate to [0, 1] first.
+
+    Returns:
+        (B,), at most 1.
+
+    Raises:
+        ValueError: shapes differ, are not (B, C, H, W), or the images are smaller than the window.
+
+    References:
+        Wang, Bovik, Sheikh, Simoncelli (2004), Image quality assessment: from error visibility to structural
+        similarity, https://doi.org/10.1109/TIP.2003.819861, Eq. (13). Equal to
+        ``skimage.metrics.structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)``.
+
+    Example:
+        >>> import torch
+        >>> x = torch.rand(1, 3, 16, 16)
+        >>> round(float(ssim(x, x)), 3)
+        1.0
+    """
+    x_hat, x = _prepared(x_hat, x, clip)
+    if min(x.shape[-2:]) < _SSIM_WINDOW:
+        raise ValueError(f"ssim needs images of at least {_SSIM_WINDOW}x{_SSIM_WINDOW}, got {tuple(x.shape[-2:])}")
+    _, similarity = structural_similarity_index_measure(
+        x_hat, x, gaussian_kernel=True, sigma=1.5, data_range=1.0, reduction="none", return_full_image=True
+    )
+    # torchmetrics also averages windows that hang over a mirrored border; Wang et al. and scikit-image do not
+    border = _SSIM_WINDOW // 2
+    return similarity[..., border:-border, border:-border].flatten(1).mean(1)
+
+
+def _prepared(x_hat: Tensor, x: Tensor, clip: bool) -> tuple[Tensor, Tensor]:
+    if x_hat.shape != x.shape or x.ndim != 4:
+        raise ValueError(f"estimate and truth must both be (B, C, H, W), got {tuple(x_hat.shape)} and {tuple(x.shape)}")
+    x_hat, x = x_hat.detach().double(), x.detach().double()
+    return (x_hat.clamp(0, 1) if clip else x_hat), x
