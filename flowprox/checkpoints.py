@@ -653,7 +653,7 @@ def _build(spec: Mapping[str, Any], where: str) -> Any:
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             return build(spec)
-    except (ValueError, TypeError, LookupError) as error:
+    except (ValueError, TypeError, LookupError, RuntimeError, ArithmeticError) as error:  # constructors of any kind
         raise CheckpointError(f"{where}: {error}") from error
 
 

@@ -395,6 +395,11 @@ BAD_CARDS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "wrong argument": (lambda m: edit_card(m, model={"kind": "Tiny", "arguments": {"depth": 3}}), "do not fit Tiny"),
     "bad value": (lambda m: edit_card(m, model={"kind": "Tiny", "arguments": {"width": "x"}}), r"card\.json: "),
+    "impossible value": (lambda m: edit_card(m, model={"kind": "Tiny", "arguments": {"width": -1}}), "negative dim"),
+    "bad reference": (
+        lambda m: edit_card(m, model={"kind": "Chain", "arguments": {"parts": [{"same_as": 7}]}}),
+        r"card\.json: ",
+    ),
     "other shape": (
         lambda m: edit_card(m, model={"kind": "Tiny", "arguments": {"width": 5}}),
         r"does not fit its weights: linear\.weight has shape \(4, 4\) instead of \(5, 5\)",
