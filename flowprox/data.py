@@ -180,7 +180,7 @@ def split_indices(
     Example:
         >>> parts = split_indices([f"{i}.png" for i in range(1000)])
         >>> [len(part) for part in parts.values()]
-        [908, 45, 47]
+        [913, 40, 47]
     """
     if len(fractions) != 3 or min(fractions) < 0 or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
         raise ValueError(f"fractions must be three numbers of at least 0 that sum to 1, got {fractions}")

@@ -601,11 +601,11 @@ def data_prox(
         return physics.regularised_inverse(v, y, rho)
     if isinstance(physics, DecomposablePhysics):
         return physics.prox_l2(v, y, 1.0 / rho)
-    # LinearPhysics.prox_l2 would write solver, max_iter and tol to the operator
+    # LinearPhysics.prox_l2 would write solver, max_iter and tol to the operator; its default eps of 1e-8 costs 3 digits
     gamma = 1.0 / rho
     gamma = gamma.flatten() if isinstance(gamma, Tensor) and gamma.ndim > 1 else gamma
     return least_squares_implicit_backward(
-        physics, y, z=v, init=v, gamma=gamma, solver="CG", max_iter=max_iter, tol=tol, parallel_dim=[0]
+        physics, y, z=v, init=v, gamma=gamma, solver="CG", max_iter=max_iter, tol=tol, parallel_dim=[0], eps=1e-20
     )
 
 
