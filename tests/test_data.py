@@ -1,0 +1,471 @@
+"""Images from folders and shards, single files, measurements, splits, and the order of training."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from flowprox.data import (
+    ImageDataset,
+    ResumableSampler,
+    check_image,
+    load_image,
+    load_measurement,
+    save_image,
+    split_indices,
+)
+
+
+def _pixels(height: int = 8, width: int = 8, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def _joined(lists: Iterable[list[Any]]) -> list[Any]:
+    return [item for one in lists for item in one]
+
+
+def _folder(path: Path, n: int = 4, **kwargs: int) -> Path:
+    (path / "deeper").mkdir(parents=True)
+    for i in range(n):
+        Image.fromarray(_pixels(seed=i, **kwargs)).save(path / ("deeper" if i % 2 else "") / f"{i:03}.png")
+    return path
+
+
+def _shard(path: Path, n: int = 4, damaged: tuple[int, ...] = ()) -> Path:
+    contents = []
+    for i in range(n):
+        file = io.BytesIO()
+        Image.fromarray(_pixels(seed=i)).save(file, format="WEBP", lossless=True)
+        contents.append(b"damaged" if i in damaged else file.getvalue())
+    offsets = np.cumsum([0, *(len(c) for c in contents)])
+    np.savez(path, webp=np.frombuffer(b"".join(contents), np.uint8), offsets=offsets)
+    return path
+
+
+# Data sets -----------------------------------------------------------------------------------------------------------
+
+
+def test_folder_is_searched_recursively_in_the_order_of_names(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "images")
+    (folder / "notes.txt").write_text("not an image")
+    dataset = ImageDataset(folder, image_size=8)
+    assert [os.path.relpath(name, folder) for name in dataset.names] == [
+        "000.png", "002.png", "deeper/001.png", "deeper/003.png",
+    ]  # fmt: skip
+    item = dataset[2]
+    assert set(item) == {"x"}
+    assert item["x"].dtype == torch.float32
+    expected = torch.from_numpy(_pixels(seed=1)).permute(2, 0, 1) / 255
+    assert torch.equal(item["x"], expected)
+
+
+def test_shard_glob_and_list_give_the_same_images(tmp_path: Path) -> None:
+    shards = [_shard(tmp_path / f"train-{i}.npz") for i in range(2)]
+    expected = torch.stack([torch.from_numpy(_pixels(seed=i)).permute(2, 0, 1) for i in [0, 1, 2, 3] * 2])
+    for source in (str(tmp_path / "train-*.npz"), shards, [str(shard) for shard in shards], tmp_path):
+        dataset = ImageDataset(source, image_size=8)
+        assert torch.equal(dataset.images, expected)
+        assert torch.equal(dataset.batch([5, 0])["x"], expected[[5, 0]] / 255)
+    assert dataset.names[5] == f"{shards[1]}[1]"
+    assert len(ImageDataset(shards, image_size=8, limit=3)) == 3
+
+
+def test_loader_makes_batches(tmp_path: Path) -> None:
+    dataset = ImageDataset(_folder(tmp_path / "a"), image_size=8)
+    (batch,) = DataLoader(dataset, batch_sampler=ResumableSampler(4, 4, shuffle=False))
+    assert torch.equal(batch["x"], dataset.batch(range(4))["x"])
+
+
+@pytest.mark.parametrize(("crop", "columns"), [("centre", slice(4, 12)), ("stretch", slice(0, 16))])
+def test_crop_and_lanczos(tmp_path: Path, crop: str, columns: slice) -> None:
+    pixels = _pixels(8, 16)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    expected = Image.fromarray(pixels[:, columns]).resize((4, 4), Image.Resampling.LANCZOS)
+    x = ImageDataset(tmp_path, image_size=4, crop=crop)[0]["x"]
+    assert torch.equal(x, torch.from_numpy(np.array(expected)).permute(2, 0, 1) / 255)
+
+
+def test_native_size_must_be_the_same_for_all(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "a", height=6, width=9)
+    assert ImageDataset(folder, image_size=None).images.shape == (4, 3, 6, 9)
+    Image.fromarray(_pixels(5, 9)).save(folder / "z.png")
+    with pytest.raises(ValueError, match=r"z\.png is 5x9 but .*000\.png is 6x9; give an image_size"):
+        ImageDataset(folder, image_size=None)
+
+
+def test_photographs_are_turned_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    image = Image.new("RGB", (16, 8), "black")
+    image.paste("white", (0, 0, 8, 8))
+    image.save(tmp_path / "a.png", exif=exif)
+    x = load_image(tmp_path / "a.png")
+    assert x.shape == (3, 16, 8)
+    assert x[:, :8].min() == 1
+    assert x[:, 8:].max() == 0
+
+
+def test_grey_and_colour(tmp_path: Path) -> None:
+    _folder(tmp_path / "colour", n=1)
+    grey = ImageDataset(tmp_path / "colour", image_size=8, channels=1)
+    expected = np.array(Image.fromarray(_pixels()).convert("L"))
+    assert torch.equal(grey[0]["x"], torch.from_numpy(expected)[None] / 255)
+    Image.fromarray(expected).save(tmp_path / "grey.png")
+    colour = ImageDataset(tmp_path / "grey.png", image_size=8)
+    assert torch.equal(colour[0]["x"], grey[0]["x"].expand(3, 8, 8))
+
+
+def test_a_damaged_image_is_named_or_skipped(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "a")
+    whole = (folder / "000.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.png").write_text("this is text")
+    (folder / "void.jpg").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"cut\.png cannot be read as an image \(.*; remove it or set skip_corrupt=True"
+    ):
+        ImageDataset(folder, image_size=8)
+    with pytest.warns(UserWarning, match=r"skipped 3 of 7 images.*cut\.png.*text\.png.*void\.jpg"):
+        dataset = ImageDataset(folder, image_size=8, skip_corrupt=True)
+    assert len(dataset) == len(dataset.names) == 4
+    assert [Path(name).name for name in dataset.skipped] == ["cut.png", "text.png", "void.jpg"]
+
+
+def test_a_damaged_image_in_a_shard_is_named_or_skipped(tmp_path: Path) -> None:
+    shard = _shard(tmp_path / "a.npz", damaged=(1,))
+    with pytest.raises(ValueError, match=r"a\.npz\[1\] cannot be read as an image \(its content is of no image format"):
+        ImageDataset(shard, image_size=8)
+    with pytest.warns(UserWarning, match="skipped 1 of 4"):
+        dataset = ImageDataset(shard, image_size=8, skip_corrupt=True)
+    assert dataset.skipped == [f"{shard}[1]"]
+    assert torch.equal(dataset.images[1], torch.from_numpy(_pixels(seed=2)).permute(2, 0, 1))
+
+
+def test_nothing_readable_is_an_error_even_when_skipping(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_text("text")
+    with pytest.raises(ValueError, match=r"none of the 1 images can be read, the first is .*a\.png"):
+        ImageDataset(tmp_path, image_size=8, skip_corrupt=True)
+
+
+def test_sources_that_hold_nothing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such file or folder, and no file matches"):
+        ImageDataset(tmp_path / "nowhere-*.npz")
+    with pytest.raises(ValueError, match="holds no images; expected files ending in"):
+        ImageDataset(tmp_path)
+    with pytest.raises(ValueError, match="source names no file"):
+        ImageDataset([])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"hu": np.zeros(3)}, "it holds hu, not webp and offsets"),
+        ({"webp": np.zeros(5, np.uint8), "offsets": np.array([0, 9])}, "offsets do not fit the 5 bytes"),
+        ({"webp": np.zeros(5, np.uint8), "offsets": np.array([3, 0])}, "offsets do not fit"),
+        ({"webp": np.zeros(5, np.uint8), "offsets": np.array([0])}, "offsets do not fit"),
+        ({"webp": np.array([{}]), "offsets": np.array([0, 1])}, "is not a shard of images .*allow_pickle"),
+        (None, "is not a shard of images"),
+    ],
+)
+def test_a_file_that_is_no_shard_is_named(tmp_path: Path, arrays: dict[str, Any] | None, message: str) -> None:
+    path = tmp_path / "a.npz"
+    if arrays is None:
+        path.write_text("text")
+    else:
+        np.savez(path, **arrays)
+    with pytest.raises(ValueError, match=message) as raised:
+        ImageDataset(path)
+    assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "option", [{"split": "trian"}, {"crop": "left"}, {"channels": 2}, {"image_size": 0}, {"limit": 0}]
+)
+def test_unknown_options_are_named(tmp_path: Path, option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(option))} must be"):
+        ImageDataset(tmp_path, **option)
+
+
+# Splits --------------------------------------------------------------------------------------------------------------
+
+
+def test_adding_files_moves_no_other_one() -> None:
+    names = [f"{i}.png" for i in range(2000)]
+    before = split_indices(names)
+    after = split_indices([f"new{i}.png" for i in range(500)] + names)
+    for split, indices in before.items():
+        assert [i - 500 for i in after[split] if i >= 500] == indices
+    assert sorted(_joined(before.values())) == list(range(2000))
+    assert abs(len(before["train"]) / 2000 - 0.9) < 0.02
+    assert split_indices(names, seed=1) != before
+
+
+def test_fractions_must_sum_to_one() -> None:
+    with pytest.raises(ValueError, match="fractions must be three numbers"):
+        split_indices(["a"], (0.5, 0.2, 0.2))
+
+
+def test_splits_of_a_folder_are_disjoint_and_do_not_depend_on_its_place(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "a", n=60)
+    parts = {split: ImageDataset(folder, image_size=8, split=split).names for split in ("train", "val", "test")}
+    assert sorted(_joined(parts.values())) == sorted(ImageDataset(folder, image_size=8).names)
+    moved = folder.rename(tmp_path / "b")
+    again = ImageDataset(moved, image_size=8, split="val").names
+    assert [os.path.relpath(n, moved) for n in again] == [os.path.relpath(n, folder) for n in parts["val"]]
+
+
+def test_shards_carry_their_split_in_their_name(tmp_path: Path) -> None:
+    for name, n in (("train-0", 4), ("trainextra-0", 3), ("val-0", 2)):
+        _shard(tmp_path / f"{name}.npz", n=n)
+    assert len(ImageDataset(tmp_path, image_size=8, split="train")) == 4
+    assert len(ImageDataset(tmp_path, image_size=8, split="val")) == 2
+    assert len(ImageDataset(tmp_path / "train*.npz", image_size=8, split="train")) == 7
+    with pytest.raises(ValueError, match="no image of the split 'val'"):
+        ImageDataset(tmp_path / "train*.npz", image_size=8, split="val")
+
+
+# Single files --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_saved_images_come_back(tmp_path: Path, channels: int) -> None:
+    x = torch.randint(0, 256, (channels, 5, 7)) / 255
+    save_image(x[None], tmp_path / "a.png")
+    assert torch.equal(load_image(tmp_path / "a.png"), x)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_saving_clips_but_refuses_nan(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    save_image(torch.tensor([-0.2, 0.0, 1.0, 1.3]).view(1, 2, 2).requires_grad_(), path)
+    assert load_image(path).flatten().tolist() == [0, 0, 1, 1]
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="NaN"):
+        save_image(torch.full((3, 2, 2), float("nan")), path)
+    with pytest.raises(ValueError, match="1 or 3 channels"):
+        save_image(torch.zeros(2, 4, 4), path)
+    with pytest.raises(ValueError, match=r"must have shape \(C, H, W\)"):
+        save_image(torch.zeros(2, 3, 4, 4), path)
+    with pytest.raises(ValueError, match=r"path must end in \.png"):
+        save_image(torch.zeros(3, 4, 4), tmp_path / "a.jpg")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        save_image(torch.zeros(3, 4, 4), tmp_path / "nowhere" / "a.png")
+    assert path.read_bytes() == before
+
+
+def test_16_bit_grey_keeps_its_precision(tmp_path: Path) -> None:
+    values = np.array([[0, 1], [30000, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    x = load_image(tmp_path / "a.png")
+    assert x.shape == (1, 2, 2)
+    torch.testing.assert_close(x[0], torch.from_numpy(values.astype(np.float32)) / 65535, rtol=0, atol=1e-7)
+    assert load_image(tmp_path / "a.png", channels=3).shape == (3, 2, 2)
+    eight = ImageDataset(tmp_path / "a.png", image_size=2, channels=1)
+    assert eight.images.flatten().tolist() == [0, 0, 117, 255]
+
+
+def test_float_tiff_must_lie_in_the_unit_interval(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0.0, 0.25]], np.float32)).save(tmp_path / "a.tif")
+    assert load_image(tmp_path / "a.tif").flatten().tolist() == [0, 0.25]
+    for bad in (2.0, -0.5, float("nan")):
+        Image.fromarray(np.array([[0.0, bad]], np.float32)).save(tmp_path / "b.tif")
+        with pytest.raises(ValueError, match=r"b\.tif holds values outside the range"):
+            load_image(tmp_path / "b.tif")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_become_white(tmp_path: Path, mode: str) -> None:
+    if mode == "P":
+        image = Image.new("P", (2, 1), 0)
+        image.putpalette([0, 0, 0, 0, 0, 0])
+        image.putpixel((1, 0), 1)
+        image.save(tmp_path / "a.png", transparency=1)
+    else:
+        image = Image.new(mode, (2, 1), (0,) * (len(mode) - 1) + (255,))
+        image.putpixel((1, 0), (0,) * len(mode))
+        image.save(tmp_path / "a.png")
+    x = load_image(tmp_path / "a.png")
+    assert x.shape == (1 if mode == "LA" else 3, 1, 2)
+    assert x[..., 0].max() == 0
+    assert x[..., 1].min() == 1
+
+
+def test_load_image_errors(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no file '.*nothing\.png'"):
+        load_image(tmp_path / "nothing.png")
+    with pytest.raises(ValueError, match="is a folder; give an image file"):
+        load_image(tmp_path)
+    (tmp_path / "text.png").write_text("text")
+    with pytest.raises(ValueError, match=r"text\.png cannot be read as an image \(its content is of no image format\)"):
+        load_image(tmp_path / "text.png")
+    with pytest.raises(ValueError, match="channels must be 1"):
+        load_image(tmp_path / "text.png", channels=4)
+
+
+# Measurements --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((4, 5), (1, 1, 4, 5)), ((3, 4, 5), (1, 3, 4, 5)), ((2, 3, 4, 5), (2, 3, 4, 5))],
+)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
+def test_measurements_of_any_float_type(
+    tmp_path: Path, shape: tuple[int, ...], expected: tuple[int, ...], dtype: Any
+) -> None:
+    array = np.random.default_rng(0).normal(size=shape).astype(dtype)
+    np.save(tmp_path / "y.npy", array)
+    y = load_measurement(tmp_path / "y.npy")
+    assert y.shape == expected
+    assert y.dtype == torch.float32
+    assert np.array_equal(y.numpy().reshape(shape), array.astype(np.float32))
+
+
+def test_an_image_file_is_a_measurement(tmp_path: Path) -> None:
+    x = torch.randint(0, 256, (3, 4, 4)) / 255
+    save_image(x, tmp_path / "y.png")
+    assert torch.equal(load_measurement(tmp_path / "y.png", channels=3), x[None])
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.full((3, 4, 4), np.nan), "holds 48 NaN or infinite value"),
+        (np.full((3, 4, 4), np.inf), "NaN or infinite"),
+        (np.full((3, 4, 4), 200.0), "values up to 200; .* divide by 255"),
+        (np.zeros((3, 4, 4), np.uint8), "holds uint8; .* divide 8-bit values by 255"),
+        (np.zeros((3, 4, 4), complex), "holds complex128"),
+        (np.zeros((4, 4, 3)), r"channels come first: save array\.transpose\(2, 0, 1\)"),
+        (np.zeros((2, 4, 4)), "must have 1 or 3 channels"),
+        (np.zeros(4), r"must have shape \(B, C, H, W\)"),
+        (np.zeros((3, 0, 4)), r"must have shape \(B, C, H, W\)"),
+        (np.zeros((1, 4, 4)), r"has 1 channel\(s\) but the model takes 3"),
+        (np.array([{}], dtype=object), r"is not a plain \.npy array"),
+    ],
+)
+def test_bad_measurements_are_named(tmp_path: Path, array: np.ndarray, message: str) -> None:
+    path = tmp_path / "y.npy"
+    np.save(path, array)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_measurement(path, channels=3)
+    assert str(path) in str(raised.value)
+
+
+def test_files_that_are_no_measurement(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no file"):
+        load_measurement(tmp_path / "nothing.npy")
+    (tmp_path / "a.npy").write_text("1 2 3")
+    with pytest.raises(ValueError, match=r"is not a plain \.npy array"):
+        load_measurement(tmp_path / "a.npy")
+    with open(tmp_path / "b.npy", "wb") as f:
+        np.savez(f, a=np.zeros(3))
+    with pytest.raises(ValueError, match=r"is an \.npz archive"):
+        load_measurement(tmp_path / "b.npy")
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(4, 4), r"must have shape \(C, H, W\) or \(B, C, H, W\)"),
+        (torch.zeros(4, 4, 4), "1 or 3 channels"),
+        (torch.zeros(3, 4, 4, dtype=torch.uint8), "type torch.uint8"),
+        (torch.full((3, 4, 4), float("nan")), "holds 48 NaN"),
+        (torch.full((3, 4, 4), 128.0), "divide it by 255"),
+        (torch.full((3, 4, 4), -0.5), "rescale or clamp it"),
+    ],
+)
+def test_check_image_says_what_is_wrong(x: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match="photo .*" + message):
+        check_image(x, "photo")
+    good = torch.rand(2, 1, 4, 4)
+    assert check_image(good) is good
+
+
+# Sampler -------------------------------------------------------------------------------------------------------------
+
+
+def _epochs(sampler: ResumableSampler, n: int) -> list[list[int]]:
+    return [batch for _ in range(n) for batch in sampler]
+
+
+def test_every_epoch_is_another_permutation() -> None:
+    batches = _epochs(ResumableSampler(12, 4, seed=1), 2)
+    first, second = _joined(batches[:3]), _joined(batches[3:])
+    assert sorted(first) == sorted(second) == list(range(12))
+    assert first != second
+    assert _epochs(ResumableSampler(12, 4, seed=1), 2) == batches
+    assert _epochs(ResumableSampler(12, 4, seed=2), 2) != batches
+    assert _epochs(ResumableSampler(12, 4, shuffle=False), 1) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+@pytest.mark.parametrize("done", range(9))
+def test_continues_at_any_step(done: int) -> None:
+    whole = _epochs(ResumableSampler(13, 4, seed=3), 3)
+    interrupted = ResumableSampler(13, 4, seed=3)
+    used: list[list[int]] = []
+    while len(used) < done:
+        for batch in interrupted:
+            used.append(batch)
+            if len(used) == done:
+                break
+    resumed, sought = ResumableSampler(13, 4, seed=3), ResumableSampler(13, 4, seed=3)
+    resumed.load_state_dict(interrupted.state_dict())
+    sought.seek(done)
+    for sampler in (resumed, sought):
+        assert (used + _epochs(sampler, 4))[:9] == whole
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_processes_share_each_batch(drop_last: bool) -> None:
+    alone = _epochs(ResumableSampler(11, 4, drop_last=drop_last), 2)
+    ranks = [_epochs(ResumableSampler(11, 4, rank=r, world_size=2, drop_last=drop_last), 2) for r in range(2)]
+    assert len(alone) == len(ranks[0]) == len(ranks[1])
+    for whole, *shares in zip(alone, *ranks, strict=True):
+        assert len(shares[0]) == len(shares[1])
+        assert _joined(shares)[: len(whole)] == whole
+
+
+def test_a_last_batch_smaller_than_the_number_of_processes_is_filled_up() -> None:
+    batches = [
+        _epochs(ResumableSampler(2, 8, rank=r, world_size=8, drop_last=False, shuffle=False), 1) for r in range(8)
+    ]
+    assert batches == [[[r % 2]] for r in range(8)]
+
+
+def test_set_epoch_stays_inside_the_current_one() -> None:
+    sampler = ResumableSampler(8, 2)
+    sampler.seek(6)
+    sampler.set_epoch(1)
+    assert (sampler.epoch, sampler.position) == (1, 2)
+    sampler.set_epoch(3)
+    assert (sampler.epoch, sampler.position) == (3, 0)
+
+
+def test_a_state_of_other_data_is_refused() -> None:
+    state = ResumableSampler(8, 2).state_dict()
+    with pytest.raises(ValueError, match="the saved order has n=8, this run has 9"):
+        ResumableSampler(9, 2).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n": 0}, "must be positive"),
+        ({"n": 4, "batch_size": 0}, "must be positive"),
+        ({"n": 4, "batch_size": 8}, "4 images are fewer than one batch of 8"),
+        ({"n": 4, "batch_size": 2, "rank": 2, "world_size": 2}, "rank must be in"),
+        ({"n": 9, "batch_size": 3, "world_size": 2}, "must be a multiple of world_size"),
+    ],
+)
+def test_bad_sampler_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ResumableSampler(**arguments)
