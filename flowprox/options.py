@@ -1,7 +1,8 @@
 """The settings of a training run, as plain typed records.
 
 The command line and the YAML recipes are made from these classes, so each field is an option of the same name. Nothing
-heavy is imported here: ``flowprox --help`` stays fast. Wrong values raise when the record is made, before any data is read.
+heavy is imported here: ``flowprox --help`` stays fast. A wrong value raises when the record is made, before any data is
+read.
 """
 
 from __future__ import annotations
@@ -104,9 +105,10 @@ class LikelihoodOptions:
     """How images become continuous before their likelihood is maximised.
 
     Arguments:
-        bit_depth: b; images are quantised to 2^b levels and dequantised, x = (floor(x 2^b) + u) / 2^b, u uniform in [0, 1).
-        noise_range: lowest and highest standard deviation of Gaussian noise added to each image, drawn uniformly per image;
-            [0, 0] adds none. A flow meant for unfolding should see images as noisy as its folds will.
+        bit_depth: b; images are quantised to 2^b levels and dequantised, x = (floor(x 2^b) + u) / 2^b, u uniform in
+            [0, 1).
+        noise_range: lowest and highest standard deviation of Gaussian noise added to each image, drawn uniformly per
+            image; [0, 0] adds none. A flow meant for unfolding should see images as noisy as its folds will.
     """
 
     bit_depth: int = 8
@@ -140,10 +142,10 @@ class UnfoldedOptions:
     """An unfolded network: n_folds times a gradient step and a learned prox.
 
     Arguments:
-        prox: "flow" (trained), "plug-and-play" (a frozen flow, the same in every fold, only step sizes learned), "resnet" or
-            "unet".
-        flow: a pretrained flow (name, hub id or folder), or a specification {kind: ..., arguments: {...}} to start from
-            random weights. Needed by "flow" and "plug-and-play".
+        prox: "flow" (trained), "plug-and-play" (a frozen flow, the same in every fold, only step sizes learned), "resnet"
+            or "unet".
+        flow: a pretrained flow (name, hub id or folder), or a preset or specification as in train-flow to start from random
+            weights. Needed by "flow" and "plug-and-play".
         pretrained: a pretrained prox (folder written by train-denoiser) to start "resnet" or "unet" from.
         prox_arguments: arguments of the ResNet's or U-Net's constructor when it is not pretrained.
         n_folds: K.
@@ -157,7 +159,7 @@ class UnfoldedOptions:
         iteration: "pgd" (proximal gradient) or "hqs" (half-quadratic splitting, exact data step).
         start: x_0: "flow" (the most likely latent of the flow, decoded) or "adjoint" (A^T y). null takes the flow where
             there is one.
-        likelihood_weight: weight in the loss of the bits per dimension of the clean images, averaged over the folds' flows.
+        likelihood_weight: weight in the loss of the clean images' bits per dimension, averaged over the folds' flows.
         learn_operator: learn the blur kernel used in the gradient steps along with the network (Wei et al., Sec. II).
     """
 
@@ -216,8 +218,8 @@ class TrainingOptions:
         learning_rate: Adam's step size for the weights, at the schedule's peak.
         scalar_learning_rate: the same for the few scalars mu and lambda.
         schedule: shape of the learning rates over the run: "constant", "cosine" (to zero) or "one-cycle" (30 % up, 70 %
-            down). Progress is the larger of step / max_steps and elapsed / max_time. With max_time the rates follow the clock,
-            so that no two runs are equal to the bit, except under "constant".
+            down). Progress is the larger of step / max_steps and elapsed / max_time. With max_time the rates may follow
+            the clock, and then no two runs are equal to the bit.
         warmup_steps: steps over which the rates rise linearly from zero, on top of the schedule.
         gradient_clip: largest allowed norm of all gradients together; 0 never clips.
         ema_decay: decay per step of the running average of the weights, which is what is validated and saved; 0 is off.
@@ -227,17 +229,17 @@ class TrainingOptions:
         patience: stop when so many validations in a row brought no new best; 0 never stops early.
         validate_every: steps between validations.
         n_validation_images: how many images each validation uses.
-        precision: "32", or "bf16" for the convolutional networks inside the model; a flow's own arithmetic stays float32.
+        precision: "32", or "bf16" for the convolutional networks in the model; a flow's own arithmetic stays float32.
         accelerator: "cpu", "cuda", "mps" or "auto".
         devices: processes per machine (one device each).
         num_nodes: machines.
-        strategy: Lightning's strategy: "auto", "ddp", "ddp_spawn" or "ddp_find_unused_parameters_true".
-        num_threads: CPU threads per process; null leaves PyTorch's choice. With one, PyTorch skips its fast convolutions.
+        strategy: how several processes start: "ddp" (the command is run again for each) or "ddp_spawn"; "auto" is "ddp".
+        num_threads: CPU threads per process; null leaves PyTorch's choice. With one, it skips its fast convolutions.
         channels_last: keep images and weights channels-last, the faster layout for convolutions.
         horizontal_flip: mirror half of the training images, drawn anew in every step.
         checkpoint_every: seconds between two writes of the state a run resumes from; 0 writes after every step.
         seed: every random number of the run follows from it.
-        progress: show a progress bar (on a terminal) or a line per validation.
+        progress: show a progress bar on a terminal, elsewhere a line per validation.
     """
 
     batch_size: int = 16
@@ -257,7 +259,7 @@ class TrainingOptions:
     accelerator: str = "auto"
     devices: int = 1
     num_nodes: int = 1
-    strategy: str = "auto"
+    strategy: Literal["auto", "ddp", "ddp_spawn"] = "auto"
     num_threads: int | None = None
     channels_last: bool = False
     horizontal_flip: bool = True

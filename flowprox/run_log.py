@@ -1,0 +1,136 @@
+"""What a training run writes while it goes: metrics.jsonl, TensorBoard, a progress bar, loss.png.
+
+A row of metrics.jsonl has the step, the elapsed seconds, and either the training figures (loss, learning_rate, skipped,
+images_per_second) or those of a validation (validation_psnr, ...). Figures that are not finite are written as null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from flowprox.checkpoints import atomic_write
+
+__all__ = ["RunLog"]
+
+
+class _Board(Protocol):
+    """The part of Lightning's loggers that is used."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
+    def finalize(self, status: str) -> None: ...
+
+
+class RunLog:
+    """The log of one run; rows after ``step`` that a killed predecessor left are dropped.
+
+    Arguments:
+        folder: of the run; created if needed.
+        recipe: written to recipe.yaml.
+        board: gets every row too, such as a TensorBoard logger.
+        step: step the run starts from.
+        batch_size: images per step, for the speed.
+        show: whether to show progress: a bar on a terminal, else a line per validation.
+    """
+
+    def __init__(
+        self, folder: Path, recipe: Mapping[str, Any], board: _Board, step: int, batch_size: int, show: bool
+    ) -> None:
+        self.folder, self.board, self.batch_size, self.show = folder, board, batch_size, show
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / "recipe.yaml", mode="w") as f:
+            yaml.safe_dump(dict(recipe), f, sort_keys=False)
+        self.rows = [row for row in _read_rows(folder / "metrics.jsonl") if row["step"] <= step]
+        with atomic_write(folder / "metrics.jsonl", mode="w") as f:
+            f.writelines(json.dumps(row) + "\n" for row in self.rows)
+        self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+        self.measured = (step, time.monotonic())
+        self.validated = ""
+        console = Console()
+        self.bar = _progress_bar(console) if show and console.is_terminal else None
+
+    def training(self, step: int, elapsed: float, figures: Mapping[str, float], progress: float) -> None:
+        """Note training figures; ``progress`` of the run is between 0 and 1."""
+        (last_step, then), now = self.measured, time.monotonic()
+        self.measured = (step, now)
+        speed = (step - last_step) * self.batch_size / max(now - then, 1e-9)
+        self._write(step, elapsed, {**figures, "images_per_second": round(speed, 2)})
+        if self.bar is not None:
+            text = f"loss {figures['loss']:.4g}  {self.validated}  {speed:.0f} images/s"
+            self.bar.update(self.bar.task_ids[0], completed=progress, description=f"step {step}", text=text)
+
+    def validation(self, step: int, elapsed: float, figures: Mapping[str, float], seconds: float) -> None:
+        """Note a validation's figures; the ``seconds`` it took are not counted in images per second."""
+        last_step, then = self.measured
+        self.measured = (last_step, then + seconds)
+        self._write(step, elapsed, {f"validation_{name}": value for name, value in figures.items()})
+        self.validated = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
+        if self.show and self.bar is None:
+            loss, speed = self._latest("loss"), self._latest("images_per_second")
+            print(f"step {step}  {elapsed:.0f} s  loss {loss:.4g}  {self.validated}  {speed:.0f} images/s", flush=True)
+
+    def _latest(self, name: str) -> float:
+        return next((row[name] for row in reversed(self.rows) if row.get(name) is not None), math.nan)
+
+    def _write(self, step: int, elapsed: float, figures: Mapping[str, float]) -> None:
+        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        row = {"step": step, "elapsed": round(elapsed, 2), **finite}
+        self.rows.append(row)
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        self.board.log_metrics({name: value for name, value in finite.items() if value is not None}, step)
+
+    def draw_loss(self, figure: str) -> None:
+        """Write loss.png: the training loss and a validation figure over the steps."""
+        picture = Figure(figsize=(7, 3.5), layout="constrained")
+        axes = picture.add_subplot()
+        axes.set_xlabel("step")
+        axes.plot(*self._columns("loss"), color="C0", alpha=0.7, label="training")
+        other = axes
+        if figure == "bits_per_dimension":  # the loss itself
+            axes.set_ylabel("bits per dimension")
+        else:
+            axes.set_ylabel("training loss")
+            axes.set_yscale("log")
+            other = axes.twinx()
+            other.set_ylabel(f"validation {figure}")
+        other.plot(*self._columns(f"validation_{figure}"), "o-", color="C1", label="validation")
+        picture.legend(loc="outside upper right", ncols=2)
+        with atomic_write(self.folder / "loss.png", mode="wb") as f:
+            picture.savefig(f, format="png", dpi=100)
+
+    def _columns(self, name: str) -> tuple[list[float], list[float]]:
+        pairs = [(row["step"], row[name]) for row in self.rows if row.get(name) is not None]
+        return [step for step, _ in pairs], [value for _, value in pairs]
+
+    def close(self) -> None:
+        """Stop the bar and close the files."""
+        if self.bar is not None:
+            self.bar.stop()
+        self.file.close()
+        self.board.finalize("success")
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def _progress_bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=console, refresh_per_second=1)
+    bar.add_task("starting", total=1.0, text="")
+    bar.start()
+    return bar

@@ -1,0 +1,342 @@
+r"""What is trained, on what, and how well it does: the contract between a model and the training loop, and its members.
+
+    likelihood       min E[-log p(x~) / (D ln 2)] + b        bits per dimension of dequantised images x~
+    reconstruction   min E||x_hat(y, A) - x||^2              y = A x + noise made on the fly (Wei et al. 2022, Sec. V)
+    denoising        min E||prox(x + n) - x||^2              n Gaussian, its level drawn per image
+
+Symbols: x clean image (B, C, H, W) in [0, 1], D = C H W, b bit depth, y measurement, x_hat estimate.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from deepinv.physics import LinearPhysics
+from torch import Tensor, nn
+
+from flowprox.checkpoints import load_model
+from flowprox.flows import Flow, Glow
+from flowprox.operators import LearnedBlur, make_physics, measure
+from flowprox.options import (
+    DataOptions,
+    DenoiserOptions,
+    LikelihoodOptions,
+    ProblemOptions,
+    TrainingOptions,
+    UnfoldedOptions,
+)
+from flowprox.prox import FlowProx, ResNetProx, UNetProx
+from flowprox.spec import build
+from flowprox.unfolded import Unfolded, UnfoldedHQS, UnfoldedPGD
+
+__all__ = [
+    "DenoisingTask",
+    "LikelihoodTask",
+    "ReconstructionTask",
+    "Task",
+    "denoising_task",
+    "dequantise",
+    "likelihood_task",
+    "make_flow",
+    "make_unfolded",
+    "reconstruction_task",
+]
+
+
+class Task(nn.Module):
+    """What is trained, on what, and how well it does: the contract between a model and the training loop.
+
+    Arguments:
+        model: the network to train; the task itself has no other parameters.
+    """
+
+    figure: str = "psnr"
+    higher_is_better: bool = True
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def batch(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """The loss's inputs for clean images x (B, C, H, W) in [0, 1]; all randomness comes from ``generator``."""
+        raise NotImplementedError
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The loss, a scalar."""
+        raise NotImplementedError
+
+    def evaluate(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Figures (B,) of ``model`` on clean images x (B, C, H, W)."""
+        raise NotImplementedError
+
+    def initialize(self, x: Tensor) -> None:
+        """Data-dependent initialisation from clean images x (B, C, H, W), before the first step."""
+
+    def parameter_groups(self, options: TrainingOptions) -> list[dict[str, Any]]:
+        """Adam's parameter groups, each with its learning rate ``lr``."""
+        return [{"params": list(self.model.parameters()), "lr": options.learning_rate}]
+
+    def pictures(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> list[Tensor]:
+        """Rows of images (n, C, H, W) for ``samples.png``."""
+        raise NotImplementedError
+
+
+class LikelihoodTask(Task):
+    """Maximum likelihood of dequantised images, in bits per dimension.
+
+    Arguments:
+        flow: the flow.
+        options: bit depth and added noise.
+    """
+
+    figure = "bits_per_dimension"
+    higher_is_better = False
+
+    def __init__(self, flow: Flow, options: LikelihoodOptions | None = None) -> None:
+        super().__init__(flow)
+        self.options = options or LikelihoodOptions()
+
+    def batch(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        return (_add_noise(dequantise(x, self.options.bit_depth, generator), self.options.noise_range, generator),)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.model.bits_per_dimension(inputs[0], self.options.bit_depth).mean()  # type: ignore[operator]
+
+    def evaluate(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        assert isinstance(model, Flow)
+        clean = dequantise(x, self.options.bit_depth, generator)
+        figures = {self.figure: model.bits_per_dimension(clean, self.options.bit_depth)}
+        if (
+            self.options.noise_range[1] > 0
+        ):  # what is trained is the likelihood of noisy images; the clean one stands beside it
+            noisy = _add_noise(clean, self.options.noise_range, generator)
+            figures = {
+                self.figure: model.bits_per_dimension(noisy, self.options.bit_depth),
+                "bits_per_dimension_clean": figures[self.figure],
+            }
+        return figures
+
+    def initialize(self, x: Tensor) -> None:
+        generator = torch.Generator(x.device).manual_seed(0)
+        _initialize_flow(self.model, self.batch(x, generator)[0])
+
+    def pictures(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> list[Tensor]:
+        assert isinstance(model, Flow)
+        size = (x.shape[-2], x.shape[-1])
+        return [model.sample(len(x), temperature, size, generator=generator) for temperature in (0.7, 1.0)]
+
+
+class ReconstructionTask(Task):
+    """Mean squared error of a reconstruction network on measurements made on the fly.
+
+    Arguments:
+        model: deepinv ``Reconstructor`` with ``parameter_groups``; ``x_hat = model(y, physics)``.
+        physics: the operator with its noise model.
+        likelihood_weight: weight of the bits per dimension of the clean images, averaged over the flows of the folds.
+    """
+
+    def __init__(self, model: nn.Module, physics: LinearPhysics, likelihood_weight: float = 0.0) -> None:
+        super().__init__(model)
+        self._physics = [physics]  # in a list it is no submodule: neither trained nor part of the state
+        self.likelihood_weight = likelihood_weight
+        if likelihood_weight and not model.flows():  # type: ignore[operator]
+            raise ValueError("likelihood_weight needs a network whose proxes are flows; set it to 0")
+
+    @property
+    def physics(self) -> LinearPhysics:
+        """The operator."""
+        return self._physics[0]
+
+    def to(self, *args: Any, **kwargs: Any) -> ReconstructionTask:
+        """As ``nn.Module.to``; the operator moves along."""
+        self.physics.to(*args, **kwargs)
+        return super().to(*args, **kwargs)
+
+    def batch(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            y = measure(x, self.physics, generator=generator)
+        return (x, y, dequantise(x, 8, generator)) if self.likelihood_weight else (x, y)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        x, y = inputs[:2]
+        loss = nn.functional.mse_loss(self.model(y, self.physics), x)
+        if self.likelihood_weight:
+            flows = self.model.flows()  # type: ignore[operator]
+            bits = sum(flow.bits_per_dimension(inputs[2]).mean() for flow in flows) / len(flows)
+            loss = loss + self.likelihood_weight * bits
+        return loss
+
+    def evaluate(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        y = measure(x, self.physics, generator=generator)
+        return {"psnr": _psnr(model(y, self.physics), x)}
+
+    def initialize(self, x: Tensor) -> None:
+        flows = self.model.flows()  # type: ignore[operator]
+        fresh = [_initialize_flow(flow, dequantise(x, 8, torch.Generator(x.device).manual_seed(0))) for flow in flows]
+        start = getattr(self.model, "start_image", None)
+        if any(fresh) and start is not None:
+            start.copy_(flows[0].decode(start.new_zeros(1, start[0].numel()), start.shape[-2:]))
+
+    def parameter_groups(self, options: TrainingOptions) -> list[dict[str, Any]]:
+        return self.model.parameter_groups(options.learning_rate, options.scalar_learning_rate)  # type: ignore[operator]
+
+    def pictures(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> list[Tensor]:
+        y = measure(x, self.physics, generator=generator)
+        back = self.physics.A_adjoint(y)  # type: ignore[operator]
+        return [x, back, model(y, self.physics)]
+
+
+class DenoisingTask(Task):
+    """Mean squared error of a prox network as a denoiser of Gaussian noise.
+
+    Arguments:
+        prox: ``x_hat = prox(v, step)``; the step is 1.
+        noise_range: lowest and highest standard deviation, drawn uniformly per image.
+    """
+
+    def __init__(self, prox: nn.Module, noise_range: list[float]) -> None:
+        super().__init__(prox)
+        self.noise_range = noise_range
+
+    def batch(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        return x, _add_noise(x, self.noise_range, generator)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        x, v = inputs
+        return nn.functional.mse_loss(self.model(v, 1.0), x)
+
+    def evaluate(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"psnr": _psnr(model(_add_noise(x, self.noise_range, generator), 1.0), x)}
+
+    def pictures(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> list[Tensor]:
+        v = _add_noise(x, self.noise_range, generator)
+        return [x, v, model(v, 1.0)]
+
+
+def dequantise(x: Tensor, bit_depth: int, generator: torch.Generator | None = None) -> Tensor:
+    """x = (floor(x 2^b) + u) / 2^b with u uniform in [0, 1), for images (B, C, H, W) in [0, 1]."""
+    levels = 2**bit_depth
+    u = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return ((x * levels).floor().clamp_(max=levels - 1) + u) / levels
+
+
+def _add_noise(x: Tensor, noise_range: list[float], generator: torch.Generator) -> Tensor:
+    low, high = noise_range
+    if high == 0:
+        return x
+    level = low + (high - low) * torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device)
+    return x + level * torch.randn(x.shape, generator=generator, device=x.device)
+
+
+def _psnr(x_hat: Tensor, x: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each image (B,), peak 1, the estimate clipped to [0, 1]."""
+    return -10 * (x_hat.clamp(0, 1) - x).square().flatten(1).mean(1).clamp(min=1e-12).log10()
+
+
+def _initialize_flow(flow: nn.Module, x: Tensor) -> bool:
+    """Initialise a flow that is not yet; whether it was needed."""
+    flags = [buffer for name, buffer in flow.named_buffers() if name.endswith("initialized")]
+    fresh = not all(bool(flag) for flag in flags)
+    if fresh:
+        flow.initialize(x)  # type: ignore[operator]
+    return fresh
+
+
+def _image_shape(data: DataOptions) -> tuple[int, int, int]:
+    return data.channels, data.image_size, data.image_size
+
+
+def likelihood_task(flow: str | dict[str, Any], data: DataOptions, options: LikelihoodOptions) -> LikelihoodTask:
+    """The task of ``train_flow``."""
+    return LikelihoodTask(make_flow(flow, data), options)
+
+
+def denoising_task(options: DenoiserOptions, data: DataOptions) -> DenoisingTask:
+    """The task of ``train_denoiser``."""
+    return DenoisingTask(_make_net_prox(options.prox, options.prox_arguments, data), options.noise_range)
+
+
+def reconstruction_task(options: UnfoldedOptions, problem: ProblemOptions, data: DataOptions) -> ReconstructionTask:
+    """The task of ``train_unfolded``."""
+    physics = make_physics(problem.name, _image_shape(data), seed=problem.seed, **problem.parameters)
+    return ReconstructionTask(make_unfolded(options, problem, data), physics, options.likelihood_weight)
+
+
+def make_flow(flow: str | dict[str, Any], data: DataOptions) -> Flow:
+    """A flow for the images of ``data``: a preset, a specification or a pretrained one (see ``train_flow``).
+
+    Raises:
+        ValueError: it cannot be built, is no flow, or does not take images of that size.
+        FileNotFoundError: there is no such pretrained flow.
+    """
+    shape = _image_shape(data)
+    if flow == "compact":
+        made: Any = Glow.compact(shape)
+    elif flow == "paper":
+        made = Glow.paper(shape)
+    elif isinstance(flow, str):
+        made = load_model(flow)
+    else:
+        arguments = {"image_shape": list(shape), **flow.get("arguments", {})}
+        made = build({**flow, "arguments": arguments})
+    if not isinstance(made, Flow):
+        raise ValueError(f"flow must be a flow; {flow!r} is a {type(made).__name__}")
+    if made.n_channels != data.channels or data.image_size % made.divisor:
+        raise ValueError(
+            f"the flow takes images of {made.n_channels} channels whose sides are divisible by {made.divisor}; "
+            f"data has {data.channels} channels and image_size {data.image_size}"
+        )
+    return made
+
+
+def _make_net_prox(kind: str, arguments: dict[str, Any], data: DataOptions) -> nn.Module:
+    prox = {"resnet": "ResNetProx", "unet": "UNetProx"}[kind]
+    return build({"kind": prox, "arguments": {"n_channels": data.channels, **arguments}})
+
+
+def _make_prox(options: UnfoldedOptions, data: DataOptions) -> nn.Module:
+    if options.prox in ("flow", "plug-and-play"):
+        assert options.flow is not None
+        return FlowProx(make_flow(options.flow, data), base=options.base, channelwise=options.channelwise)
+    if options.pretrained is None:
+        return _make_net_prox(options.prox, options.prox_arguments, data)
+    prox = load_model(options.pretrained)
+    if not isinstance(prox, {"resnet": ResNetProx, "unet": UNetProx}[options.prox]):
+        raise ValueError(f"pretrained {options.pretrained!r} is a {type(prox).__name__}, not a {options.prox} prox")
+    return prox
+
+
+def make_unfolded(options: UnfoldedOptions, problem: ProblemOptions, data: DataOptions) -> Unfolded:
+    """The unfolded network that the options describe, untrained except for what is pretrained.
+
+    Raises:
+        ValueError: the parts do not fit each other.
+        FileNotFoundError: there is no such pretrained flow or prox.
+    """
+    first = _make_prox(options, data)
+    shared = options.tied or options.prox == "plug-and-play"
+    common: dict[str, Any] = {
+        "proxes": [first if shared or k == 0 else copy.deepcopy(first) for k in range(options.n_folds)],
+        "shrinkage": options.shrinkage,
+        "start": options.start or ("flow" if isinstance(first, FlowProx) else "adjoint"),
+        "shrink_last": options.shrink_last,
+        "operator": _learned_blur(problem) if options.learn_operator else None,
+    }
+    if options.iteration == "hqs":
+        model: Unfolded = UnfoldedHQS(penalty=options.penalty, **common)
+    else:
+        model = UnfoldedPGD(step_size=options.step_size, **common)
+    if options.prox == "plug-and-play":
+        model.freeze_proxes()
+    if not isinstance(first, FlowProx):
+        model.log_shrinkage.requires_grad_(False)  # these proxes ignore it
+    return model
+
+
+def _learned_blur(problem: ProblemOptions) -> LearnedBlur:
+    if problem.name != "deblurring":
+        raise ValueError(f'learn_operator learns a blur kernel: it needs problem "deblurring", not "{problem.name}"')
+    known = {key: problem.parameters[key] for key in ("kernel_size", "sigma_blur") if key in problem.parameters}
+    return LearnedBlur(**known)
