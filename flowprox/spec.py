@@ -49,6 +49,7 @@ def _recording(init: Any) -> Any:
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         if "_arguments" not in self.__dict__:  # the outermost constructor wins over those it calls
             bound = signature.bind(self, *args, **kwargs)
+            bound.apply_defaults()  # a card outlives a change of defaults
             arguments = dict(bound.arguments)
             del arguments[next(iter(signature.parameters))]
             for name, parameter in signature.parameters.items():
