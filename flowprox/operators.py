@@ -372,8 +372,16 @@ class Problem:
 
     @classmethod
     def from_json(cls, text: str) -> Problem:
-        """Read what ``to_json`` wrote."""
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            ValueError: the text is not a problem in JSON.
+        """
         content = json.loads(text)
+        if not isinstance(content, dict) or set(content) - {"name", "parameters"} or "name" not in content:
+            raise ValueError(
+                f'a problem in JSON has the form {{"name": ..., "parameters": {{...}}}}, got {text[:80]!r}'
+            )
         return cls(content["name"], content.get("parameters", {}))
 
 
