@@ -38,7 +38,7 @@ class SoftThreshold(Specified, Prox):
 
     Example:
         >>> SoftThreshold()(torch.tensor([-2.0, 0.5, 3.0]), 1.0)
-        tensor([-1., 0., 2.])
+        tensor([-1.,  0.,  2.])
     """
 
     def __init__(self) -> None:
