@@ -142,10 +142,10 @@ class UnfoldedOptions:
     """An unfolded network: n_folds times a gradient step and a learned prox.
 
     Arguments:
-        prox: "flow" (trained), "plug-and-play" (a frozen flow, the same in every fold, only step sizes learned), "resnet"
-            or "unet".
-        flow: a pretrained flow (name, hub id or folder), or a preset or specification as in train-flow to start from random
-            weights. Needed by "flow" and "plug-and-play".
+        prox: "flow" (trained), "plug-and-play" (a frozen flow, the same in every fold, only step sizes learned),
+            "resnet" or "unet".
+        flow: a pretrained flow (name, hub id or folder), or a preset or specification as in train-flow to start from
+            random weights. Needed by "flow" and "plug-and-play".
         pretrained: a pretrained prox (folder written by train-denoiser) to start "resnet" or "unet" from.
         prox_arguments: arguments of the ResNet's or U-Net's constructor when it is not pretrained.
         n_folds: K.
@@ -233,7 +233,7 @@ class TrainingOptions:
         accelerator: "cpu", "cuda", "mps" or "auto".
         devices: processes per machine (one device each).
         num_nodes: machines.
-        strategy: how several processes start: "ddp" (the command is run again for each) or "ddp_spawn"; "auto" is "ddp".
+        strategy: how processes start: "ddp" (the command is run again for each) or "ddp_spawn"; "auto" is "ddp".
         num_threads: CPU threads per process; null leaves PyTorch's choice. With one, it skips its fast convolutions.
         channels_last: keep images and weights channels-last, the faster layout for convolutions.
         horizontal_flip: mirror half of the training images, drawn anew in every step.

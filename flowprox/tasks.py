@@ -180,7 +180,8 @@ class ReconstructionTask(Task):
             start.copy_(flows[0].decode(start.new_zeros(1, start[0].numel()), start.shape[-2:]))
 
     def parameter_groups(self, options: TrainingOptions) -> list[dict[str, Any]]:
-        return self.model.parameter_groups(options.learning_rate, options.scalar_learning_rate)  # type: ignore[operator]
+        rates = options.learning_rate, options.scalar_learning_rate
+        return self.model.parameter_groups(*rates)  # type: ignore[operator]
 
     def pictures(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> list[Tensor]:
         y = measure(x, self.physics, generator=generator)

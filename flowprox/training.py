@@ -2,7 +2,7 @@ r"""Training of flows and of unfolded networks, on one device or many, resumable
 
 Every random number of step t on process r comes from a generator seeded with (seed, t, r), and the images of step t
 follow from (seed, t). So the state of a run is its weights, optimiser, averages and t, and a run that was killed
-continues exactly as if it had not been. A step whose loss or gradient is not finite is skipped and counted, not applied.
+continues exactly as if it had not been. A step whose loss or gradient is not finite is counted and not applied.
 
 The loop is ours; devices, processes and the logger are Lightning Fabric's, and this is the only file that imports it.
 """

@@ -1,0 +1,427 @@
+"""Training: every kind learns, a killed run continues to the bit, steps that are not finite change nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+
+from flowprox.checkpoints import load_card, load_model, load_training_state
+from flowprox.data import save_image
+from flowprox.flows import NonFiniteError
+from flowprox.operators import make_physics
+from flowprox.options import (
+    DataOptions,
+    DenoiserOptions,
+    LikelihoodOptions,
+    ProblemOptions,
+    TrainingOptions,
+    UnfoldedOptions,
+    parse_duration,
+)
+from flowprox.spec import Specified
+from flowprox.tasks import LikelihoodTask, Task, dequantise, make_flow, reconstruction_task
+from flowprox.training import fit, train_denoiser, train_flow, train_unfolded
+
+SIZE = 8
+FLOW: dict[str, Any] = {"kind": "Glow", "arguments": {"n_levels": 1, "n_steps": 2, "hidden_channels": 8}}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 40 smooth images."""
+    folder = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for i in range(40):
+        x = F.interpolate(torch.rand(1, 3, 2, 2, generator=generator), (SIZE, SIZE), mode="bilinear")
+        save_image(x[0], folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def flow(images: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a pretrained flow."""
+    out = tmp_path_factory.mktemp("flow")
+    train_flow(FLOW, data(images), options(max_steps=40), LikelihoodOptions(noise_range=[0.0, 0.2]), str(out))
+    return str(out / "model")
+
+
+def data(images: Path, **changes: Any) -> DataOptions:
+    return DataOptions(**{"train": str(images), "validation": str(images), "image_size": SIZE, **changes})
+
+
+def options(**changes: Any) -> TrainingOptions:
+    defaults = {"batch_size": 8, "max_steps": 4, "accelerator": "cpu", "progress": False, "validate_every": 1000}
+    return TrainingOptions(**{**defaults, **changes})
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(a: Any, b: Any, where: str = "state") -> None:
+    """Equal to the bit, whatever the nesting."""
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}[{key!r}]")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (u, v) in enumerate(zip(a, b, strict=True)):
+            assert_same(u, v, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """The same state to the bit, but for the clock, and the same model."""
+    a, b = load_training_state(first / "state.pt"), load_training_state(second / "state.pt")
+    for state in (a, b):
+        del state["counters"]["elapsed"]
+    assert_same(a, b)
+    assert_same(load_model(first / "model").state_dict(), load_model(second / "model").state_dict())
+
+
+# ------------------------------------------------------------------------------------------------------ what is trained
+
+
+def test_flow_learns(images: Path, tmp_path: Path) -> None:
+    likelihood = LikelihoodOptions(bit_depth=5, noise_range=[0.0, 0.1])
+    training = options(max_steps=60, learning_rate=1e-2, validate_every=20, ema_decay=0.9)
+    result = train_flow(FLOW, data(images), training, likelihood, str(tmp_path), name="toy")
+    figures = [row["validation_bits_per_dimension"] for row in rows(tmp_path) if "validation_bits_per_dimension" in row]
+    assert len(figures) == 3 and figures[-1] < figures[0] - 0.05
+    assert result.reason == "max_steps" and result.skipped == 0 and result.metrics["bits_per_dimension_clean"] > 0
+    card = load_card(tmp_path / "model")
+    assert card.name == "toy" and card.training["steps"] == result.best["step"] and card.metrics == result.best
+    assert {"loss.png", "samples.png", "recipe.yaml", "state.pt", "tensorboard"} <= set(os.listdir(tmp_path))
+    average = load_training_state(tmp_path / "state.pt")["average"]
+    assert_same(dict(load_model(tmp_path / "model").state_dict()), dict(average))  # the average is what is saved
+
+
+UNFOLDED: dict[str, dict[str, Any]] = {
+    "flow": {"prox": "flow"},
+    "flow from random weights": {"prox": "flow", "flow": FLOW, "tied": True},
+    "flow, Laplace, HQS": {"prox": "flow", "base": "laplace", "channelwise": True, "iteration": "hqs"},
+    "flow with likelihood": {"prox": "flow", "likelihood_weight": 0.01, "shrink_last": False, "start": "adjoint"},
+    "flow with a learned operator": {"prox": "flow", "learn_operator": True},
+    "plug-and-play": {"prox": "plug-and-play"},
+    "resnet": {"prox": "resnet", "prox_arguments": {"hidden_channels": 4}},
+    "unet": {"prox": "unet", "prox_arguments": {"hidden_channels": 4, "n_scales": 2}},
+}
+
+
+@pytest.mark.parametrize("kind", UNFOLDED)
+def test_unfolded_networks_train_and_are_saved(kind: str, images: Path, flow: str, tmp_path: Path) -> None:
+    with_flow = UNFOLDED[kind]["prox"] in ("flow", "plug-and-play")
+    model = UnfoldedOptions(n_folds=2, **{"flow": flow if with_flow else None, **UNFOLDED[kind]})
+    problem = ProblemOptions("deblurring", {"kernel_size": 3, "sigma_blur": 1.0})
+    physics = make_physics(problem.name, (3, SIZE, SIZE), **problem.parameters)
+    result = train_unfolded(model, problem, data(images), options(max_steps=3), str(tmp_path))
+    assert result.steps == 3 and result.skipped == 0 and math.isfinite(result.metrics["psnr"])
+    x_hat = load_model(tmp_path / "model")(torch.rand(1, 3, SIZE, SIZE), physics)
+    assert x_hat.shape == (1, 3, SIZE, SIZE)
+    trained = load_training_state(tmp_path / "state.pt")["model"]
+    state = reconstruction_task(model, problem, data(images)).model.state_dict()
+    moved = {name for name in state if not torch.equal(trained[name], state[name])}
+    assert "log_data_weight" in moved
+    if kind == "plug-and-play":
+        assert moved == {"log_data_weight", "log_shrinkage"}
+    if kind == "flow with a learned operator":
+        assert "operator.weight" in moved
+
+
+def test_unfolded_network_learns_to_denoise(images: Path, flow: str, tmp_path: Path) -> None:
+    training = options(max_steps=60, learning_rate=3e-3, scalar_learning_rate=3e-2, validate_every=20)
+    result = train_unfolded(
+        UnfoldedOptions(flow=flow, n_folds=2), ProblemOptions(), data(images), training, str(tmp_path)
+    )
+    figures = [row["validation_psnr"] for row in rows(tmp_path) if "validation_psnr" in row]
+    assert figures[-1] > figures[0] and figures[-1] > 15.5  # 14.3 is the noisy image
+    assert load_card(tmp_path / "model").problem == asdict(ProblemOptions())
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    assert TrainingOptions(**recipe["training"]) == training and recipe["model"]["flow"] == flow
+    assert result.best["psnr"] == max(figures)
+
+
+def test_pretrained_denoiser_starts_the_folds(images: Path, tmp_path: Path) -> None:
+    denoiser = DenoiserOptions(prox="resnet", prox_arguments={"hidden_channels": 4}, noise_range=[0.1, 0.2])
+    train_denoiser(denoiser, data(images), options(), str(tmp_path / "denoiser"))
+    model = UnfoldedOptions(prox="resnet", pretrained=str(tmp_path / "denoiser" / "model"), n_folds=2)
+    task = reconstruction_task(model, ProblemOptions(), data(images))
+    pretrained = load_model(tmp_path / "denoiser" / "model").state_dict()
+    for k in range(2):
+        assert_same(dict(task.model.proxes[k].state_dict()), dict(pretrained))  # type: ignore[operator, index, union-attr]
+    with pytest.raises(ValueError, match="not a unet prox"):
+        reconstruction_task(UnfoldedOptions(prox="unet", pretrained=model.pretrained), ProblemOptions(), data(images))
+
+
+def test_without_validation_the_last_model_is_saved(images: Path, tmp_path: Path) -> None:
+    sources = sorted(str(path) for path in images.iterdir())
+    result = train_flow(FLOW, data(images, train=sources[:20], validation=None), options(), None, str(tmp_path))
+    assert result.metrics == {} and (tmp_path / "loss.png").exists()
+    assert_same(
+        dict(load_model(tmp_path / "model").state_dict()), dict(load_training_state(tmp_path / "state.pt")["model"])
+    )
+
+
+def test_dequantise_keeps_the_level() -> None:
+    x = torch.arange(256) / 255
+    assert torch.equal((dequantise(x, 8) * 256).floor(), torch.arange(256.0))
+    assert torch.equal((dequantise(x, 5) * 32).floor(), (torch.arange(256) // 8).float())
+
+
+# ----------------------------------------------------------------------------------------------------------- resumption
+
+RUN = """
+import sys, yaml
+from flowprox.options import DataOptions, LikelihoodOptions, TrainingOptions
+from flowprox.training import train_flow
+recipe = yaml.safe_load(sys.argv[1])
+parts = {"data": DataOptions, "training": TrainingOptions, "likelihood": LikelihoodOptions}
+train_flow(**{name: parts[name](**value) if name in parts else value for name, value in recipe.items()})
+"""
+
+
+def test_killed_run_continues_to_the_bit(images: Path, tmp_path: Path) -> None:
+    training = options(
+        max_steps=300,
+        validate_every=7,
+        n_validation_images=8,
+        ema_decay=0.95,
+        checkpoint_every=0.0,
+        num_threads=1,
+        warmup_steps=5,
+        patience=10**6,
+    )
+    likelihood = LikelihoodOptions(noise_range=[0.0, 0.1])
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    recipe = {"flow": FLOW, "data": asdict(data(images)), "training": asdict(training), "out": str(killed)}
+    recipe["likelihood"] = asdict(likelihood)
+    process = subprocess.Popen([sys.executable, "-c", RUN, yaml.safe_dump(recipe)])
+    train_flow(FLOW, data(images), training, likelihood, str(whole))
+    deadline = time.monotonic() + 120
+    while not (killed / "model").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    state = load_training_state(killed / "state.pt")
+    assert 7 <= state["counters"]["step"] < 300
+    flags = [value for name, value in state["model"].items() if name.endswith("initialized")]
+    assert flags and all(flags)
+
+    result = train_flow(FLOW, data(images), training, likelihood, str(killed), resume=True)
+    assert result.steps == 300
+    assert_same_run(whole, killed)
+    validated = [(row["step"], row["validation_bits_per_dimension"]) for row in rows(killed) if len(row) <= 4]
+    assert validated == [(row["step"], row["validation_bits_per_dimension"]) for row in rows(whole) if len(row) <= 4]
+
+
+@pytest.mark.parametrize("kind", ["flow", "unet"])
+def test_terminated_run_writes_its_state_and_continues(kind: str, images: Path, flow: str, tmp_path: Path) -> None:
+    settings = UNFOLDED[kind] | {"n_folds": 2, "flow": flow if kind == "flow" else None}
+    training = options(max_steps=9, validate_every=3, ema_decay=0.5)
+    job = partial(reconstruction_task, UnfoldedOptions(**settings), ProblemOptions(), data(images))
+    fit(job, data(images), training, tmp_path / "whole")
+
+    def terminated() -> Task:
+        task = job()
+        evaluate = task.evaluate
+
+        def and_terminate(*arguments: Any) -> dict[str, Tensor]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate(*arguments)
+
+        task.evaluate = and_terminate  # type: ignore[method-assign]
+        return task
+
+    result = fit(terminated, data(images), training, tmp_path / "stopped")
+    assert result.reason == "signal" and result.steps == 3
+    result = fit(job, data(images), training, tmp_path / "stopped", resume=True)
+    assert result.reason == "max_steps"
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_run_is_neither_overwritten_nor_continued_with_other_settings(
+    images: Path, flow: str, tmp_path: Path
+) -> None:
+    run = partial(train_flow, out=str(tmp_path), likelihood=None)
+    run(FLOW, data(images), options())
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        run(FLOW, data(images), options())
+    with pytest.raises(ValueError, match="made with seed 0, not 1"):
+        run(FLOW, data(images), options(seed=1), resume=True)
+    with pytest.raises(ValueError, match="n_images"):
+        run(FLOW, data(images, limit=10), options(), resume=True)
+    with pytest.raises(ValueError, match="trains another model"):
+        run("compact", data(images), options(), resume=True)
+    assert run(FLOW, data(images), options(max_steps=6), resume=True).steps == 6
+
+
+# ------------------------------------------------------------------------------------------------------ limits, options
+
+
+class _Line(Specified, nn.Module):
+    """x -> a x, with a batch normalisation whose statistics are to survive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.norm = nn.BatchNorm2d(3, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x + 0 * self.norm(x)
+
+
+class _Scripted(Task):
+    """Fits a line; the loss of chosen steps is NaN or raises, the validation figures are given."""
+
+    def __init__(self, bad: dict[int, str], figures: list[float] | None = None, only_rank: int = 0) -> None:
+        super().__init__(_Line())
+        self.bad, self.given, self.step, self.only_rank = bad, list(figures or []), -1, only_rank
+
+    def batch(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        self.step += 1
+        return (x,)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        how = self.bad.get(self.step) if rank == self.only_rank else None
+        if how == "raise":
+            raise NonFiniteError("Glow gave a non-finite value")
+        x = inputs[0] * (math.nan if how == "NaN" else 1.0)
+        return F.mse_loss(self.model(x), inputs[0])
+
+    def evaluate(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"psnr": torch.full((len(x),), self.given.pop(0) if self.given else 0.0)}
+
+    def pictures(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> list[Tensor]:
+        return [x]
+
+
+def test_steps_that_are_not_finite_change_nothing(images: Path, tmp_path: Path) -> None:
+    result = fit(partial(_Scripted, {3: "NaN", 4: "raise", 6: "NaN"}), data(images), options(max_steps=8), tmp_path)
+    assert result.steps == 8 and result.skipped == 3
+    state = load_training_state(tmp_path / "state.pt")
+    assert state["optimizer"]["state"][0]["step"] == 5
+    assert all(bool(value.isfinite().all()) for value in state["model"].values())
+    assert state["model"]["norm.num_batches_tracked"] == 5
+    with pytest.raises(NonFiniteError, match="20 steps in a row"):
+        bad = dict.fromkeys(range(2, 100), "raise")
+        fit(partial(_Scripted, bad), data(images), options(max_steps=100), tmp_path / "hopeless")
+
+
+def test_early_stopping_keeps_the_best(images: Path, tmp_path: Path) -> None:
+    figures = [1.0, 3.0, 2.0, math.nan, 2.5, 9.0]
+    training = options(max_steps=100, validate_every=2, patience=3)
+    result = fit(partial(_Scripted, {}, figures), data(images), training, tmp_path)
+    assert result.reason == "patience" and result.steps == 10 and result.best == {"psnr": 3.0, "step": 4}
+    assert load_card(tmp_path / "model").training["steps"] == 4
+
+
+def test_time_and_epochs_limit_a_run(images: Path, tmp_path: Path) -> None:
+    training = options(max_steps=None, max_time=0.5, schedule="one-cycle")
+    result = fit(partial(_Scripted, {}), data(images), training, tmp_path / "time")
+    assert result.reason == "max_time" and result.steps > 5 and 0.5 <= result.elapsed < 5
+    again = fit(partial(_Scripted, {}), data(images), training, tmp_path / "time", resume=True)
+    assert again.steps == result.steps  # the time is summed over resumptions
+    result = fit(partial(_Scripted, {}), data(images), options(max_steps=None, max_epochs=2), tmp_path / "epochs")
+    assert result.reason == "max_epochs" and result.steps == 10
+
+
+def test_the_gradient_is_clipped(images: Path, tmp_path: Path) -> None:
+    for clip in (1e-4, 0.0):
+        training = options(max_steps=1, gradient_clip=clip)
+        fit(partial(_Scripted, {}), data(images), training, tmp_path / str(clip))
+    clipped, free = (
+        abs(float(load_training_state(tmp_path / name / "state.pt")["optimizer"]["state"][0]["exp_avg"]))
+        for name in ("0.0001", "0.0")
+    )
+    assert clipped == pytest.approx(1e-5, rel=1e-2) and free > 1e-3
+
+
+BAD_OPTIONS: dict[str, tuple[type, dict[str, Any], str]] = {
+    "no limit": (TrainingOptions, {}, "never end"),
+    "negative rate": (TrainingOptions, {"max_steps": 1, "learning_rate": -1.0}, "learning_rate must be positive"),
+    "time": (TrainingOptions, {"max_time": "ten minutes"}, "max_time must look like"),
+    "decay": (TrainingOptions, {"max_steps": 1, "ema_decay": 1.0}, "ema_decay"),
+    "batch not divisible": (TrainingOptions, {"max_steps": 1, "batch_size": 3, "devices": 2}, "batch_size"),
+    "bits": (LikelihoodOptions, {"bit_depth": 9}, "bit_depth"),
+    "noise": (LikelihoodOptions, {"noise_range": [0.2, 0.1]}, "noise_range"),
+    "no flow": (UnfoldedOptions, {}, "needs flow"),
+    "start": (UnfoldedOptions, {"prox": "unet", "start": "flow"}, "start"),
+    "likelihood of a U-Net": (UnfoldedOptions, {"prox": "unet", "likelihood_weight": 1.0}, "likelihood_weight"),
+    "pretrained flow prox": (UnfoldedOptions, {"flow": "a", "pretrained": "b"}, "pretrained"),
+    "channels": (DataOptions, {"train": "a", "channels": 2}, "channels"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_wrong_options_are_refused(case: str) -> None:
+    kind, arguments, message = BAD_OPTIONS[case]
+    with pytest.raises(ValueError, match=message):
+        kind(**arguments)
+
+
+def test_durations() -> None:
+    assert [parse_duration(text) for text in ("1:00:00:01", "00:10:00", "02:30", "7", 7.5)] == [86401, 600, 150, 7, 7.5]
+
+
+def test_recipe_with_a_misspelt_key_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    jsonargparse = pytest.importorskip("jsonargparse")
+    parser = jsonargparse.ArgumentParser()
+    parser.add_function_arguments(train_unfolded)
+    good = {"model": {"flow": "x"}, "problem": {}, "data": {"train": "a"}, "training": {"max_steps": 1}}
+    assert parser.parse_object(good).training.max_steps == 1
+    with pytest.raises(SystemExit):
+        parser.parse_object({**good, "training": {"max_steps": 1, "lerning_rate": 0.1}})
+    assert "lerning_rate" in capsys.readouterr().err
+
+
+def test_misfits_name_the_remedy(images: Path, flow: str) -> None:
+    with pytest.raises(ValueError, match="divisible by 8"):
+        make_flow("compact", data(images, image_size=12))
+    with pytest.raises(ValueError, match="deblurring"):
+        reconstruction_task(UnfoldedOptions(flow=flow, learn_operator=True), ProblemOptions(), data(images))
+    with pytest.raises(ValueError, match="unknown kind"):
+        LikelihoodTask(make_flow({"kind": "Glov"}, data(images)))
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+
+
+def test_two_processes_have_the_gradient_of_one(images: Path, tmp_path: Path) -> None:
+    """Adam's first moment after one step is a tenth of the gradient."""
+    problem = ProblemOptions("inpainting", {"mask_size": 2})
+    job = partial(reconstruction_task, UnfoldedOptions(flow=FLOW, n_folds=2), problem, data(images))
+    common = {"max_steps": 1, "horizontal_flip": False, "gradient_clip": 0.0, "num_threads": 1}
+    fit(job, data(images), options(**common), tmp_path / "one")
+    fit(job, data(images), options(**common, devices=2, strategy="ddp_spawn"), tmp_path / "two")
+    one, two = (load_training_state(tmp_path / name / "state.pt") for name in ("one", "two"))
+    for key, moments in one["optimizer"]["state"].items():
+        torch.testing.assert_close(two["optimizer"]["state"][key]["exp_avg"], moments["exp_avg"], rtol=1e-4, atol=1e-7)
+    assert two["counters"]["figures"]["psnr"] == pytest.approx(one["counters"]["figures"]["psnr"], abs=1e-3)
+
+
+def test_processes_skip_a_step_together(images: Path, tmp_path: Path) -> None:
+    job = partial(_Scripted, {1: "NaN", 2: "raise"}, only_rank=1)
+    result = fit(job, data(images), options(max_steps=5, devices=2, strategy="ddp_spawn", num_threads=1), tmp_path)
+    assert result.skipped == 2 and result.steps == 5
+    assert load_training_state(tmp_path / "state.pt")["optimizer"]["state"][0]["step"] == 3
