@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import inspect
 import math
 import signal
 import threading
@@ -27,6 +28,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 from lightning.fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from flowprox.checkpoints import load_training_state, save_model, save_training_state
@@ -215,9 +217,11 @@ def fit(
 def _strategy(training: TrainingOptions) -> DDPStrategy | str:
     if training.devices * training.num_nodes == 1:
         return "auto"
-    # buffers are not broadcast in every step: only batch normalisation's change, and they are before a validation
     start = "spawn" if training.strategy == "ddp_spawn" else "popen"
-    return DDPStrategy(start_method=start, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # buffers are not broadcast in every step: only batch normalisation's change, and they are before a validation
+    known = inspect.signature(DistributedDataParallel).parameters
+    quiet: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    return DDPStrategy(start_method=start, gradient_as_bucket_view=True, **quiet)
 
 
 def _run_job(fabric: Fabric, job: _Job) -> TrainingResult:
@@ -248,7 +252,7 @@ class _Run:
         self.error: NonFiniteError | None = None
 
         state = self._read_state()
-        torch.manual_seed(self.options.seed)
+        _seed_global_generators(self.options.seed, self.device)
         self.task = job.make_task().to(self.device)
         if self.options.channels_last:
             self.task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -439,7 +443,7 @@ class _Run:
 
     def _seed_step(self) -> torch.Generator:
         seed = _mix("step", self.options.seed, self.step, self.fabric.global_rank)
-        torch.manual_seed(seed)  # for whatever draws from the global generator, such as dropout
+        _seed_global_generators(seed, self.device)
         return torch.Generator(self.device).manual_seed(seed)
 
     # -- images
@@ -652,6 +656,13 @@ def _mix(*parts: str | int) -> int:
     """One seed, below 2^63, from several parts; neighbouring numbers give unrelated seeds."""
     digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def _seed_global_generators(seed: int, device: torch.device) -> None:
+    """For whatever draws from them, such as dropout; ``torch.manual_seed`` would take a stack trace every time."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _images(data: DataOptions, source: str | list[str], split: str, limit: int | None) -> Tensor:
