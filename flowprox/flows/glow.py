@@ -78,7 +78,7 @@ class Glow(Specified, Flow):
             return Sequential([*layers, Unsqueeze()])
 
         channels, height, width = image_shape
-        super().__init__(level(0, channels), (channels, height, width), n_levels)
+        Flow.__init__(self, level(0, channels), (channels, height, width), n_levels)
 
     @classmethod
     def paper(cls, image_shape: Sequence[int] = (3, 64, 64), backward: str = "plain") -> Glow:

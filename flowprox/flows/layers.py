@@ -130,16 +130,17 @@ class Conv1x1(Bijection):
         return self.lu.diagonal().sum()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return channel_mix(x, self.weight()), _per_sample(self.log_determinant(), x)
+        with _full_precision(x):
+            return F.conv2d(x, self.weight()[:, :, None, None]), _per_sample(self.log_determinant(), x)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return channel_mix(z, self.inverse_weight()), _per_sample(-self.log_determinant(), z)
+        with _full_precision(z):
+            return F.conv2d(z, self.inverse_weight()[:, :, None, None]), _per_sample(-self.log_determinant(), z)
 
 
-def channel_mix(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """weight (C', C) times the channels of x (B, C, H, W), in x's precision also under autocast."""
-    with torch.autocast(x.device.type, enabled=False):
-        return F.conv2d(x, weight[:, :, None, None], bias)
+def _full_precision(x: Tensor) -> torch.autocast:
+    """Autocast off: the bijection's own arithmetic stays in the dtype of x."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def bounded_log_scale(raw: Tensor, bound: float) -> Tensor:
@@ -214,14 +215,16 @@ class GlowStep(Bijection):
     def _mixed(self, x: Tensor) -> Tensor:
         if self.actnorm._initialization_pending:
             self._initialize_once(x)
-        weight = self.mix.weight()
-        bias = weight @ self.actnorm.bias
-        return channel_mix(x, weight * torch.exp(self.actnorm.log_scale), bias)
+        with _full_precision(x):
+            weight = self.mix.weight()
+            bias = weight @ self.actnorm.bias
+            return F.conv2d(x, (weight * torch.exp(self.actnorm.log_scale))[:, :, None, None], bias)
 
     def _unmixed(self, z: Tensor) -> Tensor:
-        weight = torch.exp(-self.actnorm.log_scale)[:, None] * self.mix.inverse_weight()
-        bias = -torch.exp(-self.actnorm.log_scale) * self.actnorm.bias
-        return channel_mix(z, weight, bias)
+        with _full_precision(z):
+            inverse_scale = torch.exp(-self.actnorm.log_scale)
+            weight = inverse_scale[:, None] * self.mix.inverse_weight()
+            return F.conv2d(z, weight[:, :, None, None], -inverse_scale * self.actnorm.bias)
 
     def _initialize_once(self, x: Tensor) -> None:
         fresh = self.training and not bool(self.actnorm.initialized)
@@ -259,14 +262,22 @@ class Squeeze(Bijection):
         return self.decode(z), z.new_zeros(z.shape[0])
 
     def encode(self, x: Tensor) -> Tensor:
-        if x.shape[-2] % 2 or x.shape[-1] % 2:
-            raise ValueError(f"x has odd height or width {tuple(x.shape[-2:])}; pad or crop it to even numbers")
+        self._check_even(x)
         return F.pixel_unshuffle(x, 2)
 
     def decode(self, z: Tensor) -> Tensor:
+        self._check_channels(z)
+        return F.pixel_shuffle(z, 2)
+
+    @staticmethod
+    def _check_even(x: Tensor) -> None:
+        if x.shape[-2] % 2 or x.shape[-1] % 2:
+            raise ValueError(f"x has odd height or width {tuple(x.shape[-2:])}; pad or crop it to even numbers")
+
+    @staticmethod
+    def _check_channels(z: Tensor) -> None:
         if z.shape[1] % 4:
             raise ValueError(f"z has {z.shape[1]} channels, which is not a multiple of 4")
-        return F.pixel_shuffle(z, 2)
 
 
 class Unsqueeze(Squeeze):
@@ -280,7 +291,7 @@ class Unsqueeze(Squeeze):
 
 
 class HaarSqueeze(Squeeze):
-    """``Squeeze`` followed by the orthonormal 2-D Haar transform of each 2x2 block; the C averages come first.
+    """The orthonormal 2-D Haar transform of each 2x2 block: (B, C, H, W) to (B, 4C, H/2, W/2), the C averages first.
 
     Averages and details start apart, which a random rotation has to learn.
     """
@@ -289,23 +300,23 @@ class HaarSqueeze(Squeeze):
 
     def __init__(self) -> None:
         super().__init__()
-        signs = [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]
-        self.register_buffer("haar", torch.tensor(signs).float() / 2, persistent=False)
+        bands = [[[1, 1], [1, 1]], [[1, -1], [1, -1]], [[1, 1], [-1, -1]], [[1, -1], [-1, 1]]]
+        self.register_buffer("haar", torch.tensor(bands).float() / 2, persistent=False)
 
-    def _transform(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
-        blocks = x.view(batch, channels // 4, 4, height, width)
-        bands = torch.einsum("ij,bcjhw->bichw", self.haar.to(x.dtype), blocks)
-        return bands.reshape(batch, channels, height, width)
+    def _filters(self, x: Tensor, n_channels: int) -> Tensor:
+        """(4C, C, 2, 2): band i of channel c in row i C + c."""
+        identity = torch.eye(n_channels, dtype=x.dtype, device=x.device)
+        return torch.einsum("ihw,cd->icdhw", self.haar.to(x.dtype), identity).reshape(-1, n_channels, 2, 2)
 
     def encode(self, x: Tensor) -> Tensor:
-        return self._transform(super().encode(x).contiguous())
+        self._check_even(x)
+        with _full_precision(x):
+            return F.conv2d(x, self._filters(x, x.shape[1]), stride=2)
 
     def decode(self, z: Tensor) -> Tensor:
-        batch, channels, height, width = z.shape
-        bands = z.reshape(batch, 4, channels // 4, height, width)
-        blocks = torch.einsum("ij,bichw->bcjhw", self.haar.to(z.dtype), bands)
-        return super().decode(blocks.reshape(batch, channels, height, width))
+        self._check_channels(z)
+        with _full_precision(z):
+            return F.conv_transpose2d(z, self._filters(z, z.shape[1] // 4), stride=2)
 
 
 class Split(Bijection):
