@@ -13,18 +13,21 @@ from flowprox.flows.layers import (
     Squeeze,
     Unsqueeze,
 )
-from flowprox.flows.reversible import Reversible
+from flowprox.flows.realnvp import RealNVP
+from flowprox.flows.reversible import DriftError, Reversible
 
 __all__ = [
     "ActNorm",
     "AffineCoupling",
     "Bijection",
     "Conv1x1",
+    "DriftError",
     "Flow",
     "Glow",
     "GlowStep",
     "HaarSqueeze",
     "NonFiniteError",
+    "RealNVP",
     "Reversible",
     "Sequential",
     "Split",

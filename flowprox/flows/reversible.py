@@ -292,9 +292,9 @@ class _Chain:
             if deviation > self._tolerance(y):
                 break
         raise DriftError(
-            f"{self._name(i)}: its input in the {self._direction}, recomputed from its output, is off "
-            f"by {deviation:.2g} of the largest magnitude, more than {self._tolerance(y):.0e}; use recompute='inputs' (backward='inputs') "
-            "or a tighter bound on the log-scale"
+            f"{self._name(i)}: its input in the {self._direction}, recomputed from its output, is off by "
+            f"{deviation:.2g} of the largest magnitude, more than {self._tolerance(y):.0e}; "
+            "use recompute='inputs' (backward='inputs') or a tighter bound on the log-scale"
         )
 
     def _tolerance(self, x: Tensor) -> float:
