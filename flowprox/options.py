@@ -222,6 +222,9 @@ class TrainingOptions:
             the clock, and then no two runs are equal to the bit.
         warmup_steps: steps over which the rates rise linearly from zero, on top of the schedule.
         gradient_clip: largest allowed norm of all gradients together; 0 never clips.
+        skip_above: skip a step whose gradient norm is more than so many times its running average; 0 skips only what is
+            not finite. A flow's inverse may amplify an image that falls off its map without bound: such a batch is
+            finite, yet one step on it can end a run.
         ema_decay: decay per step of the running average of the weights, which is what is validated and saved; 0 is off.
         max_steps: stop after so many steps.
         max_epochs: stop after so many passes over the training images.
@@ -248,6 +251,7 @@ class TrainingOptions:
     schedule: Literal["constant", "cosine", "one-cycle"] = "cosine"
     warmup_steps: int = 0
     gradient_clip: float = 1.0
+    skip_above: float = 0.0
     ema_decay: float = 0.0
     max_steps: int | None = None
     max_epochs: float | None = None
@@ -273,7 +277,8 @@ class TrainingOptions:
         for name in positive:
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be positive; got {value}")
-        for name in ("scalar_learning_rate", "warmup_steps", "gradient_clip", "patience", "checkpoint_every"):
+        not_negative = ("scalar_learning_rate", "warmup_steps", "gradient_clip", "skip_above", "patience")
+        for name in (*not_negative, "checkpoint_every"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative; got {getattr(self, name)}")
         _require(0.0 <= self.ema_decay < 1.0, f"ema_decay must be at least 0 and below 1; got {self.ema_decay}")
         _require(

@@ -244,7 +244,7 @@ class _Run:
         self.sampler = self._make_sampler(fabric.global_rank, fabric.world_size)
         self.limit = self._step_limit()
         self.max_time = math.inf if self.options.max_time is None else parse_duration(self.options.max_time)
-        self.step, self.skipped, self.skipped_in_a_row = 0, 0, 0
+        self.step, self.skipped, self.skipped_in_a_row, self.typical_norm = 0, 0, 0, 0.0
         self.started, self.elapsed = time.monotonic(), 0.0
         self.figures: dict[str, float] = {}
         self.best: dict[str, float] = {}
@@ -415,7 +415,7 @@ class _Run:
         """Clip and step, if the gradient is finite: every process sees the same reduced one."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.options.gradient_clip or math.inf, foreach=True)
-        if not bool(torch.isfinite(norm if self.distributed else norm + loss)):
+        if not bool(torch.isfinite(norm if self.distributed else norm + loss)) or self._is_outlier(float(norm)):
             return False
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self._rate()
@@ -423,13 +423,20 @@ class _Run:
         self.average.update(self.step - self.skipped + 1)
         return True
 
+    def _is_outlier(self, norm: float) -> bool:
+        """Whether a gradient's norm is far above its running average, which it then does not enter."""
+        if self.options.skip_above and norm > self.options.skip_above * self.typical_norm > 0:
+            return True
+        self.typical_norm += (0.02 if self.typical_norm else 1.0) * (norm - self.typical_norm)
+        return False
+
     def _skip(self) -> None:
         self.skipped += 1
         self.skipped_in_a_row += 1
         self.batch_statistics.put_back()
         if self.skipped_in_a_row >= _MOST_SKIPPED:
             raise NonFiniteError(
-                f"{_MOST_SKIPPED} steps in a row, up to step {self.step}, had a loss or gradient that is not finite"
+                f"{_MOST_SKIPPED} steps in a row, up to step {self.step}, had an outlying or non-finite loss or gradient"
                 + (f" ({self.error})" if self.error else "")
                 + "; lower learning_rate or gradient_clip, or tighten the flow's scale_bound"
             )
@@ -574,7 +581,7 @@ class _Run:
         self.average.load_state_dict(state["average"])
 
 
-_COUNTERS = ("step", "skipped", "skipped_in_a_row", "elapsed", "figures", "best", "stale")
+_COUNTERS = ("step", "skipped", "skipped_in_a_row", "typical_norm", "elapsed", "figures", "best", "stale")
 
 
 class _Average:
