@@ -436,7 +436,7 @@ class _Run:
         self.batch_statistics.put_back()
         if self.skipped_in_a_row >= _MOST_SKIPPED:
             raise NonFiniteError(
-                f"{_MOST_SKIPPED} steps in a row, up to step {self.step}, had an outlying or non-finite loss or gradient"
+                f"{_MOST_SKIPPED} steps in a row, up to step {self.step}, had an outlying or not finite gradient"
                 + (f" ({self.error})" if self.error else "")
                 + "; lower learning_rate or gradient_clip, or tighten the flow's scale_bound"
             )
