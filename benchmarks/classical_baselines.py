@@ -46,26 +46,31 @@ class Measurement(Reconstructor):
         return y
 
 
-def total_variations(start: float) -> dict[str, Candidate]:
+def total_variations(start: float, **arguments: Any) -> dict[str, Candidate]:
     return {
-        "tv": Candidate(TotalVariation, start),
-        "tv-separate-channels": Candidate(TotalVariation, start, {"couple_channels": False}),
+        "tv": Candidate(TotalVariation, start, arguments),
+        "tv-separate-channels": Candidate(TotalVariation, start, {"couple_channels": False, **arguments}),
     }
 
 
+# iterations and steps with which each problem converges (see TotalVariation)
 CANDIDATES: dict[str, dict[str, Candidate]] = {
-    "denoising": {"measurement": Candidate(Measurement), "bm3d": Candidate(BM3D), **total_variations(0.2)},
+    "denoising": {
+        "measurement": Candidate(Measurement),
+        "bm3d": Candidate(BM3D),
+        **total_variations(0.24, dual_step=0.05),
+    },
     "inpainting": {
         "measurement": Candidate(Measurement),
         "biharmonic": Candidate(Biharmonic),
-        **total_variations(0.01),
+        **total_variations(6e-3, n_iterations=4000),
     },
     "deblurring": {
         "measurement": Candidate(Measurement),
         "wiener-identity": Candidate(Wiener, 4e-3, {"penalty": "identity"}),
         "wiener-gradient": Candidate(Wiener, 3e-3, {"penalty": "gradient"}),
         "wiener-laplacian": Candidate(Wiener, 2e-3, {"penalty": "laplacian"}),
-        **total_variations(5e-4),
+        **total_variations(6e-4),
     },
 }
 CANDIDATES["random-inpainting"] = CANDIDATES["inpainting"]

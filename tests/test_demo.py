@@ -34,6 +34,12 @@ def quick(monkeypatch):
 
 
 @pytest.fixture
+def no_figures(monkeypatch):
+    """Drawing takes longer than everything else, and one test looks at the figures."""
+    monkeypatch.setattr(demo, "write_figures", lambda folder: [])
+
+
+@pytest.fixture
 def console():
     return Console(file=io.StringIO(), width=100)
 
@@ -58,7 +64,7 @@ def test_everything_is_written(tmp_path, console):
     assert "unfolded-inpainting-faces64" in console.file.getvalue()
 
 
-def test_the_same_seed_gives_the_same_scores(tmp_path, console):
+def test_the_same_seed_gives_the_same_scores(tmp_path, console, no_figures):
     def scores(name, seed):
         run_demo(tmp_path / name, models(), seed=seed, console=console)
         return [record["psnr"] for record in read_records(tmp_path / name / "records.jsonl")]
@@ -78,7 +84,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, console):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_earlier_demo_is_replaced_only_when_asked(tmp_path, console):
+def test_an_earlier_demo_is_replaced_only_when_asked(tmp_path, console, no_figures):
     out = tmp_path / "demo"
     run_demo(out, {}, console=console)
     before = (out / "records.jsonl").stat().st_ino

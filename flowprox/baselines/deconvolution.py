@@ -81,7 +81,7 @@ class Wiener(Reconstructor):
     """
 
     def __init__(
-        self, regularisation: float = 1e-3, penalty: Literal["identity", "gradient", "laplacian"] = "gradient"
+        self, regularisation: float = 3e-3, penalty: Literal["identity", "gradient", "laplacian"] = "gradient"
     ) -> None:
         super().__init__()
         _require_weight(regularisation)
@@ -122,12 +122,13 @@ class TotalVariation(Reconstructor):
         https://doi.org/10.1109/83.661180.
 
     Arguments:
-        regularisation: weight of the total variation, >= 0.
-        n_iterations: number of primal-dual iterations; on 64x64 faces 500 are within 0.01 dB of 5,000 for denoising
-            and deblurring.
+        regularisation: weight of the total variation, >= 0. Best on validation faces: 6e-4 for the default deblurring
+            problem (the default here), 0.24 for denoising at sigma 0.2, 6e-3 for the default inpainting problem.
+        n_iterations: number of primal-dual iterations. On 64x64 faces 1,000 are within 0.01 dB of 4,000 for
+            deblurring and 0.05 dB for denoising; the middle of a 19x19 hole fills slowly: 0.2 dB, take 4,000 there.
         couple_channels: one length per pixel over all channels (edges in the same place in every colour), or one per
             channel.
-        dual_step: s above; changes the speed only.
+        dual_step: s above; changes the speed only (0.05 is faster for denoising).
 
     Raises:
         ValueError: a negative regularisation, fewer than one iteration, a step that is not positive.
@@ -143,7 +144,7 @@ class TotalVariation(Reconstructor):
 
     def __init__(
         self,
-        regularisation: float = 1e-3,
+        regularisation: float = 6e-4,
         n_iterations: int = 1000,
         couple_channels: bool = True,
         dual_step: float = 0.005,
