@@ -6,6 +6,7 @@ None of them knows about flows, operators or training. Shapes: x (B, C, H, W), a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -122,9 +123,9 @@ class CouplingUNet(nn.Module):
         super().__init__()
         widths = list(hidden_channels)
         self.first = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in zip(widths, widths[1:], strict=False))
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths))
         self.blocks = nn.ModuleList(nn.Conv2d(w, w, 3, padding=1) for w in widths[1:])
-        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in zip(widths, widths[1:], strict=False))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in pairwise(widths))
         self.last = ZeroConv2d(widths[0], out_channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -204,7 +205,7 @@ class UNet(nn.Module):
         self.contract = nn.ModuleList(
             _double_convolution(a, b) for a, b in zip([n_channels, *widths], widths, strict=False)
         )
-        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in zip(widths, widths[1:], strict=False))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in pairwise(widths))
         self.expand = nn.ModuleList(_double_convolution(2 * a, a) for a in widths[:-1])
         self.last = nn.Conv2d(widths[0], n_channels, 1)
 

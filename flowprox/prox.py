@@ -27,6 +27,7 @@ class Prox(nn.Module):
     """Contract of every prox."""
 
     divisor: int = 1
+    uses_step: bool = True  # whether the output depends on the step
 
     def forward(self, v: Tensor, step: float | Tensor) -> Tensor:
         """Map v (B, C, H, W) to an image of the same shape; ``step`` is a scalar, at least 0."""
@@ -116,6 +117,8 @@ class ResNetProx(Specified, Prox):
     Arguments: as ``flowprox.networks.ResNet``.
     """
 
+    uses_step = False
+
     def __init__(self, n_channels: int = 3, hidden_channels: int = 128, n_blocks: int = 2) -> None:
         super().__init__()
         self.net = ResNet(n_channels, hidden_channels, n_blocks)
@@ -129,6 +132,8 @@ class UNetProx(Specified, Prox):
 
     Arguments: as ``flowprox.networks.UNet``.
     """
+
+    uses_step = False
 
     def __init__(
         self, n_channels: int = 3, hidden_channels: int = 64, n_scales: int = 5, residual: bool = True

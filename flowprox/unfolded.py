@@ -63,12 +63,16 @@ class Unfolded(Reconstructor):
         self.proxes = nn.ModuleList(proxes)
         self.log_data_weight = _log_parameter(data_weight, len(proxes), "step_size or penalty")
         self.log_shrinkage = _log_parameter(shrinkage, len(proxes), "shrinkage")
+        if not any(getattr(prox, "uses_step", True) for prox in proxes):
+            self.log_shrinkage.requires_grad_(False)  # nothing would ever train it
         self.shrink_last = shrink_last
         self.operator = operator
         self.start_image = None
         if start == "flow":
             if not isinstance(proxes[0], FlowProx):
-                raise ValueError("start='flow' needs a FlowProx in the first fold; use start='adjoint' with other proxes")
+                raise ValueError(
+                    "start='flow' needs a FlowProx in the first fold; use start='adjoint' with other proxes"
+                )
             self.start_image = nn.Parameter(_most_likely_image(proxes[0].flow, proxes[0].flow.image_shape[1:]))
 
     def data_step(self, x: Tensor, y: Tensor, physics: Physics, weight: Tensor) -> Tensor:
@@ -130,7 +134,7 @@ class Unfolded(Reconstructor):
         seen = {id(p) for p in scalars}
         others = [p for p in self.parameters() if id(p) not in seen and p.requires_grad]
         groups = [{"params": others, "lr": learning_rate, "name": "networks"}] if others else []
-        unique = list({id(p): p for p in scalars}.values())
+        unique = [p for p in dict.fromkeys(scalars) if p.requires_grad]
         return [*groups, {"params": unique, "lr": scalar_learning_rate, "name": "scalars"}]
 
     def freeze_proxes(self) -> None:
@@ -227,5 +231,5 @@ def _most_likely_image(flow: Flow, image_size: Sequence[int]) -> Tensor:
     """g(0), (1, C, H, W): the image of the most likely latent (Wei et al. 2022, Sec. III-C)."""
     height, width = image_size
     like = next(flow.parameters())
-    zeros = torch.zeros(1, flow.n_channels, height, width, dtype=like.dtype, device=like.device)
-    return flow.decode_image(zeros)
+    zeros = torch.zeros(1, flow.n_channels * height * width, dtype=like.dtype, device=like.device)
+    return flow.decode(zeros, (height, width))

@@ -2,8 +2,8 @@ r"""A flow: a bijection from image to latent together with a base density.
 
     log p(x) = log N(f(x); 0, I) + log|det Df(x)|          (Wei et al. 2022, Eq. 6)
 
-Symbols: x image (B, C, H, W) in [0, 1]; z = f(x) latent, flat (B, D), D = C H W; g = f^-1. A flow is fully convolutional:
-any H, W divisible by ``divisor`` will do, whatever size it was made for.
+Symbols: x image (B, C, H, W) in [0, 1]; z = f(x) latent, flat (B, D), D = C H W; g = f^-1. A flow is fully
+convolutional: any H, W divisible by ``divisor`` will do, whatever size it was made for.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Flow(Bijection):
         return check_finite(self.decode_image(self._unflatten(z, image_size)), type(self).__name__, "inverse")
 
     def encode_image(self, x: Tensor) -> Tensor:
-        """f(x) with the latent arranged as an image (B, C, H, W), and no check that it is finite (no synchronisation)."""
+        """f(x) with the latent arranged as an image (B, C, H, W), not checked to be finite (no synchronisation)."""
         self._check_image(x)
         return self.bijection.encode(x - self.offset)
 

@@ -33,12 +33,15 @@ class Glow(Specified, Flow):
         n_levels: L; H and W must be divisible by 2^L.
         n_steps: steps of flow per level, one number or one per level.
         hidden_channels: width of the coupling nets, one number or one per level.
-        coupling: "conv" (3x3, 1x1, 3x3), "conv-actnorm" (the same with ActNorm after the hidden convolutions, as published)
-            or "unet" (``CouplingUNet``; an entry of ``hidden_channels`` is then a list of widths, finest scale first).
+        coupling: "conv" (3x3, 1x1, 3x3), "conv-actnorm" (the same with ActNorm after the hidden convolutions, as
+            published) or "unet" (``CouplingUNet``; an entry of ``hidden_channels`` is then a list of widths, finest
+            scale first).
         scale_bound: bound of the log-scales.
+        shift_bound: bound of the shifts, None for none; 4 keeps the inverse from blowing up when a flow is trained as a
+            prox.
         squeeze: "pixels" or "haar" (orthonormal averages and details).
-        backward: "plain" autograd; "inputs" keeps each step's input and recomputes the coupling nets; "invert" keeps only a
-            level's output and recomputes everything from it (memory flat in depth).
+        backward: "plain" autograd; "inputs" keeps each step's input and recomputes the coupling nets; "invert" keeps
+            only a level's output and recomputes everything from it (memory flat in depth).
 
     Raises:
         ValueError: lists whose length is not n_levels, an image size not divisible by 2^L, an unknown option.
@@ -56,6 +59,7 @@ class Glow(Specified, Flow):
         hidden_channels: int | Sequence[int | Sequence[int]] = 64,
         coupling: str = "conv",
         scale_bound: float = 0.5,
+        shift_bound: float | None = None,
         squeeze: str = "pixels",
         backward: str = "plain",
     ) -> None:
@@ -68,7 +72,7 @@ class Glow(Specified, Flow):
         def level(index: int, channels: int) -> Bijection:
             channels = 4 * channels
             flow_steps = [
-                GlowStep(channels, _coupling_net(coupling, channels, widths[index]), scale_bound)
+                GlowStep(channels, _coupling_net(coupling, channels, widths[index]), scale_bound, shift_bound)
                 for _ in range(steps[index])
             ]
             body = Sequential(flow_steps) if backward == "plain" else Reversible(flow_steps, recompute=backward)
@@ -101,7 +105,7 @@ def _coupling_net(kind: str, channels: int, width: int | Sequence[int]) -> nn.Mo
     return CouplingNet(passes, 2 * transformed, width, actnorm=kind == "conv-actnorm")
 
 
-def _per_level(value, n_levels: int, name: str) -> list:  # noqa: ANN001
+def _per_level(value, n_levels: int, name: str) -> list:
     values = [value] * n_levels if isinstance(value, int) else list(value)
     if n_levels < 1 or len(values) != n_levels:
         raise ValueError(f"{name} has {len(values)} entries for n_levels={n_levels}; give one number or one per level")

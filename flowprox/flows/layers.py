@@ -7,7 +7,8 @@ r"""The layers that Glow and RealNVP are made of.
     Split           an inner bijection maps the first half of the channels, the others are final
 
 Symbols: x (B, C, H, W) in, z out, (s, t) log-scale and shift. The log-scale of a coupling layer is bounded,
-s = m tanh(r / m) for a net's raw output r: a scale that may approach zero is what breaks the inverse in float32.
+s = m tanh(r / m) for a net's raw output r: a scale that may approach zero is what breaks the inverse in float32. The shift
+can be bounded likewise.
 Under autocast only the coupling nets run in low precision; the arithmetic above stays in the dtype of x.
 """
 
@@ -31,7 +32,7 @@ __all__ = [
     "Split",
     "Squeeze",
     "Unsqueeze",
-    "bounded_log_scale",
+    "soft_bound",
 ]
 
 
@@ -71,7 +72,7 @@ class ActNorm(Bijection, ChannelAffine):
                 self.initialize(x)
             self._initialization_pending = False
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._initialization_pending = True
 
@@ -143,9 +144,9 @@ def _full_precision(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def bounded_log_scale(raw: Tensor, bound: float) -> Tensor:
-    """bound * tanh(raw / bound): the identity near zero, never beyond +-bound."""
-    return bound * torch.tanh(raw / bound)
+def soft_bound(value: Tensor, bound: float) -> Tensor:
+    """bound * tanh(value / bound): the identity near zero, never beyond +-bound."""
+    return bound * torch.tanh(value / bound)
 
 
 class AffineCoupling(Bijection):
@@ -155,19 +156,26 @@ class AffineCoupling(Bijection):
         net: maps x_b (B, C - C//2, H, W) to (s, t) stacked, (B, 2 (C//2), H, W).
         scale_bound: bound m of the log-scale; exp(s) lies in [exp(-m), exp(m)]. DESIGN: 0.5 cost no likelihood and kept the
             inverse exact on noisy images.
+        shift_bound: bound of the shift, None for none. ReLU nets grow with their input, so that a latent off the flow's map
+            may grow by a factor in every step of the inverse; with a bound it grows by at most exp(m) and a constant.
     """
 
-    def __init__(self, net: nn.Module, scale_bound: float = 0.5) -> None:
+    def __init__(self, net: nn.Module, scale_bound: float = 0.5, shift_bound: float | None = None) -> None:
         super().__init__()
         if not scale_bound > 0 or not math.isfinite(scale_bound):
             raise ValueError(f"scale_bound must be positive and finite, got {scale_bound}; 0.5 is a good value")
+        if shift_bound is not None and not shift_bound > 0:
+            raise ValueError(f"shift_bound must be positive or None, got {shift_bound}; 4 is a good value")
         self.net = net
         self.scale_bound = scale_bound
+        self.shift_bound = shift_bound
 
     def scale_and_shift(self, condition: Tensor) -> tuple[Tensor, Tensor]:
         """(s, t) from the half that passes; in the dtype of the input whatever the net computed in."""
         raw, shift = self.net(condition).to(condition.dtype).chunk(2, dim=1)
-        return bounded_log_scale(raw, self.scale_bound), shift
+        return soft_bound(raw, self.scale_bound), shift if self.shift_bound is None else soft_bound(
+            shift, self.shift_bound
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         a, b = _halves(x)
@@ -203,14 +211,16 @@ class GlowStep(Bijection):
     Arguments:
         n_channels: C, at least 2.
         net: conditioner of the coupling, see ``AffineCoupling``.
-        scale_bound: bound of the coupling's log-scale.
+        scale_bound, shift_bound: bounds of the coupling's log-scale and shift.
     """
 
-    def __init__(self, n_channels: int, net: nn.Module, scale_bound: float = 0.5) -> None:
+    def __init__(
+        self, n_channels: int, net: nn.Module, scale_bound: float = 0.5, shift_bound: float | None = None
+    ) -> None:
         super().__init__()
         self.actnorm = ActNorm(n_channels)
         self.mix = Conv1x1(n_channels)
-        self.coupling = AffineCoupling(net, scale_bound)
+        self.coupling = AffineCoupling(net, scale_bound, shift_bound)
 
     def _mixed(self, x: Tensor) -> Tensor:
         if self.actnorm._initialization_pending:

@@ -1,0 +1,129 @@
+"""Proxes: exact ones minimise their functional; learned ones keep shape, ignore or obey the step, and report errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import assert_prox
+from torch import Tensor, nn
+
+from flowprox.flows import Conv1x1, Flow, Glow, Sequential, Squeeze, Unsqueeze
+from flowprox.prox import FlowProx, ResNetProx, SoftThreshold, UNetProx
+
+
+def rotation_flow() -> Flow:
+    """A flow that is a rotation: shrinking its latent is then exactly the prox of the latent's norm."""
+    layers = [Squeeze(), Conv1x1(12), Unsqueeze()]
+    return Flow(Sequential(layers), (3, 4, 4), n_levels=1, offset=0.0).double()
+
+
+def small_glow(**options) -> Glow:
+    return Glow(image_shape=(3, 8, 8), n_levels=2, n_steps=2, hidden_channels=4, **options)
+
+
+def weighted(prox: FlowProx) -> FlowProx:
+    assert prox.log_weight is not None
+    nn.init.normal_(prox.log_weight, std=0.5)
+    return prox.double()
+
+
+def squared_norm(x: Tensor) -> Tensor:
+    return 0.5 * x.flatten(1).square().sum(1)
+
+
+def weighted_norm(prox: FlowProx) -> Callable[[Tensor], Tensor]:
+    def functional(x: Tensor) -> Tensor:
+        z = prox.flow.encode_image(x)
+        assert prox.log_weight is not None
+        return 0.5 * (torch.exp(prox.log_weight)[prox.groups] * z.square()).flatten(1).sum(1)
+
+    return functional
+
+
+def l1_in_latent(prox: FlowProx) -> Callable[[Tensor], Tensor]:
+    return lambda x: prox.flow.encode(x).abs().sum(1)
+
+
+def exact_cases() -> dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]]:
+    laplace = FlowProx(rotation_flow(), base="laplace")
+    channelwise = weighted(FlowProx(rotation_flow(), channelwise=True))
+    return {
+        "soft threshold": (SoftThreshold(), lambda x: x.abs().flatten(1).sum(1)),
+        "flow, Gaussian base": (FlowProx(rotation_flow()), squared_norm),
+        "flow, Laplace base": (laplace, l1_in_latent(laplace)),
+        "flow, one weight per channel": (channelwise, weighted_norm(channelwise)),
+    }
+
+
+@pytest.mark.parametrize("name", exact_cases())
+@pytest.mark.parametrize("step", [0.0, 0.1, 2.0])
+def test_minimises_its_functional(name: str, step: float) -> None:
+    prox, functional = exact_cases()[name]
+    with torch.no_grad():
+        assert_prox(prox, functional, torch.randn(2, 3, 4, 4, dtype=torch.float64), step)
+
+
+LEARNED = {
+    "flow": lambda: FlowProx(small_glow()),
+    "flow, channelwise": lambda: FlowProx(small_glow(), channelwise=True),
+    "flow, U-Net coupling": lambda: FlowProx(
+        Glow(image_shape=(3, 8, 8), n_levels=1, n_steps=2, hidden_channels=[[4, 8]], coupling="unet")
+    ),
+    "resnet": lambda: ResNetProx(hidden_channels=8),
+    "unet": lambda: UNetProx(hidden_channels=4, n_scales=3),
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_keeps_the_shape_and_trains_every_parameter(name: str) -> None:
+    prox = LEARNED[name]()
+    for module in prox.modules():
+        if hasattr(module, "last") and isinstance(module.last, nn.Conv2d):
+            nn.init.normal_(module.last.weight, std=0.1)
+    v = torch.rand(2, 3, 16, 8)
+    x = prox(v, torch.tensor(0.1, requires_grad=True))
+    assert x.shape == v.shape
+    x.square().sum().backward()
+    assert [name for name, p in prox.named_parameters() if p.grad is None] == []
+
+
+def test_flow_prox_with_step_zero_is_the_identity() -> None:
+    prox = FlowProx(small_glow().double())
+    v = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(prox(v, 0.0), v, rtol=0, atol=1e-10)
+
+
+def test_large_steps_lead_to_the_most_likely_image() -> None:
+    flow = small_glow().double()
+    flow.initialize(torch.rand(8, 3, 8, 8, dtype=torch.float64))
+    v = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    mode = flow.decode(torch.zeros(2, 192, dtype=torch.float64))
+    torch.testing.assert_close(FlowProx(flow)(v, 1e12), mode, rtol=0, atol=1e-8)
+    torch.testing.assert_close(FlowProx(flow, base="laplace")(v, 1e12), mode, rtol=0, atol=1e-8)
+
+
+def test_channel_weights_act_on_their_own_latents() -> None:
+    prox = FlowProx(small_glow().double(), channelwise=True)
+    assert prox.log_weight is not None
+    nn.init.constant_(prox.log_weight, -40.0)
+    prox.log_weight.data[3] = 40.0
+    z = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    shrunk = prox.shrink(z, 1.0)
+    dropped = prox.groups.expand_as(z) == 3
+    assert shrunk[dropped].abs().max() < 1e-12
+    torch.testing.assert_close(shrunk[~dropped], z[~dropped], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("base", ["gauss", "student", ""])
+def test_an_unknown_base_names_the_choices(base: str) -> None:
+    with pytest.raises(ValueError, match="base must be 'gaussian' or 'laplace'"):
+        FlowProx(small_glow(), base=base)
+
+
+def test_parameter_counts_of_the_published_baselines() -> None:
+    assert sum(p.numel() for p in UNetProx().parameters()) == pytest.approx(31.04e6, rel=1e-3)
+    blocks = sum(p.numel() for p in ResNetProx().net.blocks.parameters())
+    assert blocks == pytest.approx(0.59e6, rel=0.01)
+    assert sum(p.numel() for p in ResNetProx(hidden_channels=62).parameters()) == pytest.approx(0.16e6, rel=0.1)

@@ -1,0 +1,191 @@
+"""Unfolded networks: they converge where the algorithm does, overfit one image, and follow their options."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flowprox.flows import Conv1x1, Flow, Glow, Sequential, Squeeze, Unsqueeze
+from flowprox.operators import LearnedBlur, make_physics
+from flowprox.prox import FlowProx, ResNetProx, SoftThreshold
+from flowprox.spec import build
+from flowprox.unfolded import UnfoldedHQS, UnfoldedPGD
+
+SHAPE = (3, 8, 8)
+
+
+def glow_prox(**options) -> FlowProx:
+    return FlowProx(Glow(image_shape=SHAPE, n_levels=1, n_steps=2, hidden_channels=8), **options)
+
+
+def rotation_prox() -> FlowProx:
+    return FlowProx(Flow(Sequential([Squeeze(), Conv1x1(12), Unsqueeze()]), SHAPE, n_levels=1, offset=0.0))
+
+
+NETWORKS = {
+    "pgd": lambda: UnfoldedPGD([glow_prox() for _ in range(3)]),
+    "pgd, tied": lambda: UnfoldedPGD([glow_prox()] * 3),
+    "pgd, Laplace base": lambda: UnfoldedPGD([glow_prox(base="laplace") for _ in range(2)], shrinkage=0.01),
+    "pgd, no shrinkage in the last fold": lambda: UnfoldedPGD([glow_prox() for _ in range(2)], shrink_last=False),
+    "pgd, ResNet": lambda: UnfoldedPGD([ResNetProx(hidden_channels=8) for _ in range(2)], start="adjoint"),
+    "hqs": lambda: UnfoldedHQS([glow_prox(channelwise=True) for _ in range(2)]),
+}
+PROBLEMS = {
+    "denoising": lambda: make_physics("denoising", SHAPE, sigma=0.1),
+    "inpainting": lambda: make_physics("inpainting", SHAPE, mask_size=3),
+    "deblurring": lambda: make_physics("deblurring", SHAPE, sigma_blur=1.0, kernel_size=5),
+}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradients_reach_every_parameter(name: str, problem: str) -> None:
+    model, physics = NETWORKS[name](), PROBLEMS[problem]()
+    x = torch.rand(2, *SHAPE)
+    for module in model.modules():
+        if hasattr(module, "last") and isinstance(module.last, nn.Conv2d):
+            nn.init.normal_(module.last.weight, std=0.1)
+    x_hat = model(physics(x), physics)
+    assert x_hat.shape == x.shape
+    (x_hat - x).square().sum().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None and p.requires_grad] == []
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_is_rebuilt_from_its_spec(name: str) -> None:
+    model, physics = NETWORKS[name]().eval(), PROBLEMS["denoising"]()
+    copy = build(model.spec())
+    copy.load_state_dict(model.state_dict())
+    y = physics(torch.rand(2, *SHAPE))
+    assert torch.equal(copy.eval()(y, physics), model(y, physics))
+    assert sum(p.numel() for p in copy.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("network", [UnfoldedPGD, UnfoldedHQS])
+def test_overfits_one_image(network: type) -> None:
+    physics = make_physics("denoising", SHAPE, sigma=0.1)
+    x = torch.rand(1, *SHAPE)
+    y = physics(x)
+    model = network([glow_prox() for _ in range(2)])
+    optimizer = torch.optim.Adam(model.parameter_groups(3e-3, 1e-2))
+    losses = []
+    for _ in range(300):
+        loss = (model(y, physics) - x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.02 * losses[0]
+
+
+def test_many_tied_folds_reach_the_closed_form_of_a_gaussian_prior() -> None:
+    """argmin 1/2 ||y - x||^2 + lambda/(2 mu) ||x||^2 = y / (1 + lambda / mu) for a flow that is a rotation."""
+    step_size, shrinkage = 0.4, 0.1
+    model = UnfoldedPGD([rotation_prox()] * 60, step_size, shrinkage).double()
+    physics = make_physics("denoising", SHAPE, sigma=0.1)
+    y = torch.rand(2, *SHAPE, dtype=torch.float64)
+    # v = x + mu (y - x), x = v / (1 + lambda): fixed point x = mu y / (mu + lambda)
+    torch.testing.assert_close(model(y, physics), y * step_size / (step_size + shrinkage), rtol=0, atol=1e-5)
+
+
+def test_hqs_with_a_small_penalty_is_the_inverse_of_the_operator() -> None:
+    physics = make_physics("deblurring", SHAPE, sigma_blur=0.7, kernel_size=3, sigma=0.0)
+    x = torch.rand(2, *SHAPE, dtype=torch.float64)
+    model = UnfoldedHQS([rotation_prox()], penalty=1e-10, shrinkage=1e-12).double()
+    torch.testing.assert_close(model(physics.A(x), physics), x, rtol=0, atol=1e-4)
+
+
+def test_starts_at_the_most_likely_image_or_at_the_adjoint() -> None:
+    physics = make_physics("inpainting", SHAPE, mask_size=3)
+    prox = glow_prox()
+    y = physics(torch.rand(2, *SHAPE))
+    mode = prox.flow.decode(torch.zeros(1, 192))
+    torch.testing.assert_close(UnfoldedPGD([prox]).iterates(y, physics)[0], mode.expand(2, -1, -1, -1))
+    torch.testing.assert_close(UnfoldedPGD([prox], start="adjoint").iterates(y, physics)[0], physics.A_adjoint(y))
+
+
+def test_takes_other_sizes_than_it_was_made_for() -> None:
+    model = UnfoldedPGD([glow_prox() for _ in range(2)])
+    x = torch.rand(1, 3, 12, 20)
+    physics = make_physics("denoising", (3, 12, 20))
+    assert model(physics(x), physics).shape == x.shape
+    with pytest.raises(ValueError, match="divisible by 2"):
+        model(torch.rand(1, 3, 9, 8), physics)
+
+
+def test_without_the_last_shrinkage_the_last_flow_does_nothing() -> None:
+    model = UnfoldedPGD([glow_prox() for _ in range(2)], shrink_last=False).double()
+    physics = make_physics("denoising", SHAPE)
+    y = torch.rand(1, *SHAPE, dtype=torch.float64)
+    images = model.iterates(y, physics)
+    v = model.data_step(images[1], y, physics, model.step_sizes[1])
+    torch.testing.assert_close(images[2], v, rtol=0, atol=1e-9)
+
+
+def test_tied_folds_share_weights_but_not_scalars() -> None:
+    tied, untied = UnfoldedPGD([glow_prox()] * 3), UnfoldedPGD([glow_prox() for _ in range(3)])
+    count = sum(p.numel() for p in tied.proxes.parameters())
+    assert sum(p.numel() for p in untied.proxes.parameters()) == 3 * count
+    assert tied.step_sizes.shape == tied.shrinkages.shape == (3,)
+    assert len(tied.flows()) == 1 and len(untied.flows()) == 3
+
+
+def test_parameter_groups_cover_everything_once_with_two_rates() -> None:
+    model = UnfoldedPGD([glow_prox(channelwise=True) for _ in range(2)])
+    networks, scalars = model.parameter_groups(1e-5, 1e-2)
+    assert (networks["lr"], scalars["lr"]) == (1e-5, 1e-2)
+    ids = [id(p) for group in (networks, scalars) for p in group["params"]]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters())
+    assert {id(model.log_data_weight), id(model.log_shrinkage)} <= {id(p) for p in scalars["params"]}
+
+
+def test_plug_and_play_trains_the_scalars_only() -> None:
+    model = UnfoldedPGD([glow_prox()] * 3)
+    model.freeze_proxes()
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["log_data_weight", "log_shrinkage"]
+
+
+def test_a_learned_operator_is_trained_along_and_found() -> None:
+    """With nothing else to learn, the kernel of the network's own blur moves towards the true one."""
+    truth = make_physics("deblurring", SHAPE, sigma_blur=0.8, kernel_size=5, sigma=0.0)
+    operator = LearnedBlur(kernel_size=5, sigma_blur=2.0)
+    model = UnfoldedHQS([rotation_prox()], penalty=0.01, shrinkage=1e-4, operator=operator)
+    true_kernel = make_kernel(truth)
+
+    def distance() -> float:
+        return (operator.kernel().flatten() - true_kernel).norm().item()
+
+    before = distance()
+    optimizer = torch.optim.Adam(operator.parameters(), 0.05)
+    for _ in range(100):
+        x = torch.rand(8, *SHAPE)
+        loss = (model(truth.A(x), truth) - x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert distance() < 0.3 * before
+
+
+def make_kernel(physics) -> Tensor:
+    """The 5x5 impulse response of a blur."""
+    impulse = torch.zeros(1, *SHAPE)
+    impulse[..., 4, 4] = 1
+    return physics.A(impulse)[0, 0, 2:7, 2:7].flip(0, 1).flatten()
+
+
+BAD = {
+    "no proxes": (lambda: UnfoldedPGD([]), "proxes is empty"),
+    "negative step": (lambda: UnfoldedPGD([glow_prox()], step_size=-1.0), "step_size or penalty must be positive"),
+    "zero shrinkage": (lambda: UnfoldedPGD([glow_prox()], shrinkage=0.0), "shrinkage must be positive"),
+    "too few steps": (lambda: UnfoldedPGD([glow_prox()] * 2, step_size=[0.5]), "one per fold"),
+    "unknown start": (lambda: UnfoldedPGD([glow_prox()], start="zero"), "start must be"),
+    "no flow to start from": (lambda: UnfoldedPGD([SoftThreshold()]), "start='adjoint'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_named(name: str) -> None:
+    make, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        make()
