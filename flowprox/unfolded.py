@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import torch
 from deepinv.models import Reconstructor
-from deepinv.physics import Physics
+from deepinv.physics import LinearPhysics
 from torch import Tensor, nn
 
 from flowprox.flows import Flow
@@ -53,7 +53,7 @@ class Unfolded(Reconstructor):
         shrinkage: float | Sequence[float],
         start: str,
         shrink_last: bool,
-        operator: Physics | None,
+        operator: LinearPhysics | None,
     ) -> None:
         super().__init__()
         if not proxes:
@@ -75,11 +75,11 @@ class Unfolded(Reconstructor):
                 )
             self.start_image = nn.Parameter(_most_likely_image(proxes[0].flow, proxes[0].flow.image_shape[1:]))
 
-    def data_step(self, x: Tensor, y: Tensor, physics: Physics, weight: Tensor) -> Tensor:
+    def data_step(self, x: Tensor, y: Tensor, physics: LinearPhysics, weight: Tensor) -> Tensor:
         """One data step from x (B, C, H, W); ``weight`` is the fold's learned scalar."""
         raise NotImplementedError
 
-    def forward(self, y: Tensor, physics: Physics) -> Tensor:
+    def forward(self, y: Tensor, physics: LinearPhysics) -> Tensor:
         """Reconstruct x (B, C, H, W) from the measurement y of ``physics``.
 
         Raises:
@@ -87,7 +87,7 @@ class Unfolded(Reconstructor):
         """
         return self.iterates(y, physics)[-1]
 
-    def iterates(self, y: Tensor, physics: Physics) -> list[Tensor]:
+    def iterates(self, y: Tensor, physics: LinearPhysics) -> list[Tensor]:
         """The start image and the result of every fold, K + 1 images (B, C, H, W)."""
         physics = physics if self.operator is None else self.operator
         x = self.initial_image(y, physics)
@@ -97,11 +97,11 @@ class Unfolded(Reconstructor):
         for k, prox in enumerate(self.proxes):
             v = self.data_step(x, y, physics, weights[k])
             last = k == len(self.proxes) - 1
-            x = prox(v, steps[k] if self.shrink_last or not last else torch.zeros_like(steps[k]))
+            x = prox(v, steps[k] if self.shrink_last or not last else torch.zeros_like(steps[k]))  # type: ignore[operator]
             images.append(x)
         return images
 
-    def initial_image(self, y: Tensor, physics: Physics) -> Tensor:
+    def initial_image(self, y: Tensor, physics: LinearPhysics) -> Tensor:
         """x_0 (B, C, H, W)."""
         adjoint = physics.A_adjoint(y)
         if self.start_image is None:
@@ -174,11 +174,11 @@ class UnfoldedPGD(Specified, Unfolded):
         shrinkage: float | Sequence[float] = 0.05,
         start: str = "flow",
         shrink_last: bool = True,
-        operator: Physics | None = None,
+        operator: LinearPhysics | None = None,
     ) -> None:
-        super().__init__(proxes, step_size, shrinkage, start, shrink_last, operator)
+        Unfolded.__init__(self, proxes, step_size, shrinkage, start, shrink_last, operator)
 
-    def data_step(self, x: Tensor, y: Tensor, physics: Physics, weight: Tensor) -> Tensor:
+    def data_step(self, x: Tensor, y: Tensor, physics: LinearPhysics, weight: Tensor) -> Tensor:
         return x + weight * data_gradient(x, y, physics)
 
     @property
@@ -206,11 +206,11 @@ class UnfoldedHQS(Specified, Unfolded):
         shrinkage: float | Sequence[float] = 0.05,
         start: str = "flow",
         shrink_last: bool = True,
-        operator: Physics | None = None,
+        operator: LinearPhysics | None = None,
     ) -> None:
-        super().__init__(proxes, penalty, shrinkage, start, shrink_last, operator)
+        Unfolded.__init__(self, proxes, penalty, shrinkage, start, shrink_last, operator)
 
-    def data_step(self, x: Tensor, y: Tensor, physics: Physics, weight: Tensor) -> Tensor:
+    def data_step(self, x: Tensor, y: Tensor, physics: LinearPhysics, weight: Tensor) -> Tensor:
         return data_prox(x, y, physics, weight)
 
     @property
