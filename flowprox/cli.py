@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import inspect
+import json
+import math
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jsonargparse import ArgumentParser
 
@@ -28,6 +31,7 @@ from flowprox.options import (
 )
 
 if TYPE_CHECKING:
+    from flowprox.checkpoints import Card
     from flowprox.training import TrainingResult
 
 __all__ = ["main"]
@@ -37,6 +41,7 @@ TRACEBACK = "FLOWPROX_TRACEBACK"
 
 _BAD_INPUT = (ValueError, TypeError, OSError, ArithmeticError, argparse.ArgumentError)
 _LIKELIHOOD = LikelihoodOptions()
+_Table = tuple[list[str], list[list[str]]]  # head and rows
 
 
 # Commands ------------------------------------------------------------------------------------------------------------
@@ -133,6 +138,171 @@ def train_denoiser(
     return _ended(train_denoiser(denoiser, data, training, out, resume, name))
 
 
+def reconstruct(
+    inputs: list[str],
+    model: str,
+    out: str,
+    problem: str | None = None,
+    parameters: list[str] | None = None,
+    measured: bool = False,
+    seed: int = 0,
+    operator_seed: int | None = None,
+    pad: bool = True,
+    device: str = "cpu",
+) -> None:
+    """Reconstruct images or measurements with a trained unfolded network.
+
+    Clean images are measured first, and compared with what is reconstructed from that.
+
+    Arguments:
+        inputs: image files, measured arrays (.npy), folders of either.
+        model: a shipped model (see "flowprox models"), a folder, or a hub id.
+        out: folder to make.
+        problem: denoising, inpainting, random-inpainting or deblurring; by default the one in the model's card.
+        parameters: KEY=VALUE ... of the problem.
+        measured: image files are measurements, not clean images; arrays always are.
+        seed: of the noise; each image's own follows from it and the file's name.
+        operator_seed: of a random mask; by default the one in the model's card.
+        pad: extend images whose sides the model cannot take, and crop back; --no-pad refuses them.
+        device: cpu, cuda or mps.
+    """
+    given = _parameters(parameters or [])
+    from flowprox.reconstruction import ReconstructionJob, reconstruct_files
+
+    job = ReconstructionJob(model, problem, given, measured, seed, operator_seed, pad, device)
+    records = reconstruct_files(job, inputs, out)
+    _print_table(_results(records))
+    print(f"written to {out}")
+
+
+def sample(
+    model: str,
+    out: str = "samples.png",
+    n: int = 16,
+    temperature: float = 0.7,
+    seed: int = 0,
+    size: int | None = None,
+    device: str = "cpu",
+) -> None:
+    """Draw images from a trained flow, as one picture.
+
+    Arguments:
+        model: a shipped model (see "flowprox models"), a folder, or a hub id.
+        out: PNG file to write.
+        n: how many images.
+        temperature: standard deviation of the latent; below 1 images are smoother.
+        seed: the same seed draws the same images.
+        size: height and width in pixels; by default those the flow was made for.
+        device: cpu, cuda or mps.
+    """
+    if n < 1:
+        raise ValueError(f"n must be positive, got {n}")
+    if not out.lower().endswith(".png"):
+        raise ValueError(f"out must end in .png, got {out!r}")
+    import torch
+    from torchvision.utils import make_grid
+
+    from flowprox.checkpoints import load_model
+    from flowprox.data import save_image
+    from flowprox.flows import Flow
+
+    flow = load_model(model, device=device)
+    if not isinstance(flow, Flow):
+        raise ValueError(f"model {model!r} is a {type(flow).__name__}, not a flow; see flowprox models")
+    generator = torch.Generator(device).manual_seed(seed)
+    x = flow.sample(n, temperature, None if size is None else (size, size), generator)
+    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+    save_image(make_grid(x.clamp(0, 1).cpu(), nrow=math.ceil(math.sqrt(n)), padding=2, pad_value=1.0), out)
+    print(f"written to {out}")
+
+
+def models(name: str | None = None) -> None:
+    """List the shipped models, or print the card of one.
+
+    Arguments:
+        name: a shipped model, a folder, or a hub id whose card to print.
+    """
+    from flowprox.checkpoints import list_models, load_card
+
+    if name is not None:
+        print(load_card(name).to_json(), end="")
+        return
+    cards = [load_card(name) for name in list_models()]
+    if not cards:
+        print("no models are shipped with this installation")
+        return
+    rows = [[card.name, card.model["kind"], _problem(card.problem), _trained(card)] for card in cards]
+    _print_table((["model", "kind", "problem", "parameters, file, figures"], rows), justify="left")
+
+
+def _problem(problem: Mapping[str, Any] | None) -> str:
+    if not problem:
+        return "–"
+    given = ", ".join(f"{key} {value}" for key, value in problem.get("parameters", {}).items() if value is not None)
+    return f"{problem.get('name')}" + (f" ({given})" if given else "")
+
+
+def _trained(card: Card) -> str:
+    figures = [f"{key} {value:.4g}" for key, value in card.metrics.items() if isinstance(value, float)]
+    return ", ".join([f"{card.n_parameters:,}", f"{card.n_bytes / 1e6:.1f} MB", *figures])
+
+
+def _results(records: list[dict[str, Any]], n_shown: int = 40) -> _Table:
+    known = [record for record in records if "psnr" in record]
+    head = ["image", "size", *(["PSNR (dB)", "SSIM"] if known else []), "seconds"]
+    rows = [_result(record, bool(known)) for record in records[:n_shown]]
+    if len(records) > n_shown:
+        rows.append([f"... {len(records) - n_shown} more", *[""] * (len(head) - 1)])
+    means = {key: _mean(records, key) for key in ("psnr", "ssim", "seconds")}
+    return head, [*rows, _result({"image": f"mean of {len(records)}", **means}, bool(known))]
+
+
+def _result(record: Mapping[str, Any], with_figures: bool) -> list[str]:
+    size = f"{record['width']}x{record['height']}" if "width" in record else ""
+    figures = [_digits(record.get("psnr"), 2), _digits(record.get("ssim"), 3)] if with_figures else []
+    return [record["image"], size, *figures, _digits(record["seconds"], 3)]
+
+
+def _mean(records: list[dict[str, Any]], key: str) -> float | None:
+    values = [record[key] for record in records if key in record]
+    return sum(values) / len(values) if values else None
+
+
+def _digits(value: float | None, n: int) -> str:
+    return "–" if value is None else f"{value:.{n}f}"
+
+
+def _print_table(table: _Table, justify: Literal["left", "right"] = "right") -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table()
+    for i, name in enumerate(table[0]):
+        drawn.add_column(name, justify=justify if i else "left", overflow="fold")
+    for row in table[1]:
+        drawn.add_row(*(Text(cell) for cell in row))
+    Console().print(drawn)
+
+
+def _parameters(words: list[str]) -> dict[str, Any]:
+    """KEY=VALUE words; a value is a number, true, false, null, a list in brackets, or text."""
+    given = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not (key and equals):
+            raise ValueError(f"parameters: {word!r} is not KEY=VALUE; put the inputs before --parameters")
+        given[key] = _value(value)
+    return given
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def _share_cores(training: TrainingOptions) -> None:
     """Several processes on a machine share its cores; must come before torch is imported."""
     if training.devices > 1 and training.num_threads is None:
@@ -152,6 +322,8 @@ def _ended(result: TrainingResult) -> int:
 class _Command(NamedTuple):
     run: Callable[..., int | None]
     has_recipe: bool = False
+    positional: str = ""
+    n_positional: str = "?"
 
 
 _COMMANDS: dict[str, _Command] = {
@@ -159,6 +331,9 @@ _COMMANDS: dict[str, _Command] = {
     "train-flow": _Command(train_flow, has_recipe=True),
     "train-unfolded": _Command(train_unfolded, has_recipe=True),
     "train-denoiser": _Command(train_denoiser, has_recipe=True),
+    "reconstruct": _Command(reconstruct, positional="inputs", n_positional="+"),
+    "sample": _Command(sample),
+    "models": _Command(models, positional="name"),
 }
 
 
@@ -185,8 +360,22 @@ def _command_parser(command: _Command, summary: str) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False, description=summary)
     if command.has_recipe:
         parser.add_argument("--config", action="config", help="recipe (YAML) with any of the options below")
-    parser.add_function_arguments(command.run, as_positional=False)
+    own: set[str | int] = {"parameters", "n", command.positional}
+    own &= set(inspect.signature(command.run).parameters)
+    if command.positional:
+        parser.add_argument(command.positional, nargs=command.n_positional, help=_help(command.run, command.positional))
+    if "parameters" in own:
+        parser.add_argument("--parameters", nargs="+", metavar="KEY=VALUE", help=_help(command.run, "parameters"))
+    if "n" in own:
+        parser.add_argument("-n", "--n", type=int, default=16, help=_help(command.run, "n"))
+    parser.add_function_arguments(command.run, as_positional=False, skip=own)
     return parser
+
+
+def _help(function: Callable[..., Any], name: str) -> str:
+    """What the docstring says about an argument, for options that jsonargparse does not make by itself."""
+    found = re.search(rf"^ +{name}: (.*(?:\n {{12,}}.*)*)", function.__doc__ or "", re.MULTILINE)
+    return " ".join(found[1].split()) if found else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -228,7 +417,7 @@ def _run(words: list[str]) -> int:
 
 
 def _complete_switches(words: list[str]) -> list[str]:
-    """``--resume`` becomes ``--resume=true`` and ``--no-resume`` ``--resume=false``, for every option that is either."""
+    """``--resume`` becomes ``--resume=true`` and ``--no-resume`` becomes ``--resume=false``, for every such option."""
     switches = {f"--{name}" for name, value in _defaults(words).items() if isinstance(value, bool)}
     completed = []
     for word, following in zip(words, [*words[1:], ""], strict=True):
