@@ -166,7 +166,7 @@ figcaption b { display: block; font-variant-numeric: tabular-nums; }
   .grid { grid-template-columns: repeat(2, 1fr); }
   th, td { padding: .35rem .3rem; font-size: .8rem; }
   thead th { white-space: normal; font-size: .75rem; vertical-align: bottom; }
-  tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 5.5rem; }
+  tbody th { white-space: normal; overflow-wrap: break-word; min-width: 6.2rem; }
 }
 """
 
