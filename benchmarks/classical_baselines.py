@@ -1,4 +1,4 @@
-"""Tunes the classical baselines on validation images and measures them on test images.
+"""Tunes the classical baselines on validation images and measures them, and trained models, on test images.
 
     python benchmarks/classical_baselines.py --data "../shared/data/faces64" --problem deblurring --n-images 48
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from flowprox import __version__
 from flowprox.baselines import BM3D, Biharmonic, TotalVariation, Wiener
+from flowprox.checkpoints import load_model
 from flowprox.data import ImageDataset
 from flowprox.evaluation.metrics import psnr, ssim
 from flowprox.evaluation.records import RecordWriter
@@ -128,7 +129,8 @@ def evaluate(method: Reconstructor, images: Images, physics: LinearPhysics, batc
     psnrs, ssims, seconds = [], [], 0.0
     for x, y in images.batches(batch_size):
         start = time.perf_counter()
-        x_hat = method(y, physics)
+        with torch.no_grad():
+            x_hat = method(y, physics)
         seconds += time.perf_counter() - start
         psnrs.append(psnr(x_hat, x))
         ssims.append(ssim(x_hat, x))
@@ -141,6 +143,16 @@ def evaluate(method: Reconstructor, images: Images, physics: LinearPhysics, batc
     }
 
 
+def models(names: list[str], problem: str) -> dict[str, Candidate]:
+    """The trained models among ``names`` whose card names this problem."""
+    loaded = {name: load_model(name) for name in names}
+    return {
+        name: Candidate(lambda model=model: model)
+        for name, model in loaded.items()
+        if (model.card.problem or {}).get("name") == problem
+    }
+
+
 def run(options: argparse.Namespace) -> None:
     out = Path(options.out)
     with RecordWriter(out) as writer:
@@ -148,8 +160,8 @@ def run(options: argparse.Namespace) -> None:
             physics = make_physics(problem)
             validation = load(options.data, "val", options.n_validation, physics, options.seed)
             test = load(options.data, "test", options.n_images, physics, options.seed)
-            for name, candidate in CANDIDATES[problem].items():
-                if options.methods and name not in options.methods:
+            for name, candidate in {**CANDIDATES[problem], **models(options.models, problem)}.items():
+                if options.methods and name not in options.methods and name not in options.models:
                     continue
                 arguments, tried = dict(candidate.arguments), {}
                 if candidate.start is not None:
@@ -183,6 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", required=True, help="folder or glob of shards or images with the splits val and test")
     parser.add_argument("--problem", nargs="+", default=["deblurring"], choices=sorted(set(CANDIDATES) & set(PROBLEMS)))
     parser.add_argument("--methods", nargs="*", default=[], help="only these; all by default")
+    parser.add_argument("--models", nargs="*", default=[], help="trained models to measure on the same measurements")
     parser.add_argument("--n-images", type=int, default=48, help="test images")
     parser.add_argument("--n-validation", type=int, default=48, help="validation images the regularisation is tuned on")
     parser.add_argument("--batch-size", type=int, default=16)
