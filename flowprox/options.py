@@ -70,6 +70,7 @@ class DataOptions:
         channels: 3 for colour, 1 for grey.
         limit: use only the first so many training images; None uses all.
         skip_corrupt: report and skip unreadable images instead of stopping at the first.
+        terms: under which terms the images may be used; written into the model's card.
     """
 
     train: str | list[str]
@@ -78,6 +79,7 @@ class DataOptions:
     channels: int = 3
     limit: int | None = None
     skip_corrupt: bool = False
+    terms: str | None = None
 
     def __post_init__(self) -> None:
         _require(self.image_size >= 1, f"image_size must be positive; got {self.image_size}")

@@ -521,6 +521,8 @@ class _Run:
         if self.log is None:
             return
         training = {
+            "data": self.job.data.train,
+            "terms": self.job.data.terms,
             "seed": self.options.seed,
             "steps": self.step,
             "skipped_steps": self.skipped,
