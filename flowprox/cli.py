@@ -1,7 +1,7 @@
 """The command line: typed functions become subcommands, the records of ``flowprox.options`` become recipes.
 
 Bad input ends in one line on standard error and exit status 2; an interrupted command in 130. Nothing heavy is imported
-before a command runs, so that help is immediate.
+before a command runs, so that help is immediate. (jsonargparse also executes what stands under ``TYPE_CHECKING``.)
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from itertools import zip_longest
+from typing import Any, Literal, NamedTuple
 
 from jsonargparse import ArgumentParser
 
@@ -29,10 +30,6 @@ from flowprox.options import (
     TrainingOptions,
     UnfoldedOptions,
 )
-
-if TYPE_CHECKING:
-    from flowprox.checkpoints import Card
-    from flowprox.training import TrainingResult
 
 __all__ = ["main"]
 
@@ -242,7 +239,8 @@ def _problem(problem: Mapping[str, Any] | None) -> str:
     return f"{problem.get('name')}" + (f" ({given})" if given else "")
 
 
-def _trained(card: Card) -> str:
+def _trained(card: Any) -> str:
+    """The size and the figures on a ``Card``."""
     figures = [f"{key} {value:.4g}" for key, value in card.metrics.items() if isinstance(value, float)]
     return ", ".join([f"{card.n_parameters:,}", f"{card.n_bytes / 1e6:.1f} MB", *figures])
 
@@ -309,7 +307,8 @@ def _share_cores(training: TrainingOptions) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // training.devices)))
 
 
-def _ended(result: TrainingResult) -> int:
+def _ended(result: Any) -> int:
+    """Say what a ``TrainingResult`` came to; the exit status."""
     if result.reason == "signal":
         print(f"stopped after {result.steps} steps; --resume continues the run in {result.folder}", file=sys.stderr)
         return 130
@@ -420,7 +419,7 @@ def _complete_switches(words: list[str]) -> list[str]:
     """``--resume`` becomes ``--resume=true`` and ``--no-resume`` becomes ``--resume=false``, for every such option."""
     switches = {f"--{name}" for name, value in _defaults(words).items() if isinstance(value, bool)}
     completed = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip_longest(words, words[1:]):
         if word in switches and following not in ("true", "false"):
             word += "=true"
         elif word.replace("--no-", "--", 1) in switches and word not in switches:
@@ -481,7 +480,7 @@ def _wrong_value(message: str) -> str:
         return message
     key, reason = found.groups()
     kinds = re.findall(r"<class '(\w+)'>", reason.partition("Errors:")[0])
-    value = re.search(r"Given value: (.*)", reason)
+    value = re.search(r"(?:Given|Got) value: (.*)", reason)
     if kinds and value:
         return f"{key} must be {' or '.join('null' if k == 'NoneType' else k for k in kinds)}, got {value[1]}"
     return f"{key}: {reason}"

@@ -1,0 +1,398 @@
+"""The command line as a user meets it: what works, and what a wrong word, file or recipe ends in."""
+
+from __future__ import annotations
+
+import errno
+import json
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from flowprox import FlowProx, Glow, UnfoldedPGD, __version__, checkpoints, save_model
+from flowprox.cli import main
+from flowprox.evaluation.records import read_records
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*:DeprecationWarning")
+
+
+def _glow(channels: int = 3) -> Glow:
+    torch.manual_seed(0)
+    flow = Glow((channels, 8, 8), n_levels=2, n_steps=1, hidden_channels=4)
+    flow.initialize(torch.rand(8, channels, 8, 8))
+    return flow
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a flow, unfolded networks for colour and for grey, pictures and measurements."""
+    folder = tmp_path_factory.mktemp("world")
+    with torch.random.fork_rng():
+        save_model(_glow(), folder / "flow", {"name": "tiny-flow", "metrics": {"bits_per_dimension": 3.5}})
+        network = UnfoldedPGD([FlowProx(_glow())])
+        save_model(network, folder / "network", {"name": "tiny", "problem": {"name": "denoising", "parameters": {}}})
+        save_model(UnfoldedPGD([FlowProx(_glow(1))]), folder / "grey-network", {"problem": {"name": "denoising"}})
+    rng = np.random.default_rng(0)
+    (folder / "pictures").mkdir()
+    for i in range(8):
+        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "pictures" / f"p{i}.png")
+    Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / "a.png")
+    Image.fromarray(rng.integers(0, 256, (9, 10, 3), dtype=np.uint8)).save(folder / "odd.png")
+    np.save(folder / "y.npy", rng.random((3, 8, 8), dtype=np.float32))
+    np.save(folder / "mask.npy", np.ones((5, 5), dtype=np.float32))
+    recipe = {
+        "flow": {"kind": "Glow", "arguments": {"n_levels": 1, "n_steps": 1, "hidden_channels": 4}},
+        "data": {"train": str(folder / "pictures"), "validation": str(folder / "pictures"), "image_size": 8},
+        "training": {"max_steps": 2, "batch_size": 2, "accelerator": "cpu", "progress": False, "num_threads": 1},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+@pytest.fixture
+def here(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder; the world is beside it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# What works ----------------------------------------------------------------------------------------------------------
+
+
+def test_help_does_not_import_torch() -> None:
+    code = (
+        "import sys; from flowprox.cli import main; assert main(['--help']) == 0;"
+        "assert main(['train-unfolded', '--help']) == 0;"
+        "print([m for m in ('torch', 'deepinv', 'lightning', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "train-flow" in done.stdout and "--data.train" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["demo", "train-flow", "train-denoiser", "reconstruct", "sample", "models"])
+def test_help_of_each_command_explains_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert not re.search(r"--[\w.]+ ([A-Z_]+|\{\S+\}) (--|\((required|type|default))", words.partition("options:")[2])
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"flowprox {__version__}\n"
+
+
+def test_sample_is_the_same_for_the_same_seed(world: Path, here: Path) -> None:
+    for out, seed in (("a.png", "1"), ("new/b.png", "1"), ("c.png", "2")):
+        words = ["sample", "--model", str(world / "flow"), "-n", "3", "--seed", seed, "--size", "12", "--out", out]
+        assert main(words) == 0
+    contents = [Path(name).read_bytes() for name in ("a.png", "new/b.png", "c.png")]
+    assert contents[0] == contents[1] != contents[2]
+
+
+def test_models_lists_shipped_models_and_prints_a_card(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checkpoints, "_shipped_folder", lambda: world)
+    assert main(["models"]) == 0
+    assert "tiny-flow" in capsys.readouterr().out
+    assert main(["models", "flow"]) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"] == {"bits_per_dimension": 3.5}
+
+
+def test_reconstruct_prints_a_table(world: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["reconstruct", str(world / "a.png"), "--no-measured", "--model", str(world / "network"), "--out", "rec"]
+    assert main([*words, "--parameters", "sigma=1e-2"]) == 0
+    assert "PSNR" in capsys.readouterr().out
+    assert read_records("rec/records.jsonl")[0]["problem"] == "denoising-sigma0.01"
+
+
+def test_recipe_is_overridden_wherever_the_option_stands_and_can_be_resumed(world: Path, here: Path) -> None:
+    recipe = ["--config", str(world / "recipe.yaml")]
+    assert main(["train-flow", "--training.max_steps=1", *recipe, "--out", "run"]) == 0
+    written = yaml.safe_load(Path("run/recipe.yaml").read_text())
+    assert written["training"]["max_steps"] == 1
+    assert main(["train-flow", "--config=run/recipe.yaml", "--resume", "--training.max_steps", "3"]) == 0
+    assert checkpoints.load_training_state("run/state.pt")["counters"]["step"] == 3
+    assert main(["sample", "--model", "run/model", "-n", "1"]) == 0
+
+
+def test_interruption_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "list_models", interrupted)
+    assert main(["models"]) == 130
+    assert capsys.readouterr().err == "flowprox: interrupted\n"
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "list_models", lambda: [].pop())
+    with pytest.raises(IndexError):
+        main(["models"])
+
+
+def test_traceback_on_demand(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FLOWPROX_TRACEBACK", "1")
+    assert main(["models", "no-such-model"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+# Bad input -----------------------------------------------------------------------------------------------------------
+
+
+def _text_as_png(world: Path) -> list[str]:
+    Path("fake.png").write_text("not a picture")
+    return ["fake.png"]
+
+
+def _array(values: np.ndarray) -> Callable[[Path], list[str]]:
+    def write(world: Path) -> list[str]:
+        np.save("given.npy", values)
+        return ["given.npy"]
+
+    return write
+
+
+def _nan() -> np.ndarray:
+    values = np.zeros((3, 8, 8), dtype=np.float32)
+    values[0, 0, 0] = np.nan
+    return values
+
+
+def _objects(world: Path) -> list[str]:
+    np.save("given.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    return ["given.npy"]
+
+
+def _float_tiff(world: Path) -> list[str]:
+    Image.fromarray(np.full((8, 8), 3.0, dtype=np.float32)).save("bright.tif")
+    return ["bright.tif"]
+
+
+def _picture(*options: str) -> Callable[[Path], list[str]]:
+    return lambda world: [str(world / "a.png"), *options]
+
+
+def _file_as_out(world: Path) -> list[str]:
+    Path("taken").write_text("a file")
+    return [str(world / "a.png"), "--out", "taken"]
+
+
+def _full_out(world: Path) -> list[str]:
+    Path("full").mkdir()
+    Path("full/precious.txt").write_text("keep")
+    return [str(world / "a.png"), "--out", "full"]
+
+
+def _model(change: Callable[[Path], None]) -> Callable[[Path], list[str]]:
+    """A copy of the network with something wrong."""
+
+    def write(world: Path) -> list[str]:
+        folder = Path("broken")
+        folder.mkdir()
+        for name in ("card.json", "model.safetensors"):
+            (folder / name).write_bytes((world / "network" / name).read_bytes())
+        change(folder)
+        return [str(world / "a.png"), "--model", "broken"]
+
+    return write
+
+
+def _truncate(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+
+
+def _alter(folder: Path) -> None:
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+
+
+def _misfit(folder: Path) -> None:
+    card = json.loads((folder / "card.json").read_text())
+    card["model"]["arguments"]["proxes"][0]["arguments"]["flow"]["arguments"]["hidden_channels"] = 6
+    (folder / "card.json").write_text(json.dumps(card))
+
+
+def _pickled(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(pickle.dumps({"weight": [1.0]}))
+
+
+def _pickle_as_model(world: Path) -> list[str]:
+    torch.save({"weight": torch.ones(1)}, "weights.pt")
+    return [str(world / "a.png"), "--model", "weights.pt"]
+
+
+BAD_INPUTS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
+    "missing file": (lambda world: ["missing.png"], "missing.png"),
+    "missing array": (lambda world: ["missing.npy"], "missing.npy"),
+    "text as png": (_text_as_png, "fake.png cannot be read as an image"),
+    "folder without pictures": (lambda world: ["."], "holds no images"),
+    "one bad among good": (lambda world: [str(world / "a.png"), *_text_as_png(world)], "fake.png"),
+    "two channels": (_array(np.zeros((2, 8, 8), dtype=np.float32)), "channels"),
+    "grey for colour": (_array(np.zeros((1, 8, 8), dtype=np.float32)), "1 channel(s) but the model takes 3"),
+    "colour for grey": (
+        lambda world: [str(world / "a.png"), "--model", str(world / "grey-network")],
+        "has 3 channels but the model takes 1",
+    ),
+    "channels last": (_array(np.zeros((8, 8, 3), dtype=np.float32)), "channels come first"),
+    "size not divisible": (lambda world: [str(world / "odd.png"), "--no-pad"], "size 9x10"),
+    "NaN": (_array(_nan()), "NaN"),
+    "8-bit values": (_array(np.full((3, 8, 8), 200.0, dtype=np.float32)), "divide by 255"),
+    "whole numbers": (_array(np.zeros((3, 8, 8), dtype=np.uint8)), "floats"),
+    "objects": (_objects, "not a plain .npy array"),
+    "float tiff out of range": (_float_tiff, "bright.tif"),
+    "unknown problem": (_picture("--problem", "denoisin"), "did you mean denoising"),
+    "unknown parameter": (_picture("--parameters", "sigm=0.1"), "did you mean sigma"),
+    "parameter without value": (_picture("--parameters", "sigma"), "KEY=VALUE"),
+    "negative sigma": (_picture("--parameters", "sigma=-0.1"), "sigma"),
+    "sigma is text": (_picture("--parameters", "sigma=much"), "sigma"),
+    "mask of the wrong shape": (
+        lambda world: [str(world / "a.png"), "--problem=inpainting", "--parameters", f"mask={world / 'mask.npy'}"],
+        "mask has shape (5, 5)",
+    ),
+    "missing mask": (_picture("--problem=inpainting", "--parameters", "mask=no.npy"), "no.npy"),
+    "mask too large": (_picture("--problem=inpainting", "--parameters", "mask_size=9"), "mask_size 9x9"),
+    "kernel too large": (_picture("--problem=deblurring", "--parameters", "kernel_size=11"), "kernel"),
+    "which mask": (_picture("--problem=random-inpainting", "--measured"), "operator_seed"),
+    "unknown model": (_picture("--model", "unfolded-denoisin"), "unfolded-denoisin"),
+    "a flow does not reconstruct": (
+        lambda world: [str(world / "a.png"), "--model", str(world / "flow")],
+        "does not reconstruct by itself",
+    ),
+    "card does not fit weights": (_model(_misfit), "does not fit its weights"),
+    "truncated weights": (_model(_truncate), "model.safetensors"),
+    "altered weights": (_model(_alter), "model.safetensors"),
+    "pickle as weights": (_model(_pickled), "model.safetensors"),
+    "pickle as model": (_pickle_as_model, "weights.pt"),
+    "no weights": (_model(lambda folder: (folder / "model.safetensors").unlink()), "model.safetensors"),
+    "card is no JSON": (_model(lambda folder: (folder / "card.json").write_text("{") and None), "card.json"),
+    "unknown device": (_picture("--device", "gpu"), "gpu"),
+    "out is a file": (_file_as_out, "taken"),
+    "out below a file": (_picture("--out", str(Path(__file__) / "out")), "out"),
+    "out cannot be written": (_picture("--out", "/proc/flowprox/out"), "out"),
+    "out is not empty": (_full_out, "not empty"),
+}
+
+
+def _tree(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def _assert_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    before = _tree(Path.cwd())
+    status = main(words)
+    printed = capsys.readouterr()
+    assert status == 2, printed
+    assert printed.out == ""
+    assert printed.err.startswith("flowprox: ") and printed.err.count("\n") == 1, printed.err
+    assert "Traceback" not in printed.err and message in printed.err, printed.err
+    assert _tree(Path.cwd()) == before
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input_to_reconstruct(case: str, world: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make, message = BAD_INPUTS[case]
+    given = make(world)
+    model = [] if "--model" in given else ["--model", str(world / "network")]
+    out = [] if "--out" in given else ["--out", "rec"]
+    _assert_refused(["reconstruct", *given[:1], *model, *out, *given[1:]], message, capsys)
+
+
+def _recipe(world: Path, change: Callable[[dict], object]) -> list[str]:
+    recipe = yaml.safe_load((world / "recipe.yaml").read_text())
+    change(recipe)
+    Path("changed.yaml").write_text(yaml.safe_dump(recipe))
+    return ["train-flow", "--config", "changed.yaml", "--out", "run"]
+
+
+def _not_yaml(world: Path) -> list[str]:
+    Path("broken.yaml").write_text("flow: [compact\n")
+    return ["train-flow", "--config", "broken.yaml", "--out", "run"]
+
+
+BAD_COMMANDS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
+    "no command": (lambda world: [], "give a command"),
+    "misspelt command": (lambda world: ["train-flo"], "did you mean train-flow"),
+    "misspelt option": (lambda world: ["sample", "--temprature", "1"], "did you mean --temperature"),
+    "option missing": (lambda world: ["sample"], "missing model"),
+    "option of another type": (lambda world: ["sample", "--model", "m", "--seed", "one"], "seed must be int, got one"),
+    "sample from no flow": (lambda world: ["sample", "--model", str(world / "network")], "not a flow"),
+    "sample of odd size": (lambda world: ["sample", "--model", str(world / "flow"), "--size", "9"], "divisible by 4"),
+    "sample nothing": (lambda world: ["sample", "--model", str(world / "flow"), "-n", "0"], "n must be positive"),
+    "sample as jpeg": (lambda world: ["sample", "--model", str(world / "flow"), "--out", "a.jpg"], ".png"),
+    "sample too cold": (
+        lambda world: ["sample", "--model", str(world / "flow"), "--temperature=-1"],
+        "temperature must be at least 0",
+    ),
+    "unknown card": (lambda world: ["models", "no-such-model"], "no model 'no-such-model'"),
+    "demo into a file": (lambda world: ["demo", "--out", str(world / "recipe.yaml")], "out"),
+    "missing recipe": (lambda world: ["train-flow", "--config", "no.yaml"], "no.yaml"),
+    "recipe is no YAML": (_not_yaml, "parsing"),
+    "misspelt key": (
+        lambda world: _recipe(world, lambda r: r["training"].update(max_stepz=3)),
+        "unknown key 'training.max_stepz' in the recipe or options; did you mean training.max_steps",
+    ),
+    "misspelt group": (lambda world: _recipe(world, lambda r: r.update(trainin={"seed": 1})), "'trainin"),
+    "misspelt flow": (lambda world: _recipe(world, lambda r: r["flow"].update(kind="Glo")), "Glo"),
+    "misspelt argument of the flow": (
+        lambda world: _recipe(world, lambda r: r["flow"]["arguments"].update(hiden_channels=4)),
+        "hiden_channels",
+    ),
+    "value of another type": (
+        lambda world: _recipe(world, lambda r: r["training"].update(max_steps="many")),
+        "training.max_steps must be int or null, got many",
+    ),
+    "never ending": (lambda world: _recipe(world, lambda r: r["training"].pop("max_steps")), "max_steps"),
+    "negative rate": (lambda world: _recipe(world, lambda r: r["training"].update(learning_rate=-1)), "learning_rate"),
+    "no data": (lambda world: _recipe(world, lambda r: r["data"].update(train="nowhere")), "nowhere"),
+    "not divisible": (lambda world: _recipe(world, lambda r: r["data"].update(image_size=7)), "7"),
+    "no such device": (lambda world: _recipe(world, lambda r: r["training"].update(accelerator="abacus")), "abacus"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_COMMANDS)
+def test_bad_command(case: str, world: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make, message = BAD_COMMANDS[case]
+    _assert_refused(make(world), message, capsys)
+
+
+def test_out_of_a_run_that_is_a_file(world: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("taken").write_text("a file")
+    words = ["train-flow", "--config", str(world / "recipe.yaml"), "--out", "taken"]
+    _assert_refused(words, "taken", capsys)
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    def no_space(file: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    yield lambda: monkeypatch.setattr(checkpoints, "_force_to_disk", no_space)
+
+
+def test_full_disk_leaves_the_old_checkpoint(
+    world: Path, here: Path, full_disk: Callable[[], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train-flow", "--config", str(world / "recipe.yaml"), "--out", "run", "--resume"]
+    assert main(words) == 0
+    kept = {name: Path("run", name).read_bytes() for name in ("state.pt", "model/card.json", "model/model.safetensors")}
+    full_disk()
+    capsys.readouterr()
+    assert main([*words, "--training.max_steps", "4"]) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and "Traceback" not in error and error.count("\n") == 1
+    assert {name: Path("run", name).read_bytes() for name in kept} == kept
+    assert not [path for path in Path("run").rglob("*.tmp")]
