@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -242,7 +242,7 @@ class _Chain:
         for i in reversed(range(self.first, len(self.steps))):
             start = end - len(self.slots[i])
             leaves = [parameters[j].detach().requires_grad_(needs[1 + j]) for j in range(start, end)]
-            with _substituted(self.slots[i], leaves):
+            with _substituted(self.slots[i], leaves), self.autocast.restored():
                 x = self.undo(i, x) if self.invert else kept[i - self.first]
                 x = x.detach().requires_grad_(i > self.first or needs[0])
                 with torch.enable_grad():
@@ -270,13 +270,15 @@ class _Chain:
         if (x.device.type == "cpu" or self.guarded) and not _is_finite(x):
             x = kept[-1]
             for i in reversed(range(self.first, len(self.steps))):
-                x = self.undo(i, x)
+                with self.autocast.restored():
+                    x = self.undo(i, x)
                 if not _is_finite(x):
                     raise NonFiniteError(
                         f"{self._name(i)} gave a non-finite value when its {self._direction} was undone; {_REMEDY}"
                     )
         if self.guarded and _deviation(x, kept[0]) > self._tolerance(x):
-            self._name_drift(*kept)
+            with self.autocast.restored():
+                self._name_drift(*kept)
 
     def _name_drift(self, x: Tensor, y: Tensor) -> None:
         """Go forward and back once more to find the step, and raise."""
@@ -325,7 +327,7 @@ class _Recompute(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved, chain = ctx.saved_tensors, ctx.chain
-        with chain.autocast.restored():
+        with replace(chain.autocast, enabled=False).restored():  # autocast is for forward passes only
             found = chain.backward(saved[: ctx.n_kept], saved[ctx.n_kept :], ctx.needs_input_grad[1:], grads)
         return None, *found
 
