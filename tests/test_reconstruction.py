@@ -1,0 +1,257 @@
+"""Files in, reconstructions out: names, sizes, seeds; and the extended equation of images whose size does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from deepinv.physics import LinearPhysics
+from helpers import assert_adjoint, assert_linear
+from torch import Tensor
+
+from flowprox import FlowProx, Glow, UnfoldedHQS, UnfoldedPGD, load_model, save_model
+from flowprox.data import load_image, save_image
+from flowprox.evaluation.records import read_records
+from flowprox.operators import make_physics, measure_each
+from flowprox.reconstruction import (
+    ReconstructionJob,
+    WindowedBlur,
+    _continued,
+    _load,
+    fit_to_divisor,
+    image_seed,
+    reconstruct_files,
+)
+
+SIGMA_ZERO: dict[str, dict[str, Any]] = {
+    "denoising": {"sigma": 0.0},
+    "inpainting": {"mask_size": 3},
+    "random-inpainting": {"keep": 0.5},
+    "deblurring": {"kernel_size": 5, "sigma_blur": 1.5, "sigma": 0.0},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small network for denoising at sigma 0.1."""
+    folder = tmp_path_factory.mktemp("model")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        flow = Glow((3, 8, 8), n_levels=2, n_steps=1, hidden_channels=4)
+        flow.initialize(torch.rand(8, 3, 8, 8))
+        save_model(
+            UnfoldedPGD([FlowProx(flow)]),
+            folder,
+            {"name": "tiny", "problem": {"name": "denoising", "parameters": {"sigma": 0.1}, "seed": 0}},
+        )
+    return str(folder)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    for name, size in (("one/a", (8, 8)), ("two/a", (12, 12)), ("two/b", (9, 14))):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save_image(torch.rand(3, *size), tmp_path / f"{name}.png")
+    return tmp_path
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_names_sizes_and_figures(model: str, pictures: Path) -> None:
+    out = pictures / "new" / "rec"
+    records = reconstruct_files(ReconstructionJob(model), [pictures / "one/a.png", pictures / "two"], out)
+    assert read_records(out / "records.jsonl") == records
+    assert [record["image"] for record in records] == ["a", "a-2", "b"]
+    assert [(record["height"], record["width"]) for record in records] == [(8, 8), (12, 12), (9, 14)]
+    assert {record["problem"] for record in records} == {"denoising-sigma0.1"}
+    expected = {
+        f"{folder}{name}.{kind}"
+        for folder in ("", "measurements/")
+        for name in ("a", "a-2", "b")
+        for kind in ("png", "npy")
+    }
+    files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert files == expected | {"records.jsonl"}
+    assert [path.name for path in out.parent.iterdir()] == ["rec"]
+    for record, path in zip(records, ("one/a.png", "two/a.png", "two/b.png"), strict=True):
+        x, x_hat = load_image(pictures / path), torch.from_numpy(np.load(out / f"{record['image']}.npy"))
+        assert x_hat.shape == x.shape == load_image(out / f"{record['image']}.png").shape
+        mse = (x_hat.clamp(0, 1) - x).square().mean()
+        assert record["psnr"] == pytest.approx(-10 * float(mse.log10()), abs=1e-3)
+
+
+def test_what_is_written_is_the_network_on_the_measurement(model: str, pictures: Path) -> None:
+    out = pictures / "rec"
+    (record,) = reconstruct_files(ReconstructionJob(model, seed=3), [pictures / "one/a.png"], out)
+    physics = make_physics("denoising", (3, 8, 8), sigma=0.1)
+    y = measure_each(load_image(pictures / "one/a.png")[None], physics, [image_seed(3, "a")])
+    assert record["seed"] == image_seed(3, "a")
+    assert np.array_equal(np.load(out / "measurements/a.npy"), y[0])
+    with torch.no_grad():
+        assert np.array_equal(np.load(out / "a.npy"), load_model(model)(y, physics)[0])
+
+
+def test_noise_of_an_image_does_not_depend_on_the_others(model: str, pictures: Path) -> None:
+    job = ReconstructionJob(model)
+    reconstruct_files(job, [pictures / "two/b.png"], pictures / "alone")
+    reconstruct_files(job, [pictures / "one", pictures / "two"], pictures / "all")
+    assert (pictures / "alone/b.npy").read_bytes() == (pictures / "all/b.npy").read_bytes()
+
+
+def test_a_written_measurement_gives_the_same_reconstruction(model: str, pictures: Path) -> None:
+    job = ReconstructionJob(model)
+    reconstruct_files(job, [pictures / "two/b.png"], pictures / "first")
+    (record,) = reconstruct_files(job, [pictures / "first/measurements/b.npy"], pictures / "second")
+    assert "psnr" not in record
+    assert (pictures / "first/b.npy").read_bytes() == (pictures / "second/b.npy").read_bytes()
+
+
+def test_batches_and_measured_images(model: str, pictures: Path) -> None:
+    y = np.random.default_rng(0).random((2, 3, 8, 8), dtype=np.float32)
+    np.save(pictures / "y.npy", y)
+    job = ReconstructionJob(model, measured=True)
+    records = reconstruct_files(job, [pictures / "y.npy", pictures / "one/a.png"], pictures / "rec")
+    assert [record["image"] for record in records] == ["y-0", "y-1", "a"]
+    assert not any("psnr" in record for record in records)
+    assert np.array_equal(np.load(pictures / "rec/measurements/y-1.npy"), y[1])
+
+
+def test_grey_picture_for_a_colour_model(model: str, tmp_path: Path) -> None:
+    save_image(torch.rand(1, 8, 8), tmp_path / "grey.png")
+    reconstruct_files(ReconstructionJob(model), [tmp_path / "grey.png"], tmp_path / "rec")
+    assert np.load(tmp_path / "rec/grey.npy").shape == (3, 8, 8)
+
+
+def test_problem_of_the_card_and_another_one(model: str, pictures: Path) -> None:
+    source = [pictures / "one/a.png"]
+    jobs = {
+        "denoising-sigma0.25": ReconstructionJob(model, parameters={"sigma": 0.25}),
+        "inpainting-mask_size3-sigma0.05": ReconstructionJob(model, "inpainting", {"mask_size": 3, "sigma": 0.05}),
+        "denoising-sigma0.1": ReconstructionJob(model, "denoising"),
+    }
+    for i, (label, job) in enumerate(jobs.items()):
+        assert reconstruct_files(job, source, pictures / str(i))[0]["problem"] == label
+
+
+def test_random_mask_follows_the_operator_seed(model: str, pictures: Path) -> None:
+    masks = []
+    for seed in (None, 0, 1):
+        job = ReconstructionJob(model, "random-inpainting", operator_seed=seed)
+        reconstruct_files(job, [pictures / "one/a.png"], pictures / f"rec{seed}")
+        masks.append(np.load(pictures / f"rec{seed}/measurements/a.npy") != 0)
+    assert (masks[0] == masks[1]).all() and (masks[0] != masks[2]).any()
+
+
+def test_divergence_names_the_image_and_leaves_nothing(
+    model: str, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Diverging(torch.nn.Module):
+        divisor = 4
+        card = _load(ReconstructionJob(model)).card
+
+        def forward(self, y: Tensor, physics: LinearPhysics) -> Tensor:
+            return y * (torch.nan if y.shape[-1] == 12 else 1.0)
+
+    monkeypatch.setattr("flowprox.reconstruction._load", lambda job: Diverging())
+    with pytest.raises(ArithmeticError, match=r"two/a\.png"):
+        reconstruct_files(ReconstructionJob(model), [pictures / "one", pictures / "two"], pictures / "new/rec")
+    assert not (pictures / "new").exists()
+
+
+# Sizes that do not fit -----------------------------------------------------------------------------------------------
+
+
+def _signal(height: int, width: int) -> Tensor:
+    return torch.rand(2, 3, height, width, dtype=torch.float64)
+
+
+def _continued_image(x: Tensor, fitted: Any, mode: str) -> Tensor:
+    """The image on the extended grid that the extended equation is about."""
+    rows, columns = (
+        _continued(n, where.start, size, mode)
+        for n, where, size in zip(x.shape[-2:], (fitted.rows, fitted.columns), fitted.y.shape[-2:], strict=True)
+    )
+    return x[..., rows, :][..., columns]
+
+
+@pytest.mark.parametrize("size", [(9, 14), (12, 13), (7, 7)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "parameters", "mode"),
+    [
+        ("denoising", {}, "reflect"),
+        ("inpainting", {}, "reflect"),
+        ("random-inpainting", {}, "reflect"),
+        ("deblurring", {}, "circular"),
+        ("deblurring", {"boundary": "reflect"}, "reflect"),
+        ("deblurring", {"boundary": "replicate"}, "replicate"),
+    ],
+    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else value,
+)
+def test_continued_image_satisfies_the_extended_equation(
+    name: str, parameters: dict[str, Any], mode: str, size: tuple[int, int]
+) -> None:
+    physics = make_physics(name, (3, *size), **SIGMA_ZERO[name], **parameters).double()
+    x = _signal(*size)
+    fitted = fit_to_divisor(physics.A(x), physics, 4)
+    assert all(side % 4 == 0 for side in fitted.y.shape[-2:])
+    torch.testing.assert_close(fitted.y[..., fitted.rows, fitted.columns], physics.A(x), rtol=0, atol=1e-12)
+    residual = fitted.physics.A_adjoint(fitted.y) - fitted.physics.A_adjoint(
+        fitted.physics.A(_continued_image(x, fitted, mode))
+    )
+    assert residual.abs().max() < 1e-6  # the kernel is kept in float32
+
+
+def test_measurement_of_a_zero_boundary_binds_the_inside_only() -> None:
+    physics = make_physics("deblurring", (3, 9, 9), **SIGMA_ZERO["deblurring"], boundary="zeros")
+    x = torch.rand(1, 3, 9, 9)
+    fitted = fit_to_divisor(physics.A(x), physics, 4)
+    outside = torch.zeros_like(fitted.y)
+    outside[..., fitted.rows, fitted.columns] = x
+    inside = fitted.physics.A(outside)[..., fitted.rows, fitted.columns]
+    torch.testing.assert_close(inside, physics.A(x), rtol=0, atol=1e-5)
+
+
+def test_asymmetric_kernel_is_not_mirrored() -> None:
+    kernel = torch.rand(3, 5)
+    physics = make_physics("deblurring", (3, 9, 9), kernel=kernel / kernel.sum(), boundary="reflect", sigma=0.0)
+    x = torch.rand(1, 3, 9, 9)
+    fitted = fit_to_divisor(physics.A(x), physics, 4)
+    residual = fitted.physics.A(_continued_image(x, fitted, "reflect")) - fitted.y
+    assert residual[..., fitted.rows, fitted.columns].abs().max() < 1e-5
+    assert float(fitted.physics.get_buffer("seen").sum()) == 81
+
+
+def test_windowed_blur_is_linear_and_has_its_adjoint() -> None:
+    physics = WindowedBlur(torch.rand(3, 5), (torch.rand(8, 12) < 0.7).float()).double()
+    assert_linear(physics.A, (2, 1, 8, 12))
+    assert_adjoint(physics.A, physics.A_adjoint, (2, 1, 8, 12))
+
+
+@pytest.mark.parametrize("sides", [(8, 8), (12, 4)], ids=str)
+def test_fitting_sizes_are_left_alone(sides: Sequence[int]) -> None:
+    physics = make_physics("deblurring", (3, sides[0], sides[1]), kernel_size=3)
+    y = torch.rand(1, 3, *sides)
+    fitted = fit_to_divisor(y, physics, 4)
+    assert fitted.y is y and fitted.physics is physics
+    assert y[..., fitted.rows, fitted.columns].shape == y.shape
+
+
+def test_unknown_operator_is_refused() -> None:
+    with pytest.raises(ValueError, match="divisible by 4"):
+        fit_to_divisor(torch.rand(1, 3, 7, 7), LinearPhysics(), 4)
+
+
+@pytest.mark.parametrize("name", SIGMA_ZERO)
+def test_both_iterations_take_extended_operators(name: str) -> None:
+    flow = Glow((3, 8, 8), n_levels=2, n_steps=1, hidden_channels=4).eval()
+    physics = make_physics(name, (3, 9, 10), **SIGMA_ZERO[name])
+    fitted = fit_to_divisor(physics.A(torch.rand(1, 3, 9, 10)), physics, 4)
+    for network in (UnfoldedPGD([FlowProx(flow)], start="adjoint"), UnfoldedHQS([FlowProx(flow)], start="adjoint")):
+        with torch.no_grad():
+            x_hat = network(fitted.y, fitted.physics)
+        assert x_hat.shape == fitted.y.shape and bool(x_hat.isfinite().all())
