@@ -424,11 +424,16 @@ class _Run:
         return True
 
     def _is_outlier(self, norm: float) -> bool:
-        """Whether a gradient's norm is far above its running average, which it then does not enter."""
-        if self.options.skip_above and norm > self.options.skip_above * self.typical_norm > 0:
-            return True
-        self.typical_norm += (0.02 if self.typical_norm else 1.0) * (norm - self.typical_norm)
-        return False
+        """Whether a gradient's norm is far above its running average.
+
+        The average takes in at most the threshold, so that a few outliers in a row raise it: a run is not stuck for ever
+        where gradients have become larger.
+        """
+        threshold = self.options.skip_above * self.typical_norm
+        is_outlier = 0 < threshold < norm
+        counted = threshold if is_outlier else norm
+        self.typical_norm += (0.02 if self.typical_norm else 1.0) * (counted - self.typical_norm)
+        return is_outlier
 
     def _skip(self) -> None:
         self.skipped += 1
