@@ -145,7 +145,8 @@ class ResNet(nn.Module):
     """Residual network of Mardani et al. 2018 as Wei et al. 2022, Sec. V-C, describe it.
 
     Residual blocks of two 3x3 convolutions with batch normalisation and ReLU, then three 1x1 convolutions; the output is
-    added to the input. Two blocks of width 128 have 0.66 M parameters; the paper counts 0.16 M, which width 62 gives.
+    added to the input, a skip that the papers do not mention. Width 128 gives 0.63 M parameters in all; the paper counts
+    0.16 M, which width 64 gives.
 
     References:
         Mardani et al. 2018, Neural proximal gradient descent for compressive imaging, https://arxiv.org/abs/1806.03963
@@ -193,7 +194,7 @@ class UNet(nn.Module):
         n_channels: image channels.
         hidden_channels: width at the finest scale; it doubles at each of the four coarser ones.
         n_scales: number of resolutions, 5 in the original.
-        residual: add the output to the input.
+        residual: add the output to the input; the original has no such skip.
     """
 
     def __init__(

@@ -241,7 +241,7 @@ class LearnedBlur(Specified, CircularConvolution):
         self.set_noise_model(SeededGaussianNoise(sigma))
         kernel = _gaussian_kernel(kernel_size, sigma_blur)
         self.normalised = normalised
-        self.weight = nn.Parameter(kernel.log() if normalised else kernel)
+        self.weight = nn.Parameter(kernel.clamp(min=1e-12).log() if normalised else kernel)
 
     def kernel(self) -> Tensor:
         """The kernel as learned so far, shape (1, 1, h, w)."""

@@ -127,7 +127,7 @@ class DenoiserOptions:
 
     Arguments:
         prox: which network.
-        prox_arguments: arguments of its constructor, such as {channels: 64}.
+        prox_arguments: arguments of its constructor, such as {hidden_channels: 64}.
         noise_range: lowest and highest standard deviation of the noise, drawn uniformly per image.
     """
 
@@ -144,8 +144,8 @@ class UnfoldedOptions:
     """An unfolded network: n_folds times a gradient step and a learned prox.
 
     Arguments:
-        prox: "flow" (trained), "plug-and-play" (a frozen flow, the same in every fold, only step sizes learned),
-            "resnet" or "unet".
+        prox: "flow" (trained), "plug-and-play" (a frozen flow, the same in every fold, only the step sizes and shrinkages
+            learned), "resnet" or "unet".
         flow: a pretrained flow (name, hub id or folder), or a preset or specification as in train-flow to start from
             random weights. Needed by "flow" and "plug-and-play".
         pretrained: a pretrained prox (folder written by train-denoiser) to start "resnet" or "unet" from.
@@ -206,6 +206,10 @@ class UnfoldedOptions:
             f'prox "{self.prox}" has no likelihood: set likelihood_weight to 0',
         )
         _require(
+            self.prox != "plug-and-play" or not self.channelwise,
+            "plug-and-play learns step sizes and shrinkages only: set channelwise to false",
+        )
+        _require(
             not with_flow or self.pretrained is None,
             f'pretrained is for "resnet" and "unet"; give the flow of prox "{self.prox}" as flow',
         )
@@ -219,9 +223,10 @@ class TrainingOptions:
         batch_size: images per step, over all processes.
         learning_rate: Adam's step size for the weights, at the schedule's peak.
         scalar_learning_rate: the same for the few scalars mu and lambda.
-        schedule: shape of the learning rates over the run: "constant", "cosine" (to zero) or "one-cycle" (30 % up, 70 %
-            down). Progress is the larger of step / max_steps and elapsed / max_time. With max_time the rates may follow
-            the clock, and then no two runs are equal to the bit.
+        schedule: shape of the learning rates over the run: "constant", "cosine" (to zero) or "one-cycle" (30 % up, 70
+            % down). With patience alone there is no progress and the rates stay as they start. Progress is the larger
+            of step / max_steps and elapsed / max_time. With max_time the rates may follow the clock, and then no two
+            runs are equal to the bit.
         warmup_steps: steps over which the rates rise linearly from zero, on top of the schedule.
         gradient_clip: largest allowed norm of all gradients together; 0 never clips.
         skip_above: skip a step whose gradient norm is more than so many times its running average; 0 skips only what is

@@ -339,5 +339,8 @@ def make_unfolded(options: UnfoldedOptions, problem: ProblemOptions, data: DataO
 def _learned_blur(problem: ProblemOptions) -> LearnedBlur:
     if problem.name != "deblurring":
         raise ValueError(f'learn_operator learns a blur kernel: it needs problem "deblurring", not "{problem.name}"')
+    fixed = [key for key in ("kernel", "boundary") if problem.parameters.get(key) not in (None, "circular")]
+    if fixed:
+        raise ValueError(f"learn_operator learns a circular Gaussian-like kernel; leave out {', '.join(fixed)}")
     known = {key: problem.parameters[key] for key in ("kernel_size", "sigma_blur") if key in problem.parameters}
     return LearnedBlur(**known)

@@ -2,7 +2,8 @@ r"""Training of flows and of unfolded networks, on one device or many, resumable
 
 Every random number of step t on process r comes from a generator seeded with (seed, t, r), and the images of step t
 follow from (seed, t). So the state of a run is its weights, optimiser, averages and t, and a run that was killed
-continues exactly as if it had not been. A step whose loss or gradient is not finite is counted and not applied.
+continues exactly as if it had not been. A step whose loss or gradient is not finite, or
+whose gradient is far above its running average, is counted and not applied.
 
 The loop is ours; devices, processes and the logger are Lightning Fabric's, and this is the only file that imports it.
 """
@@ -61,7 +62,7 @@ class TrainingResult:
     Arguments:
         folder: the run's folder.
         steps: optimiser steps, skipped ones included.
-        skipped: steps whose loss or gradient was not finite and that changed nothing.
+        skipped: steps that changed nothing, their loss or gradient being not finite or an outlier (``skip_above``).
         elapsed: seconds, summed over resumptions.
         reason: why it ended: "max_steps", "max_epochs", "max_time", "patience" or "signal".
         metrics: the last validation's figures.
@@ -199,7 +200,8 @@ def fit(
     Raises:
         FileExistsError: ``out`` holds a run and ``resume`` is false.
         ValueError: the run in ``out`` was made with other data, batch size, seed or model.
-        NonFiniteError: twenty steps in a row had a loss or gradient that is not finite.
+        NonFiniteError: twenty steps in a row were skipped; with several processes, also when a reversible flow finds in
+            backward that it cannot invert, since the others already wait for that gradient.
     """
     folder = Path(out)
     if (folder / "state.pt").exists() and not resume:
@@ -385,14 +387,24 @@ class _Run:
             self.error = error
         if self._agree(loss):
             assert loss is not None
-            self.fabric.backward(loss)
-            applied = self._apply_gradients(loss.detach())
+            applied = self._backward(loss) and self._apply_gradients(loss.detach())
         if applied:
             assert loss is not None
             self.skipped_in_a_row = 0
             losses += torch.stack([loss.detach(), torch.ones_like(loss)])
         else:
             self._skip()
+
+    def _backward(self, loss: Tensor) -> bool:
+        """Backpropagate; whether a reversible flow could recompute what it needs."""
+        try:
+            self.fabric.backward(loss)
+        except NonFiniteError as error:
+            if self.distributed:
+                raise
+            self.error = error
+            return False
+        return True
 
     def _agree(self, loss: Tensor | None) -> bool:
         """Whether all processes have a finite loss; process 0's clock and requests to stop travel along.

@@ -6,10 +6,10 @@ r"""Unfolded networks: K iterations of a proximal algorithm whose prox is learne
     UnfoldedPGD:  D_k = x + mu_k A^T (y - A x)                                gradient step on 1/2 ||y - A x||^2
     UnfoldedHQS:  D_k = argmin_u 1/2 ||y - A u||^2 + rho_k/2 ||u - x||^2      exact step of half-quadratic splitting
 
-Symbols: y measurement, A operator, x image (B, C, H, W), mu step size, rho penalty, lambda shrinkage. The start x_0 is g(0),
-the image of the most likely latent of the pretrained flow, or A^T y. Wei et al. 2022, Sec. III; their Eq. (8) prints the
-gradient step with the opposite sign, which ascends for mu > 0, and their Eq. (12) leaves the last shrinkage out, which makes
-the last flow the identity: ``shrink_last=False`` gives that form.
+Symbols: y measurement, A operator, x image (B, C, H, W), mu step size, rho penalty, lambda shrinkage. The start x_0
+is g(0), the image of the most likely latent of the pretrained flow, learned on from there, or A^T y. Wei et al. 2022,
+Sec. III; their Eq. (8) prints the gradient step with the opposite sign, which ascends for mu > 0, and their Eq. (12)
+leaves the last shrinkage out, which makes the last flow the identity: ``shrink_last=False`` gives that form.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Unfolded(Reconstructor):
         return images
 
     def initial_image(self, y: Tensor, physics: LinearPhysics) -> Tensor:
-        """x_0 (B, C, H, W)."""
+        """x_0 (B, C, H, W): at another size than the start image's, g(0) of the first fold's flow, however trained."""
         adjoint = physics.A_adjoint(y)
         if self.start_image is None:
             return adjoint
@@ -113,7 +113,7 @@ class Unfolded(Reconstructor):
 
     @property
     def shrinkages(self) -> Tensor:
-        """lambda_k, (K,)."""
+        """lambda_k, (K,); without ``shrink_last`` the last one is not used."""
         return torch.exp(self.log_shrinkage.detach())
 
     @property
@@ -138,7 +138,7 @@ class Unfolded(Reconstructor):
         return [*groups, {"params": unique, "lr": scalar_learning_rate, "name": "scalars"}]
 
     def freeze_proxes(self) -> None:
-        """Train the scalars only: with one pretrained flow in every fold this is the plug-and-play of Wei et al., Table II."""
+        """Train mu and lambda only: with one pretrained flow in every fold, the plug-and-play of Wei et al., Table II."""
         for parameter in self.proxes.parameters():
             parameter.requires_grad_(False)
         if self.start_image is not None:

@@ -33,9 +33,11 @@ from flowprox.options import (
     UnfoldedOptions,
     parse_duration,
 )
+from flowprox.prox import FlowProx
 from flowprox.spec import Specified
-from flowprox.tasks import LikelihoodTask, Task, dequantise, make_flow, reconstruction_task
+from flowprox.tasks import LikelihoodTask, ReconstructionTask, Task, dequantise, make_flow, reconstruction_task
 from flowprox.training import fit, train_denoiser, train_flow, train_unfolded
+from flowprox.unfolded import UnfoldedPGD
 
 SIZE = 8
 FLOW: dict[str, Any] = {"kind": "Glow", "arguments": {"n_levels": 1, "n_steps": 2, "hidden_channels": 8}}
@@ -425,3 +427,29 @@ def test_processes_skip_a_step_together(images: Path, tmp_path: Path) -> None:
     result = fit(job, data(images), options(max_steps=5, devices=2, strategy="ddp_spawn", num_threads=1), tmp_path)
     assert result.skipped == 2 and result.steps == 5
     assert load_training_state(tmp_path / "state.pt")["optimizer"]["state"][0]["step"] == 3
+
+
+class OneBadBatch(ReconstructionTask):
+    """NaN in the measurements of the second step."""
+
+    n_batches = 0
+
+    def batch(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        x, y = super().batch(x, generator)
+        self.n_batches += 1
+        return x, torch.full_like(y, math.nan) if self.n_batches == 2 else y
+
+
+@pytest.mark.parametrize("backward", ["plain", "inputs", "invert"])
+def test_nan_in_the_data_skips_the_step_however_gradients_are_computed(
+    images: Path, tmp_path: Path, backward: str
+) -> None:
+    """A reversible flow finds it in its backward pass only; the run goes on all the same."""
+
+    def make_task() -> Task:
+        flow = make_flow({**FLOW, "arguments": {**FLOW["arguments"], "backward": backward}}, data(images))
+        physics = make_physics("denoising", (3, SIZE, SIZE))
+        return OneBadBatch(UnfoldedPGD([FlowProx(flow)]), physics)
+
+    result = fit(make_task, data(images), options(), str(tmp_path / "run"))
+    assert (result.steps, result.skipped) == (4, 1)

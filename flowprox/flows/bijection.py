@@ -3,9 +3,9 @@
     z, logdet = f.forward(x)        logdet = log|det Df(x)|,   shape (B,)
     x, logdet = f.inverse(z)        logdet = log|det Df^-1(z)|, shape (B,)
 
-so that the change of variables reads log p(x) = log p_base(f(x)) + log|det Df(x)|. Symbols: x image (B, C, H, W), z latent,
-B batch. Both directions always return value and log-determinant; ``encode`` and ``decode`` are the value alone, for callers
-(every prox) that have no use for the determinant.
+so that the change of variables reads log p(x) = log p_base(f(x)) + log|det Df(x)|. Symbols: x image (B, C, H, W),
+z latent, B batch. Both directions always return value and log-determinant; ``encode`` and ``decode`` are the value
+alone, for callers (every prox) that have no use for the determinant.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class NonFiniteError(ArithmeticError):
 class Bijection(nn.Module):
     """Contract of every invertible layer.
 
-    A subclass implements ``forward`` and ``inverse``. It may override ``encode`` and ``decode`` where the value is cheaper
-    without the determinant.
+    A subclass implements ``forward`` and ``inverse``. It may override ``encode`` and ``decode`` where the value is
+    cheaper without the determinant.
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -143,6 +143,8 @@ class Flow(Bijection):
     def latent_groups(self, image_size: tuple[int, int] | None = None) -> Tensor:
         """Which (level, channel) of the multi-scale latent each entry of the image-shaped latent belongs to.
 
+        This is for the nesting of Glow and RealNVP: a ``Split`` after every level but the last.
+
         Returns:
             integers (C, H, W) from 0 to ``n_latent_groups`` - 1.
         """

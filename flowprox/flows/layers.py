@@ -95,7 +95,7 @@ class Conv1x1(Bijection):
         Kingma and Dhariwal 2018, Glow, https://arxiv.org/abs/1807.03039, Sec. 3.2 (LU decomposition)
 
     Arguments:
-        n_channels: C. The start is a random rotation.
+        n_channels: C. The start is a random orthogonal matrix.
     """
 
     permutation: Tensor
