@@ -156,6 +156,8 @@ class UnfoldedOptions:
         penalty: rho at the start, learned; for "hqs".
         shrinkage: lambda at the start, learned.
         shrink_last: shrink in the last fold too; false is the literal Eq. (12) of Wei et al. (2022).
+        final_data_step: one more data step after the last prox; with an exact measurement, as in inpainting, it returns
+            the measured pixels.
         base: density of the latent: "gaussian" divides it by 1 + lambda, "laplace" soft-thresholds it.
         channelwise: learn one weight of the shrinkage per latent channel instead of one for all.
         iteration: "pgd" (proximal gradient) or "hqs" (half-quadratic splitting, exact data step).
@@ -175,6 +177,7 @@ class UnfoldedOptions:
     penalty: float = 0.1
     shrinkage: float = 0.05
     shrink_last: bool = True
+    final_data_step: bool = False
     base: Literal["gaussian", "laplace"] = "gaussian"
     channelwise: bool = False
     iteration: Literal["pgd", "hqs"] = "pgd"

@@ -323,6 +323,7 @@ def make_unfolded(options: UnfoldedOptions, problem: ProblemOptions, data: DataO
         "shrinkage": options.shrinkage,
         "start": options.start or ("flow" if isinstance(first, FlowProx) else "adjoint"),
         "shrink_last": options.shrink_last,
+        "final_data_step": options.final_data_step,
         "operator": _learned_blur(problem) if options.learn_operator else None,
     }
     if options.iteration == "hqs":

@@ -35,10 +35,12 @@ class Unfolded(Reconstructor):
 
     Arguments:
         proxes: one per fold; the same object K times ties the folds.
-        data_weight: the learned scalar of the data step at the start, > 0, one number or one per fold.
+        data_weight: the learned scalar of the data step at the start, > 0, one number or one per data step.
         shrinkage: lambda at the start, > 0, one number or one per fold.
         start: "flow" (g(0), kept as a learned image) or "adjoint" (A^T y).
         shrink_last: shrink in the last fold too.
+        final_data_step: one more data step after the last prox, with a weight of its own. With an exact measurement it
+            returns the measured pixels, so that the last prox is free to change them.
         operator: a physics of the network's own, used in place of the one passed to ``forward``; its parameters are trained
             along.
 
@@ -53,6 +55,7 @@ class Unfolded(Reconstructor):
         shrinkage: float | Sequence[float],
         start: str,
         shrink_last: bool,
+        final_data_step: bool,
         operator: LinearPhysics | None,
     ) -> None:
         super().__init__()
@@ -61,7 +64,8 @@ class Unfolded(Reconstructor):
         if start not in ("flow", "adjoint"):
             raise ValueError(f"start must be 'flow' or 'adjoint', got {start!r}")
         self.proxes = nn.ModuleList(proxes)
-        self.log_data_weight = _log_parameter(data_weight, len(proxes), "step_size or penalty")
+        n_data_steps = len(proxes) + int(final_data_step)
+        self.log_data_weight = _log_parameter(data_weight, n_data_steps, "step_size or penalty")
         self.log_shrinkage = _log_parameter(shrinkage, len(proxes), "shrinkage")
         if not any(getattr(prox, "uses_step", True) for prox in proxes):
             self.log_shrinkage.requires_grad_(False)  # nothing would ever train it
@@ -88,7 +92,7 @@ class Unfolded(Reconstructor):
         return self.iterates(y, physics)[-1]
 
     def iterates(self, y: Tensor, physics: LinearPhysics) -> list[Tensor]:
-        """The start image and the result of every fold, K + 1 images (B, C, H, W)."""
+        """The start image and the result of every fold, the last with its final data step: K + 1 images (B, C, H, W)."""
         physics = physics if self.operator is None else self.operator
         x = self.initial_image(y, physics)
         images = [x]
@@ -99,6 +103,8 @@ class Unfolded(Reconstructor):
             last = k == len(self.proxes) - 1
             x = prox(v, steps[k] if self.shrink_last or not last else torch.zeros_like(steps[k]))  # type: ignore[operator]
             images.append(x)
+        if len(weights) > len(self.proxes):
+            images[-1] = self.data_step(x, y, physics, weights[-1])
         return images
 
     def initial_image(self, y: Tensor, physics: LinearPhysics) -> Tensor:
@@ -152,7 +158,7 @@ class UnfoldedPGD(Specified, Unfolded):
         proxes: one per fold; the same object K times ties the folds.
         step_size: mu at the start; 0.5 with noise-trained flows.
         shrinkage: lambda at the start; large values throw a pretrained flow off the map.
-        start, shrink_last, operator: see ``Unfolded``.
+        start, shrink_last, final_data_step, operator: see ``Unfolded``.
 
     Raises:
         ValueError: no proxes, a start value that is not positive, or start "flow" without a ``FlowProx`` in the first fold.
@@ -174,16 +180,17 @@ class UnfoldedPGD(Specified, Unfolded):
         shrinkage: float | Sequence[float] = 0.05,
         start: str = "flow",
         shrink_last: bool = True,
+        final_data_step: bool = False,
         operator: LinearPhysics | None = None,
     ) -> None:
-        Unfolded.__init__(self, proxes, step_size, shrinkage, start, shrink_last, operator)
+        Unfolded.__init__(self, proxes, step_size, shrinkage, start, shrink_last, final_data_step, operator)
 
     def data_step(self, x: Tensor, y: Tensor, physics: LinearPhysics, weight: Tensor) -> Tensor:
         return x + weight * data_gradient(x, y, physics)
 
     @property
     def step_sizes(self) -> Tensor:
-        """mu_k, (K,)."""
+        """mu_k, (K,), or (K + 1,) with a final data step."""
         return torch.exp(self.log_data_weight.detach())
 
 
@@ -193,7 +200,7 @@ class UnfoldedHQS(Specified, Unfolded):
     Arguments:
         proxes: one per fold; the same object K times ties the folds.
         penalty: rho at the start, relative to a data term of weight one.
-        shrinkage, start, shrink_last, operator: see ``Unfolded``.
+        shrinkage, start, shrink_last, final_data_step, operator: see ``Unfolded``.
 
     Raises:
         ValueError: as ``UnfoldedPGD``.
@@ -206,23 +213,24 @@ class UnfoldedHQS(Specified, Unfolded):
         shrinkage: float | Sequence[float] = 0.05,
         start: str = "flow",
         shrink_last: bool = True,
+        final_data_step: bool = False,
         operator: LinearPhysics | None = None,
     ) -> None:
-        Unfolded.__init__(self, proxes, penalty, shrinkage, start, shrink_last, operator)
+        Unfolded.__init__(self, proxes, penalty, shrinkage, start, shrink_last, final_data_step, operator)
 
     def data_step(self, x: Tensor, y: Tensor, physics: LinearPhysics, weight: Tensor) -> Tensor:
         return data_prox(x, y, physics, weight)
 
     @property
     def penalties(self) -> Tensor:
-        """rho_k, (K,)."""
+        """rho_k, (K,), or (K + 1,) with a final data step."""
         return torch.exp(self.log_data_weight.detach())
 
 
-def _log_parameter(value: float | Sequence[float], n_folds: int, name: str) -> nn.Parameter:
-    values = [float(value)] * n_folds if isinstance(value, int | float) else [float(v) for v in value]
-    if len(values) != n_folds or any(not v > 0 for v in values):
-        raise ValueError(f"{name} must be positive, one number or one per fold ({n_folds}); got {value}")
+def _log_parameter(value: float | Sequence[float], n: int, name: str) -> nn.Parameter:
+    values = [float(value)] * n if isinstance(value, int | float) else [float(v) for v in value]
+    if len(values) != n or any(not v > 0 for v in values):
+        raise ValueError(f"{name} must be positive, one number or one per fold ({n}); got {value}")
     return nn.Parameter(torch.tensor(values).log())
 
 

@@ -29,6 +29,7 @@ NETWORKS = {
     "pgd, Laplace base": lambda: UnfoldedPGD([glow_prox(base="laplace") for _ in range(2)], shrinkage=0.01),
     "pgd, no shrinkage in the last fold": lambda: UnfoldedPGD([glow_prox() for _ in range(2)], shrink_last=False),
     "pgd, ResNet": lambda: UnfoldedPGD([ResNetProx(hidden_channels=8) for _ in range(2)], start="adjoint"),
+    "pgd, final data step": lambda: UnfoldedPGD([glow_prox() for _ in range(2)], final_data_step=True),
     "hqs": lambda: UnfoldedHQS([glow_prox(channelwise=True) for _ in range(2)]),
 }
 PROBLEMS = {
@@ -121,6 +122,16 @@ def test_without_the_last_shrinkage_the_last_flow_does_nothing() -> None:
     images = model.iterates(y, physics)
     v = model.data_step(images[1], y, physics, model.step_sizes[1])
     torch.testing.assert_close(images[2], v, rtol=0, atol=1e-9)
+
+
+def test_a_final_data_step_returns_the_measured_pixels() -> None:
+    physics = make_physics("inpainting", SHAPE, mask_size=3)
+    x = torch.rand(2, *SHAPE)
+    model = UnfoldedPGD([glow_prox()], step_size=1.0, shrinkage=0.5, final_data_step=True)
+    y = physics(x)
+    known = physics.A(torch.ones_like(x)) == 1
+    torch.testing.assert_close(model(y, physics)[known], x[known], rtol=0, atol=1e-6)
+    assert model.step_sizes.shape == (2,)
 
 
 def test_tied_folds_share_weights_but_not_scalars() -> None:
