@@ -40,6 +40,7 @@ CASES: dict[str, tuple[Callable[[], Bijection], tuple[int, ...]]] = {
     "conv1x1": (lambda: Conv1x1(5), (5, 2, 4)),
     "coupling": (lambda: AffineCoupling(CouplingNet(2, 4, 5)), (4, 4, 4)),
     "coupling, odd channels": (lambda: AffineCoupling(CouplingNet(2, 2, 5)), (3, 4, 4)),
+    "coupling, bounded shift": (lambda: AffineCoupling(CouplingNet(2, 4, 5), 2.0, 1.0), (4, 4, 4)),
     "coupling, U-Net": (lambda: AffineCoupling(CouplingUNet(2, 4, [4, 6])), (4, 5, 3)),
     "checkerboard, even": (lambda: CheckerboardCoupling(ResidualConditioner(2, 4, 4, 1), 0), (2, 4, 3)),
     "checkerboard, odd": (lambda: CheckerboardCoupling(ResidualConditioner(2, 4, 4, 1), 1), (2, 3, 4)),
