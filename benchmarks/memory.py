@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import platform
 import resource
 import sys
@@ -76,6 +77,7 @@ def training_step(c: Configuration) -> tuple[Callable[[], Tensor], torch.nn.Modu
 
 def peak_of_allocations(step: Callable[[], None]) -> int:
     """Highest running sum of PyTorch's CPU allocations and releases during ``step``, in bytes."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own notes on stderr
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         step()
