@@ -79,7 +79,7 @@ def train_flow(
         resume: continue the run in OUT, if there is one.
         name: the model's name in its card.
     """
-    _share_cores(training)
+    _prepare(training)
     from flowprox.training import train_flow
 
     return _ended(train_flow(flow, data, training, likelihood, out, resume, name))
@@ -105,7 +105,7 @@ def train_unfolded(
         resume: continue the run in OUT, if there is one.
         name: the model's name in its card.
     """
-    _share_cores(training)
+    _prepare(training)
     from flowprox.training import train_unfolded
 
     return _ended(train_unfolded(model, problem, data, training, out, resume, name))
@@ -129,7 +129,7 @@ def train_denoiser(
         resume: continue the run in OUT, if there is one.
         name: the model's name in its card.
     """
-    _share_cores(training)
+    _prepare(training)
     from flowprox.training import train_denoiser
 
     return _ended(train_denoiser(denoiser, data, training, out, resume, name))
@@ -247,7 +247,7 @@ def _trained(card: Any) -> str:
 
 def _results(records: list[dict[str, Any]], n_shown: int = 40) -> _Table:
     known = [record for record in records if "psnr" in record]
-    head = ["image", "size", *(["PSNR (dB)", "SSIM"] if known else []), "seconds"]
+    head = ["image", "height x width", *(["PSNR (dB)", "SSIM"] if known else []), "seconds"]
     rows = [_result(record, bool(known)) for record in records[:n_shown]]
     if len(records) > n_shown:
         rows.append([f"... {len(records) - n_shown} more", *[""] * (len(head) - 1)])
@@ -256,7 +256,7 @@ def _results(records: list[dict[str, Any]], n_shown: int = 40) -> _Table:
 
 
 def _result(record: Mapping[str, Any], with_figures: bool) -> list[str]:
-    size = f"{record['width']}x{record['height']}" if "width" in record else ""
+    size = f"{record['height']}x{record['width']}" if "height" in record else ""
     figures = [_digits(record.get("psnr"), 2), _digits(record.get("ssim"), 3)] if with_figures else []
     return [record["image"], size, *figures, _digits(record["seconds"], 3)]
 
@@ -301,10 +301,19 @@ def _value(text: str) -> Any:
         return text
 
 
-def _share_cores(training: TrainingOptions) -> None:
-    """Several processes on a machine share its cores; must come before torch is imported."""
+def _prepare(training: TrainingOptions) -> None:
+    """Share the cores among the processes, before torch is imported, and refuse an accelerator that is not there."""
     if training.devices > 1 and training.num_threads is None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // training.devices)))
+    import torch
+
+    available = {
+        "cuda": torch.cuda.is_available,
+        "gpu": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+    }
+    if training.accelerator in available and not available[training.accelerator]():
+        raise ValueError(f"training.accelerator {training.accelerator!r} is not available here; use 'cpu' or 'auto'")
 
 
 def _ended(result: Any) -> int:
@@ -459,7 +468,8 @@ def _one_line(error: Exception) -> str:
 def _with_remedy(message: str, words: list[str]) -> str:
     """jsonargparse's message, shortened, with the nearest names of what is not known."""
     if unknown := re.search(r"does not accept option '([^']+)'", message):
-        return f"unknown key {unknown[1]!r} in the recipe or options; {_nearest(unknown[1], _option_names(words))}"
+        remedy = _whose_key(unknown[1], words) or _nearest(unknown[1], _option_names(words))
+        return f"unknown key {unknown[1]!r} in the recipe or options; {remedy}"
     if unknown := re.search(r"unrecognized arguments: (\S+)", message):
         name = unknown[1].lstrip("-").partition("=")[0]
         return f"unknown option {unknown[1]}; {_nearest(name, _option_names(words), '--')}"
@@ -472,6 +482,13 @@ def _with_remedy(message: str, words: list[str]) -> str:
     if "but it was not provided" in message:
         return f"give a command: {', '.join(_COMMANDS)} (flowprox --help)"
     return _wrong_value(message)
+
+
+def _whose_key(key: str, words: list[str]) -> str:
+    """Which other training command has a key that this one lacks: the recipe may be meant for it."""
+    top = key.partition(".")[0]
+    having = [n for n, c in _COMMANDS.items() if c.has_recipe and top in inspect.signature(c.run).parameters]
+    return f"{top!r} is a key of {' and '.join(having)}" if having and not {*having} & {*words} else ""
 
 
 def _wrong_value(message: str) -> str:

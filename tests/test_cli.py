@@ -359,6 +359,10 @@ BAD_COMMANDS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "negative rate": (lambda world: _recipe(world, lambda r: r["training"].update(learning_rate=-1)), "learning_rate"),
     "no data": (lambda world: _recipe(world, lambda r: r["data"].update(train="nowhere")), "nowhere"),
     "not divisible": (lambda world: _recipe(world, lambda r: r["data"].update(image_size=7)), "7"),
+    "recipe of another command": (
+        lambda world: ["train-unfolded", *_recipe(world, lambda r: None)[1:]],
+        "'flow' is a key of train-flow",
+    ),
     "no such device": (lambda world: _recipe(world, lambda r: r["training"].update(accelerator="abacus")), "abacus"),
 }
 
@@ -367,6 +371,14 @@ BAD_COMMANDS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
 def test_bad_command(case: str, world: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make, message = BAD_COMMANDS[case]
     _assert_refused(make(world), message, capsys)
+
+
+def test_accelerator_that_is_not_there(
+    world: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    words = ["train-flow", "--config", str(world / "recipe.yaml"), "--training.accelerator=cuda"]
+    _assert_refused(words, "training.accelerator 'cuda' is not available", capsys)
 
 
 def test_out_of_a_run_that_is_a_file(world: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:

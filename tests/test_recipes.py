@@ -83,12 +83,12 @@ def test_two_steps_in_miniature(path: Path, tmp_path: Path) -> None:
     pictures, out = tmp_path / "pictures", tmp_path / "run"
     pictures.mkdir()
     rng = np.random.default_rng(0)
+    size = _options(path).data.image_size
     for i in range(4):
-        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(pictures / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(pictures / f"{i}.png")
     options = {
         "data.train": pictures,
         "data.validation": pictures,
-        "data.image_size": 32,
         "training.max_steps": 2,
         "training.max_epochs": "null",
         "training.max_time": "null",
