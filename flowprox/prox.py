@@ -102,9 +102,10 @@ class FlowProx(Specified, Prox):
         return z / (1 + step) if self.base == "gaussian" else _soft_threshold(z, step)
 
     def _groups(self, z: Tensor) -> Tensor:
-        if self.groups.shape[-2:] != z.shape[-2:]:
-            self.groups = self.flow.latent_groups((z.shape[-2], z.shape[-1])).to(z.device)
-        return self.groups
+        height, width = z.shape[-2:]
+        if self.groups.shape[-2:] == (height, width):
+            return self.groups
+        return self.flow.latent_groups((height, width)).to(z.device)
 
 
 def _soft_threshold(v: Tensor, threshold: float | Tensor) -> Tensor:

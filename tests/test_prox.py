@@ -126,3 +126,10 @@ def test_parameter_counts_of_the_published_baselines() -> None:
     assert sum(p.numel() for p in UNetProx().parameters()) == pytest.approx(31.04e6, rel=1e-3)
     assert sum(p.numel() for p in ResNetProx().parameters()) == pytest.approx(0.63e6, rel=0.01)
     assert sum(p.numel() for p in ResNetProx(hidden_channels=64).parameters()) == pytest.approx(0.16e6, rel=0.02)
+
+
+def test_another_size_leaves_the_buffers_as_they_are() -> None:
+    prox = FlowProx(small_glow(), channelwise=True)
+    before = {name: buffer.shape for name, buffer in prox.named_buffers()}
+    assert prox(torch.rand(1, 3, 12, 16), 0.1).shape == (1, 3, 12, 16)
+    assert {name: buffer.shape for name, buffer in prox.named_buffers()} == before
