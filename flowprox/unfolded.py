@@ -18,6 +18,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from deepinv.models import Reconstructor
 from deepinv.physics import LinearPhysics
 from torch import Tensor, nn
@@ -108,13 +109,13 @@ class Unfolded(Reconstructor):
         return images
 
     def initial_image(self, y: Tensor, physics: LinearPhysics) -> Tensor:
-        """x_0 (B, C, H, W): at another size than the start image's, g(0) of the first fold's flow, however trained."""
+        """x_0 (B, C, H, W): at another size than it was made for, the start image resized."""
         adjoint = physics.A_adjoint(y)
         if self.start_image is None:
             return adjoint
         image = self.start_image
         if image.shape[-2:] != adjoint.shape[-2:]:
-            image = _most_likely_image(self.proxes[0].flow, adjoint.shape[-2:])  # type: ignore[arg-type, union-attr]
+            image = F.interpolate(image, adjoint.shape[-2:], mode="bilinear", align_corners=False)
         return image.expand(adjoint.shape[0], -1, -1, -1)
 
     @property
