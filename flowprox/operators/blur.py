@@ -1,0 +1,188 @@
+"""Blur with circular boundary, by a given or a learned kernel.
+
+    A x = F^-1 (h F x),    A^T y = F^-1 (conj(h) F y),    h = F(kernel)
+
+F is the discrete Fourier transform, h the kernel's transfer function, A^T the adjoint of A.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepinv.physics import LinearPhysics, NoiseModel
+from deepinv.physics.functional import filter_fft, gaussian_blur
+from torch import Tensor, nn
+
+from flowprox.operators.noise import SeededGaussianNoise, at_least_zero
+from flowprox.spec import Specified
+
+__all__ = ["CircularBlur", "CircularConvolution", "LearnedBlur", "checked_kernel", "gaussian_kernel"]
+
+
+class CircularConvolution(LinearPhysics):
+    """Convolution of every channel with one kernel, the image repeated periodically.
+
+        A x = F^-1 (h F x),    A^T y = F^-1 (conj(h) F y),    h = F(kernel)
+
+    F is the discrete Fourier transform. Unlike deepinv's ``BlurFFT`` it takes images of any size that holds the kernel,
+    and ``prox_l2`` is exact and differentiable in every argument and in the kernel. Computed in float32 or, for float64
+    images, float64.
+    """
+
+    def kernel(self) -> Tensor:
+        """The kernel, shape (1, 1, h, w) with h and w odd, its centre in the middle."""
+        raise NotImplementedError
+
+    def A(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """k * x, of the shape of x (B, C, H, W)."""
+        return self._filtered(x, self._transfer(x))
+
+    def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
+        """Correlation of y with the kernel, of the shape of y (B, C, H, W)."""
+        return self._filtered(y, self._transfer(y).conj())
+
+    def prox_l2(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, z: Tensor | float | None, y: Tensor, gamma: float | Tensor, **kwargs: Any
+    ) -> Tensor:
+        """argmin_x gamma/2 ||A x - y||^2 + 1/2 ||x - z||^2, in closed form; nothing is written to the operator."""
+        z = y.new_full(y.shape, float(z or 0.0)) if not isinstance(z, Tensor) else z
+        return self.regularised_inverse(z, y, 1.0 / gamma)
+
+    def regularised_inverse(self, v: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:
+        """argmin_x 1/2 ||y - A x||^2 + rho/2 ||x - v||^2 = F^-1[(conj(h) F y + rho F v) / (|h|^2 + rho)]."""
+        transfer = self._transfer(y)
+        spectrum = transfer.conj() * _fourier(y) + rho * _fourier(v)
+        return torch.fft.irfft2(spectrum / (transfer.abs().square() + rho), s=y.shape[-2:])
+
+    def A_dagger(self, y: Tensor, *, tolerance: float = 1e-6, **kwargs: Any) -> Tensor:  # pyright: ignore
+        """Pseudo-inverse; frequencies that the kernel damps below ``tolerance`` are set to zero."""
+        transfer = self._transfer(y)
+        kept = transfer.abs() > tolerance
+        inverse = torch.where(kept, 1.0 / torch.where(kept, transfer, torch.ones_like(transfer)), 0.0)
+        return self._filtered(y, inverse)
+
+    def _transfer(self, x: Tensor) -> Tensor:
+        kernel = self.kernel().to(_at_least_float32(x))
+        _check_fits(kernel, *x.shape[-2:])
+        return filter_fft(kernel, (1, *x.shape[-2:]), dims=(-2, -1))
+
+    @staticmethod
+    def _filtered(x: Tensor, transfer: Tensor) -> Tensor:
+        return torch.fft.irfft2(transfer * _fourier(x), s=x.shape[-2:])
+
+
+def _at_least_float32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _fourier(x: Tensor) -> Tensor:
+    return torch.fft.rfft2(x.to(_at_least_float32(x)))  # there is no FFT in bfloat16
+
+
+class CircularBlur(CircularConvolution):
+    """Blur with a given kernel and circular boundary.
+
+    Arguments:
+        kernel: (h, w) with h and w odd, used as it stands: a sum of 1 keeps the brightness.
+        noise_model: noise added to the blurred image; none by default.
+        image_shape: (C, H, W) the operator is made for; any size that holds the kernel can be passed.
+        device: where the kernel is kept.
+
+    Raises:
+        ValueError: the kernel is not a finite, non-zero matrix with odd sides, or is larger than the image.
+
+    Example:
+        >>> physics = CircularBlur(torch.full((3, 3), 1 / 9))
+        >>> y = physics.A(torch.ones(1, 3, 8, 8))
+        >>> torch.allclose(y, torch.ones(1, 3, 8, 8))
+        True
+    """
+
+    def __init__(
+        self,
+        kernel: Tensor,
+        *,
+        noise_model: NoiseModel | None = None,
+        image_shape: tuple[int, int, int] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(img_size=image_shape)
+        self.set_noise_model(noise_model or SeededGaussianNoise(0.0))
+        self.register_buffer("filter", checked_kernel(kernel, image_shape)[None, None])
+        self.to(device)
+
+    def kernel(self) -> Tensor:
+        """The kernel, shape (1, 1, h, w)."""
+        return self.get_buffer("filter")
+
+
+class LearnedBlur(Specified, CircularConvolution):
+    """Circular blur whose kernel is learned, starting as a Gaussian: the learned operator of an unfolded network.
+
+    With ``normalised`` the kernel is a softmax of its parameter: positive, sum 1. Otherwise it is the parameter itself.
+
+    Arguments:
+        kernel_size: odd number of pixels.
+        sigma_blur: standard deviation of the Gaussian at the start, in pixels.
+        sigma: noise standard deviation, used only when this operator itself makes measurements.
+        normalised: whether the kernel is kept positive with sum 1.
+
+    Raises:
+        ValueError: an even kernel_size, sigma_blur not positive, negative sigma.
+
+    Example:
+        >>> physics = LearnedBlur(kernel_size=3, sigma_blur=1.0)
+        >>> physics.A(torch.rand(1, 3, 8, 8)).sum().backward()
+        >>> [parameter.grad.shape for parameter in physics.parameters()]
+        [torch.Size([3, 3])]
+    """
+
+    def __init__(
+        self, kernel_size: int = 9, sigma_blur: float = 5.0, sigma: float = 0.0, normalised: bool = True
+    ) -> None:
+        super().__init__()
+        self.set_noise_model(SeededGaussianNoise(sigma))
+        kernel = gaussian_kernel(kernel_size, sigma_blur)
+        self.normalised = normalised
+        self.weight = nn.Parameter(kernel.clamp(min=1e-12).log() if normalised else kernel)
+
+    def kernel(self) -> Tensor:
+        """The kernel as learned so far, shape (1, 1, h, w)."""
+        weight = self.weight.flatten().softmax(0).view_as(self.weight) if self.normalised else self.weight
+        return weight[None, None]
+
+
+def gaussian_kernel(kernel_size: int, sigma_blur: float) -> Tensor:
+    """Gaussian (kernel_size, kernel_size) of sum 1 with a standard deviation of sigma_blur pixels."""
+    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(
+            f"kernel_size must be a positive odd number of pixels, got {kernel_size!r} "
+            "(an even kernel has no centre and would shift the image by half a pixel)"
+        )
+    if at_least_zero("sigma_blur", sigma_blur) == 0:
+        raise ValueError("sigma_blur must be positive; for no blur use the problem denoising")
+    return gaussian_blur(psf_size=(kernel_size, kernel_size), sigma=(sigma_blur, sigma_blur))[0, 0]
+
+
+def checked_kernel(kernel: Tensor, image_shape: tuple[int, int, int] | None) -> Tensor:
+    """The kernel in float32, or an error if it is no kernel (h, w) with odd sides that fits the image."""
+    if kernel.ndim != 2 or any(side % 2 == 0 for side in kernel.shape):
+        raise ValueError(
+            f"kernel must be a matrix (h, w) with odd sides, got shape {tuple(kernel.shape)}; "
+            "pad it with a row or column of zeros"
+        )
+    if not torch.isfinite(kernel).all() or not kernel.any():
+        raise ValueError("kernel must hold finite numbers that are not all zero")
+    if image_shape is not None:
+        _check_fits(kernel, *image_shape[1:])
+    return kernel.float()
+
+
+def _check_fits(kernel: Tensor, height: int, width: int) -> None:
+    h, w = kernel.shape[-2:]
+    if h > height or w > width:
+        raise ValueError(
+            f"the blur kernel of {h}x{w} is larger than the image of {height}x{width}; "
+            "use a smaller kernel_size (or kernel) or larger images"
+        )

@@ -1,0 +1,130 @@
+"""The registry of problems: how each operator is built, its parameters, and what it is."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from deepinv.physics import Blur, Denoising, Inpainting, LinearPhysics, NoiseModel
+from torch import Tensor
+
+from flowprox.operators.blur import CircularBlur, checked_kernel, gaussian_kernel
+from flowprox.operators.masks import centre_mask, checked_mask, random_mask
+
+__all__ = ["BOUNDARIES", "PROBLEMS", "ImageShape", "ProblemKind", "nearest"]
+
+BOUNDARIES = ("circular", "reflect", "replicate", "zeros")
+"""What a blur sees outside the image: the image repeated, mirrored, its last pixel, black."""
+
+ImageShape = tuple[int, int, int]
+
+
+class ProblemKind(NamedTuple):
+    """One line of the registry: how to build the operator, its parameters, and what it is."""
+
+    constructor: Callable[..., LinearPhysics]
+    defaults: Mapping[str, Any]
+    description: str
+
+
+def _denoising(image_shape: ImageShape, noise: NoiseModel, *, seed: int, device: torch.device | str) -> LinearPhysics:
+    return Denoising(noise, device=device, img_size=image_shape)
+
+
+def _inpainting(
+    image_shape: ImageShape,
+    noise: NoiseModel,
+    *,
+    seed: int,
+    device: torch.device | str,
+    mask_size: int | tuple[int, int],
+    mask: Any,
+) -> LinearPhysics:
+    pattern = centre_mask(*image_shape[1:], mask_size) if mask is None else _array("mask", mask)
+    return _masking(pattern, image_shape, noise, device)
+
+
+def _random_inpainting(
+    image_shape: ImageShape, noise: NoiseModel, *, seed: int, device: torch.device | str, keep: float, mask: Any
+) -> LinearPhysics:
+    pattern = random_mask(*image_shape[1:], keep, seed) if mask is None else _array("mask", mask)
+    return _masking(pattern, image_shape, noise, device)
+
+
+def _masking(pattern: Tensor, image_shape: ImageShape, noise: NoiseModel, device: torch.device | str) -> LinearPhysics:
+    mask = checked_mask(pattern, image_shape).expand(image_shape).contiguous()
+    return Inpainting(img_size=image_shape, mask=mask, device=device, noise_model=noise)  # pyright: ignore
+
+
+def _deblurring(
+    image_shape: ImageShape,
+    noise: NoiseModel,
+    *,
+    seed: int,
+    device: torch.device | str,
+    sigma_blur: float,
+    kernel_size: int,
+    boundary: str,
+    kernel: Any,
+) -> LinearPhysics:
+    if boundary not in BOUNDARIES:
+        raise ValueError(f"unknown boundary {boundary!r}; {nearest(str(boundary), BOUNDARIES)}")
+    given = gaussian_kernel(kernel_size, sigma_blur) if kernel is None else _array("kernel", kernel)
+    checked = checked_kernel(given, image_shape)
+    if boundary == "circular":
+        return CircularBlur(checked, noise_model=noise, image_shape=image_shape, device=device)
+    return Blur(
+        filter=checked[None, None],
+        padding=boundary,
+        device=torch.device(device),
+        noise_model=noise,
+        img_size=image_shape,
+    )
+
+
+PROBLEMS: dict[str, ProblemKind] = {
+    "denoising": ProblemKind(_denoising, {"sigma": 0.2}, "white Gaussian noise of standard deviation sigma"),
+    "inpainting": ProblemKind(
+        _inpainting,
+        {"mask_size": 19, "sigma": 0.0, "mask": None},
+        "a hidden square of mask_size pixels in the middle, or a mask of your own",
+    ),
+    "random-inpainting": ProblemKind(
+        _random_inpainting,
+        {"keep": 0.5, "sigma": 0.0, "mask": None},
+        "a fraction keep of the pixels seen, at random places, or a mask of your own",
+    ),
+    "deblurring": ProblemKind(
+        _deblurring,
+        {"sigma_blur": 5.0, "kernel_size": 9, "boundary": "circular", "sigma": 0.01, "kernel": None},
+        "Gaussian blur of sigma_blur pixels cut to kernel_size, or a kernel of your own, and noise",
+    ),
+}
+"""Problem name -> constructor, defaults (the first one stands in the label), description."""
+
+
+def _array(name: str, value: Any) -> Tensor:
+    """An array, tensor, nested list or .npy path as float32."""
+    if isinstance(value, str | Path):
+        if not Path(value).is_file():
+            raise FileNotFoundError(f"{name}: no file {str(value)!r}; give the path of an .npy array")
+        try:
+            value = np.load(value, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(
+                f"{name}: {str(value)!r} is not a plain .npy array ({error}); write it with numpy.save"
+            ) from error
+    try:
+        return torch.as_tensor(value).to(torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be an array of numbers or the path of an .npy file ({error})") from error
+
+
+def nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+    """What the user may have meant, for a message."""
+    names = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+    return f"did you mean {' or '.join(names)}?" if names else f"known: {', '.join(known)}"

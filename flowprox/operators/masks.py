@@ -1,0 +1,73 @@
+"""Masks (H, W) of inpainting: 1 where a pixel is kept, 0 where it is hidden."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["centre_mask", "checked_mask", "random_mask"]
+
+
+def centre_mask(height: int, width: int, size: int | tuple[int, int] = 19) -> Tensor:
+    """Mask (H, W) that hides a rectangle in the middle: 0 inside, 1 outside.
+
+    The rectangle starts at ((H - h) // 2, (W - w) // 2): when it cannot be centred, it stands half a pixel up and left.
+
+    Arguments:
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        size: side of the hidden square, or (h, w), in pixels.
+
+    Raises:
+        ValueError: the rectangle is empty or does not leave a pixel of the image.
+
+    Example:
+        >>> centre_mask(4, 4, 2).int().tolist()
+        [[1, 1, 1, 1], [1, 0, 0, 1], [1, 0, 0, 1], [1, 1, 1, 1]]
+    """
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+        raise ValueError(f"mask_size must be a positive number of pixels or a pair (h, w) of them, got {size!r}")
+    h, w = pair
+    if h > height or w > width or (h, w) == (height, width):
+        raise ValueError(
+            f"mask_size {h}x{w} does not fit in an image of {height}x{width}; choose a mask_size smaller than the image"
+        )
+    top, left = (height - h) // 2, (width - w) // 2
+    mask = torch.ones(height, width)
+    mask[top : top + h, left : left + w] = 0.0
+    return mask
+
+
+def random_mask(height: int, width: int, keep: float = 0.5, seed: int = 0) -> Tensor:
+    """Mask (H, W) that keeps exactly round(keep * H * W) pixels at random places: 1 kept, 0 hidden.
+
+    Raises:
+        ValueError: keep is outside (0, 1] or so small that no pixel is kept.
+
+    Example:
+        >>> int(random_mask(8, 8, keep=0.25).sum())
+        16
+    """
+    if not 0.0 < keep <= 1.0:
+        raise ValueError(f"keep must be a fraction of pixels in (0, 1], got {keep}")
+    n = round(keep * height * width)
+    if n == 0:
+        raise ValueError(f"keep={keep} keeps no pixel of an image of {height}x{width}; use a larger keep")
+    mask = torch.zeros(height * width)
+    mask[torch.randperm(height * width, generator=torch.Generator().manual_seed(seed))[:n]] = 1.0
+    return mask.view(height, width)
+
+
+def checked_mask(mask: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
+    """The mask, or an error if it is no mask of ones and zeros for images of that shape."""
+    if tuple(mask.shape) != image_shape[1:]:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)} but the images are {image_shape[1]}x{image_shape[2]}; "
+            f"give a mask of shape {image_shape[1:]}"
+        )
+    if not torch.isin(mask, torch.tensor([0.0, 1.0])).all():
+        raise ValueError("mask must hold only 1 (kept) and 0 (hidden); threshold it first")
+    if not mask.any():
+        raise ValueError("mask hides every pixel; it must hold a 1 where a pixel is kept")
+    return mask
