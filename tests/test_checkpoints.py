@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 import flowprox
-from flowprox import checkpoints
 from flowprox.checkpoints import (
     CARD,
     PREVIOUS,
@@ -26,10 +25,12 @@ from flowprox.checkpoints import (
     Card,
     CheckpointError,
     atomic_write,
+    files,
     list_models,
     load_card,
     load_model,
     load_training_state,
+    loading,
     push_to_hub,
     save_model,
     save_training_state,
@@ -271,7 +272,7 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch, name: str, room: int) -> None:
         file = open(path, *args, **kwargs)
         return FullDisk(file, room) if Path(path).name.startswith(f".{name}") else file
 
-    monkeypatch.setattr(checkpoints, "open", full_open, raising=False)
+    monkeypatch.setattr(files, "open", full_open, raising=False)
 
 
 @pytest.mark.parametrize("file", [CARD, WEIGHTS])
@@ -451,7 +452,7 @@ def test_pickles_are_never_read(saved: Path, tmp_path: Path) -> None:
 def test_a_header_length_that_looks_like_a_pickle_is_no_pickle(tmp_path: Path) -> None:
     path = tmp_path / WEIGHTS
     path.write_bytes((0x0280).to_bytes(8, "little") + b'{"a"')
-    checkpoints._refuse_pickle(path)
+    files.refuse_pickle(path)
 
 
 def test_devices_and_types_that_do_not_exist(saved: Path) -> None:
@@ -472,7 +473,7 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "shipped"
     save_model(Tiny(scale=3.0), folder / "denoiser-faces", {"name": "denoiser-faces"})
     (folder / "not-a-model").mkdir()
-    monkeypatch.setattr(checkpoints, "_shipped_folder", lambda: folder)
+    monkeypatch.setattr(loading, "_shipped_folder", lambda: folder)
     monkeypatch.chdir(tmp_path)
     return folder
 

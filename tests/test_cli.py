@@ -102,7 +102,7 @@ def test_sample_is_the_same_for_the_same_seed(world: Path, here: Path) -> None:
 def test_models_lists_shipped_models_and_prints_a_card(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(checkpoints, "_shipped_folder", lambda: world)
+    monkeypatch.setattr(checkpoints.loading, "_shipped_folder", lambda: world)
     assert main(["models"]) == 0
     assert "tiny-flow" in capsys.readouterr().out
     assert main(["models", "flow"]) == 0
@@ -392,7 +392,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     def no_space(file: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    yield lambda: monkeypatch.setattr(checkpoints, "_force_to_disk", no_space)
+    yield lambda: monkeypatch.setattr(checkpoints.files, "force_to_disk", no_space)
 
 
 def test_full_disk_leaves_the_old_checkpoint(

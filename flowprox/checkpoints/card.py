@@ -1,0 +1,157 @@
+"""The card of a model, ``card.json``: what the model is, how it was made and how to rebuild it."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flowprox.checkpoints.files import PICKLE_SUFFIXES, CheckpointError, refuse_pickle
+
+__all__ = ["CARD", "Card", "read_card"]
+
+FORMAT_VERSION = 1
+CARD = "card.json"
+
+LICENCE = "research use only; see the terms of the training data"
+INTENDED_USE = (
+    "Research on image reconstruction. Not for medical diagnosis, identification of persons or any use in which "
+    "invented detail can do harm: a learned prior fills in what the measurement does not show."
+)
+
+_SHORT_LIST = re.compile(r"\[\n[^\[\]{}\"]{1,200}\n\s*\]")  # of numbers; JSON text has no line breaks inside strings
+
+
+@dataclass
+class Card:
+    """What is known about a saved model, as written to ``card.json``.
+
+    ``save_model`` fills in the fields that it can read from the model: ``model``, ``preprocessing``, ``n_parameters``,
+    ``n_bytes``, ``sha256``, ``weights_dtype``, and ``training``'s ``versions``, ``machine`` and ``date`` where absent.
+
+    Arguments:
+        name: short name of the model.
+        model: the constructor call, ``{"kind": ..., "arguments": {...}}``.
+        preprocessing: what the model takes: ``range`` of pixel values, ``channels``, ``image_shape`` (C, H, W) it was
+            made for and ``divisor``, a number that must divide H and W.
+        problem: name and parameters of the operator an unfolded model was trained for; None for a prior alone.
+        training: free-form; usually data, terms (of the data), recipe, images, epochs, seed, machine, versions, date.
+        metrics: free-form, e.g. ``{"psnr_db": 25.1, "bits_per_dim": 3.2}``. NaN and infinity are written as text.
+        notes: anything else worth keeping.
+        licence: terms of use of the weights.
+        intended_use: what the model is for, and what not.
+        n_parameters: number of parameters, shared ones counted once.
+        n_bytes: size of the weights file.
+        sha256: hash of the weights file.
+        weights_dtype: "float32", or "float16" / "bfloat16" where large tensors were rounded to save space; these are
+            loaded as float32.
+        format_version: version of this layout.
+    """
+
+    name: str
+    model: dict[str, Any] = field(default_factory=dict)
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    problem: dict[str, Any] | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    licence: str = LICENCE
+    intended_use: str = INTENDED_USE
+    n_parameters: int = 0
+    n_bytes: int = 0
+    sha256: str = ""
+    weights_dtype: str = "float32"
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Card:
+        """Make a card from plain values.
+
+        Raises:
+            CheckpointError: a key is missing, unknown, or holds a value of the wrong type.
+        """
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise CheckpointError(f"unknown key {unknown[0]!r} in the card; put free remarks under 'notes'")
+        if "name" not in values:
+            raise CheckpointError("the card lacks the key 'name'")
+        for key, value in values.items():
+            expected = {"str": str, "int": int}.get(str(known[key].type), Mapping)
+            if not isinstance(value, expected) and not (key == "problem" and value is None):
+                raise CheckpointError(f"the card's {key!r} must be {known[key].type}, got {type(value).__name__}")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """The card as indented JSON."""
+        values = {f.name: plain(getattr(self, f.name), f.name) for f in dataclasses.fields(self) if f.name != "model"}
+        first = {"format_version": values.pop("format_version"), "name": values.pop("name"), "model": self.model}
+        text = json.dumps(first | values, indent=2, ensure_ascii=False)
+        return _SHORT_LIST.sub(lambda found: f"[{' '.join(found[0][1:-1].split())}]", text) + "\n"
+
+
+def read_card(path: Path) -> Card:
+    """Read ``card.json``.
+
+    Raises:
+        CheckpointError: it is missing, damaged or of another format version.
+    """
+    if not path.is_file():
+        for other in sorted(path.parent.glob("*")):
+            if other.suffix in PICKLE_SUFFIXES:
+                refuse_pickle(other)
+        raise CheckpointError(
+            f"{path} does not exist: {path.parent} is not a flowprox model; write one with flowprox.save_model"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise CheckpointError(f"{path} is not JSON ({error}); restore the file or save the model again") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(
+            f"{path} is not a card: it holds a {type(values).__name__}, not an object; save the model again"
+        )
+    if values.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {values['format_version']!r}, this flowprox reads {FORMAT_VERSION}; "
+            "update flowprox"
+        )
+    missing = [key for key in ("format_version", "name", "model", "sha256", "weights_dtype") if not values.get(key)]
+    if missing:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}; restore the file or save the model again")
+    try:
+        return Card.from_dict(values)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def plain(value: Any, where: str) -> Any:
+    """``value`` as JSON: numpy and torch numbers, dataclasses, paths, dates included; NaN and infinity as text."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [f.name for f in dataclasses.fields(value)]
+        return {name: plain(getattr(value, name), f"{where}.{name}") for name in names}
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, datetime.date | datetime.datetime):
+        return value.isoformat()
+    to_list = getattr(value, "tolist", None)  # numpy and torch
+    if callable(to_list):
+        return plain(to_list(), where)
+    raise TypeError(
+        f"cannot write {type(value).__name__} into the card at {where}; pass numbers, text, lists or mappings"
+    )

@@ -1,0 +1,108 @@
+"""Files that appear whole or not at all, and are never unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+__all__ = ["CheckpointError", "atomic_write", "sha256"]
+
+PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin", ".th", ".tar"}
+
+
+class CheckpointError(ValueError):
+    """A model or training state on disk that cannot be used; the message names the file and the remedy."""
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a file for writing that replaces ``path`` only when the block ends without an error.
+
+    The data go to a hidden file in the same folder, are forced to disk and renamed. On any error ``path`` is as it was
+    and the hidden file is gone. A symbolic link is replaced, not followed.
+
+    Arguments:
+        path: file to write; its folder must exist.
+        mode: "wb" for bytes or "w" for text (UTF-8, line ends as given).
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        OSError: the path is a folder or a device, or the disk is full.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "a.txt"
+        >>> with atomic_write(path, "w") as f:
+        ...     _ = f.write("whole")
+        >>> path.read_text()
+        'whole'
+    """
+    if mode not in ("w", "wb"):
+        raise ValueError(f"mode must be 'w' or 'wb', got {mode!r}")
+    target = Path(path).absolute()
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {os.fspath(path)}: the folder {target.parent} does not exist; create it")
+    if target.exists() and not target.is_file():
+        raise OSError(f"cannot write {os.fspath(path)}: it exists and is not a regular file; choose another path")
+    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(6)}.tmp")
+    # "x" and not mkstemp, which ignores the umask
+    file: IO[Any] = open(temporary, "xb") if mode == "wb" else open(temporary, "x", encoding="utf-8", newline="")
+    try:
+        with file:
+            yield file
+            force_to_disk(file)
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def force_to_disk(file: IO[Any]) -> None:
+    """Do not return before the file's content would survive a power cut."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; folders cannot be opened on Windows, where this is not needed."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def refuse_pickle(path: Path) -> None:
+    """Pickles and zip archives can run code when they are read."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    # a safetensors file starts with a length, which may happen to look like a pickle's first bytes, and then "{"
+    looks_like_one = start.startswith((b"PK\x03\x04", b"\x80")) and start[8:] != b"{"
+    if path.suffix in PICKLE_SUFFIXES or looks_like_one:
+        raise CheckpointError(
+            f"{path} is a pickle or zip archive (.pt, .pth, .ckpt): pickles are never read as models, since they can "
+            "run code. To convert: construct the model, "
+            "model.load_state_dict(torch.load(file, weights_only=True)), then "
+            "flowprox.save_model(model, folder)"
+        )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

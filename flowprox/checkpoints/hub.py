@@ -1,0 +1,133 @@
+"""Models on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flowprox.checkpoints.card import CARD, Card, read_card
+from flowprox.checkpoints.files import CheckpointError, first_line
+from flowprox.checkpoints.weights import WEIGHTS, read_weights
+
+__all__ = ["download", "push_to_hub"]
+
+
+def push_to_hub(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    private: bool = True,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Upload a saved model to the Hugging Face hub, in one commit, with a README made from its card.
+
+    Arguments:
+        folder: a folder written by ``save_model``.
+        repo_id: "org/name"; created if needed.
+        private: whether a repository that is created is private.
+        revision: branch to commit to; the main one by default.
+        token: access token; by default the one stored by ``hf auth login``.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        CheckpointError: the folder is not a whole model, or the hub refused.
+    """
+    import huggingface_hub
+
+    folder = Path(folder)
+    card = read_card(folder / CARD)
+    files = {
+        CARD: (folder / CARD).read_bytes(),
+        WEIGHTS: read_weights(folder, card),
+        "README.md": _readme(card, repo_id).encode(),
+    }
+    operations = [huggingface_hub.CommitOperationAdd(path, data) for path, data in files.items()]
+    api = huggingface_hub.HfApi(token=token)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.create_commit(repo_id, operations, commit_message=f"{card.name} (flowprox)", revision=revision)
+    except _hub_errors() as error:
+        raise CheckpointError(
+            f"could not upload {folder} to {repo_id!r}: {first_line(error)}; check the id and run `hf auth login`"
+        ) from error
+    return str(commit.commit_url)
+
+
+def download(repo_id: str, files: tuple[str, ...], revision: str | None) -> Path:
+    """The folder of hub's cache that holds these files of a repository, fetched where needed.
+
+    Raises:
+        CheckpointError: there is no such repository, it lacks a file, or the hub does not answer.
+    """
+    import huggingface_hub
+
+    where = f"{repo_id!r} is not a folder here, and the hub"
+    try:
+        folder = huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=list(files))
+    except _hub_errors() as error:
+        raise CheckpointError(
+            f"{where} could not be asked for it ({first_line(error)}); check the path or id, the revision, the "
+            "connection, and for a private model run `hf auth login`"
+        ) from error
+    missing = [file for file in files if not (Path(folder) / file).is_file()]
+    if missing:
+        raise CheckpointError(f"{where} has no {missing[0]} under that id: it is not a flowprox model")
+    return Path(folder)
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """Failures of the hub, of ids and of the connection: the HTTP library's base class, whichever library it is."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (*(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)), OSError, ValueError)
+
+
+def _readme(card: Card, repo_id: str) -> str:
+    """The card as a Hugging Face model card."""
+    import huggingface_hub
+
+    data = huggingface_hub.ModelCardData(
+        library_name="flowprox",
+        license="other",
+        license_name="see-model-card",
+        pipeline_tag="image-to-image",
+        tags=["normalizing-flow", "inverse-problems", "image-reconstruction"],
+    )
+    sections = {
+        "Input": card.preprocessing,
+        "Problem it was trained for": card.problem,
+        "Metrics": card.metrics,
+        "Training": card.training,
+        "Notes": card.notes,
+    }
+    tables = [f"## {title}\n\n{_table(values)}" for title, values in sections.items() if values]
+    arguments = json.dumps(card.model.get("arguments", {}), indent=2)
+    text = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {card.name}",
+        f"`{card.model['kind']}` with {card.n_parameters:,} parameters, stored as {card.weights_dtype}, for "
+        "image reconstruction with normalizing-flow priors.",
+        f'```python\nimport flowprox\n\nmodel = flowprox.load_model("{repo_id}")\n```',
+        f"**Licence.** {card.licence}",
+        f"**Intended use.** {card.intended_use}",
+        *tables,
+        f"## Constructor\n\n`{card.model['kind']}` with\n\n```json\n{arguments}\n```",
+        f"SHA-256 of `{WEIGHTS}`: `{card.sha256}`",
+    ]
+    content = "\n\n".join(text) + "\n"
+    return str(huggingface_hub.ModelCard(content, ignore_metadata_errors=False))
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    cells = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+    rows = [
+        f"| {key} | {value} |"
+        for key, value in ((k, v.replace("|", "\\|").replace("\n", " ")) for k, v in cells.items())
+    ]
+    return "\n".join(["| | |", "|---|---|", *rows])

@@ -1,0 +1,104 @@
+"""A trainer's state: one file of tensors and plain values, read without unpickling objects."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flowprox.checkpoints.files import CheckpointError, atomic_write, first_line
+
+__all__ = ["load_training_state", "save_training_state"]
+
+
+def save_training_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+    """Write a trainer's state to one file, whole or not at all.
+
+    Arguments:
+        path: file to write; its folder must exist.
+        state: nested dictionaries, lists and tuples of tensors, numbers, text, bytes and None; random states of torch
+            are tensors, those of Python's ``random`` are tuples of numbers. numpy arrays must be made tensors.
+
+    Raises:
+        TypeError: a value could not be read back without unpickling objects; the message names the place.
+        OSError: the file cannot be written; one that was there is still whole.
+
+    Example:
+        >>> import tempfile, torch
+        >>> path = Path(tempfile.mkdtemp()) / "last.state"
+        >>> save_training_state(path, {"step": 3, "rng": torch.get_rng_state()})
+        >>> load_training_state(path)["step"]
+        3
+    """
+    import torch
+
+    _check_state(state, "state")
+    content = io.BytesIO()  # torch's zip writer turns a full disk into a RuntimeError
+    torch.save(dict(state), content)
+    with atomic_write(path, "wb") as file:
+        file.write(content.getbuffer())
+
+
+def _check_state(value: Any, where: str) -> None:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return
+    if type(value) in (dict, OrderedDict) or (where == "state" and isinstance(value, Mapping)):
+        for key, item in value.items():
+            _check_state(key, f"a key of {where}")
+            _check_state(item, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple, set):
+        for i, item in enumerate(value):
+            _check_state(item, f"{where}[{i}]")
+    elif value is not None and type(value) not in (
+        bool,
+        int,
+        float,
+        complex,
+        str,
+        bytes,
+        torch.dtype,
+        torch.device,
+        torch.Size,
+    ):
+        raise TypeError(
+            f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be read back without "
+            "unpickling objects; store tensors, numbers, text, or lists and dictionaries of these"
+        )
+
+
+def load_training_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what ``save_training_state`` wrote, tensors on the CPU. Objects are never unpickled.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is damaged, or holds more than tensors and plain values.
+    """
+    import pickle
+    import zipfile
+
+    import torch
+
+    formats = (zipfile.BadZipFile, pickle.UnpicklingError)
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"no training state {os.fspath(path)}; check the path, or start training without resuming"
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"{damaged} is damaged")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, *formats) as error:
+        raise CheckpointError(
+            f"{os.fspath(path)} is not a whole training state ({first_line(error)}); resume from an earlier one"
+        ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{os.fspath(path)} holds a {type(state).__name__}, not a training state")
+    return state
