@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import inspect
 import json
 import math
@@ -461,7 +462,14 @@ def _is_bad_input(error: Exception) -> bool:
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         places = [str(place) for place in (error.filename, error.filename2) if place is not None]
-        return ": ".join([*places[:1], error.strerror])
+        remedy = {
+            errno.ENOSPC: "free some space and run the command again, a training run with --resume",
+            errno.EEXIST: "a file is in the way: choose another --out",
+            errno.ENOTDIR: "a file is in the way: choose another --out",
+            errno.EACCES: "choose an --out that can be written",
+            errno.EROFS: "choose an --out that can be written",
+        }.get(error.errno or 0)
+        return ": ".join([*places[:1], error.strerror]) + (f"; {remedy}" if remedy else "")
     return " ".join(str(error).split()) or type(error).__name__
 
 

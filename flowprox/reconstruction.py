@@ -132,6 +132,8 @@ def reconstruct_files(job: ReconstructionJob, inputs: Sequence[str | Path], out:
     model = _load(job)
     operators = _operators(job, model)
     images = _listed(inputs, job, _n_channels(model))
+    if any(image.is_measurement for image in images):
+        _check_mask_is_known(job, operators)
     for image in images:
         _check(image, job, operators, model)
     with _new_folder(out) as folder:
@@ -170,17 +172,18 @@ def _operators(job: ReconstructionJob, model: Any) -> _Operators:
         raise ValueError(f"the card of {job.model!r} names no problem; give one with problem")
     known = trained.get("parameters", {}) if name == trained.get("name") else {}
     problem = Problem(name, {**known, **(job.parameters or {})})
-    own_mask = problem.parameters.get("mask") is not None
-    if name == "random-inpainting" and job.measured and not own_mask and job.operator_seed is None:
-        raise ValueError(_WHICH_MASK)
     seed = trained.get("seed", 0) if job.operator_seed is None else job.operator_seed
     return _Operators(problem, int(seed))
 
 
-_WHICH_MASK = (
-    "measurements of random-inpainting need the mask they were made with: give parameter mask (an .npy file), or the "
-    "operator_seed it was drawn with"
-)
+def _check_mask_is_known(job: ReconstructionJob, operators: _Operators) -> None:
+    """A measurement needs the random mask it was made with; another one would be believed silently."""
+    name, parameters = operators.problem.name, operators.problem.parameters
+    if name == "random-inpainting" and parameters.get("mask") is None and job.operator_seed is None:
+        raise ValueError(
+            "measurements of random-inpainting need the mask they were made with: give parameter mask (an .npy file), "
+            "or the operator_seed it was drawn with"
+        )
 
 
 def _n_channels(model: Any) -> int:

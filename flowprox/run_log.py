@@ -75,11 +75,12 @@ class RunLog:
         self._write(step, elapsed, {f"validation_{name}": value for name, value in figures.items()})
         self.validated = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
         if self.show and self.bar is None:
-            loss, speed = self._latest("loss"), self._latest("images_per_second")
-            print(f"step {step}  {elapsed:.0f} s  loss {loss:.4g}  {self.validated}  {speed:.0f} images/s", flush=True)
+            loss, speed = self._latest("loss", "{:.4g}"), self._latest("images_per_second", "{:.0f}")
+            print(f"step {step}  {elapsed:.0f} s  loss {loss}  {self.validated}  {speed} images/s", flush=True)
 
-    def _latest(self, name: str) -> float:
-        return next((row[name] for row in reversed(self.rows) if row.get(name) is not None), math.nan)
+    def _latest(self, name: str, form: str) -> str:
+        """The last figure of that name, or a dash before there is one."""
+        return next((form.format(row[name]) for row in reversed(self.rows) if row.get(name) is not None), "-")
 
     def _write(self, step: int, elapsed: float, figures: Mapping[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}

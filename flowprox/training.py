@@ -306,7 +306,10 @@ class _Run:
             try:
                 self.task.model.load_state_dict(state["model"])
             except RuntimeError as error:
-                raise ValueError(f"the run in {self.job.out} trains another model: {error}") from error
+                raise ValueError(
+                    f"the run in {self.job.out} trains another model ({str(error).splitlines()[0]} ...): "
+                    "resume it with its own recipe.yaml, or choose another out"
+                ) from error
         self.task.train()
 
     def _make_optimizer(self) -> tuple[torch.optim.Adam, list[float]]:

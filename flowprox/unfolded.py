@@ -110,13 +110,29 @@ class Unfolded(Reconstructor):
 
     def initial_image(self, y: Tensor, physics: LinearPhysics) -> Tensor:
         """x_0 (B, C, H, W): at another size than it was made for, the start image resized."""
-        adjoint = physics.A_adjoint(y)
+        adjoint = self._checked_adjoint(y, physics)
         if self.start_image is None:
             return adjoint
         image = self.start_image
         if image.shape[-2:] != adjoint.shape[-2:]:
             image = F.interpolate(image, adjoint.shape[-2:], mode="bilinear", align_corners=False)
         return image.expand(adjoint.shape[0], -1, -1, -1)
+
+    def _checked_adjoint(self, y: Tensor, physics: LinearPhysics) -> Tensor:
+        """A^T y (B, C, H, W), or an error that says what is wrong with y."""
+        if not isinstance(y, Tensor) or y.dtype != self.log_data_weight.dtype:
+            found = y.dtype if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(
+                f"y must be a tensor of {self.log_data_weight.dtype} like the model, got {found}; convert it"
+            )
+        adjoint = physics.A_adjoint(y)
+        n_channels = "C" if self.start_image is None else self.start_image.shape[1]
+        if adjoint.ndim != 4 or n_channels not in ("C", adjoint.shape[1]):
+            raise ValueError(
+                f"y of shape {tuple(y.shape)} measures an image {tuple(adjoint.shape)}; the model takes batches "
+                f"(B, {n_channels}, H, W): add or convert the missing dimensions"
+            )
+        return adjoint
 
     @property
     def shrinkages(self) -> Tensor:

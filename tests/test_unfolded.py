@@ -200,3 +200,19 @@ def test_bad_arguments_are_named(name: str) -> None:
     make, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         make()
+
+
+BAD_MEASUREMENTS = {
+    "no batch": (lambda: torch.rand(SHAPE), "takes batches"),
+    "grey": (lambda: torch.rand(1, 1, 8, 8), "takes batches"),
+    "integers": (lambda: torch.zeros(1, *SHAPE, dtype=torch.uint8), "float32 like the model"),
+    "double": (lambda: torch.rand(1, *SHAPE, dtype=torch.float64), "float32 like the model"),
+    "an array": (lambda: torch.rand(1, *SHAPE).numpy(), "got ndarray"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MEASUREMENTS)
+def test_a_measurement_that_does_not_fit_is_named(name: str) -> None:
+    make, message = BAD_MEASUREMENTS[name]
+    with pytest.raises(ValueError, match=message):
+        UnfoldedPGD([glow_prox()])(make(), make_physics("denoising", SHAPE))

@@ -80,7 +80,8 @@ def _resolve(name: str | os.PathLike[str], files: tuple[str, ...], revision: str
         refuse_pickle(path)
         raise CheckpointError(f"{path} is not a flowprox model; give the folder that holds {CARD} and {WEIGHTS}")
     if path.is_dir():
-        return path
+        of_run = path / "model"  # of a training run's folder
+        return of_run if not (path / CARD).exists() and (of_run / CARD).exists() else path
     name = os.fspath(name)
     if name in list_models():
         return _shipped_folder() / name

@@ -55,9 +55,7 @@ def _read_array(path: Path) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path} is not a plain .npy array ({error}); write it with numpy.save, without objects"
-        ) from error
+        raise ValueError(f"{path} is not a plain .npy array; write it with numpy.save, without objects") from error
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{path} is an .npz archive; give one array written with numpy.save")
     if array.dtype.kind != "f":

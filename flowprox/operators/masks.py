@@ -25,7 +25,7 @@ def centre_mask(height: int, width: int, size: int | tuple[int, int] = 19) -> Te
         >>> centre_mask(4, 4, 2).int().tolist()
         [[1, 1, 1, 1], [1, 0, 0, 1], [1, 0, 0, 1], [1, 1, 1, 1]]
     """
-    pair = (size, size) if isinstance(size, int) else tuple(size)
+    pair = tuple(size) if isinstance(size, list | tuple) else (size, size)
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
         raise ValueError(f"mask_size must be a positive number of pixels or a pair (h, w) of them, got {size!r}")
     h, w = pair
@@ -49,8 +49,8 @@ def random_mask(height: int, width: int, keep: float = 0.5, seed: int = 0) -> Te
         >>> int(random_mask(8, 8, keep=0.25).sum())
         16
     """
-    if not 0.0 < keep <= 1.0:
-        raise ValueError(f"keep must be a fraction of pixels in (0, 1], got {keep}")
+    if not isinstance(keep, int | float) or not 0.0 < keep <= 1.0:
+        raise ValueError(f"keep must be a fraction of pixels in (0, 1], got {keep!r}")
     n = round(keep * height * width)
     if n == 0:
         raise ValueError(f"keep={keep} keeps no pixel of an image of {height}x{width}; use a larger keep")
