@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,20 @@ def test_random_mask_follows_the_operator_seed(model: str, pictures: Path) -> No
         reconstruct_files(job, [pictures / "one/a.png"], pictures / f"rec{seed}")
         masks.append(np.load(pictures / f"rec{seed}/measurements/a.npy") != 0)
     assert (masks[0] == masks[1]).all() and (masks[0] != masks[2]).any()
+
+
+def test_a_measured_array_needs_its_random_mask(model: str, pictures: Path) -> None:
+    np.save(pictures / "y.npy", np.zeros((3, 8, 8), dtype=np.float32))
+    with pytest.raises(ValueError, match="need the mask they were made with"):
+        reconstruct_files(ReconstructionJob(model, "random-inpainting"), [pictures / "y.npy"], pictures / "rec")
+    assert not (pictures / "rec").exists()
+
+
+def test_a_run_folder_stands_for_its_model(model: str, pictures: Path) -> None:
+    (pictures / "run").mkdir()
+    shutil.copytree(model, pictures / "run/model")
+    job = ReconstructionJob(str(pictures / "run"))
+    assert reconstruct_files(job, [pictures / "one/a.png"], pictures / "rec")
 
 
 def test_divergence_names_the_image_and_leaves_nothing(
