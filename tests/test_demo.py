@@ -53,7 +53,7 @@ def test_everything_is_written(tmp_path, console):
     assert run_demo(out, models(), console=console) == out / "report.html"
     records = read_records(out / "records.jsonl")
     assert len(records) == 3 * 2 * 3
-    keys = {"problem", "method", "image", "psnr", "ssim", "seconds", "seed", "version", "group"}
+    keys = {"problem", "parameters", "method", "image", "psnr", "ssim", "seconds", "seed", "version", "group"}
     assert all(set(record) == keys for record in records)
     assert {path.name for path in out.iterdir()} == {"records.jsonl", "report.html", "images", "figures"}
     assert len(list((out / "images").iterdir())) == 2 + len(records)

@@ -161,10 +161,11 @@ def _reconstruct_all(
                     progress.update(task, description=f"{name}: {picture}, {method.name}")
                     x_hat, seconds = _timed(method.reconstruct, y, physics, warm_up=i == 0)
                     x_hat = x_hat.cpu()
-                    save_image(x_hat[0].clamp(0, 1), picture_path(folder, Problem(name).label, picture, method.name))
+                    save_image(x_hat[0].clamp(0, 1), picture_path(folder, name, picture, method.name))
                     writer.write(
                         {
-                            "problem": Problem(name).label,
+                            "problem": name,
+                            "parameters": Problem(name).parameters,
                             "method": method.name,
                             "image": picture,
                             "group": "portraits" if picture in PORTRAITS else "other pictures",
