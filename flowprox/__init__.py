@@ -9,15 +9,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flowprox.baselines import PlugAndPlay
     from flowprox.checkpoints import list_models, load_model, save_model
     from flowprox.flows import Glow, RealNVP
     from flowprox.operators import make_physics
+    from flowprox.priors import FlowDenoiser, FlowPrior, NoiseFidelity
     from flowprox.prox import FlowProx, ResNetProx, SoftThreshold, UNetProx
     from flowprox.unfolded import UnfoldedHQS, UnfoldedPGD
 
 __all__ = [
+    "FlowDenoiser",
+    "FlowPrior",
     "FlowProx",
     "Glow",
+    "NoiseFidelity",
+    "PlugAndPlay",
     "RealNVP",
     "ResNetProx",
     "SoftThreshold",
@@ -34,9 +40,11 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "flowprox.baselines": ("PlugAndPlay",),
     "flowprox.checkpoints": ("list_models", "load_model", "save_model"),
     "flowprox.flows": ("Glow", "RealNVP"),
     "flowprox.operators": ("make_physics",),
+    "flowprox.priors": ("FlowDenoiser", "FlowPrior", "NoiseFidelity"),
     "flowprox.prox": ("FlowProx", "ResNetProx", "SoftThreshold", "UNetProx"),
     "flowprox.unfolded": ("UnfoldedHQS", "UnfoldedPGD"),
 }

@@ -1,6 +1,6 @@
-"""Plain networks: the conditioners inside coupling layers, and the ResNet and U-Net used as baseline proxes.
+"""Plain networks: conditioners inside coupling layers, the ResNet and U-Net used as baseline proxes, and DCGAN's two.
 
-None of them knows about flows, operators or training. Shapes: x (B, C, H, W), any H and W.
+None of them knows about flows, operators or training. Shapes: x (B, C, H, W), any H and W unless said otherwise.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
-__all__ = ["CouplingNet", "CouplingUNet", "ResNet", "UNet", "ZeroConv2d"]
+from flowprox.spec import Specified
+
+__all__ = ["CouplingNet", "CouplingUNet", "DCGANDiscriminator", "DCGANGenerator", "ResNet", "UNet", "ZeroConv2d"]
 
 
 class ZeroConv2d(nn.Conv2d):
@@ -229,3 +232,104 @@ def _double_convolution(c_in: int, c_out: int) -> nn.Sequential:
     for a in (c_in, c_out):
         layers += [nn.Conv2d(a, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
     return nn.Sequential(*layers)
+
+
+class DCGANGenerator(Specified, nn.Module):
+    """Generator of Radford et al.: a latent becomes a small map of many channels, then each scale doubles it.
+
+        z (B, latent_size)  ->  x (B, C, H, W) in [0, 1]
+
+    Transposed 4x4 convolutions with batch normalisation and ReLU; a sigmoid at the end, which is the paper's tanh moved to
+    [0, 1]. With the defaults 3,576,707 parameters.
+
+    References:
+        Radford, Metz, Chintala (2015), Unsupervised Representation Learning with Deep Convolutional Generative Adversarial
+        Networks, https://arxiv.org/abs/1511.06434, Sec. 3 and Fig. 1.
+
+    Arguments:
+        image_shape: (C, H, W); H and W divisible by 2 ** n_scales.
+        latent_size: length of z, drawn from N(0, I).
+        hidden_channels: width at half the image's resolution; it doubles at each coarser scale.
+        n_scales: number of doublings.
+
+    Raises:
+        ValueError: sides that are not divisible, or a size below 1.
+
+    Example:
+        >>> generator = DCGANGenerator((3, 16, 16), latent_size=8, hidden_channels=4, n_scales=2).eval()
+        >>> generator(torch.randn(5, 8)).shape
+        torch.Size([5, 3, 16, 16])
+    """
+
+    def __init__(
+        self,
+        image_shape: Sequence[int] = (3, 64, 64),
+        latent_size: int = 100,
+        hidden_channels: int = 64,
+        n_scales: int = 4,
+    ) -> None:
+        super().__init__()
+        start = _coarsest(image_shape, hidden_channels, n_scales)
+        if latent_size < 1:
+            raise ValueError(f"latent_size must be at least 1, got {latent_size}")
+        self.image_shape = (int(image_shape[0]), int(image_shape[1]), int(image_shape[2]))
+        self.latent_size = latent_size
+        widths = [hidden_channels * 2**i for i in reversed(range(n_scales))]
+        layers: list[nn.Module] = [nn.ConvTranspose2d(latent_size, widths[0], start, bias=False)]
+        for a, b in pairwise(widths):
+            layers += [nn.BatchNorm2d(a), nn.ReLU(), nn.ConvTranspose2d(a, b, 4, stride=2, padding=1, bias=False)]
+        layers += [nn.BatchNorm2d(widths[-1]), nn.ReLU(), nn.ConvTranspose2d(widths[-1], self.image_shape[0], 4, 2, 1)]
+        self.layers = nn.Sequential(*layers)
+        for layer in layers:
+            if isinstance(layer, nn.ConvTranspose2d):
+                nn.init.normal_(layer.weight, std=0.02)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.sigmoid(self.layers(z[:, :, None, None]))
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """n images (n, C, H, W) of latents from N(0, I); ``generator`` must live on the weights' device."""
+        weight = next(self.parameters())
+        z = torch.randn(n, self.latent_size, generator=generator, device=weight.device, dtype=weight.dtype)
+        return self(z)
+
+
+class DCGANDiscriminator(nn.Module):
+    """Discriminator of Radford et al. with spectral normalisation in the place of batch normalisation.
+
+    It maps x (B, C, H, W) in [0, 1] to one logit per image (B,), above zero for "real". No layer mixes images.
+
+    References:
+        Radford et al. (2015), see ``DCGANGenerator``; Miyato et al. (2018), Spectral Normalization for Generative Adversarial
+        Networks, https://arxiv.org/abs/1802.05957, Sec. 2.1.
+
+    Arguments:
+        image_shape: (C, H, W); H and W divisible by 2 ** n_scales.
+        hidden_channels: width at half the image's resolution; it doubles at each coarser scale.
+        n_scales: number of halvings.
+    """
+
+    def __init__(self, image_shape: Sequence[int] = (3, 64, 64), hidden_channels: int = 64, n_scales: int = 4) -> None:
+        super().__init__()
+        last = _coarsest(image_shape, hidden_channels, n_scales)
+        widths = [int(image_shape[0]), *(hidden_channels * 2**i for i in range(n_scales))]
+        layers: list[nn.Module] = []
+        for a, b in pairwise(widths):
+            layers += [spectral_norm(nn.Conv2d(a, b, 4, stride=2, padding=1)), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, spectral_norm(nn.Conv2d(widths[-1], 1, last)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(2 * x - 1).flatten()
+
+
+def _coarsest(image_shape: Sequence[int], hidden_channels: int, n_scales: int) -> tuple[int, int]:
+    """Height and width after n_scales halvings."""
+    if n_scales < 1 or hidden_channels < 1:
+        raise ValueError(f"n_scales and hidden_channels must be at least 1, got {n_scales} and {hidden_channels}")
+    _, height, width = image_shape
+    factor = 2**n_scales
+    if height < factor or width < factor or height % factor or width % factor:
+        raise ValueError(
+            f"the sides of image_shape must be divisible by {factor} (n_scales {n_scales}), got {image_shape}"
+        )
+    return height // factor, width // factor

@@ -13,7 +13,9 @@ from typing import Any, Literal
 __all__ = [
     "DataOptions",
     "DenoiserOptions",
+    "GANOptions",
     "LikelihoodOptions",
+    "NoiseOptions",
     "ProblemOptions",
     "TrainingOptions",
     "UnfoldedOptions",
@@ -88,6 +90,31 @@ class DataOptions:
 
 
 @dataclass
+class NoiseOptions:
+    """Which noise a flow is to learn; every batch of it is drawn anew.
+
+    Arguments:
+        name: a noise of ``flowprox.noise``: gaussian, sinusoidal, radial or mnist.
+        parameters: what differs from the noise's defaults, for example {sigma: 0.5}.
+        validation: parameters that differ again for validation, for example {split: validation}.
+        image_size: height and width of the noise in pixels.
+        channels: 3 for colour, 1 for grey.
+        terms: under which terms what the noise is made of may be used; written into the model's card.
+    """
+
+    name: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    validation: dict[str, Any] = field(default_factory=dict)
+    image_size: int = 64
+    channels: int = 3
+    terms: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.image_size >= 1, f"image_size must be positive; got {self.image_size}")
+        _require(self.channels in (1, 3), f"channels must be 1 or 3; got {self.channels}")
+
+
+@dataclass
 class ProblemOptions:
     """The measurement y = A x + noise that a network is trained for.
 
@@ -137,6 +164,35 @@ class DenoiserOptions:
 
     def __post_init__(self) -> None:
         _check_range("noise_range", self.noise_range)
+
+
+@dataclass
+class GANOptions:
+    """A generative adversarial network: a DCGAN whose discriminator has spectral normalisation.
+
+    Arguments:
+        latent_size: length of the generator's latent.
+        hidden_channels: the generator's width at half the image's resolution; it doubles at each coarser scale.
+        discriminator_channels: the same of the discriminator.
+        n_scales: doublings from the coarsest map to the image; image_size must be divisible by 2 ** n_scales.
+        betas: Adam's two decay rates, for both networks.
+        projection_steps: Adam steps with which a validation image is projected onto the generator's range.
+    """
+
+    latent_size: int = 100
+    hidden_channels: int = 64
+    discriminator_channels: int = 64
+    n_scales: int = 4
+    betas: list[float] = field(default_factory=lambda: [0.5, 0.999])
+    projection_steps: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("latent_size", "hidden_channels", "discriminator_channels", "n_scales", "projection_steps"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1; got {getattr(self, name)}")
+        _require(
+            len(self.betas) == 2 and all(0.0 <= beta < 1.0 for beta in self.betas),
+            f"betas must be two numbers at least 0 and below 1; got {self.betas}",
+        )
 
 
 @dataclass

@@ -97,8 +97,8 @@ class RunLog:
         axes.set_xlabel("step")
         axes.plot(*self._columns("loss"), color="C0", alpha=0.7, label="training")
         other = axes
-        if figure == "bits_per_dimension":  # the loss itself
-            axes.set_ylabel("bits per dimension")
+        if figure.endswith("_per_dimension"):  # the loss itself
+            axes.set_ylabel(figure.replace("_", " "))
         else:
             axes.set_ylabel("training loss")
             axes.set_yscale("log")

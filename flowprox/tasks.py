@@ -3,6 +3,7 @@ r"""What is trained, on what, and how well it does: the contract between a model
     likelihood       min E[-log p(x~) / (D ln 2)] + b        bits per dimension of dequantised images x~
     reconstruction   min E||x_hat(y, A) - x||^2              y = A x + noise made on the fly (Wei et al. 2022, Sec. V)
     denoising        min E||prox(x + n) - x||^2              n Gaussian, its level drawn per image
+    noise            min E[-log p(n)] / D                    n drawn anew for every batch (Whang et al. 2021, Sec. 3)
 
 Symbols: x clean image (B, C, H, W) in [0, 1], D = C H W, b bit depth, y measurement, x_hat estimate.
 """
@@ -18,11 +19,13 @@ from torch import Tensor, nn
 
 from flowprox.checkpoints import load_model
 from flowprox.flows import Flow, Glow
+from flowprox.noise import FlowNoise, Noise, make_noise
 from flowprox.operators import LearnedBlur, make_physics, measure
 from flowprox.options import (
     DataOptions,
     DenoiserOptions,
     LikelihoodOptions,
+    NoiseOptions,
     ProblemOptions,
     TrainingOptions,
     UnfoldedOptions,
@@ -34,6 +37,7 @@ from flowprox.unfolded import Unfolded, UnfoldedHQS, UnfoldedPGD
 __all__ = [
     "DenoisingTask",
     "LikelihoodTask",
+    "NoiseTask",
     "ReconstructionTask",
     "Task",
     "denoising_task",
@@ -41,6 +45,7 @@ __all__ = [
     "likelihood_task",
     "make_flow",
     "make_unfolded",
+    "noise_task",
     "reconstruction_task",
 ]
 
@@ -81,6 +86,10 @@ class Task(nn.Module):
     def pictures(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> list[Tensor]:
         """Rows of images (n, C, H, W) for ``samples.png``."""
         raise NotImplementedError
+
+    def saved(self, model: nn.Module) -> nn.Module:
+        """The part of ``model`` that is written to the run's model folder."""
+        return model
 
 
 class LikelihoodTask(Task):
@@ -126,6 +135,70 @@ class LikelihoodTask(Task):
         assert isinstance(model, Flow)
         size = (x.shape[-2], x.shape[-1])
         return [model.sample(len(x), temperature, size, generator=generator) for temperature in (0.7, 1.0)]
+
+
+class NoiseTask(Task):
+    """Maximum likelihood of noise, in nats per dimension.
+
+    What is trained and saved is a ``FlowNoise``. Of a noise whose density is known in closed form a validation also gives
+    ``excess_nats``, the mean of log p(n) - log p_flow(n): the flow's divergence from it, in nats per image.
+
+    Arguments:
+        flow: the flow.
+        noise: what it learns.
+        validation: what it is validated on; by default the same.
+
+    Raises:
+        ValueError: the noise has no density, since it takes discrete values.
+    """
+
+    figure = "nats_per_dimension"
+    higher_is_better = False
+
+    def __init__(self, flow: Flow, noise: Noise, validation: Noise | None = None) -> None:
+        super().__init__(FlowNoise(flow))
+        self.noise, self.validation = noise, validation or noise
+        if getattr(noise, "sigma", None) == 0:
+            raise ValueError("noise with sigma 0 has no density that a flow could learn; give sigma above 0")
+
+    def batch(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        return (_drawn(self.noise, x, generator),)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return _nats_per_dimension(self.model, inputs[0]).mean()
+
+    def evaluate(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        n = _drawn(self.validation, x, generator)
+        nats = _nats_per_dimension(model, n)
+        if not self.validation.has_density:
+            return {self.figure: nats}
+        return {self.figure: nats, "excess_nats": self.validation.log_prob(n) + nats * n[0].numel()}
+
+    def initialize(self, x: Tensor) -> None:
+        likes = x[:1].expand(_N_INITIAL, *x.shape[1:])
+        _initialize_flow(self.model.flow, _drawn(self.noise, likes, torch.Generator(x.device).manual_seed(0)))  # type: ignore[arg-type]
+
+    def pictures(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> list[Tensor]:
+        """Noise and the flow's samples, on the grey scale that the noise spans."""
+        assert isinstance(model, FlowNoise)
+        n = _drawn(self.validation, x, generator)
+        low, high = n.amin(), n.amax()
+        return [(row - low) / (high - low) for row in (n, model.sample_like(x, generator))]
+
+
+_N_INITIAL = 256  # noise images from which a flow is initialised
+
+
+@torch.no_grad()
+def _drawn(noise: Noise, x: Tensor, generator: torch.Generator) -> Tensor:
+    """Noise of x's shape and memory layout."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return noise.sample_like(x, generator).contiguous(memory_format=layout)
+
+
+def _nats_per_dimension(model: nn.Module, n: Tensor) -> Tensor:
+    return -model.log_prob(n) / n[0].numel()  # type: ignore[operator]
 
 
 class ReconstructionTask(Task):
@@ -245,13 +318,21 @@ def _initialize_flow(flow: nn.Module, x: Tensor) -> bool:
     return fresh
 
 
-def _image_shape(data: DataOptions) -> tuple[int, int, int]:
+def _image_shape(data: DataOptions | NoiseOptions) -> tuple[int, int, int]:
     return data.channels, data.image_size, data.image_size
 
 
 def likelihood_task(flow: str | dict[str, Any], data: DataOptions, options: LikelihoodOptions) -> LikelihoodTask:
     """The task of ``train_flow``."""
     return LikelihoodTask(make_flow(flow, data), options)
+
+
+def noise_task(flow: str | dict[str, Any], options: NoiseOptions) -> NoiseTask:
+    """The task of ``train_flow`` with noise."""
+    shape = _image_shape(options)
+    noise = make_noise(options.name, shape, **options.parameters)
+    validation = make_noise(options.name, shape, **{**options.parameters, **options.validation})
+    return NoiseTask(make_flow(flow, options), noise, validation)
 
 
 def denoising_task(options: DenoiserOptions, data: DataOptions) -> DenoisingTask:
@@ -265,8 +346,8 @@ def reconstruction_task(options: UnfoldedOptions, problem: ProblemOptions, data:
     return ReconstructionTask(make_unfolded(options, problem, data), physics, options.likelihood_weight)
 
 
-def make_flow(flow: str | dict[str, Any], data: DataOptions) -> Flow:
-    """A flow for the images of ``data``: a preset, a specification or a pretrained one (see ``train_flow``).
+def make_flow(flow: str | dict[str, Any], data: DataOptions | NoiseOptions) -> Flow:
+    """A flow for the images or noise of ``data``: a preset, a specification or a pretrained one (see ``train_flow``).
 
     Raises:
         ValueError: it cannot be built, is no flow, or does not take images of that size.
@@ -279,6 +360,7 @@ def make_flow(flow: str | dict[str, Any], data: DataOptions) -> Flow:
         made = Glow.paper(shape)
     elif isinstance(flow, str):
         made = load_model(flow)
+        made = made.flow if isinstance(made, FlowNoise) else made
     else:
         arguments = {"image_shape": list(shape), **flow.get("arguments", {})}
         made = build({**flow, "arguments": arguments})

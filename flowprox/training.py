@@ -39,13 +39,14 @@ from flowprox.options import (
     DataOptions,
     DenoiserOptions,
     LikelihoodOptions,
+    NoiseOptions,
     ProblemOptions,
     TrainingOptions,
     UnfoldedOptions,
     parse_duration,
 )
 from flowprox.run_log import RunLog
-from flowprox.tasks import Task, denoising_task, likelihood_task, reconstruction_task
+from flowprox.tasks import Task, denoising_task, likelihood_task, noise_task, reconstruction_task
 
 __all__ = ["TrainingResult", "fit", "schedule_factor", "train_denoiser", "train_flow", "train_unfolded"]
 
@@ -80,28 +81,38 @@ class TrainingResult:
 
 def train_flow(
     flow: str | dict[str, Any],
-    data: DataOptions,
+    data: DataOptions | None,
     training: TrainingOptions,
     likelihood: LikelihoodOptions | None = None,
     out: str = "runs/flow",
     resume: bool = False,
     name: str = "flow",
+    noise: NoiseOptions | None = None,
 ) -> TrainingResult:
-    """Train a flow on clean images by maximum likelihood.
+    """Train a flow on clean images, or on noise, by maximum likelihood.
 
     Arguments:
         flow: "compact", "paper", a specification {kind: Glow, arguments: {...}}, or a pretrained flow (name, hub id or
             folder) to train on.
         data: the images.
         training: limits, optimiser and devices.
-        likelihood: bit depth and added noise.
+        likelihood: bit depth and added noise of images.
         out: folder of the run; the model is written to out/model.
         resume: continue the run in out, if there is one.
         name: the model's name in its card.
+        noise: what to learn in place of images; the model is then a ``FlowNoise``.
 
     Raises:
         FileExistsError, ValueError, NonFiniteError: see ``fit``; and ValueError for a flow that cannot be built.
     """
+    if (data is None) == (noise is None):
+        raise ValueError("give data, the images that the flow is to learn, or noise, and not both")
+    if noise is not None:
+        if likelihood not in (None, LikelihoodOptions()):
+            raise ValueError("likelihood tells how images become continuous; noise needs none: leave it out")
+        recipe = _recipe(flow=flow, noise=noise, training=training, out=out, name=name)
+        return fit(functools.partial(noise_task, flow, noise), noise, training, out, recipe, resume, name)
+    assert data is not None
     likelihood = likelihood or LikelihoodOptions()
     recipe = _recipe(flow=flow, data=data, training=training, likelihood=likelihood, out=out, name=name)
     make_task = functools.partial(likelihood_task, flow, data, likelihood)
@@ -168,7 +179,7 @@ class _Job:
     """What every process of a run is given."""
 
     make_task: Callable[[], Task]
-    data: DataOptions
+    data: DataOptions | NoiseOptions
     training: TrainingOptions
     out: Path
     recipe: dict[str, Any]
@@ -178,7 +189,7 @@ class _Job:
 
 def fit(
     make_task: Callable[[], Task],
-    data: DataOptions,
+    data: DataOptions | NoiseOptions,
     training: TrainingOptions,
     out: str | Path,
     recipe: dict[str, Any] | None = None,
@@ -189,7 +200,7 @@ def fit(
 
     Arguments:
         make_task: builds the task; called once in every process (under "ddp_spawn" it must be picklable).
-        data: the images.
+        data: the images; of noise, which the task draws, only the size is used.
         training: the limits, the optimiser and the devices.
         out: folder of the run: ``model/`` (the best one so far), ``state.pt`` (to resume from), ``recipe.yaml``,
             ``metrics.jsonl``, ``tensorboard/``, ``loss.png``, ``samples.png``.
@@ -273,6 +284,10 @@ class _Run:
     def _load_images(self) -> tuple[Tensor, Tensor]:
         """Training and validation images, uint8 (N, C, H, W); there may be none to validate on."""
         data, n = self.job.data, self.options.n_validation_images
+        if isinstance(data, NoiseOptions):  # blank images that take no memory: the task draws what is on them
+            blank = torch.zeros((), dtype=torch.uint8)
+            shape = data.channels, data.image_size, data.image_size
+            return blank.expand(self.options.batch_size, *shape), blank.expand(n, *shape)
         sources = [data.train] if isinstance(data.train, str) else data.train
         if data.validation is not None:
             train, validation = _images(data, sources, "all", data.limit), _images(data, data.validation, "all", n)
@@ -294,6 +309,8 @@ class _Run:
 
     def _step_limit(self) -> float:
         epochs = self.options.max_epochs
+        if epochs is not None and isinstance(self.job.data, NoiseOptions):
+            raise ValueError("noise is drawn anew for every batch and has no epochs: set max_steps or max_time")
         by_epochs = math.inf if epochs is None else max(1, round(epochs * len(self.sampler)))
         return min(self.options.max_steps or math.inf, by_epochs)
 
@@ -540,20 +557,22 @@ class _Run:
     def _save_model(self) -> None:
         if self.log is None:
             return
+        data = self.job.data
+        is_noise = isinstance(data, NoiseOptions)
         training = {
-            "data": self.job.data.train,
-            "terms": self.job.data.terms,
+            "data": f"{data.name} noise, drawn anew for every batch" if is_noise else data.train,
+            "terms": data.terms,
             "seed": self.options.seed,
             "steps": self.step,
             "skipped_steps": self.skipped,
             "seconds": round(self.elapsed, 1),
-            "n_images": len(self.images),
+            "n_images": None if is_noise else len(self.images),
             "recipe": {name: part for name, part in self.job.recipe.items() if name != "out"},
         }
         card = {"name": self.job.name, "metrics": self.figures, "training": training}
         if "problem" in self.job.recipe:
             card["problem"] = self.job.recipe["problem"]
-        save_model(self.average.current().eval(), self.job.out / "model", card)
+        save_model(self.task.saved(self.average.current().eval()), self.job.out / "model", card)
         self.task.train()
 
     @torch.no_grad()
@@ -586,15 +605,16 @@ class _Run:
             return None
         state = load_training_state(path)
         for name, value in self._identity().items():
-            if state["identity"][name] != value:
+            if state["identity"].get(name) != value:
                 raise ValueError(
-                    f"the run in {self.job.out} was made with {name} {state['identity'][name]}, not {value}: "
+                    f"the run in {self.job.out} was made with {name} {state['identity'].get(name)}, not {value}: "
                     "resume it with the same data, batch_size and seed, or start another run"
                 )
         return state
 
     def _identity(self) -> dict[str, Any]:
-        return {"seed": self.options.seed, "batch_size": self.options.batch_size, "n_images": len(self.images)}
+        identity = {"seed": self.options.seed, "batch_size": self.options.batch_size, "n_images": len(self.images)}
+        return identity | ({"noise": asdict(self.job.data)} if isinstance(self.job.data, NoiseOptions) else {})
 
     def _restore(self, state: dict[str, Any]) -> None:
         for name in _COUNTERS:

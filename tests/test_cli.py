@@ -79,7 +79,9 @@ def test_help_does_not_import_torch() -> None:
     assert "train-flow" in done.stdout and "--data.train" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "train-flow", "train-denoiser", "reconstruct", "sample", "models"])
+@pytest.mark.parametrize(
+    "command", ["demo", "train-flow", "train-denoiser", "reconstruct", "evaluate", "sample", "models"]
+)
 def test_help_of_each_command_explains_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     words = " ".join(capsys.readouterr().out.split())
@@ -266,6 +268,9 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "mask too large": (_picture("--problem=inpainting", "--parameters", "mask_size=9"), "mask_size 9x9"),
     "kernel too large": (_picture("--problem=deblurring", "--parameters", "kernel_size=11"), "kernel"),
     "which mask": (_picture("--problem=random-inpainting", "--measured"), "operator_seed"),
+    "option of the method": (_picture("--options", "n_folds=3"), "unfolded has no option 'n_folds'"),
+    "unknown method": (_picture("--method", "latent-mop", "--problem=denoising"), "did you mean latent-map"),
+    "noise of no use": (_picture("--noise", "gaussian", "sigma=0.1"), "no use for noise"),
     "unknown model": (_picture("--model", "unfolded-denoisin"), "unfolded-denoisin"),
     "a flow does not reconstruct": (
         lambda world: [str(world / "a.png"), "--model", str(world / "flow")],

@@ -9,12 +9,13 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "flowprox"
 LAYERS = [
-    {"spec", "options", "operators", "noise", "networks"},
+    {"spec", "options", "evaluation_options", "operators", "noise", "networks"},
     {"flows"},
-    {"prox"},
+    {"prox", "priors"},
     {"unfolded", "solvers", "baselines"},
     {"data", "checkpoints", "samples"},
-    {"training", "tasks", "run_log", "reconstruction", "evaluation"},
+    {"training", "gan_training", "tasks", "run_log", "reconstruction", "methods", "evaluation"},
+    {"commands"},
     {"cli"},
 ]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepinv
 import numpy as np
@@ -15,8 +15,10 @@ from deepinv.physics import LinearPhysics
 from helpers import assert_adjoint, assert_linear, assert_prox, dense_matrix
 from torch import Tensor
 
+from flowprox.noise import make_noise
 from flowprox.operators import (
     BOUNDARIES,
+    FILTERS,
     PROBLEMS,
     CircularBlur,
     LearnedBlur,
@@ -28,6 +30,7 @@ from flowprox.operators import (
     make_physics,
     measure,
     measure_each,
+    measurement_shape,
     random_mask,
 )
 from flowprox.spec import build
@@ -37,51 +40,70 @@ OWN_MASK = (torch.arange(80).view(8, 10) % 3 > 0).float()
 OWN_KERNEL = torch.tensor([[0.0, 0.1, 0.2], [0.3, 0.4, 0.0], [0.0, 0.0, 0.1]])
 
 
-def _made(name: str, **parameters: Any) -> Callable[[], LinearPhysics]:
-    return lambda: make_physics(name, SHAPE, **parameters)
+class Case(NamedTuple):
+    make: Callable[[], LinearPhysics]
+    shape: tuple[int, int, int] = SHAPE
 
 
-CASES: dict[str, Callable[[], LinearPhysics]] = {
+def _made(name: str, shape: tuple[int, int, int] = SHAPE, **parameters: Any) -> Case:
+    return Case(lambda: make_physics(name, shape, **parameters), shape)
+
+
+CASES: dict[str, Case] = {
     "denoising": _made("denoising"),
     "inpainting": _made("inpainting", mask_size=3),
     "inpainting-rectangle": _made("inpainting", mask_size=(8, 3)),
     "inpainting-own-mask": _made("inpainting", mask=OWN_MASK),
     "random-inpainting": _made("random-inpainting"),
-    **{f"deblurring-{b}": _made("deblurring", boundary=b, kernel_size=5, sigma_blur=1.5) for b in BOUNDARIES},
+    **{
+        f"deblurring-{b}": _made("deblurring", (1, 5, 6), boundary=b, kernel_size=5, sigma_blur=1.5) for b in BOUNDARIES
+    },
     "deblurring-own-kernel": _made("deblurring", kernel=OWN_KERNEL),
-    "learned-blur": lambda: LearnedBlur(kernel_size=5, sigma_blur=1.5),
-    "learned-blur-free": lambda: LearnedBlur(kernel_size=3, sigma_blur=1.0, normalised=False),
+    "compressed-sensing": _made("compressed-sensing", m=40),
+    "compressed-sensing-more-rows-than-pixels": _made("compressed-sensing", m=300),
+    "compressed-sensing-structured": _made("compressed-sensing", m=40, structured=True),
+    "compressed-sensing-structured-odd": _made("compressed-sensing", (1, 5, 7), m=35, structured=True),
+    **{f"super-resolution-{f}": _made("super-resolution", (1, 18, 18), factor=2, filter=f) for f in (None, *FILTERS)},
+    "mri": _made("mri"),
+    "mri-odd": _made("mri", (1, 7, 9), acceleration=2, centre_fraction=0.3),
+    "mri-own-mask": _made("mri", mask=OWN_MASK),
+    "ct": _made("ct", (1, 5, 5), n_angles=3),
+    "learned-blur": Case(lambda: LearnedBlur(kernel_size=5, sigma_blur=1.5)),
+    "learned-blur-free": Case(lambda: LearnedBlur(kernel_size=3, sigma_blur=1.0, normalised=False)),
 }
-every_operator = pytest.mark.parametrize("make", CASES.values(), ids=CASES.keys())
+every_operator = pytest.mark.parametrize(("make", "shape"), CASES.values(), ids=CASES.keys())
+NON_LINEAR = {"one-bit"}
 
 
 def test_every_problem_is_a_case() -> None:
-    assert all(any(case.startswith(name) for case in CASES) for name in PROBLEMS)
+    assert all(any(case.startswith(name) for case in CASES) for name in PROBLEMS if name not in NON_LINEAR)
 
 
 @every_operator
-def test_linear_with_its_adjoint(make: Callable[[], LinearPhysics]) -> None:
+def test_linear_with_its_adjoint(make: Callable[[], LinearPhysics], shape: tuple[int, int, int]) -> None:
     physics = make().double()
-    assert_linear(physics.A, (2, *SHAPE))
-    assert_adjoint(physics.A, physics.A_adjoint, (2, *SHAPE))
+    assert_linear(physics.A, (2, *shape))
+    assert_adjoint(physics.A, physics.A_adjoint, (2, *shape))
 
 
 @every_operator
-def test_same_result_in_a_batch_and_channels_last(make: Callable[[], LinearPhysics]) -> None:
+def test_same_result_in_a_batch_and_channels_last(
+    make: Callable[[], LinearPhysics], shape: tuple[int, int, int]
+) -> None:
     physics = make()
-    x = torch.rand(3, *SHAPE)
+    x = torch.rand(3, *shape)
     together = physics.A(x)
-    assert together.shape == x.shape
+    assert len(together) == 3
     assert together.dtype == x.dtype
     torch.testing.assert_close(together, torch.cat([physics.A(image[None]) for image in x]))
     torch.testing.assert_close(together, physics.A(x.contiguous(memory_format=torch.channels_last)))
 
 
 @every_operator
-def test_data_gradient_descends_the_data_term(make: Callable[[], LinearPhysics]) -> None:
+def test_data_gradient_descends_the_data_term(make: Callable[[], LinearPhysics], shape: tuple[int, int, int]) -> None:
     physics = make().double()
-    x = torch.randn(2, *SHAPE, dtype=torch.float64, requires_grad=True)
-    y = torch.randn(2, *SHAPE, dtype=torch.float64)
+    x = torch.randn(2, *shape, dtype=torch.float64, requires_grad=True)
+    y = torch.randn_like(physics.A(x))
     loss = 0.5 * (y - physics.A(x)).square().sum()
     (gradient,) = torch.autograd.grad(loss, x)
     torch.testing.assert_close(data_gradient(x, y, physics), -gradient)
@@ -89,20 +111,22 @@ def test_data_gradient_descends_the_data_term(make: Callable[[], LinearPhysics])
 
 @every_operator
 @pytest.mark.parametrize("rho", [torch.tensor(0.3), torch.tensor([0.05, 2.0])], ids=["one-rho", "rho-per-image"])
-def test_data_prox_is_the_dense_solution_and_so_is_its_gradient(make: Callable[[], LinearPhysics], rho: Tensor) -> None:
-    shape = (1, 6, 8)
-    physics = make().double() if "mask" not in dict(make().named_buffers()) else _masked(shape)
+def test_data_prox_is_the_dense_solution_and_so_is_its_gradient(
+    make: Callable[[], LinearPhysics], shape: tuple[int, int, int], rho: Tensor
+) -> None:
+    physics = make().double()
     matrix = dense_matrix(physics.A, shape)
-    v, y, weight = torch.randn(3, 2, *shape, dtype=torch.float64)
+    v, weight = torch.randn(2, 2, *shape, dtype=torch.float64)
+    y = torch.randn_like(physics.A(v))
     inputs = [v.requires_grad_(), y.requires_grad_(), rho.double().requires_grad_()]
 
     def dense(v: Tensor, y: Tensor, rho: Tensor) -> Tensor:
-        diagonal = rho.expand(2)[:, None, None] * torch.eye(len(matrix), dtype=torch.float64)
+        diagonal = rho.expand(2)[:, None, None] * torch.eye(matrix.shape[1], dtype=torch.float64)
         right = y.flatten(1) @ matrix + rho.expand(2)[:, None] * v.flatten(1)
         return torch.linalg.solve(matrix.T @ matrix + diagonal, right).view_as(v)
 
     expected = dense(*inputs)
-    reached = data_prox(inputs[0], inputs[1], physics, inputs[2], max_iter=500, tol=1e-12)
+    reached = data_prox(inputs[0], inputs[1], physics, inputs[2], max_iter=500, tol=1e-10)
     torch.testing.assert_close(reached, expected, rtol=1e-6, atol=1e-8)
     for a, b in zip(
         torch.autograd.grad((reached * weight).sum(), inputs),
@@ -112,16 +136,15 @@ def test_data_prox_is_the_dense_solution_and_so_is_its_gradient(make: Callable[[
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
-def _masked(shape: tuple[int, int, int]) -> LinearPhysics:
-    return make_physics("random-inpainting", shape).double()
-
-
 @every_operator
-def test_data_prox_minimises_and_writes_nothing_to_the_operator(make: Callable[[], LinearPhysics]) -> None:
+def test_data_prox_minimises_and_writes_nothing_to_the_operator(
+    make: Callable[[], LinearPhysics], shape: tuple[int, int, int]
+) -> None:
     physics = make().double()
+    v = torch.randn(2, *shape, dtype=torch.float64)
+    y = torch.randn_like(physics.A(v))  # deepinv's downsampling notes the size of the first image
     before = {name: value for name, value in vars(physics).items() if not name.startswith("_")}
     tensors = copy.deepcopy(physics.state_dict())
-    v, y = torch.randn(2, 2, *SHAPE, dtype=torch.float64)
     assert_prox(
         lambda v, step: data_prox(v, y, physics, 1 / step, tol=1e-10),
         lambda x: 0.5 * (y - physics.A(x)).flatten(1).square().sum(1),
@@ -142,7 +165,7 @@ def test_data_prox_refuses_a_weight_that_is_not_positive(rho: float) -> None:
 
 @pytest.mark.parametrize("case", ["denoising", "deblurring-circular", "deblurring-reflect", "learned-blur"])
 def test_takes_images_of_another_size(case: str) -> None:
-    physics = CASES[case]().double()
+    physics = CASES[case].make().double()
     shape = (2, 3, 7, 12)
     assert_adjoint(physics.A, physics.A_adjoint, shape)
     x = torch.rand(shape, dtype=torch.float64)
@@ -181,7 +204,7 @@ def test_float32_blur_is_inverted_by_the_inverse_filter(kernel_size: int) -> Non
 
 def test_blur_computes_in_float32_for_bfloat16_images() -> None:
     x = torch.rand(1, *SHAPE)
-    physics = CASES["deblurring-circular"]()
+    physics = CASES["deblurring-circular"].make()
     y = physics.A(x.bfloat16())
     assert y.dtype == torch.float32
     torch.testing.assert_close(y, physics.A(x), rtol=0, atol=1e-2)
@@ -189,7 +212,7 @@ def test_blur_computes_in_float32_for_bfloat16_images() -> None:
 
 def test_a_kernel_larger_than_a_later_image_is_refused() -> None:
     with pytest.raises(ValueError, match="kernel of 5x5 is larger than the image of 4x4"):
-        CASES["deblurring-circular"]().A(torch.rand(1, 3, 4, 4))
+        CASES["deblurring-circular"].make().A(torch.rand(1, 3, 4, 4))
 
 
 def test_learned_blur_finds_the_kernel() -> None:
@@ -301,7 +324,7 @@ def test_noise_does_not_depend_on_the_memory_layout() -> None:
 
 @pytest.mark.parametrize("noise_model", [None, "poisson", "gaussian-with-its-own-generator"])
 def test_an_image_keeps_its_noise_in_every_batch(noise_model: str | None) -> None:
-    physics, x = CASES["deblurring-circular"](), torch.rand(3, *SHAPE)
+    physics, x = CASES["deblurring-circular"].make(), torch.rand(3, *SHAPE)
     if noise_model == "poisson":
         physics.set_noise_model(deepinv.physics.PoissonNoise(gain=0.1, clip_positive=True))
     elif noise_model:
@@ -339,6 +362,67 @@ def test_the_noise_level_is_kept_as_deepinv_does() -> None:
     y = SeededGaussianNoise(0.2)(torch.zeros(2, *SHAPE), sigma=sigma)
     assert y[0].abs().max() == 0
     assert y[1].std() > 0.8
+
+
+NOISES_BY_NAME: dict[str, tuple[str, dict[str, Any]]] = {
+    "gaussian": ("denoising", {"noise": "gaussian", "noise_parameters": {"sigma": 0.3, "mean": 0.1}}),
+    "sinusoidal": ("denoising", {"noise": "sinusoidal", "sigma": 0.4}),
+    "radial": ("deblurring", {"noise": "radial", "sigma": 0.4, "kernel_size": 3}),
+    "sinusoidal-sensing": ("compressed-sensing", {"m": 40, "noise": "sinusoidal", "noise_parameters": {"mean": 0.2}}),
+    "sinusoidal-one-bit": ("one-bit", {"m": 40, "noise": "sinusoidal"}),
+    "sinusoidal-mri": ("mri", {"noise": "sinusoidal"}),
+}
+
+
+@pytest.mark.parametrize(("name", "parameters"), NOISES_BY_NAME.values(), ids=NOISES_BY_NAME.keys())
+def test_noise_by_name(name: str, parameters: dict[str, Any]) -> None:
+    problem = Problem(name, parameters)
+    assert Problem.from_json(problem.to_json()) == problem
+    assert f"noise-{parameters['noise']}" in problem.label
+    physics, x = make_physics(problem, SHAPE), torch.rand(3, *SHAPE)
+    y = measure_each(x, physics, [1, 2, 3])
+    torch.testing.assert_close(measure_each(x[1:2], physics, [2]), y[1:2])
+    expected = {**({"sigma": parameters["sigma"]} if "sigma" in parameters else {})}
+    noise = make_noise(
+        parameters["noise"], measurement_shape(physics, SHAPE), **expected, **parameters.get("noise_parameters", {})
+    )
+    residual = y - physics.A(x)
+    torch.testing.assert_close(physics.noise_model.log_prob(residual), noise.log_prob(residual))  # type: ignore[operator]
+
+
+def test_noise_by_object() -> None:
+    noise = make_noise("sinusoidal", SHAPE, sigma=0.5)
+    physics = make_physics("denoising", SHAPE, noise=noise)
+    assert physics.noise_model is noise
+    assert Problem("denoising", {"noise": noise}).label == "denoising-noise-HeteroscedasticNoise"
+    with pytest.raises(ValueError, match="name a noise instead of passing an object"):
+        Problem("denoising", {"noise": noise}).to_json()
+    with pytest.raises(ValueError, match="noise"):
+        make_physics("compressed-sensing", SHAPE, m=7, noise=noise)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "std"),
+    [({}, 0.1 / 20), ({"noise_norm": 2.0}, 0.1), ({"sigma": 0.3}, 0.3), ({"sigma": 0.0}, 0.0)],
+)
+def test_level_of_sensing_noise_by_norm_or_by_standard_deviation(parameters: dict[str, Any], std: float) -> None:
+    physics = make_physics("compressed-sensing", SHAPE, m=400, **parameters)
+    assert float(physics.noise_model.sigma) == pytest.approx(std)  # type: ignore[arg-type]
+    problem = Problem("compressed-sensing", {"m": 400, **parameters})
+    assert Problem.from_json(problem.to_json()) == problem
+
+
+def test_a_new_noise_takes_the_place_of_the_one_before() -> None:
+    white = Problem("denoising", {"sigma": 0.3})
+    named = white.replaced(noise="sinusoidal", noise_parameters={"period": 8})
+    assert named.label == "denoising-noise-sinusoidal-period8"
+    assert named.parameters["sigma"] is None
+    assert named.replaced(sigma=0.5).parameters["noise"] == "sinusoidal"
+    sensing = Problem("compressed-sensing", {"m": 10})
+    assert sensing.replaced(sigma=0.1).label == "compressed-sensing-m10-sigma0.1"
+    assert sensing.replaced(noise="sinusoidal").replaced(noise_norm=0.5).label == "compressed-sensing-m10-noise_norm0.5"
+    assert sensing.replaced(structured=True).label == "compressed-sensing-m10-structured"
+    assert make_physics(named, SHAPE, noise="gaussian", noise_parameters={"sigma": 0.7}).noise_model.sigma == 0.7  # type: ignore[comparison-overlap]
 
 
 # Problems and bad input ----------------------------------------------------------------------------------------------
@@ -412,6 +496,14 @@ def test_a_problem_with_an_array_has_a_label_but_no_json() -> None:
         ("deblurring", {"kernel": torch.ones(2, 3)}, "odd sides"),
         ("deblurring", {"kernel": torch.ones(3)}, r"kernel must be a matrix \(h, w\)"),
         ("deblurring", {"kernel": torch.zeros(3, 3)}, "not all zero"),
+        ("denoising", {"noise": "sinusiodal"}, "unknown noise 'sinusiodal'; did you mean sinusoidal"),
+        ("denoising", {"noise": 0.1}, "noise must be a name .* got 0.1"),
+        ("denoising", {"noise": "sinusoidal", "noise_parameters": {"peroid": 8}}, "no parameter 'peroid'"),
+        ("denoising", {"noise_parameters": {"period": 8}}, "noise_parameters belong to a noise given by name"),
+        ("denoising", {"noise": make_noise("gaussian", (1,)), "sigma": 0.1}, "a noise object has its own level"),
+        ("compressed-sensing", {"noise_norm": 0.1, "sigma": 0.1}, "give either noise_norm or sigma"),
+        ("compressed-sensing", {"noise_norm": 0.1, "noise": "sinusoidal"}, "noise_norm is the level of white noise"),
+        ("compressed-sensing", {"m": 9, "noise_norm": -0.1}, "noise_norm is a standard deviation"),
     ],
 )
 def test_bad_input_is_named(name: str, parameters: dict[str, Any], message: str) -> None:

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from deepinv.physics import LinearPhysics
+from deepinv.models import Reconstructor
+from deepinv.physics import LinearPhysics, Physics
 from helpers import assert_adjoint, assert_linear
 from torch import Tensor
 
 from flowprox import FlowProx, Glow, UnfoldedHQS, UnfoldedPGD, load_model, save_model
+from flowprox.baselines import TotalVariation
 from flowprox.data import load_image, save_image
 from flowprox.evaluation.records import read_records
+from flowprox.methods import Outcome, run_method
 from flowprox.operators import make_physics, measure_each
 from flowprox.reconstruction import (
+    ReconstructionInterrupted,
     ReconstructionJob,
     WindowedBlur,
-    _continued,
-    _load,
     fit_to_divisor,
     image_seed,
     reconstruct_files,
 )
+from flowprox.reconstruction.sizes import _continued
 
 SIGMA_ZERO: dict[str, dict[str, Any]] = {
     "denoising": {"sigma": 0.0},
@@ -162,20 +167,94 @@ def test_a_run_folder_stands_for_its_model(model: str, pictures: Path) -> None:
     assert reconstruct_files(job, [pictures / "one/a.png"], pictures / "rec")
 
 
-def test_divergence_names_the_image_and_leaves_nothing(
+def test_divergence_names_the_image_and_keeps_those_before(
     model: str, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Diverging(torch.nn.Module):
-        divisor = 4
-        card = _load(ReconstructionJob(model)).card
+    def diverging(method: Reconstructor, y: Tensor, physics: Physics) -> Outcome:
+        return Outcome(y * (torch.nan if y.shape[-1] == 12 else 1.0), [{}])
 
-        def forward(self, y: Tensor, physics: LinearPhysics) -> Tensor:
-            return y * (torch.nan if y.shape[-1] == 12 else 1.0)
-
-    monkeypatch.setattr("flowprox.reconstruction._load", lambda job: Diverging())
-    with pytest.raises(ArithmeticError, match=r"two/a\.png"):
+    monkeypatch.setattr("flowprox.reconstruction.jobs.run_method", diverging)
+    with pytest.raises(ArithmeticError, match=r"two/a\.png.*images before are finished"):
         reconstruct_files(ReconstructionJob(model), [pictures / "one", pictures / "two"], pictures / "new/rec")
-    assert not (pictures / "new").exists()
+    names = {record["image"] for record in read_records(pictures / "new/rec/records.jsonl")}
+    assert names and {path.stem for path in (pictures / "new/rec").glob("*.npy")} == names
+    with pytest.raises(ArithmeticError):
+        reconstruct_files(ReconstructionJob(model), [pictures / "two"], pictures / "none/rec")
+    assert not (pictures / "none").exists()
+
+
+def test_interruption_keeps_what_is_finished(model: str, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(method: Reconstructor, y: Tensor, physics: Physics) -> Outcome:
+        if y.shape[-1] == 16:  # two/b, extended
+            raise KeyboardInterrupt
+        return run_method(method, y, physics)
+
+    monkeypatch.setattr("flowprox.reconstruction.jobs.run_method", interrupted)
+    with pytest.raises(ReconstructionInterrupted, match="2 of 3 images are finished"):
+        reconstruct_files(ReconstructionJob(model), [pictures / "one", pictures / "two"], pictures / "new/rec")
+    out = pictures / "new/rec"
+    assert [record["image"] for record in read_records(out / "records.jsonl")] == ["a", "a-2"]
+    assert sorted(path.name for path in out.rglob("*.npy")) == ["a-2.npy", "a-2.npy", "a.npy", "a.npy"]
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct_files(ReconstructionJob(model), [pictures / "two/b.png"], pictures / "nothing/rec")
+    assert not (pictures / "nothing").exists()
+
+
+# Methods without training --------------------------------------------------------------------------------------------
+
+
+def test_a_method_by_name_is_that_method_on_the_measurement(pictures: Path) -> None:
+    options = {"n_iterations": 3, "regularisation": 0.1}
+    job = ReconstructionJob(problem="denoising", method="tv", options=options)
+    (record,) = reconstruct_files(job, [pictures / "two/b.png"], pictures / "rec")
+    assert (record["method"], record["options"]) == ("tv", options)
+    physics = make_physics("denoising", (3, 9, 14))
+    y = torch.from_numpy(np.load(pictures / "rec/measurements/b.npy"))[None]
+    expected = TotalVariation(0.1, 3, dual_step=0.05)(y, physics)
+    assert np.array_equal(np.load(pictures / "rec/b.npy"), expected[0])
+
+
+@pytest.mark.parametrize(
+    ("problem", "parameters"),
+    [("compressed-sensing", {"m": 40}), ("super-resolution", {"factor": 2}), ("mri", {}), ("ct", {"n_angles": 5})],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_written_measurements_of_any_form_give_the_same_reconstruction(
+    problem: str, parameters: dict[str, Any], pictures: Path
+) -> None:
+    job = ReconstructionJob(problem=problem, parameters=parameters, method="adjoint", operator_seed=3, size=(3, 12, 12))
+    reconstruct_files(job, [pictures / "two/a.png"], pictures / "first")
+    is_picture = problem == "super-resolution"
+    assert (pictures / "first/measurements/a.png").exists() == is_picture
+    (record,) = reconstruct_files(job, [pictures / "first/measurements/a.npy"], pictures / "second")
+    assert (record["height"], record["width"]) == (12, 12)
+    first, second = (np.load(pictures / run / "a.npy") for run in ("first", "second"))
+    np.testing.assert_allclose(first, second, atol=1e-5)
+
+
+SENSING = ReconstructionJob(problem="compressed-sensing", parameters={"m": 40}, method="adjoint", operator_seed=0)
+REFUSED: dict[str, tuple[ReconstructionJob, str]] = {
+    "no size": (SENSING, "does not tell the size"),
+    "another size": (replace(SENSING, size=(6, 6), parameters={"m": 39}), "the operator measures (39,)"),
+    "three sizes": (replace(SENSING, size=(1, 6, 6, 6)), "size must be"),
+    "unknown matrix": (replace(SENSING, size=(6, 6), operator_seed=None), "need the matrix they were made with"),
+    "no method": (ReconstructionJob(problem="denoising"), "give a method"),
+    "no problem": (ReconstructionJob(method="tv"), "give one with problem"),
+    "not for this problem": (
+        ReconstructionJob(None, "deblurring", {"kernel_size": 3}, method="bm3d"),
+        "bm3d is not for",
+    ),
+    "unknown option": (replace(SENSING, method="tv", options={"regularization": 1}), "did you mean regularisation"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str, tmp_path: Path) -> None:
+    job, message = REFUSED[case]
+    np.save(tmp_path / "y.npy", np.zeros((3, 6, 6) if job.problem != "compressed-sensing" else 40, dtype=np.float32))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        reconstruct_files(job, [tmp_path / "y.npy"], tmp_path / "rec")
+    assert not (tmp_path / "rec").exists()
 
 
 # Sizes that do not fit -----------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from flowprox.baselines._numpy import map_images, noise_sigmas, require_images, 
 
 __all__ = ["BM3D"]
 
+_SMALLEST_SIDE = 16
 _SMALLEST_SIGMA = 1e-4  # below this nothing is left to remove, and the package divides by sigma
 
 
@@ -36,7 +37,8 @@ class BM3D(Reconstructor):
         https://doi.org/10.1109/TIP.2020.3014721.
 
     Arguments:
-        sigma: Noise standard deviation in units of the image range [0, 1]; None takes ``physics.noise_model.sigma``.
+        sigma: Noise standard deviation in units of the image range [0, 1]; None takes ``physics.noise_model.sigma``, or the
+            root mean square of a noise with a level for each pixel.
         profile: Settings of the ``bm3d`` package: "np" (normal), "vn" (made for strong noise) or "high" (many
             overlapping blocks). On 64x64 faces "np" is the best of them at sigma 0.2 as well.
 
@@ -62,13 +64,18 @@ class BM3D(Reconstructor):
             raise ValueError(f"profile must be 'np', 'vn' or 'high', got {profile!r}")
         self.sigma = sigma
         self.profile = profile
-        require_package("bm3d", "bm3d", "BM3D")
+        require_package("bm3d", "bm3d", "BM3D", extra="bm3d")
 
     def forward(self, y: Tensor, physics: Physics) -> Tensor:  # type: ignore[override]
-        bm3d = require_package("bm3d", "bm3d", "BM3D")
+        bm3d = require_package("bm3d", "bm3d", "BM3D", extra="bm3d")
         n_images, n_channels = require_images(y).shape[:2]
         if n_channels not in (1, 3):
             raise ValueError(f"BM3D takes images with 1 or 3 channels, got {n_channels}")
+        if min(y.shape[-2:]) < _SMALLEST_SIDE:
+            raise ValueError(
+                f"BM3D needs images of at least {_SMALLEST_SIDE}x{_SMALLEST_SIDE} (its package crashes below), got "
+                f"{y.shape[-2]}x{y.shape[-1]}; pad them"
+            )
         if not torch.allclose(physics.A(y), y):
             raise ValueError("BM3D only removes noise, and this physics changes the image as well; use another method")
         sigmas = noise_sigmas(physics, n_images) if self.sigma is None else [self.sigma] * n_images

@@ -17,7 +17,8 @@ from deepinv.optim import TVPrior
 from deepinv.physics import LinearPhysics
 from torch import Tensor
 
-from flowprox.baselines._numpy import require_images
+from flowprox.baselines._linear import require_count, require_weight, squared_norm
+from flowprox.baselines._numpy import require_images, require_measurement
 
 __all__ = ["TotalVariation", "Wiener", "transfer_function"]
 
@@ -84,7 +85,7 @@ class Wiener(Reconstructor):
         self, regularisation: float = 3e-3, penalty: Literal["identity", "gradient", "laplacian"] = "gradient"
     ) -> None:
         super().__init__()
-        _require_weight(regularisation)
+        require_weight(regularisation)
         if penalty not in ("identity", "gradient", "laplacian"):
             raise ValueError(f"penalty must be 'identity', 'gradient' or 'laplacian', got {penalty!r}")
         self.regularisation = regularisation
@@ -150,9 +151,8 @@ class TotalVariation(Reconstructor):
         dual_step: float = 0.005,
     ) -> None:
         super().__init__()
-        _require_weight(regularisation)
-        if n_iterations < 1:
-            raise ValueError(f"n_iterations must be at least 1, got {n_iterations}")
+        require_weight(regularisation)
+        require_count("n_iterations", n_iterations)
         if not dual_step > 0:
             raise ValueError(f"dual_step must be > 0, got {dual_step}")
         self.regularisation = regularisation
@@ -164,14 +164,14 @@ class TotalVariation(Reconstructor):
     def objective(self, x: Tensor, y: Tensor, physics: LinearPhysics) -> Tensor:
         """Value of the minimised function at x, per image: (B,)."""
         residual = (physics.A(x) - y).flatten(1)
-        return 0.5 * residual.square().sum(1) + self.regularisation * self._length(self._prior.nabla(x)).flatten(1).sum(
+        return 0.5 * residual.abs().square().sum(1) + self.regularisation * self._length(self._prior.nabla(x)).flatten(
             1
-        )
+        ).sum(1)
 
     @torch.no_grad()
     def forward(self, y: Tensor, physics: LinearPhysics) -> Tensor:  # type: ignore[override]
-        x = self._start(require_images(y), physics)
-        primal_step = 1 / (_squared_norm(physics, x) / 2 + 8 * self.dual_step)
+        x = self._start(require_measurement(y), physics)
+        primal_step = 1 / (squared_norm(physics, x) / 2 + 8 * self.dual_step)
         u = torch.zeros_like(self._prior.nabla(x))
         for _ in range(self.n_iterations):
             descent = physics.A_adjoint(physics.A(x) - y) + self._prior.nabla_adjoint(u)
@@ -188,24 +188,7 @@ class TotalVariation(Reconstructor):
     def _start(self, y: Tensor, physics: LinearPhysics) -> Tensor:
         """The constant image that fits y best, plus what A^T sees of the rest: hidden pixels start at the mean."""
         ones = torch.ones_like(physics.A_adjoint(y))
-        seen = physics.A(ones)
-        axes = tuple(range(1, y.ndim))
-        constant = (seen * y).sum(axes, keepdim=True) / seen.square().sum(axes, keepdim=True).clamp_min(1e-12)
-        x = constant * ones
-        return (x + physics.A_adjoint(y - physics.A(x)) / _squared_norm(physics, x)).clamp(0, 1)
-
-
-def _squared_norm(physics: LinearPhysics, x: Tensor) -> float:
-    """||A||^2 by the power method from a fixed start, with the margin its tolerance needs."""
-    v = torch.randn(x[:1].shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype).to(x.device)
-    norm = v.new_ones(())
-    for _ in range(50):
-        v = v / torch.linalg.vector_norm(v).clamp_min(1e-12)
-        v = physics.A_adjoint_A(v)
-        norm = torch.linalg.vector_norm(v)
-    return 1.05 * max(float(norm), 1e-12)
-
-
-def _require_weight(regularisation: float) -> None:
-    if not 0 <= regularisation < float("inf"):
-        raise ValueError(f"regularisation must be finite and >= 0, got {regularisation}")
+        seen = physics.A(ones).flatten(1)
+        fit = (seen.conj() * y.flatten(1)).real.sum(1) / seen.abs().square().sum(1).clamp_min(1e-12)
+        x = fit[:, None, None, None] * ones
+        return (x + physics.A_adjoint(y - physics.A(x)) / squared_norm(physics, x)).clamp(0, 1)

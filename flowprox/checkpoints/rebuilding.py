@@ -18,6 +18,7 @@ __all__ = ["check_rebuild", "fill", "rebuild"]
 _MODEL_MODULES = (  # lowest first: a flow is loaded without importing deepinv
     "flowprox.networks",
     "flowprox.flows",
+    "flowprox.noise",
     "flowprox.prox",
     "flowprox.operators",
     "flowprox.unfolded",

@@ -141,7 +141,7 @@ def _preprocessing(model: Any) -> dict[str, Any]:
     owner = model if hasattr(model, "image_shape") else next(iter(flows), model)
     shape = getattr(owner, "image_shape", None)
     return {
-        "range": [0, 1],
+        "range": getattr(model, "value_range", [0, 1]),
         "channels": None if shape is None else int(shape[0]),
         "image_shape": None if shape is None else [int(n) for n in shape],
         "divisor": getattr(model, "divisor", getattr(owner, "divisor", None)),

@@ -6,7 +6,7 @@ never waits for files; an image that cannot be read stops it with the file's nam
 
 from flowprox.data.datasets import ImageDataset
 from flowprox.data.images import check_image, load_image, save_image
-from flowprox.data.measurements import load_measurement
+from flowprox.data.measurements import load_array, load_measurement
 from flowprox.data.sampler import ResumableSampler
 from flowprox.data.sources import IMAGE_SUFFIXES, split_indices
 
@@ -15,6 +15,7 @@ __all__ = [
     "ImageDataset",
     "ResumableSampler",
     "check_image",
+    "load_array",
     "load_image",
     "load_measurement",
     "save_image",

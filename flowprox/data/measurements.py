@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from flowprox.data.images import StrPath, check_finite, check_shape, load_image
 
-__all__ = ["load_measurement"]
+__all__ = ["load_array", "load_measurement"]
 
 
 def load_measurement(path: StrPath, channels: int | None = None) -> Tensor:
@@ -46,6 +47,29 @@ def load_measurement(path: StrPath, channels: int | None = None) -> Tensor:
             f"{name} holds values up to {y.abs().max().item():g}; a measurement is in the units of images in [0, 1]: "
             "divide by 255 if it was made from 8-bit images"
         )
+    return y
+
+
+def load_array(path: StrPath, shape: Sequence[int]) -> Tensor:
+    """Read measurements that are no pictures, such as those of compressed sensing or k-space, as float32 (B, *shape).
+
+    Arguments:
+        path: .npy array of floats, of ``shape`` or (B, *shape).
+        shape: of one measurement.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not an array, of objects or whole numbers, NaN, another shape.
+    """
+    y = torch.from_numpy(_read_array(Path(path)))
+    wanted = tuple(shape)
+    y = y[None] if tuple(y.shape) == wanted else y
+    if tuple(y.shape[1:]) != wanted or len(y) == 0:
+        raise ValueError(
+            f"{path} has shape {tuple(y.shape)} but the operator measures {wanted}, or (B, ...) of these; "
+            "check the problem's parameters and the size of the image"
+        )
+    check_finite(y, str(path))
     return y
 
 

@@ -55,7 +55,8 @@ def entries_of_split(source: StrPath | Sequence[StrPath], split: str) -> list[En
     entries = _of_split([entry for one in sources for entry in _entries_of(Path(one), split)], split)
     if not entries:
         shown = few([str(one) for one in sources])
-        raise ValueError(f"no image of the split {split!r} in {shown}; add images or use split='all'")
+        remedy = "give a folder of its own (data.validation)" if split == "val" else "use the split 'all'"
+        raise ValueError(f"no image of the split {split!r} in {shown}; add images, or {remedy}")
     return entries
 
 

@@ -10,10 +10,11 @@ for x_hat, cov the covariance, c1 = 0.01^2, c2 = 0.03^2.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-__all__ = ["psnr", "ssim"]
+__all__ = ["best_scaled", "psnr", "ssim"]
 
 _SSIM_WINDOW = 11
 
@@ -77,6 +78,25 @@ def ssim(x_hat: Tensor, x: Tensor, *, clip: bool = True) -> Tensor:
     # torchmetrics also averages windows that hang over a mirrored border; Wang et al. and scikit-image do not
     border = _SSIM_WINDOW // 2
     return similarity[..., border:-border, border:-border].flatten(1).mean(1)
+
+
+def best_scaled(x_hat: Tensor, x: Tensor) -> Tensor:
+    """s x_hat with the positive number s per image that brings it closest to x: <x_hat, x> / ||x_hat||^2.
+
+    For measurements that do not tell the scale of the image, such as signs.
+
+    Arguments:
+        x_hat: estimate (B, C, H, W).
+        x: truth (B, C, H, W).
+
+    Example:
+        >>> import torch
+        >>> x = torch.rand(2, 3, 4, 4)
+        >>> bool(torch.allclose(best_scaled(0.1 * x, x), x))
+        True
+    """
+    fit = (x_hat * x).flatten(1).sum(1) / x_hat.square().flatten(1).sum(1).clamp_min(torch.finfo(x_hat.dtype).tiny)
+    return fit.clamp_min(0).view(-1, 1, 1, 1) * x_hat
 
 
 def _prepared(x_hat: Tensor, x: Tensor, clip: bool) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -30,6 +30,7 @@ class RecordWriter:
         path: the final file; its folder is created.
         resume: keep the records an earlier run left in the file or its partial, in ``records``; otherwise begin anew,
             and an old final file stays until the new one is complete.
+        keep: with ``resume``, which of the earlier records to keep; None keeps all.
 
     Raises:
         OSError: the folder cannot be written.
@@ -45,12 +46,15 @@ class RecordWriter:
         [{'method': 'bm3d', 'psnr': 25.5}]
     """
 
-    def __init__(self, path: str | Path, resume: bool = False) -> None:
+    def __init__(
+        self, path: str | Path, resume: bool = False, keep: Callable[[dict[str, Any]], bool] | None = None
+    ) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.records: list[dict[str, Any]] = []
         if resume and (self.path.exists() or _partial(self.path).exists()):
-            self.records = read_records(_partial(self.path) if _partial(self.path).exists() else self.path)
+            earlier = read_records(_partial(self.path) if _partial(self.path).exists() else self.path)
+            self.records = [record for record in earlier if keep is None or keep(record)]
         with atomic_write(_partial(self.path), "w") as file:  # whole before the old partial goes
             file.writelines(_line(record) for record in self.records)
         self._file: IO[str] = open(_partial(self.path), "a", encoding="utf-8", newline="\n")

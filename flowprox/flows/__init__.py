@@ -2,6 +2,7 @@
 
 from flowprox.flows.bijection import Bijection, NonFiniteError, Sequential
 from flowprox.flows.flow import Flow
+from flowprox.flows.frozen import frozen
 from flowprox.flows.glow import Glow
 from flowprox.flows.layers import (
     ActNorm,
@@ -13,6 +14,7 @@ from flowprox.flows.layers import (
     Squeeze,
     Unsqueeze,
 )
+from flowprox.flows.pixel_norm import PixelNorm, PixelwiseFlow
 from flowprox.flows.realnvp import RealNVP
 from flowprox.flows.reversible import DriftError, Reversible
 
@@ -27,10 +29,13 @@ __all__ = [
     "GlowStep",
     "HaarSqueeze",
     "NonFiniteError",
+    "PixelNorm",
+    "PixelwiseFlow",
     "RealNVP",
     "Reversible",
     "Sequential",
     "Split",
     "Squeeze",
     "Unsqueeze",
+    "frozen",
 ]

@@ -98,6 +98,17 @@ class Flow(Bijection):
         """g of a latent arranged as an image (B, C, H, W), unchecked."""
         return self.bijection.decode(z) + self.offset
 
+    def inverse_image(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(g(z), log|det Dg(z)|) of a latent arranged as an image (B, C, H, W), unchecked."""
+        x, logdet = self.bijection.inverse(z)
+        return x + self.offset, logdet
+
+    def unchecked_log_prob(self, x: Tensor) -> Tensor:
+        """log p(x) without a look at whether it is finite: no synchronisation, and an image that overflows stays alone."""
+        self._check_image(x)
+        z, logdet = self.bijection(x - self.offset)
+        return self.base_log_prob(z.flatten(1)) + logdet
+
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) in nats, (B,), of images (B, C, H, W)."""
         z, logdet = self.forward(x)

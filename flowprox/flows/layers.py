@@ -14,6 +14,7 @@ Under autocast only the coupling nets run in low precision; the arithmetic above
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -198,6 +199,11 @@ class AffineCoupling(Bijection):
         return torch.cat([(a - shift) * torch.exp(-log_scale), b], dim=1)
 
 
+def _pixelwise(x: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
+    """The same affine map of the channels at every pixel."""
+    return F.conv2d(x, matrix[:, :, None, None], bias)
+
+
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
     half = x.shape[1] // 2
     return x[:, :half], x[:, half:]
@@ -221,20 +227,35 @@ class GlowStep(Bijection):
         self.actnorm = ActNorm(n_channels)
         self.mix = Conv1x1(n_channels)
         self.coupling = AffineCoupling(net, scale_bound, shift_bound)
+        self.fixed: dict[str, tuple[Tensor, Tensor]] | None = None  # see flowprox.flows.frozen
+
+    def matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Matrix and bias of the linear part and of its inverse, computed in float64 and rounded to the weights' dtype."""
+        lu = self.mix.lu
+        # on the CPU, since not every accelerator has float64
+        mix = copy.deepcopy(self.mix).to("cpu", torch.float64)
+        actnorm = copy.deepcopy(self.actnorm).to("cpu", torch.float64)
+        scale, bias = torch.exp(actnorm.log_scale), actnorm.bias
+        weight, inverse = mix.weight(), mix.inverse_weight()
+        pairs = {"mix": (weight * scale, weight @ bias), "unmix": (inverse / scale[:, None], -bias / scale)}
+        return {name: (matrix.to(lu), vector.to(lu)) for name, (matrix, vector) in pairs.items()}
 
     def _mixed(self, x: Tensor) -> Tensor:
         if self.actnorm._initialization_pending:
             self._initialize_once(x)
         with _full_precision(x):
+            if self.fixed is not None:
+                return _pixelwise(x, *self.fixed["mix"])
             weight = self.mix.weight()
             bias = weight @ self.actnorm.bias
-            return F.conv2d(x, (weight * torch.exp(self.actnorm.log_scale))[:, :, None, None], bias)
+            return _pixelwise(x, weight * torch.exp(self.actnorm.log_scale), bias)
 
     def _unmixed(self, z: Tensor) -> Tensor:
         with _full_precision(z):
+            if self.fixed is not None:
+                return _pixelwise(z, *self.fixed["unmix"])
             inverse_scale = torch.exp(-self.actnorm.log_scale)
-            weight = inverse_scale[:, None] * self.mix.inverse_weight()
-            return F.conv2d(z, weight[:, :, None, None], -inverse_scale * self.actnorm.bias)
+            return _pixelwise(z, inverse_scale[:, None] * self.mix.inverse_weight(), -inverse_scale * self.actnorm.bias)
 
     def _initialize_once(self, x: Tensor) -> None:
         fresh = self.training and not bool(self.actnorm.initialized)

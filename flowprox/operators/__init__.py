@@ -1,37 +1,52 @@
 """Forward operators: a problem's name becomes a deepinv ``Physics`` with its noise.
 
-    y = A x + sigma n,    n ~ N(0, I)
+    y = A(x) + n
 
-x image in [0, 1], shape (B, C, H, W); y measurement; A linear operator, A^T its adjoint; sigma noise standard deviation
-in the units of x. Two functions reach the data from an image estimate, and every unfolded network and solver uses them:
-``data_gradient`` and ``data_prox``.
+x image in [0, 1], shape (B, C, H, W); y measurement (B, ...); A operator, linear with adjoint A^T in all problems but
+one-bit sensing; n noise, white and Gaussian with standard deviation sigma unless another is named. Two functions reach the
+data from an image estimate, and every unfolded network and solver uses them: ``data_gradient`` and ``data_prox``.
 
-All operators keep the size of the image. Denoising and deblurring take images of any size, whatever size they were made
-for; a mask belongs to one size.
+Denoising, inpainting and deblurring keep the size of the image; a sensing matrix gives (B, m), super-resolution an image
+factor times smaller, MRI (B, 2 C, H, W), tomography (B, C, N, n_angles). Denoising and deblurring take images of any size,
+whatever size they were made for; the other operators belong to one size.
 """
 
 from flowprox.operators.blur import CircularBlur, CircularConvolution, LearnedBlur
+from flowprox.operators.checks import check_adjoint, check_measurement, measurement_shape
 from flowprox.operators.data_steps import data_gradient, data_prox
+from flowprox.operators.imaging import FILTERS, ParallelCT, RealMRI, SuperResolution, cartesian_mask
 from flowprox.operators.kinds import BOUNDARIES, PROBLEMS, ProblemKind
 from flowprox.operators.masks import centre_mask, random_mask
 from flowprox.operators.measuring import measure, measure_each
 from flowprox.operators.noise import SeededGaussianNoise
 from flowprox.operators.problems import Problem, make_physics
+from flowprox.operators.sensing import DenseSensing, OneBitSensing, StructuredSensing
 
 __all__ = [
     "BOUNDARIES",
     "CircularBlur",
     "CircularConvolution",
+    "DenseSensing",
     "LearnedBlur",
+    "FILTERS",
+    "OneBitSensing",
     "PROBLEMS",
+    "ParallelCT",
     "Problem",
     "ProblemKind",
+    "RealMRI",
     "SeededGaussianNoise",
+    "StructuredSensing",
+    "SuperResolution",
+    "cartesian_mask",
     "centre_mask",
+    "check_adjoint",
+    "check_measurement",
     "data_gradient",
     "data_prox",
     "make_physics",
     "measure",
     "measure_each",
+    "measurement_shape",
     "random_mask",
 ]

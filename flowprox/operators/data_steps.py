@@ -14,8 +14,6 @@ from deepinv.optim.linear import least_squares_implicit_backward
 from deepinv.physics import DecomposablePhysics, LinearPhysics
 from torch import Tensor
 
-from flowprox.operators.blur import CircularConvolution
-
 __all__ = ["data_gradient", "data_prox"]
 
 
@@ -39,8 +37,9 @@ def data_prox(
 ) -> Tensor:
     """argmin_x 1/2 ||y - A x||^2 + rho/2 ||x - v||^2, differentiable in v, y and rho.
 
-    In closed form for denoising, inpainting and circular blur, the learned one included; otherwise by conjugate
-    gradient, whose gradient deepinv computes by implicit differentiation. Nothing is written to ``physics``.
+    In closed form for operators with a ``regularised_inverse(v, y, rho)`` (circular blur, the learned one included, and
+    structured sensing) and those that deepinv decomposes (denoising, inpainting); otherwise by conjugate gradient, whose
+    gradient deepinv computes by implicit differentiation. Nothing is written to ``physics``.
 
     Arguments:
         v: images (B, C, H, W) to stay close to.
@@ -51,7 +50,8 @@ def data_prox(
         tol: relative residual at which the conjugate gradient stops.
 
     Raises:
-        ValueError: rho is a number that is not positive. (A tensor is not looked at: that would stall a GPU.)
+        ValueError: rho is a number that is not positive (a tensor is not looked at: that would stall a GPU), or the
+            operator is not linear.
 
     Example:
         >>> import torch
@@ -64,8 +64,14 @@ def data_prox(
         rho = rho.view(-1, *[1] * (v.ndim - 1)) if rho.ndim == 1 else rho
     elif not (math.isfinite(rho) and rho > 0):
         raise ValueError(f"rho must be a positive number, got {rho}")
-    if isinstance(physics, CircularConvolution):
-        return physics.regularised_inverse(v, y, rho)
+    if not isinstance(physics, LinearPhysics):
+        raise ValueError(
+            f"data_prox takes a linear operator and {type(physics).__name__} is none; use a solver that takes any operator, "
+            "such as NoiseMAP"
+        )
+    closed_form = getattr(physics, "regularised_inverse", None)
+    if closed_form is not None:
+        return closed_form(v, y, rho)
     if isinstance(physics, DecomposablePhysics):
         return physics.prox_l2(v, y, 1.0 / rho)
     # LinearPhysics.prox_l2 would write solver, max_iter and tol to the operator; its default eps of 1e-8 costs 3 digits

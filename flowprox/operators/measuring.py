@@ -1,8 +1,8 @@
 """Measurements of images.
 
-    y = A x + sigma n,    n ~ N(0, I)
+    y = A(x) + n
 
-x image, y measurement, A operator, sigma noise standard deviation; the noise comes from a generator or a seed per image.
+x image, y measurement, A operator, n noise; the noise comes from a generator or a seed per image.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from deepinv.physics import Inpainting, Physics
 from torch import Tensor
 
-from flowprox.operators.noise import SeededGaussianNoise
+from flowprox.noise import Noise
+from flowprox.operators.sensing import OneBitSensing
 
 __all__ = ["measure", "measure_each"]
 
@@ -24,8 +25,9 @@ def measure(x: Tensor, physics: Physics, generator: torch.Generator | None = Non
     Arguments:
         x: images (B, C, H, W) in [0, 1].
         physics: the operator with its noise model.
-        generator: source of the noise, on any device; torch's global one by default. With ``SeededGaussianNoise``,
-            which ``make_physics`` sets, the noise depends on neither the device nor the memory layout of x.
+        generator: source of the noise, on any device; torch's global one by default. With any
+            ``flowprox.noise.Noise``, which ``make_physics`` sets, it depends on neither the device nor the memory layout
+            of x.
 
     Raises:
         ValueError: x is not of the size of the operator's mask.
@@ -39,7 +41,7 @@ def measure(x: Tensor, physics: Physics, generator: torch.Generator | None = Non
         True
     """
     _check_image(x, physics)
-    return _add_noise(physics.A(x), physics, generator)
+    return _add_noise(_before_noise(x, physics), physics, generator)
 
 
 def measure_each(x: Tensor, physics: Physics, seeds: Sequence[int]) -> Tensor:
@@ -57,16 +59,20 @@ def measure_each(x: Tensor, physics: Physics, seeds: Sequence[int]) -> Tensor:
         raise ValueError(f"seeds must hold one number per image: got {len(seeds)} for {len(x)} images")
     _check_image(x, physics)
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    y = physics.A(x)
-    if isinstance(physics.noise_model, SeededGaussianNoise):
+    y = _before_noise(x, physics)
+    if isinstance(physics.noise_model, Noise):
         return _add_noise(y, physics, generators)
     return torch.cat([_add_noise(y[i : i + 1], physics, generator) for i, generator in enumerate(generators)])
+
+
+def _before_noise(x: Tensor, physics: Physics) -> Tensor:
+    return physics.before_noise(x) if isinstance(physics, OneBitSensing) else physics.A(x)
 
 
 def _add_noise(y: Tensor, physics: Physics, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
     if generator is None:
         return physics.sensor(physics.noise(y))
-    if isinstance(physics.noise_model, SeededGaussianNoise):
+    if isinstance(physics.noise_model, Noise):
         return physics.sensor(physics.noise(y, generator=generator))
     # any other deepinv noise draws from its own generator, which takes a seed, or from the global one
     assert isinstance(generator, torch.Generator)

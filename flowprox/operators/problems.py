@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from deepinv.physics import LinearPhysics
+from deepinv.physics import LinearPhysics, NoiseModel
 from torch import Tensor
 
+from flowprox.noise import NOISES, Noise, make_noise
+from flowprox.operators.checks import measurement_shape
 from flowprox.operators.kinds import PROBLEMS, ImageShape, nearest
-from flowprox.operators.noise import SeededGaussianNoise
+from flowprox.operators.noise import SeededGaussianNoise, at_least_zero
 
 __all__ = ["Problem", "make_physics"]
 
@@ -47,8 +51,13 @@ class Problem:
         for key in self.parameters:
             if key not in defaults:
                 raise ValueError(f"{self.name} has no parameter {key!r}; {nearest(str(key), defaults)}")
-        complete = {key: _canonical(self.parameters.get(key, default)) for key, default in defaults.items()}
-        object.__setattr__(self, "parameters", complete)
+        object.__setattr__(self, "parameters", _complete(self.name, self.parameters, defaults))
+
+    def replaced(self, **parameters: Any) -> Problem:
+        """The same problem with other parameters; a new noise takes the place of the one it had."""
+        replaced = _displaced(parameters)
+        kept = {key: value for key, value in self.parameters.items() if key not in replaced}
+        return Problem(self.name, {**kept, **parameters})
 
     @property
     def label(self) -> str:
@@ -59,22 +68,23 @@ class Problem:
         shown = [
             key
             for key, value in self.parameters.items()
-            if key == first or (isinstance(value, np.ndarray) or value != defaults[key])
+            if value is not None and (key == first or (isinstance(value, np.ndarray) or value != defaults[key]))
         ]
-        return "-".join([self.name, *(key + _label_value(self.parameters[key]) for key in shown)])
+        return "-".join([self.name, *(_label_part(key, self.parameters[key]) for key in shown)])
 
     def to_json(self) -> str:
         """One line of JSON.
 
         Raises:
-            ValueError: a parameter is an array; save it as .npy and give the path.
+            ValueError: a parameter is an array or a noise object; save the array as .npy and give its path, and name the
+                noise.
         """
         try:
             return json.dumps({"name": self.name, "parameters": self.parameters}, sort_keys=True)
         except TypeError as error:
             raise ValueError(
                 f"a parameter of {self.name} cannot be written as JSON ({error}); "
-                "save the array as .npy and give its path"
+                "save the array as .npy and give its path; name a noise instead of passing an object"
             ) from error
 
     @classmethod
@@ -104,14 +114,20 @@ def make_physics(
 
     Arguments:
         problem: a name from ``PROBLEMS`` or a ``Problem``.
-        image_shape: (C, H, W) of the images. Masks are made for this H and W.
-        seed: of whatever in the operator is random (the random inpainting mask).
+        image_shape: (C, H, W) of the images. Masks and sensing matrices are made for this size.
+        seed: of whatever in the operator is random (masks, sensing matrices).
         device: where the operator's tensors are kept.
-        parameters: of the problem, see ``PROBLEMS[name].defaults``; they override those of a ``Problem``. ``mask``
+        parameters: of the problem, see ``PROBLEMS[name].defaults`` ("one-bit" gives a ``OneBitSensing``, which is not
+            linear); they override those of a ``Problem``. ``mask``
             (H, W; 1 kept, 0 hidden) and ``kernel`` (h, w; odd sides) may be an array or the path of an .npy file.
+            The noise is white and Gaussian with standard deviation ``sigma`` in every measurement, or, for compressed
+            sensing, sigma = ``noise_norm`` / sqrt(m), which is sqrt(E||noise||^2) = noise_norm; or ``noise``, a name
+            from ``flowprox.noise.NOISES`` with its ``noise_parameters`` (and sigma, if given), or a
+            ``flowprox.noise.Noise``, for which sigma must be left out. A noise replaces the level that is default.
 
     Raises:
-        ValueError: unknown problem or parameter, or a value that does not fit; the message names the parameter.
+        ValueError: unknown problem, noise or parameter, or a value that does not fit; the message names it.
+        MemoryError: a dense sensing matrix that does not fit in memory.
         FileNotFoundError: the .npy file does not exist.
 
     Example:
@@ -122,13 +138,60 @@ def make_physics(
     if isinstance(problem, str):
         problem = Problem(problem, parameters)
     elif parameters:
-        problem = Problem(problem.name, {**problem.parameters, **parameters})
+        problem = problem.replaced(**parameters)
     shape = tuple(image_shape)
     if len(shape) != 3 or any(not isinstance(n, int) or n < 1 for n in shape):
         raise ValueError(f"image_shape must be three positive numbers (C, H, W), got {image_shape!r}")
     values = dict(problem.parameters)
-    noise = SeededGaussianNoise(values.pop("sigma"))
-    return PROBLEMS[problem.name].constructor(shape, noise, seed=seed, device=device, **values)
+    noise = {key: values.pop(key, None) for key in ("sigma", "noise_norm", "noise", "noise_parameters")}
+    white = SeededGaussianNoise(noise["sigma"] if noise["noise"] is None and noise["sigma"] is not None else 0.0)
+    physics = PROBLEMS[problem.name].constructor(shape, white, seed=seed, device=device, **values)
+    if noise["noise"] is not None or noise["noise_norm"] is not None:
+        measured = measurement_shape(physics, shape, device=device)
+        physics.set_noise_model(_noise(measured, **noise).to(device))
+    return physics  # pyright: ignore[reportReturnType]  # one-bit sensing alone is not linear
+
+
+def _noise(
+    measured: torch.Size, *, sigma: float | None, noise_norm: float | None, noise: Any, noise_parameters: Any
+) -> NoiseModel:
+    """The noise of a measurement of that shape."""
+    if noise_norm is not None:
+        return SeededGaussianNoise(at_least_zero("noise_norm", noise_norm) / math.sqrt(measured.numel()))
+    if isinstance(noise, str):
+        level = {} if sigma is None else {"sigma": sigma}
+        return make_noise(noise, measured, **{**level, **(noise_parameters or {})})
+    if isinstance(noise, Noise):  # one of another shape is refused here, not after the measurement
+        noise.sample_like(torch.zeros(1, *measured), torch.Generator().manual_seed(0))
+    return noise
+
+
+def _complete(name: str, given: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Every parameter of the problem; the noise that was given in place of the one of the defaults."""
+    noise, set_ = given.get("noise"), {key for key in given if given[key] is not None}
+    if "noise_norm" in set_ and set_ & {"sigma", "noise"}:
+        raise ValueError(f"{name}: noise_norm is the level of white noise; give either noise_norm or sigma, or a noise")
+    if "noise_parameters" in set_ and not isinstance(noise, str):
+        raise ValueError(f"{name}: noise_parameters belong to a noise given by name, such as noise='sinusoidal'")
+    if noise is not None and not isinstance(noise, str | NoiseModel):
+        raise ValueError(f"noise must be a name ({', '.join(NOISES)}) or a flowprox.noise.Noise, got {noise!r}")
+    if isinstance(noise, str) and noise not in NOISES:
+        raise ValueError(f"unknown noise {noise!r}; {nearest(noise, NOISES)}")
+    if isinstance(noise, NoiseModel) and "sigma" in set_:
+        raise ValueError(f"{name}: a noise object has its own level; leave out sigma, or give the noise by name")
+    complete = {key: _canonical(given.get(key, default)) for key, default in defaults.items()}
+    if displaced := _displaced(given):
+        complete.update({key: None for key in displaced if key in defaults and key not in set_})
+    return complete
+
+
+def _displaced(given: Mapping[str, Any]) -> set[str]:
+    """The parameters of the noise whose former values, or defaults, what is given replaces."""
+    if given.get("noise") is not None:
+        return {"sigma", "noise_norm", "noise_parameters"}
+    if given.get("noise_norm") is not None:
+        return {"sigma", "noise", "noise_parameters"}
+    return {"noise_norm"} if given.get("sigma") is not None else set()
 
 
 def _canonical(value: Any) -> Any:
@@ -136,7 +199,17 @@ def _canonical(value: Any) -> Any:
         return str(value)
     if isinstance(value, Tensor):
         return value.numpy(force=True)
+    if isinstance(value, Mapping):
+        return {str(key): _canonical(part) for key, part in value.items()}
     return tuple(value) if isinstance(value, list) else value
+
+
+def _label_part(key: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return key if value else f"no_{key}"
+    if isinstance(value, dict):
+        return "-".join(_label_part(name, part) for name, part in value.items())
+    return key + _label_value(value)
 
 
 def _label_value(value: Any) -> str:
@@ -148,4 +221,6 @@ def _label_value(value: Any) -> str:
         return "x".join(str(part) for part in value)
     if isinstance(value, str):
         return f"-{Path(value).stem}"
+    if isinstance(value, NoiseModel):
+        return f"-{type(value).__name__}"
     return str(value)

@@ -17,6 +17,8 @@ from flowprox.flows import (
     Glow,
     GlowStep,
     HaarSqueeze,
+    PixelNorm,
+    PixelwiseFlow,
     RealNVP,
     Reversible,
     Sequential,
@@ -37,6 +39,7 @@ def steps(n_channels: int = 4, n: int = 2) -> list[Bijection]:
 # name: (constructor, shape of one input)
 CASES: dict[str, tuple[Callable[[], Bijection], tuple[int, ...]]] = {
     "actnorm": (lambda: ActNorm(3), (3, 4, 2)),
+    "pixel norm": (lambda: PixelNorm((3, 4, 2)), (3, 4, 2)),
     "conv1x1": (lambda: Conv1x1(5), (5, 2, 4)),
     "coupling": (lambda: AffineCoupling(CouplingNet(2, 4, 5)), (4, 4, 4)),
     "coupling, odd channels": (lambda: AffineCoupling(CouplingNet(2, 2, 5)), (3, 4, 4)),
@@ -61,6 +64,7 @@ CASES: dict[str, tuple[Callable[[], Bijection], tuple[int, ...]]] = {
     "glow, as published": (lambda: Glow(SMALL, 2, 1, 4, coupling="conv-actnorm"), SMALL),
     "glow, inputs": (lambda: Glow(SMALL, 2, 2, 4, backward="inputs"), SMALL),
     "glow, invert": (lambda: Glow(SMALL, 2, 2, 4, backward="invert"), SMALL),
+    "glow behind a pixel norm": (lambda: PixelwiseFlow(Glow(SMALL, 2, 1, 4)), SMALL),
     "realnvp": (lambda: RealNVP(SMALL, 2, 2, 4, 1), SMALL),
     "realnvp, invert": (lambda: RealNVP(SMALL, 1, 3, 4, 1, backward="invert"), SMALL),
 }

@@ -1,0 +1,137 @@
+r"""Plug-and-play: a denoiser in the place of the prox, at a noise level that falls from step to step.
+
+    HQS:  u = argmin_u 1/(2 sigma^2) ||y - A u||^2 + weight/(2 s_k^2) ||u - x||^2,   x <- D(u, s_k)
+    PGD:  u = x + tau A^T (y - A x),  tau = 1 / ||A||^2,                             x <- D(u, s_k)
+
+Symbols: x image (B, C, H, W), y measurement, A linear operator, sigma noise standard deviation, D(u, s) denoiser, and
+s_k its noise level, k = 1..K, from ``sigma_start`` down to sigma in equal ratios.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from deepinv.models import Denoiser, Reconstructor
+from deepinv.optim import HQS, L2, PGD, PnP
+from deepinv.physics import LinearPhysics, Physics
+from torch import Tensor, nn
+
+from flowprox.baselines._linear import require_count, squared_norm
+from flowprox.baselines._numpy import noise_sigmas, require_measurement
+from flowprox.flows import Flow
+from flowprox.operators import data_prox
+from flowprox.priors import FlowDenoiser
+from flowprox.prox import FlowProx
+
+__all__ = ["PlugAndPlay"]
+
+_SMALLEST_SIGMA = 0.01  # the floor of Zhang et al., below which the schedule would never end
+
+
+class PlugAndPlay(Reconstructor):
+    """Any denoiser as the prior of a linear problem, by deepinv's half-quadratic splitting or proximal gradient.
+
+    A fixed number of iterations is run from A^T y, and nothing is written to the physics. An image's estimate does not
+    depend on the others in its batch, but for the tolerance (1e-6) of the conjugate gradient that "hqs" runs on operators
+    without a closed form. Several noise levels in one batch are each treated by their own.
+
+    References:
+        Zhang, Li, Zuo, Zhang, Van Gool, Timofte (2021), Plug-and-play image restoration with deep denoiser prior,
+        https://arxiv.org/abs/2008.13751, Eqs. 6 and 7 and Sec. 4.2 (schedule, ``weight``, ``sigma_start``).
+
+    Arguments:
+        denoiser: x_hat = denoiser(x, s), images (B, C, H, W), s a noise level per image (B,): a ``deepinv.models.Denoiser``,
+            or a ``ResNetProx`` or ``UNetProx`` trained as a denoiser, which need not be told s. A ``Flow`` stands for
+            ``FlowDenoiser(flow)``.
+        flow: the prior, if no denoiser is given.
+        sigma: noise standard deviation in units of the image range; None takes ``physics.noise_model.sigma``. Below 0.01
+            it counts as 0.01.
+        n_iterations: K, one denoising each.
+        sigma_start: s_1; a sigma above it is used throughout.
+        weight: of closeness to the denoised image in the data step of "hqs".
+        iteration: "hqs" (the data step is solved exactly) or "pgd" (a gradient step).
+
+    Raises:
+        ValueError: neither or both of denoiser and flow, a ``FlowProx`` (which is no denoiser), a number out of range; on
+            call: an operator that is not linear, an unknown noise level, a measurement that is not finite.
+
+    Example:
+        >>> from deepinv.models import MedianFilter
+        >>> from flowprox.operators import make_physics
+        >>> physics = make_physics("inpainting", (3, 16, 16), mask_size=4)
+        >>> x = torch.linspace(0, 1, 16).expand(1, 3, 16, 16)
+        >>> y = physics(x)
+        >>> bool((PlugAndPlay(MedianFilter())(y, physics) - x).norm() < 0.5 * (y - x).norm())
+        True
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module | None = None,
+        flow: Flow | None = None,
+        sigma: float | None = None,
+        n_iterations: int = 8,
+        sigma_start: float = 49 / 255,
+        weight: float = 0.23,
+        iteration: Literal["hqs", "pgd"] = "hqs",
+    ) -> None:
+        super().__init__()
+        if (denoiser is None) == (flow is None):
+            raise ValueError("give either denoiser or flow: PlugAndPlay(denoiser) or PlugAndPlay(flow=flow)")
+        require_count("n_iterations", n_iterations)
+        for name, value in (("sigma_start", sigma_start), ("weight", weight)):
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be positive, got {value}")
+        if sigma is not None and not 0 <= sigma < float("inf"):
+            raise ValueError(f"sigma must be finite and >= 0, got {sigma}")
+        if iteration not in ("hqs", "pgd"):
+            raise ValueError(f"iteration must be 'hqs' or 'pgd', got {iteration!r}")
+        self.denoiser = _as_denoiser(flow if denoiser is None else denoiser)
+        self.sigma = sigma
+        self.n_iterations = n_iterations
+        self.sigma_start = sigma_start
+        self.weight = weight
+        self.iteration = iteration
+
+    @torch.no_grad()
+    def forward(self, y: Tensor, physics: Physics) -> Tensor:  # type: ignore[override]
+        if not isinstance(physics, LinearPhysics):
+            raise ValueError("PlugAndPlay needs a linear operator (deepinv.physics.LinearPhysics)")
+        start = physics.A_adjoint(require_measurement(y))
+        levels, sigma = self.schedule(start, physics)
+        settings: dict[str, Any] = {
+            "data_fidelity": _DataStep(),
+            "prior": PnP(self.denoiser),
+            "max_iter": self.n_iterations,
+            "g_param": levels,
+        }
+        if self.iteration == "hqs":
+            steps = [level.square() / (self.weight * sigma.square()) for level in levels]
+            return HQS(stepsize=steps, **settings)(y, physics, init=start)  # type: ignore[arg-type]
+        return PGD(stepsize=1 / squared_norm(physics, start), **settings)(y, physics, init=start)
+
+    def schedule(self, x: Tensor, physics: Physics) -> tuple[list[Tensor], Tensor]:
+        """Noise levels of the denoiser s_1, ..., s_K and of the measurement sigma, each (B,), for images like x."""
+        sigmas = [self.sigma] * len(x) if self.sigma is not None else noise_sigmas(physics, len(x))
+        sigma = torch.tensor(sigmas, dtype=x.dtype, device=x.device).clamp_min(_SMALLEST_SIGMA)
+        first = sigma.clamp_min(self.sigma_start)
+        share = torch.linspace(0, 1, self.n_iterations).tolist() if self.n_iterations > 1 else [1.0]
+        return [first ** (1 - t) * sigma**t for t in share], sigma
+
+
+class _DataStep(L2):
+    """1/2 ||y - A x||^2 whose prox takes one gamma per image and leaves the physics as it is."""
+
+    def prox(self, x: Tensor, y: Tensor, physics: LinearPhysics, *args: Any, gamma: Any = 1.0, **kwargs: Any) -> Tensor:
+        return data_prox(x, y, physics, 1.0 / gamma)
+
+
+def _as_denoiser(model: Any) -> nn.Module:
+    if isinstance(model, Flow):
+        return FlowDenoiser(model)
+    if isinstance(model, FlowProx):
+        raise ValueError("a FlowProx shrinks and is no denoiser: pass FlowDenoiser(prox.flow), or the flow itself")
+    if not isinstance(model, nn.Module) or (isinstance(model, Reconstructor) and not isinstance(model, Denoiser)):
+        raise ValueError(f"denoiser must map (x, sigma) to an image, got {type(model).__name__}; see deepinv.models")
+    return model

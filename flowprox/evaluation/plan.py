@@ -1,0 +1,283 @@
+"""A recipe written out: every problem and every variant of a method, which of them meet, and at what scale.
+
+A series of parameters or options becomes one problem or variant for each place in its lists. The scale "smoke" is made
+from any recipe: the pictures that ship, one image, the fewest iterations; "small" is the recipe as it stands; any other
+is one of the recipe's own ``scales``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flowprox.checkpoints import CheckpointError, load_card
+from flowprox.evaluation_options import (
+    SAMPLES,
+    EvaluatedMethod,
+    EvaluatedProblem,
+    EvaluationOptions,
+    ImageOptions,
+    ScaleOptions,
+)
+from flowprox.methods import METHODS, check_options
+from flowprox.noise import NOISES
+from flowprox.operators import Problem
+
+__all__ = [
+    "AS_WRITTEN",
+    "SMOKE",
+    "Case",
+    "PlannedMethod",
+    "PlannedProblem",
+    "at_scale",
+    "combinations",
+    "planned",
+    "published_figures",
+]
+
+SMOKE = "smoke"
+AS_WRITTEN = "small"
+SMOKE_FLOW = "glow-faces64"
+
+
+class PlannedProblem(NamedTuple):
+    """One measurement problem; ``published`` holds PSNR by label of the method."""
+
+    problem: Problem
+    seed: int
+    published: Mapping[str, float]
+    label: str
+
+
+class PlannedMethod(NamedTuple):
+    """One variant of a method, without what depends on the problem."""
+
+    label: str
+    name: str
+    flow: str | None
+    model: str | None
+    noise: str | Mapping[str, Any] | None
+    options: Mapping[str, Any]
+    options_for: Mapping[str, Mapping[str, Any]]
+    tune: Mapping[str, Sequence[Any]]
+    problems: Sequence[str] | None
+    batch_size: int
+
+    def options_on(self, problem: PlannedProblem) -> dict[str, Any]:
+        """The options that are given for a problem."""
+        names = (problem.problem.name, problem.label)
+        return {**self.options, **{k: v for name in names for k, v in self.options_for.get(name, {}).items()}}
+
+    def is_used_for(self, problem: PlannedProblem) -> bool:
+        named = self.problems is None or bool({problem.label, problem.problem.name} & set(self.problems))
+        return named and METHODS[self.name].applies_to(problem.problem.name)
+
+
+class Case(NamedTuple):
+    """A problem and a method that is used for it."""
+
+    problem: PlannedProblem
+    method: PlannedMethod
+
+
+def at_scale(recipe: EvaluationOptions, scale: str) -> EvaluationOptions:
+    """The recipe at another scale.
+
+    Raises:
+        ValueError: the recipe has no such scale.
+    """
+    if scale == AS_WRITTEN and scale not in recipe.scales:
+        return recipe
+    if scale == SMOKE and scale not in recipe.scales:
+        return _smoke(recipe)
+    if scale not in recipe.scales:
+        known = {SMOKE, AS_WRITTEN, *recipe.scales}
+        raise ValueError(f"the recipe has no scale {scale!r}; {_nearest(scale, known)}")
+    return _replaced(recipe, recipe.scales[scale])
+
+
+def _smoke(recipe: EvaluationOptions) -> EvaluationOptions:
+    """What runs anywhere within seconds: networks that are not trained yet are replaced or left out."""
+    quick = {method.name: dict(METHODS[method.name].quick) for method in recipe.methods if method.name in METHODS}
+    small = _replaced(recipe, ScaleOptions(limit=1, tune_limit=1, source=SAMPLES, options=quick))
+    methods = [
+        dataclasses.replace(
+            method,
+            flow=method.flow if _is_at_hand(method.flow) else SMOKE_FLOW,
+            tune=_first(method.tune),
+            series=_first(method.series),
+        )
+        for method in small.methods
+        if _is_at_hand(method.model) and _is_at_hand(method.noise)
+    ]
+    problems = [_first_place(problem) for problem in small.problems if _has_its_files(problem)]
+    names = {n for problem in problems for one in _problems(problem) for n in (one.label, problem.name)}
+    methods = [
+        dataclasses.replace(
+            method,
+            problems=None if method.problems is None else [name for name in method.problems if name in names],
+            options_for={name: options for name, options in method.options_for.items() if name in names},
+        )
+        for method in methods
+        if method.problems is None or names & set(method.problems)
+    ]
+    return dataclasses.replace(small, problems=problems, methods=methods)
+
+
+def _first(series: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    return {key: values[:1] for key, values in series.items()}
+
+
+def _first_place(problem: EvaluatedProblem) -> EvaluatedProblem:
+    published = {k: figures[:1] if isinstance(figures, list) else figures for k, figures in problem.published.items()}
+    return dataclasses.replace(problem, series=_first(problem.series), published=published)
+
+
+def _has_its_files(problem: EvaluatedProblem) -> bool:
+    given = {**problem.parameters, **(problem.parameters.get("noise_parameters") or {})}
+    return all(Path(given[key]).is_file() for key in ("path", "mask", "kernel") if isinstance(given.get(key), str))
+
+
+def _is_at_hand(name: Any) -> bool:
+    """Whether a model can be loaded; true where there is none, or a noise by name."""
+    if not isinstance(name, str) or name in NOISES:
+        return True
+    try:
+        load_card(name)
+    except (CheckpointError, OSError):
+        return False
+    return True
+
+
+def _replaced(recipe: EvaluationOptions, scale: ScaleOptions) -> EvaluationOptions:
+    def images(given: ImageOptions | None, limit: int | None) -> ImageOptions | None:
+        if given is None:
+            return None
+        split = given.split if scale.source is None else "all"
+        return dataclasses.replace(
+            given, source=scale.source or given.source, split=split, limit=limit if limit is not None else given.limit
+        )
+
+    methods = []
+    for method in recipe.methods:
+        differing = scale.options.get(method.name, {})
+        methods.append(
+            dataclasses.replace(
+                method,
+                flow=scale.flow or method.flow if method.flow else None,
+                noise=scale.noise or method.noise if method.noise else None,
+                options={k: v for k, v in {**method.options, **differing}.items() if k not in method.tune},
+                options_for={
+                    problem: {k: v for k, v in options.items() if k not in differing}
+                    for problem, options in method.options_for.items()
+                },
+                series={k: v for k, v in method.series.items() if k not in differing},
+            )
+        )
+    test = images(recipe.images, scale.limit)
+    assert test is not None
+    return dataclasses.replace(
+        recipe, images=test, tune_images=images(recipe.tune_images, scale.tune_limit), methods=methods
+    )
+
+
+def planned(recipe: EvaluationOptions) -> list[Case]:
+    """Every problem with every method that is used for it, in the order of the recipe.
+
+    Raises:
+        ValueError: an unknown problem, parameter, method or option, two problems or methods of one label, a method
+            that is used for no problem, or something a method needs that is missing.
+    """
+    problems = [one for problem in recipe.problems for one in _problems(problem)]
+    methods = [one for method in recipe.methods for one in _methods(method)]
+    _check_distinct("problems", [problem.label for problem in problems])
+    names = {name for problem in problems for name in (problem.label, problem.problem.name)}
+    for method in methods:
+        for name in {*(method.problems or ()), *method.options_for} - names:
+            raise ValueError(f"method {method.label} names the problem {name!r}; {_nearest(name, names)}")
+        if not any(method.is_used_for(problem) for problem in problems):
+            kinds = ", ".join(METHODS[method.name].problems or ())
+            raise ValueError(f"method {method.label} is used for no problem here; {method.name} is for {kinds}")
+    labels = [method.label for method in methods]
+    for problem in problems:  # published figures may be of methods that are not compared here; a misspelt label is not
+        for label in set(problem.published) - set(labels):
+            if near := difflib.get_close_matches(label, labels, n=1, cutoff=0.8):
+                raise ValueError(f"published of {problem.label} names {label!r}; did you mean {near[0]}?")
+    cases = [Case(problem, method) for problem in problems for method in methods if method.is_used_for(problem)]
+    _check_distinct("methods", [f"{case.method.label} on {case.problem.label}" for case in cases])
+    return cases
+
+
+def published_figures(recipe: EvaluationOptions, scale: str = AS_WRITTEN) -> dict[tuple[str, str], float]:
+    """Published PSNR in dB by label of the problem and of the method."""
+    cases = planned(at_scale(recipe, scale))
+    return {(p.label, label): figure for p, _ in cases for label, figure in p.published.items()}
+
+
+def _problems(given: EvaluatedProblem) -> Iterator[PlannedProblem]:
+    for i, values in enumerate(_places(given.series)):
+        published = {
+            label: float(figures[i] if isinstance(figures, list) else figures)
+            for label, figures in given.published.items()
+            if (figures[i] if isinstance(figures, list) else figures) is not None
+        }
+        problem = Problem(given.name, {**given.parameters, **values})
+        named = " ".join([given.label or "", *(f"{key}={value}" for key, value in values.items())])
+        yield PlannedProblem(problem, given.seed, published, named if given.label else problem.label)
+
+
+def _methods(given: EvaluatedMethod) -> Iterator[PlannedMethod]:
+    if given.name not in METHODS:
+        raise ValueError(f"unknown method {given.name!r}; {_nearest(given.name, METHODS)}")
+    missing = METHODS[given.name].missing({"flow": given.flow, "model": given.model})
+    if missing is not None:
+        raise ValueError(f"method {given.label or given.name} needs {missing}: the name, folder or hub id of one")
+    used = {*given.options, *given.series, *given.tune, *(key for each in given.options_for.values() for key in each)}
+    check_options(given.name, used)
+    for values in _places(given.series):
+        label = " ".join([given.label or given.name, *(f"{key}={value}" for key, value in values.items())])
+        yield PlannedMethod(
+            label,
+            given.name,
+            given.flow,
+            given.model,
+            given.noise,
+            {**given.options, **values},
+            given.options_for,
+            given.tune,
+            given.problems,
+            given.batch_size,
+        )
+
+
+def _places(series: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """The values at each place of lists of equal length; one empty place for no list."""
+    if not series:
+        yield {}
+    for values in zip(*series.values(), strict=True):
+        yield dict(zip(series, values, strict=True))
+
+
+def combinations(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every combination of the values of a grid.
+
+    Example:
+        >>> combinations({"a": [1, 2], "b": [3]})
+        [{'a': 1, 'b': 3}, {'a': 2, 'b': 3}]
+    """
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def _check_distinct(what: str, labels: Sequence[str]) -> None:
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ValueError(f"{what}: {twice[0]} stands there twice; give one of them another label or other values")
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"

@@ -1,0 +1,187 @@
+"""What an evaluation compares, as plain typed records: the recipes of ``flowprox evaluate`` are made of them.
+
+As in ``flowprox.options``, each field is a key of the recipe, nothing heavy is imported, and a wrong value raises when
+the record is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = ["SAMPLES", "EvaluatedMethod", "EvaluatedProblem", "EvaluationOptions", "ImageOptions", "ScaleOptions"]
+
+SAMPLES = "samples"
+"""The source that stands for the pictures that ship with the package."""
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _check_lists(name: str, values: Mapping[str, Any]) -> None:
+    for key, items in values.items():
+        _require(
+            isinstance(items, list) and len(items) > 0, f"{name} {key} must be a list of values to try, got {items!r}"
+        )
+
+
+def _check_series(name: str, values: Mapping[str, Any]) -> None:
+    _check_lists(name, values)
+    lengths = {key: len(items) for key, items in values.items()}
+    _require(
+        len(set(lengths.values())) <= 1, f"{name} takes its lists together, so they must be equally long: {lengths}"
+    )
+
+
+@dataclass
+class ImageOptions:
+    """Which images an evaluation uses.
+
+    Arguments:
+        source: a folder of images, an .npz shard, a glob of either, a list of these, or "samples" for the pictures that
+            ship with the package.
+        image_size: height and width in pixels; the central square is taken and resized. null keeps images of one size
+            as they are.
+        channels: 3 for colour, 1 for grey.
+        split: "train", "val" or "test" for a part of the images, see ``flowprox.data.ImageDataset``; "all" for all.
+        limit: use only the first so many.
+    """
+
+    source: str | list[str] = SAMPLES
+    image_size: int | None = 64
+    channels: int = 3
+    split: Literal["all", "train", "val", "test"] = "all"
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.image_size is None or self.image_size >= 1, f"image_size must be positive; got {self.image_size}")
+        _require(self.channels in (1, 3), f"channels must be 1 or 3; got {self.channels}")
+        _require(self.limit is None or self.limit >= 1, f"limit must be positive or null; got {self.limit}")
+
+
+@dataclass
+class EvaluatedProblem:
+    """A measurement problem, or a series of them.
+
+    Arguments:
+        name: a problem of ``flowprox.operators``.
+        parameters: what differs from the problem's defaults.
+        series: parameter -> list of values, lists of equal length: one problem for each place in the lists.
+        seed: of whatever is drawn once with the operator, such as a random mask or matrix.
+        published: label of a method -> published PSNR in dB, shown beside the measured one; a list where there is a
+            series.
+        label: what it is called in records and tables; by default its name and parameters. A series appends its values.
+    """
+
+    name: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    series: dict[str, list[Any]] = field(default_factory=dict)
+    seed: int = 0
+    published: dict[str, Any] = field(default_factory=dict)
+    label: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_series(f"series of {self.name}:", self.series)
+        twice = sorted(set(self.parameters) & set(self.series))
+        _require(not twice, f"{self.name}: {', '.join(twice)} stands in parameters and in series; leave one out")
+        n = len(next(iter(self.series.values()))) if self.series else 1
+        for label, figures in self.published.items():
+            fits = isinstance(figures, list) and len(figures) == n if self.series else not isinstance(figures, list)
+            _require(fits, f"published {label} of {self.name} must be {n} figure(s), one per problem; got {figures!r}")
+
+
+@dataclass
+class EvaluatedMethod:
+    """A reconstruction method, or a series of variants of it.
+
+    Arguments:
+        name: a method of ``flowprox.methods``.
+        label: what it is called in records and tables; by default its name. A series appends its values.
+        flow: the prior, by name, folder or hub id.
+        model: the trained network, by name, folder or hub id.
+        noise: density of the noise: name, folder or hub id of a flow trained on noise, or {name: ..., parameters} of
+            ``flowprox.noise``; null takes the problem's own.
+        options: of the method.
+        options_for: label or name of a problem -> options that differ there.
+        series: option -> list of values, lists of equal length: one variant for each place in the lists.
+        tune: option -> values to choose from by the mean PSNR on ``tune_images``, for each problem apart; with several
+            options every combination is tried.
+        problems: labels or names of the problems it is used for; null: all it applies to.
+        batch_size: how many images it is given at once.
+    """
+
+    name: str
+    label: str | None = None
+    flow: str | None = None
+    model: str | None = None
+    noise: str | dict[str, Any] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    options_for: dict[str, dict[str, Any]] = field(default_factory=dict)
+    series: dict[str, list[Any]] = field(default_factory=dict)
+    tune: dict[str, list[Any]] = field(default_factory=dict)
+    problems: list[str] | None = None
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, f"batch_size of {self.name} must be positive; got {self.batch_size}")
+        _check_series(f"series of {self.name}:", self.series)
+        _check_lists(f"tune of {self.name}:", self.tune)
+        twice = sorted(set(self.tune) & (set(self.series) | set(self.options)))
+        _require(not twice, f"{self.name}: {', '.join(twice)} is to be tuned and is given as well; leave one out")
+
+
+@dataclass
+class ScaleOptions:
+    """What another scale of the same recipe replaces.
+
+    Arguments:
+        limit: how many images are used.
+        tune_limit: how many images the options are tuned on.
+        source: of the images.
+        flow: in the place of every method's flow.
+        noise: in the place of every method's noise flow.
+        options: name of a method -> options that differ.
+    """
+
+    limit: int | None = None
+    tune_limit: int | None = None
+    source: str | list[str] | None = None
+    flow: str | None = None
+    noise: str | None = None
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass
+class EvaluationOptions:
+    """A whole evaluation.
+
+    Arguments:
+        images: the test images.
+        problems: what is measured.
+        methods: what reconstructs.
+        tune_images: the images that options are tuned on, none of them among the test images.
+        scales: name -> what that scale replaces.
+        name: of the recipe.
+    """
+
+    images: ImageOptions
+    problems: Sequence[EvaluatedProblem]
+    methods: Sequence[EvaluatedMethod]
+    tune_images: ImageOptions | None = None
+    scales: Mapping[str, ScaleOptions] = field(default_factory=dict)
+    name: str = "evaluation"
+
+    def __post_init__(self) -> None:
+        _require(len(self.problems) > 0, "problems is empty; name at least one, for example denoising")
+        _require(len(self.methods) > 0, "methods is empty; name at least one, for example tv")
+        tuned = [method.label or method.name for method in self.methods if method.tune]
+        _require(
+            not tuned or self.tune_images is not None,
+            f"{', '.join(tuned)} is to be tuned: give tune_images, other images than those of the test",
+        )
+        if tuned and self.tune_images is not None and self.tune_images.source != SAMPLES:
+            same = (self.tune_images.source, self.tune_images.split) == (self.images.source, self.images.split)
+            _require(not same, "tune_images are the test images; choose the split val or another source")

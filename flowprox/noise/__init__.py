@@ -1,0 +1,24 @@
+"""Noise: how it is drawn, and the log-density of a residual, which a solver or a data term may climb.
+
+``GaussianNoise`` (one level), ``HeteroscedasticNoise`` (one per entry, with ``sinusoidal_noise`` and ``radial_noise``),
+``MNISTNoise`` (drawn only) and ``FlowNoise``, a trained flow as the density. Every one is a ``noise_model`` of deepinv.
+"""
+
+from flowprox.noise.base import Generators, Noise
+from flowprox.noise.digits import MNISTNoise
+from flowprox.noise.flow import FlowNoise
+from flowprox.noise.gaussian import GaussianNoise, HeteroscedasticNoise, radial_noise, sinusoidal_noise
+from flowprox.noise.making import NOISES, make_noise
+
+__all__ = [
+    "NOISES",
+    "FlowNoise",
+    "Generators",
+    "GaussianNoise",
+    "HeteroscedasticNoise",
+    "MNISTNoise",
+    "Noise",
+    "make_noise",
+    "radial_noise",
+    "sinusoidal_noise",
+]

@@ -1,0 +1,92 @@
+r"""The contract of a noise: draw it, and say how likely a residual is.
+
+    y = A(x) + n,    n ~ p        sample_like(y) draws n,    log_prob(r) = log p(r),   r = y - A(x_hat)
+
+y measurement (B, ...), r residual of the same shape. Values are drawn in (B, C, H, W) order on the generator's device, so
+that the same seed gives the same noise on every device, in every memory layout and, with one generator per image, in
+every batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from deepinv.physics import NoiseModel
+from torch import Tensor
+
+__all__ = ["Generators", "Noise", "at_least_zero", "generator_each", "standard_normal"]
+
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
+"""One generator for the batch, one per image, or torch's global one."""
+
+
+class Noise(NoiseModel):
+    """Contract of every noise, which is also deepinv's: a ``noise_model`` of any physics.
+
+    A subclass implements ``sample_like`` and ``log_prob``, or says by ``has_density`` that it has only the first.
+
+    Example:
+        >>> from flowprox.noise import make_noise
+        >>> noise, y = make_noise("sinusoidal", (3, 8, 8), sigma=0.5), torch.zeros(2, 3, 8, 8)
+        >>> torch.equal(noise(y, seed=1), noise(y, seed=1))
+        True
+        >>> noise.log_prob(noise.sample_like(y)).shape
+        torch.Size([2])
+    """
+
+    has_density: bool = True
+
+    def sample_like(self, y: Tensor, generator: Generators = None) -> Tensor:
+        """One realisation of the noise, of y's shape (B, ...), dtype and device.
+
+        Arguments:
+            y: measurement; only its shape, dtype and device are used.
+            generator: one for the batch, or one per image; torch's global one by default.
+        """
+        raise NotImplementedError
+
+    def log_prob(self, residual: Tensor) -> Tensor:
+        """log p(residual) in nats, (B,), differentiable in the residual (B, ...)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, generator: Generators = None, seed: int | None = None, **parameters: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """x + n; ``seed`` takes the place of ``generator``; parameters of the noise are kept, as deepinv's are."""
+        self.update_parameters(**parameters)
+        if seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+        return x + self.sample_like(x, generator)
+
+
+def standard_normal(y: Tensor, generator: Generators) -> Tensor:
+    """Standard normal values of y's shape, dtype and device."""
+    if generator is None:
+        return torch.randn(y.shape, dtype=y.dtype, device=y.device)
+    if isinstance(generator, torch.Generator):
+        return torch.randn(y.shape, generator=generator, dtype=y.dtype, device=generator.device).to(y.device)
+    each = [torch.randn(y.shape[1:], generator=g, dtype=y.dtype, device=g.device) for g in generator_each(y, generator)]
+    return torch.stack(each).to(y.device)
+
+
+def generator_each(y: Tensor, generator: Generators) -> list[torch.Generator]:
+    """A generator for each image of y: the same one every time if there is one for the batch.
+
+    Raises:
+        ValueError: there are not as many generators as images.
+    """
+    if generator is None:
+        return [torch.default_generator] * len(y)
+    if isinstance(generator, torch.Generator):
+        return [generator] * len(y)
+    if len(generator) != len(y):
+        raise ValueError(f"generator must be one, or one per image: got {len(generator)} for {len(y)} images")
+    return list(generator)
+
+
+def at_least_zero(name: str, value: Any) -> float:
+    """The standard deviation as a float, or an error if it is none."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} is a standard deviation and must be a finite number of at least 0, got {value!r}")
+    return float(value)

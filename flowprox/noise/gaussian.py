@@ -1,0 +1,229 @@
+r"""Independent Gaussian noise, its level one number or one per entry.
+
+    n_i = mean_i + sigma_i u_i,   u ~ N(0, I)
+    log p(n) = -sum_i [ ((n_i - mean_i) / sigma_i)^2 / 2 + log sigma_i + log(2 pi) / 2 ]
+
+    sinusoidal   sigma_i = sigma exp(sin(2 pi i / period)) / e        i row of an image, or index of a vector
+    radial       sigma_d = sigma max(exp(-d / length), floor)         d distance from the centre in pixels
+
+n noise (B, ...), sigma standard deviation (of sinusoidal and radial: the largest), all in the units of the measurement.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import deepinv
+import torch
+from torch import Tensor
+
+from flowprox.noise.base import Generators, Noise, at_least_zero, standard_normal
+
+__all__ = ["GaussianNoise", "HeteroscedasticNoise", "radial_noise", "sinusoidal_noise"]
+
+
+class GaussianNoise(Noise, deepinv.physics.GaussianNoise):
+    """White Gaussian noise that is the same on every device and in every memory layout for the same generator.
+
+    deepinv's own noise draws in the memory order of its input and replaces a generator that was moved, so that the
+    caller's generator never advances. Here the values are drawn in (B, C, H, W) order on the generator's device.
+
+    Arguments:
+        sigma: noise standard deviation, at least 0, in the units of the measurement.
+        mean: of every entry, in the same units.
+
+    Raises:
+        ValueError: sigma is negative or not finite, or mean is not finite.
+
+    Example:
+        >>> noise = GaussianNoise(0.1)
+        >>> y = torch.zeros(1, 3, 4, 4)
+        >>> torch.equal(noise(y, seed=1), noise(y, seed=1))
+        True
+    """
+
+    sigma: Tensor
+    mean: Tensor
+
+    def __init__(self, sigma: float = 0.1, mean: float = 0.0) -> None:
+        super().__init__(sigma=at_least_zero("sigma", sigma))
+        self.register_buffer("mean", torch.tensor(_finite("mean", mean)))
+
+    def sample_like(self, y: Tensor, generator: Generators = None) -> Tensor:
+        sigma, mean = self._parameters_like(y)
+        return mean + sigma * standard_normal(y, generator)
+
+    def log_prob(self, residual: Tensor) -> Tensor:
+        """log p(residual) in nats, (B,), of residuals (B, ...).
+
+        Raises:
+            ValueError: sigma is 0.
+        """
+        sigma, mean = self._parameters_like(residual)
+        return _log_normal(residual, sigma, mean)
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: float | Tensor | None = None,
+        seed: int | None = None,
+        generator: Generators = None,
+        **parameters: Any,
+    ) -> Tensor:
+        """x + n; ``generator`` is one for the batch or one per image; ``sigma`` is kept, as deepinv's does."""
+        return Noise.forward(self, x, generator, seed, sigma=sigma, **parameters)
+
+    def _parameters_like(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """sigma and mean, each a number or one per image, against y (B, ...)."""
+        ones = (None,) * (y.ndim - 1)
+        return self.sigma.to(y.device)[(..., *ones)], self.mean.to(y.device)[(..., *ones)]
+
+
+class HeteroscedasticNoise(Noise):
+    """Independent Gaussian noise with a standard deviation and a mean for each entry.
+
+    Arguments:
+        scale: standard deviation per entry, at least 0; broadcasts to the measurement without its batch axis, such as
+            (H, 1) for one level per row.
+        mean: a number, or one per entry likewise.
+
+    Raises:
+        ValueError: scale is negative, or scale or mean is not finite.
+
+    Example:
+        >>> noise = HeteroscedasticNoise(torch.tensor([[0.0], [2.0]]))
+        >>> noise.sample_like(torch.zeros(100, 1, 2, 50)).std(dim=(0, 1, 3)).round()
+        tensor([0., 2.])
+    """
+
+    scale: Tensor
+    mean: Tensor
+
+    def __init__(self, scale: Tensor, mean: float | Tensor = 0.0) -> None:
+        super().__init__()
+        scale, mean = torch.as_tensor(scale), torch.as_tensor(mean, dtype=torch.get_default_dtype())
+        if not scale.is_floating_point() or not bool((torch.isfinite(scale) & (scale >= 0)).all()):
+            raise ValueError("scale holds standard deviations and must be finite floats of at least 0")
+        if not bool(torch.isfinite(mean).all()):
+            raise ValueError("mean must be finite")
+        self.register_buffer("scale", scale.clone())
+        self.register_buffer("mean", mean.clone())
+
+    def sample_like(self, y: Tensor, generator: Generators = None) -> Tensor:
+        scale, mean = self._parameters_like(y)
+        return mean + scale * standard_normal(y, generator)
+
+    def log_prob(self, residual: Tensor) -> Tensor:
+        """log p(residual) in nats, (B,), of residuals (B, ...).
+
+        Raises:
+            ValueError: the residual is not of the size of the noise, or an entry of scale is 0.
+        """
+        scale, mean = self._parameters_like(residual)
+        return _log_normal(residual, scale, mean)
+
+    def _parameters_like(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        for name, value in (("scale", self.scale), ("mean", self.mean)):
+            own, given = tuple(value.shape), tuple(y.shape[1:])
+            pairs = zip(reversed(own), reversed(given), strict=False)
+            if len(own) > len(given) or any(a not in (1, b) for a, b in pairs):
+                raise ValueError(
+                    f"the noise's {name} has shape {own}, which does not fit measurements of shape {given} per image; "
+                    "make the noise for that shape"
+                )
+        return self.scale.to(y), self.mean.to(y)
+
+
+def sinusoidal_noise(
+    shape: Sequence[int], sigma: float = 1.0, period: float = 16.0, mean: float = 0.0
+) -> HeteroscedasticNoise:
+    """Gaussian noise whose level goes up and down over the rows of an image or the entries of a vector.
+
+        sigma_i = sigma exp(sin(2 pi i / period)) / e
+
+    References:
+        Whang et al. 2021, Solving inverse problems with a flow-based noise model, https://arxiv.org/abs/2003.08089,
+        Sec. 5.1.2 (vectors; their noise has a positive mean) and 5.1.3 (rows)
+
+    Arguments:
+        shape: of the measurement without its batch axis: (C, H, W), or (m,).
+        sigma: the largest standard deviation; 1 is the paper's normalisation.
+        period: in rows or entries.
+        mean: of every entry.
+
+    Raises:
+        ValueError: a number out of range.
+
+    Example:
+        >>> sinusoidal_noise((3, 64, 64)).scale.shape, sinusoidal_noise((500,), mean=0.1).scale.shape
+        (torch.Size([64, 1]), torch.Size([500]))
+    """
+    sizes = _sizes(shape)
+    if not period > 0:
+        raise ValueError(f"period must be positive, got {period}")
+    is_image = len(sizes) >= 2
+    i = torch.arange(sizes[-2 if is_image else 0], dtype=torch.float64)
+    scale = at_least_zero("sigma", sigma) * torch.exp(torch.sin(2 * math.pi * i / period) - 1)
+    return HeteroscedasticNoise((scale[:, None] if is_image else scale).float(), _finite("mean", mean))
+
+
+def radial_noise(
+    shape: Sequence[int], sigma: float = 1.0, length: float = 16.0, floor: float = 0.01, mean: float = 0.0
+) -> HeteroscedasticNoise:
+    """Gaussian noise whose level decays exponentially with the distance from the central pixel.
+
+        sigma_d = sigma max(exp(-d / length), floor)
+
+    The central pixel is ((H - 1) // 2, (W - 1) // 2), (31, 31) for 64x64 as in the paper.
+
+    References:
+        Whang et al. 2021, Solving inverse problems with a flow-based noise model, https://arxiv.org/abs/2003.08089,
+        App. B.2
+
+    Arguments:
+        shape: of the measurement without its batch axis, (C, H, W).
+        sigma: standard deviation in the centre.
+        length: distance in pixels over which it falls by a factor e.
+        floor: smallest standard deviation, relative to sigma.
+        mean: of every entry.
+
+    Raises:
+        ValueError: a shape that is no image, or a number out of range.
+
+    Example:
+        >>> scale = radial_noise((3, 64, 64), sigma=0.5).scale
+        >>> scale.shape, scale[31, 31].item()
+        (torch.Size([64, 64]), 0.5)
+    """
+    sizes = _sizes(shape)
+    if len(sizes) < 2:
+        raise ValueError(f"radial noise is for images (C, H, W); shape is {sizes}")
+    if not length > 0 or not 0 <= floor <= 1:
+        raise ValueError(f"length must be positive and floor between 0 and 1, got {length} and {floor}")
+    rows, columns = (torch.arange(n, dtype=torch.float64) - (n - 1) // 2 for n in sizes[-2:])
+    distance = torch.hypot(rows[:, None], columns)
+    scale = at_least_zero("sigma", sigma) * torch.exp(-distance / length).clamp(min=floor)
+    return HeteroscedasticNoise(scale.float(), _finite("mean", mean))
+
+
+def _log_normal(residual: Tensor, sigma: Tensor, mean: Tensor) -> Tensor:
+    """log N(residual; mean, sigma^2), summed over all but the first axis."""
+    if not bool((sigma > 0).all()):
+        raise ValueError("noise with a standard deviation of 0 has no density; give one above 0")
+    each = -0.5 * ((residual - mean) / sigma).square() - sigma.log() - 0.5 * math.log(2 * math.pi)
+    return each.flatten(1).sum(1)
+
+
+def _finite(name: str, value: float) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return float(value)
+
+
+def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
+    sizes = tuple(shape)
+    if not sizes or any(not isinstance(n, int) or n < 1 for n in sizes):
+        raise ValueError(f"shape must hold the positive sizes of a measurement without its batch axis, got {shape!r}")
+    return sizes

@@ -1,0 +1,346 @@
+r"""Flows as deepinv's terms: a prior, a denoiser, and a noise as a data fidelity.
+
+    FlowPrior:      R(x) = -log p(x),    prox(v, gamma) = g(f(v) / (1 + gamma))          (Wei et al. 2022, Eqs. 9 to 11)
+    FlowDenoiser:   D(v, sigma) = g(z),  z = argmin_z 1/(2 sigma^2) ||g(z) - v||^2 + 1/2 ||z||^2
+    NoiseFidelity:  d(x, y) = -log p_noise(y - A(x))
+
+Symbols: x, v images (B, C, H, W); y measurement (B, ...), A operator; f flow from image to latent z, g = f^-1; gamma >= 0
+step; sigma noise standard deviation, one number or one per image (B,).
+
+The prox of ``FlowPrior`` is taken in latent space: it shrinks the latent. It is **not** the prox of -log p, which would keep x
+close to v in image space; only for a flow that is a rotation are the two the same. ``n_prox_steps`` gives the prox in image
+space of the latent norm, argmin_x 1/2 ||x - v||^2 + gamma R_z(f(x)), which is what ``FlowDenoiser`` computes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from deepinv.models import Denoiser
+from deepinv.optim import DataFidelity, Prior
+from deepinv.physics import LinearPhysics, Physics
+from torch import Tensor
+
+from flowprox.flows import Flow, frozen
+from flowprox.prox import FlowProx
+
+__all__ = ["FlowDenoiser", "FlowPrior", "NoiseFidelity"]
+
+
+class FlowPrior(Prior):
+    """A flow as a ``deepinv.optim.Prior``, for deepinv's PGD, FISTA, HQS, ADMM (unfolded too) and ULA.
+
+        fn(x)     = -log p(x), (B,) in nats          p: base density of the latent times |det Df(x)|
+        grad(x)   = its gradient (B, C, H, W), by autograd, under ``torch.no_grad()`` as well
+        prox(v)   = g(P(f(v))), P the shrinkage of ``FlowProx`` by gamma = lambda_reg * stepsize
+
+    deepinv's defaults lambda_reg = stepsize = 1 would halve the latent, which throws the image off the map: start from
+    ``FlowPrior.unfolding``. deepinv's parameter ``g_param`` (``sigma_denoiser``) is accepted and not used.
+
+    References:
+        Wei et al. 2022, Deep unfolding with normalizing flow priors for inverse problems, https://arxiv.org/abs/2107.02848
+
+    Arguments:
+        flow: image (B, C, H, W), H and W divisible by ``flow.divisor``, to latent.
+        base: density of the latent: "gaussian" (its prox divides) or "laplace" (its prox thresholds).
+        form: what fn and grad are: "density" (-log p) or "latent" (R_z(f(x)), which is 1/2 ||z||^2 or ||z||_1: without the
+            determinant, Asim et al. 2020).
+        explicit: let deepinv evaluate fn at every iterate (``explicit_prior``), for its cost criterion and backtracking. It
+            costs one more pass through the flow per iteration, so it is off.
+        n_prox_steps: 0 is the prox in latent space, two passes; more is the prox in image space of the latent norm by so
+            many steps of Adam in z (2 passes each, carries no gradient, "gaussian" only).
+
+    Raises:
+        ValueError: an unknown base or form, or steps with a Laplace base; on call: a size that is not divisible by
+            ``flow.divisor``, or other channels than the flow's.
+
+    Example:
+        >>> from deepinv.optim import L2, PGD
+        >>> from flowprox.flows import Glow
+        >>> from flowprox.operators import make_physics
+        >>> flow = Glow(image_shape=(3, 8, 8), n_levels=1, n_steps=1, hidden_channels=4)
+        >>> model = PGD(prior=FlowPrior(flow), data_fidelity=L2(), **FlowPrior.unfolding(n_folds=2))
+        >>> physics = make_physics("denoising", (3, 8, 8))
+        >>> model(torch.rand(2, 3, 8, 8), physics).shape
+        torch.Size([2, 3, 8, 8])
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        base: Literal["gaussian", "laplace"] = "gaussian",
+        form: Literal["density", "latent"] = "density",
+        explicit: bool = False,
+        n_prox_steps: int = 0,
+    ) -> None:
+        super().__init__()
+        if form not in ("density", "latent"):
+            raise ValueError(f"form must be 'density' or 'latent', got {form!r}")
+        if n_prox_steps < 0 or (n_prox_steps and base != "gaussian"):
+            raise ValueError(f"n_prox_steps must be at least 0, and 0 with base 'laplace'; got {n_prox_steps}")
+        self.shrinkage = FlowProx(flow, base)
+        self.form = form
+        self.explicit_prior = explicit
+        self.denoiser = FlowDenoiser(flow, n_steps=n_prox_steps) if n_prox_steps else None
+
+    @property
+    def flow(self) -> Flow:
+        """The flow."""
+        return self.shrinkage.flow
+
+    @staticmethod
+    def unfolding(n_folds: int = 4, step_size: float = 0.5, shrinkage: float = 0.05) -> dict[str, Any]:
+        """Keyword arguments that make deepinv's PGD, HQS or ADMM the unfolded network of Wei et al.: K trainable folds.
+
+        ``trainable_params`` is given because deepinv's own default fails without a ``g_param``. For untied folds pass a
+        list of K priors, each with a flow of its own.
+
+        Arguments:
+            n_folds: K.
+            step_size: mu at the start, one trained number per fold.
+            shrinkage: gamma = lambda_reg * mu at the start.
+        """
+        return {
+            "stepsize": [step_size] * n_folds,
+            "lambda_reg": [shrinkage / step_size] * n_folds,
+            "trainable_params": ["stepsize", "lambda"],
+            "max_iter": n_folds,
+            "unfold": True,
+        }
+
+    def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """-log p(x), or the latent norm, (B,)."""
+        z, logdet = self.flow(x)
+        if self.shrinkage.base == "gaussian":
+            penalty, constant = 0.5 * z.square().sum(dim=1), 0.5 * z.shape[1] * math.log(2 * math.pi)
+        else:
+            penalty, constant = z.abs().sum(dim=1), z.shape[1] * math.log(2)
+        return penalty if self.form == "latent" else penalty + constant - logdet
+
+    def grad(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Gradient of fn (B, C, H, W); differentiable where gradients are on, as deepinv's is."""
+        return _gradient(self.fn, x)
+
+    def score(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """-grad(x): the score of p."""
+        return -self.grad(x)
+
+    def prox(self, x: Tensor, *args: Any, gamma: float | Tensor = 1.0, **kwargs: Any) -> Tensor:
+        """Images (B, C, H, W) shrunk by gamma: a number, a 0-d tensor, or one per image (B,) or (B, 1, 1, 1)."""
+        if self.denoiser is not None:
+            sigma = torch.as_tensor(gamma, dtype=x.dtype, device=x.device).clamp_min(0).sqrt()
+            return self.denoiser(x, sigma.flatten() if sigma.ndim else sigma)
+        if isinstance(gamma, Tensor) and gamma.ndim:
+            gamma = gamma.view(-1, 1, 1, 1)
+        return self.shrinkage(x, gamma)
+
+
+class FlowDenoiser(Denoiser):
+    r"""A flow as a ``deepinv.models.Denoiser``: the most likely latent that explains a noisy image.
+
+        D(v, sigma) = g(z),  z = argmin_z 1/(2 sigma^2) ||g(z) - v||^2 + 1/2 ||z||^2
+
+    by ``n_steps`` of Adam, whose step falls to zero, from f(w), w a Wiener filter of v with the power spectrum of images drawn
+    from the flow (no data needed). Each image keeps its best iterate and does not depend on the others in its batch. sigma 0
+    returns v. The result carries no gradient, and the flow's weights and mode are left as they are.
+
+    Shrinking the latent of v itself, g(f(v) / (1 + w)), is far cheaper and no denoiser: noise lies so far out in the latent
+    space of a flow trained on clean images that no w gains anything (``docs/deepinv.md`` has the figures).
+
+    References:
+        Asim et al. 2020, Invertible generative models for inverse problems, https://arxiv.org/abs/1905.11672, Eq. (4), squared.
+
+    Arguments:
+        flow: image (B, C, H, W), H and W divisible by ``flow.divisor``, to latent. The spectrum is measured at the first call
+            of each image size: ``reset()`` after the weights have changed.
+        n_steps: of Adam; each costs one pass through g and one back. 0 leaves the filter alone.
+        step_size: of Adam at the start, in latent units.
+        n_samples: images drawn from the flow to measure the spectrum.
+
+    Raises:
+        ValueError: a number out of range; on call: a size that is not divisible by ``flow.divisor``, other channels than the
+            flow's, or as many sigmas as fit neither one nor every image.
+
+    Example:
+        >>> from flowprox.flows import Glow
+        >>> flow = Glow(image_shape=(3, 8, 8), n_levels=1, n_steps=1, hidden_channels=4)
+        >>> v = torch.rand(2, 3, 8, 8)
+        >>> denoiser = FlowDenoiser(flow, n_steps=5)
+        >>> denoiser(v, torch.tensor([0.1, 0.2])).shape, torch.equal(denoiser(v, 0.0), v)
+        (torch.Size([2, 3, 8, 8]), True)
+    """
+
+    def __init__(self, flow: Flow, n_steps: int = 40, step_size: float = 0.05, n_samples: int = 64) -> None:
+        super().__init__()
+        if n_steps < 0 or n_samples < 2 or not 0 < step_size < math.inf:
+            raise ValueError(
+                f"n_steps must be at least 0, n_samples at least 2 and step_size positive, got {n_steps}, {n_samples} and "
+                f"{step_size}"
+            )
+        self.flow = flow
+        self.n_steps = n_steps
+        self.step_size = step_size
+        self.n_samples = n_samples
+        self._spectra: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def forward(self, x: Tensor, sigma: float | Tensor, **kwargs: Any) -> Tensor:
+        """Denoised images (B, C, H, W) of x, whose noise has the standard deviation sigma, a number or (B,)."""
+        self.flow._check_image(x)
+        variance = self._handle_sigma(sigma, reference_tensor=x).square()
+        v = x.detach()
+        with frozen(self.flow):
+            with torch.no_grad():
+                start = self.wiener(v, variance)
+                z = self.flow.encode_image(start)
+            x_hat = self._descend(z, start, v, variance.clamp_min(torch.finfo(v.dtype).tiny))
+        return torch.where(variance > 0, x_hat, v)
+
+    def objective(self, x: Tensor, v: Tensor, sigma: float | Tensor) -> Tensor:
+        """1/2 ||x - v||^2 + sigma^2/2 ||f(x)||^2, (B,): what is minimised, times sigma^2."""
+        variance = self._handle_sigma(sigma, reference_tensor=v).square().flatten()
+        return 0.5 * _squared_length(x - v) + 0.5 * variance * _squared_length(self.flow.encode_image(x))
+
+    def wiener(self, v: Tensor, variance: Tensor) -> Tensor:
+        """Wiener filter of v (B, C, H, W) with the mean and spectrum of the flow's own images; variance (B, 1, 1, 1)."""
+        size = tuple(v.shape[-2:])
+        if size not in self._spectra:
+            self._spectra[size] = self._spectrum(v)
+        mean, power, colours = (part.to(v.device) for part in self._spectra[size])
+        coefficients = torch.fft.rfft2(v - mean, norm="ortho").permute(0, 2, 3, 1).unsqueeze(-1)
+        gain = (power / (power + variance)).unsqueeze(-1)
+        filtered = colours @ (gain * (colours.mH @ coefficients))
+        return mean + torch.fft.irfft2(filtered.squeeze(-1).permute(0, 3, 1, 2), s=size, norm="ortho")
+
+    def reset(self) -> None:
+        """Forget the measured spectra."""
+        self._spectra.clear()
+
+    @torch.no_grad()
+    def _spectrum(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean image, and per frequency the powers (H, W', C) and directions (H, W', C, C) of the channels."""
+        generator = torch.Generator().manual_seed(0)
+        z = torch.randn(self.n_samples, v[0].numel(), generator=generator, dtype=v.dtype).to(v.device)
+        images = self.flow.decode(z, (v.shape[-2], v.shape[-1]))
+        mean = images.mean(dim=0, keepdim=True)
+        coefficients = torch.fft.rfft2(images - mean, norm="ortho").permute(2, 3, 1, 0)
+        power, colours = torch.linalg.eigh(coefficients @ coefficients.mH / (self.n_samples - 1))
+        return mean, power.clamp_min(1e-8), colours
+
+    def _descend(self, z: Tensor, best: Tensor, v: Tensor, variance: Tensor) -> Tensor:
+        """The image of the best of ``n_steps`` + 1 latents, per image; ``best`` where none is finite."""
+        if self.n_steps == 0:
+            return best
+        z = z.clone().requires_grad_()
+        adam = torch.optim.Adam([z], betas=(0.9, 0.99))
+        lowest = torch.full_like(v[:, 0, 0, 0], math.inf)
+        for k in range(self.n_steps + 1):
+            last = k == self.n_steps
+            with torch.set_grad_enabled(not last):
+                x = self.flow.decode_image(z)
+                loss = 0.5 * (_squared_length(x - v) / variance.flatten() + _squared_length(z))
+                total = loss.sum()
+            better = loss.detach() < lowest  # a NaN is not
+            lowest = torch.where(better, loss.detach(), lowest)
+            best = torch.where(better.view(-1, 1, 1, 1), x.detach(), best)
+            if not last:
+                (z.grad,) = torch.autograd.grad(total, z)
+                adam.param_groups[0]["lr"] = self.step_size * (1 - k / self.n_steps)
+                adam.step()
+        return best
+
+
+class NoiseFidelity(DataFidelity):
+    """The density of a noise as a ``deepinv.optim.DataFidelity``: d(x, y) = -log p_noise(y - A(x)), (B,) in nats.
+
+    The gradient of a linear operator is its adjoint's; any other, such as 1-bit sensing, is differentiated by autograd. The
+    prox (HQS, ADMM) is found per image by gradient steps that never ascend.
+
+    References:
+        Whang et al. 2021, Solving inverse problems with a flow-based noise model, https://arxiv.org/abs/2003.08089, Eq. (3)
+
+    Arguments:
+        noise: whatever has ``log_prob(residual) -> (B,)`` for residuals of y's shape: any ``flowprox.noise.Noise``, also
+            one made of a trained flow.
+
+    Raises:
+        ValueError: the noise has no ``log_prob``.
+
+    Example:
+        >>> from flowprox.noise import make_noise
+        >>> from flowprox.operators import make_physics
+        >>> fidelity = NoiseFidelity(make_noise("gaussian", (3, 8, 8), sigma=0.1))
+        >>> physics = make_physics("inpainting", (3, 8, 8), mask_size=2)
+        >>> x = torch.rand(2, 3, 8, 8)
+        >>> y = physics.A(x)
+        >>> fidelity(x, y, physics).shape, fidelity.grad(x, y, physics).abs().max().item()
+        (torch.Size([2]), 0.0)
+    """
+
+    def __init__(self, noise: Any) -> None:
+        if not callable(getattr(noise, "log_prob", None)):
+            raise ValueError(
+                f"noise needs a log_prob(residual) -> (B,), and {type(noise).__name__} has none; see flowprox.noise"
+            )
+        super().__init__(d=self._negative_log_likelihood)
+        self.noise = noise
+
+    def _negative_log_likelihood(self, u: Tensor, y: Tensor, *args: Any) -> Tensor:
+        return -self.noise.log_prob(y - u)
+
+    def grad(self, x: Tensor, y: Tensor, physics: Physics, *args: Any, **kwargs: Any) -> Tensor:
+        """Gradient in x, (B, C, H, W), under ``torch.no_grad()`` as well; x is left as it is."""
+        if not isinstance(physics, LinearPhysics):
+            return _gradient(lambda u: self.fn(u, y, physics), x)
+        return physics.A_adjoint(_gradient(lambda u: self._negative_log_likelihood(u, y), physics.A(x)))
+
+    def prox(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        x: Tensor,
+        y: Tensor,
+        physics: Physics,
+        *args: Any,
+        gamma: float | Tensor = 1.0,
+        max_iter_inter: int = 50,
+        **kwargs: Any,
+    ) -> Tensor:
+        """argmin_u 1/2 ||u - x||^2 + gamma d(u, y), (B, C, H, W), by ``max_iter_inter`` steps, gamma a number or (B,)."""
+        weight = torch.as_tensor(gamma, dtype=x.dtype, device=x.device).flatten()
+
+        def objective(u: Tensor) -> tuple[Tensor, Tensor]:
+            value = 0.5 * _squared_length(u - x) + weight * self.fn(u, y, physics)
+            return value, u - x + weight.view(-1, *[1] * (x.ndim - 1)) * self.grad(u, y, physics)
+
+        return _monotone_descent(objective, x, max_iter_inter)
+
+
+def _gradient(fn: Any, x: Tensor) -> Tensor:
+    """Gradient of fn(x), (B,), in x; with a graph of its own where gradients are on."""
+    wanted = torch.is_grad_enabled()
+    with torch.enable_grad():
+        u = x if wanted and x.requires_grad else x.detach().requires_grad_()
+        return torch.autograd.grad(fn(u).sum(), u, create_graph=wanted)[0]
+
+
+def _monotone_descent(objective: Any, x: Tensor, n_steps: int) -> Tensor:
+    """Gradient steps of Barzilai-Borwein length, one length per image; a step that ascends is undone and shortened."""
+    value, gradient = objective(x)
+    shape = (-1, *[1] * (x.ndim - 1))
+    length = 1 / (1 + _squared_length(gradient).sqrt() / (1e-12 + _squared_length(x).sqrt()))
+    for _ in range(n_steps):
+        u = x - length.view(shape) * gradient
+        new_value, new_gradient = objective(u)
+        curvature = ((u - x) * (new_gradient - gradient)).flatten(1).sum(1)
+        bold = curvature / _squared_length(new_gradient - gradient).clamp_min(1e-30)
+        accepted = new_value <= value
+        estimate = torch.where(curvature > 0, bold, 2 * length)
+        length = torch.where(accepted, estimate, torch.minimum(length / 4, torch.where(curvature > 0, bold, length)))
+        here = accepted.view(shape)
+        x, gradient = torch.where(here, u, x), torch.where(here, new_gradient, gradient)
+        value = torch.where(accepted, new_value, value)
+    return x
+
+
+def _squared_length(x: Tensor) -> Tensor:
+    return x.flatten(1).square().sum(1)

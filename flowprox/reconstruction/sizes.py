@@ -1,0 +1,167 @@
+r"""Measurements of a size a network does not take, extended to one it does.
+
+A network needs sides that are multiples of its divisor. A measurement y = A x + n of another size is extended, and with
+it the operator, so that the extended image still satisfies the extended equation exactly:
+
+    denoising    y and noise mirrored                                       A = identity
+    inpainting   y and mask mirrored alike                                  A = mirrored mask
+    deblurring   y continued as the boundary has it; A = M (k *), M = 1 where the continued y is k * x, else 0
+
+For a blur the margin is at least the kernel's radius on every side. Continued means repeated for a circular boundary
+and, with a symmetric kernel, mirrored for "reflect"; for other boundaries M is 1 inside the original measurement only.
+The reconstruction is cropped back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from deepinv.physics import Blur, Denoising, Inpainting, LinearPhysics, NoiseModel, ZeroNoise
+from torch import Tensor
+
+from flowprox.operators import CircularBlur, CircularConvolution
+
+__all__ = ["EXTENDABLE", "Fitted", "WindowedBlur", "fit_to_divisor"]
+
+EXTENDABLE = ("denoising", "inpainting", "random-inpainting", "deblurring")
+"""Problems whose measurements can be extended."""
+
+
+class Fitted(NamedTuple):
+    """A measurement whose sides a model can take: y (B, C, H', W'), its operator, and where the original stands."""
+
+    y: Tensor
+    physics: LinearPhysics
+    rows: slice
+    columns: slice
+
+
+def fit_to_divisor(y: Tensor, physics: LinearPhysics, divisor: int) -> Fitted:
+    """Extend a measurement and its operator to sides that ``divisor`` divides, by the rules at the top of this file.
+
+    Arguments:
+        y: measurement (B, C, H, W) of an operator that keeps the image's size.
+        physics: its operator, from ``flowprox.operators.make_physics``.
+        divisor: of the model.
+
+    Returns:
+        y and physics unchanged where the sides are multiples already.
+
+    Raises:
+        ValueError: the operator is none of denoising, inpainting and blur, or its noise belongs to one size.
+
+    Example:
+        >>> from flowprox.operators import make_physics
+        >>> physics = make_physics("inpainting", (1, 6, 6), mask_size=2)
+        >>> fitted = fit_to_divisor(physics.A(torch.ones(1, 1, 6, 6)), physics, 4)
+        >>> fitted.y.shape, fitted.y[..., fitted.rows, fitted.columns].shape
+        (torch.Size([1, 1, 8, 8]), torch.Size([1, 1, 6, 6]))
+    """
+    sides = (int(y.shape[-2]), int(y.shape[-1]))
+    if all(side % divisor == 0 for side in sides):
+        return Fitted(y, physics, slice(0, sides[0]), slice(0, sides[1]))
+    noise = _noise_of_any_size(physics, divisor)
+    kernel = _kernel(physics)
+    margin = max(kernel.shape[-2:]) // 2 if kernel is not None else 0
+    before, sizes = zip(*(_placed(side, margin, divisor) for side in sides), strict=True)
+    inside = [slice(start, start + side) for start, side in zip(before, sides, strict=True)]
+    if kernel is not None:
+        extended, operator = _extended_blur(y, physics, kernel, before, sizes)
+        operator.set_noise_model(noise)
+    elif isinstance(physics, Denoising):
+        extended, operator = _extended(y, before, sizes, "reflect"), physics
+    elif isinstance(physics, Inpainting):
+        mask = _extended(physics.get_buffer("mask"), before, sizes, "reflect")
+        operator = Inpainting(img_size=mask.shape[-3:], mask=mask, device=mask.device, noise_model=noise)  # pyright: ignore
+        extended = _extended(y, before, sizes, "reflect")
+    else:
+        raise ValueError(
+            f"measurements of {type(physics).__name__} cannot be extended: use sizes divisible by {divisor}"
+        )
+    return Fitted(extended, operator, *inside)
+
+
+def _noise_of_any_size(physics: LinearPhysics, divisor: int) -> NoiseModel:
+    """The noise, which must not have a level for each pixel."""
+    noise = physics.noise_model
+    level = getattr(noise, "sigma", None)
+    if isinstance(noise, ZeroNoise) or (isinstance(level, Tensor) and level.numel() == 1):
+        return noise
+    raise ValueError(f"noise of the kind {type(noise).__name__} cannot be extended: use sizes divisible by {divisor}")
+
+
+def _placed(side: int, margin: int, divisor: int) -> tuple[int, int]:
+    """Where the original starts, and the extended side."""
+    size = -(-(side + 2 * margin) // divisor) * divisor
+    return (size - side) // 2, size
+
+
+def _kernel(physics: LinearPhysics) -> Tensor | None:
+    if isinstance(physics, CircularConvolution):
+        return physics.kernel()
+    return physics.get_buffer("filter") if isinstance(physics, Blur) else None
+
+
+class WindowedBlur(LinearPhysics):
+    """A = M (k *): a blur of which only the pixels of M are measured.
+
+    Where M keeps the kernel's radius away from the border, the circular convolution inside equals any other.
+
+    Arguments:
+        kernel: (h, w) with odd sides.
+        seen: M (H, W), 1 where the blurred image is measured, 0 elsewhere.
+    """
+
+    def __init__(self, kernel: Tensor, seen: Tensor) -> None:
+        super().__init__()
+        self.blur = CircularBlur(kernel, device=kernel.device)
+        self.register_buffer("seen", seen.to(kernel))
+
+    def A(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """M (k * x), of the shape of x (B, C, H, W)."""
+        return self.get_buffer("seen") * self.blur.A(x)
+
+    def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
+        """The adjoint blur of M y, of the shape of y (B, C, H, W)."""
+        return self.blur.A_adjoint(self.get_buffer("seen") * y)
+
+
+def _extended_blur(
+    y: Tensor, physics: LinearPhysics, kernel: Tensor, before: Sequence[int], sizes: Sequence[int]
+) -> tuple[Tensor, LinearPhysics]:
+    boundary = "circular" if isinstance(physics, CircularConvolution) else str(getattr(physics, "padding", ""))
+    continued = boundary == "circular" or (boundary == "reflect" and _is_symmetric(kernel))
+    seen = torch.zeros(sizes[0], sizes[1])
+    if continued:  # all but a frame that the window's own border reaches
+        top, left = kernel.shape[-2] // 2, kernel.shape[-1] // 2
+        seen[top : sizes[0] - top, left : sizes[1] - left] = 1.0
+    else:
+        seen[before[0] : before[0] + y.shape[-2], before[1] : before[1] + y.shape[-1]] = 1.0
+    mode = boundary if continued else "replicate"
+    return _extended(y, before, sizes, mode), WindowedBlur(kernel[0, 0], seen)
+
+
+def _is_symmetric(kernel: Tensor) -> bool:
+    return all(torch.allclose(kernel, kernel.flip(dim)) for dim in (-1, -2))
+
+
+def _extended(x: Tensor, before: Sequence[int], sizes: Sequence[int], mode: str) -> Tensor:
+    """x (..., H, W) continued to ``sizes``, its first pixel at ``before``."""
+    rows, columns = (
+        _continued(n, start, size, mode).to(x.device)
+        for n, start, size in zip(x.shape[-2:], before, sizes, strict=True)
+    )
+    return x[..., rows, :][..., columns]
+
+
+def _continued(n: int, start: int, size: int, mode: str) -> Tensor:
+    """Indices into 0 .. n - 1 of a continued axis; unlike torch's padding, by any width."""
+    index = torch.arange(-start, size - start)
+    if mode == "circular":
+        return index % n
+    if mode == "reflect" and n > 1:
+        index = index % (2 * n - 2)
+        return torch.minimum(index, 2 * n - 2 - index)
+    return index.clamp(0, n - 1)

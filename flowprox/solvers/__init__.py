@@ -1,0 +1,27 @@
+"""Reconstruction with a flow that was trained on clean images only: no training for the operator.
+
+Every solver is called like every other method, ``x_hat = solver(y, physics)``; ``solver.solve(y, physics)`` gives a
+``Solution`` with estimate, latent, loss curve and the reason of stopping.
+"""
+
+from flowprox.solvers.discrepancy import Discrepancy
+from flowprox.solvers.latent_map import LatentMAP
+from flowprox.solvers.noise_map import NoiseMAP
+from flowprox.solvers.optimisers import LBFGS, Adam
+from flowprox.solvers.posterior import PosteriorSampling, PosteriorSolution, SamplerOptions
+from flowprox.solvers.problem import null_space_perturbed
+from flowprox.solvers.solution import Solution, SolverInterrupted
+
+__all__ = [
+    "LBFGS",
+    "Adam",
+    "Discrepancy",
+    "LatentMAP",
+    "NoiseMAP",
+    "PosteriorSampling",
+    "PosteriorSolution",
+    "SamplerOptions",
+    "Solution",
+    "SolverInterrupted",
+    "null_space_perturbed",
+]

@@ -1,0 +1,136 @@
+r"""Have the chains mixed, and how many independent draws are they worth?
+
+    R-hat = sqrt(((n - 1) / n W + B / n) / W)         ESS = m n / tau,   tau = 1 + 2 sum_t rho_t
+
+Symbols: m chains of n draws of one scalar, B / n variance of the chains' means, W mean of their variances, rho_t
+autocorrelation at lag t, tau autocorrelation time. Every chain is split in two, so that a drift within a chain is seen
+too, and the draws are replaced by the normal scores of their ranks, so that heavy tails do not hide a difference.
+
+References:
+    Vehtari, Gelman, Simpson, Carpenter, Bürkner 2021, Rank-normalization, folding, and localization: an improved R-hat
+    for assessing convergence of MCMC, https://arxiv.org/abs/1903.08008
+    Geyer 1992, Practical Markov chain Monte Carlo, https://doi.org/10.1214/ss/1177011137
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["effective_sample_size", "split_r_hat"]
+
+
+def split_r_hat(draws: Tensor) -> Tensor:
+    """Rank-normalised split R-hat: 1 for chains that sample the same distribution, more for others.
+
+    The larger of the values for the location and for the scale (draws folded around their median), Vehtari et al.
+    2021, who ask for less than 1.01.
+
+    Arguments:
+        draws: (..., n_chains, n_draws), at least four draws per chain; one chain will do, it is split.
+
+    Returns:
+        (...), float64; NaN where a draw is not finite or all draws are equal.
+
+    Raises:
+        ValueError: fewer than four draws per chain, or fewer than two dimensions.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> draws = torch.randn(4, 500, generator=generator)
+        >>> bool(split_r_hat(draws) < 1.01), bool(split_r_hat(draws + torch.arange(4.0)[:, None]) > 1.1)
+        (True, True)
+    """
+    halves = _split(draws)
+    folded = (halves - _median(halves)).abs()
+    return torch.maximum(_r_hat(_normal_scores(halves)), _r_hat(_normal_scores(folded)))
+
+
+def effective_sample_size(draws: Tensor) -> Tensor:
+    """Bulk effective sample size: the number of independent draws that give the mean as precisely.
+
+    That of the rank-normalised split chains, with the sum over lags cut by Geyer's initial monotone sequence (Vehtari et al.
+    2021). It can exceed the number of draws for chains that alternate; it is bounded by
+    N log10(N), N = n_chains n_draws.
+
+    Arguments:
+        draws: (..., n_chains, n_draws), at least four draws per chain.
+
+    Returns:
+        (...), float64; NaN where a draw is not finite or all draws are equal.
+
+    Raises:
+        ValueError: fewer than four draws per chain, or fewer than two dimensions.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> draws = torch.randn(4, 500, generator=generator)
+        >>> bool(effective_sample_size(draws) > 1500), bool(effective_sample_size(draws.cumsum(-1)) < 50)
+        (True, True)
+    """
+    return _effective_sample_size(_normal_scores(_split(draws)))
+
+
+def _split(draws: Tensor) -> Tensor:
+    """Every chain as two, (..., 2 n_chains, n_draws // 2) in float64; the middle draw of an odd number is left out."""
+    if draws.ndim < 2 or draws.shape[-1] < 4 or draws.shape[-2] < 1:
+        raise ValueError(
+            f"draws must have shape (..., n_chains, n_draws) with at least 4 draws, got {tuple(draws.shape)}; sample longer"
+        )
+    half = draws.shape[-1] // 2
+    draws = draws.detach().to(torch.float64)
+    return torch.cat([draws[..., :half], draws[..., -half:]], dim=-2)
+
+
+def _median(draws: Tensor) -> Tensor:
+    """Median over chains and draws, (..., 1, 1): the middle value, or the mean of the middle two."""
+    ordered = draws.flatten(-2).sort(dim=-1).values
+    n = ordered.shape[-1]
+    return (0.5 * (ordered[..., (n - 1) // 2] + ordered[..., n // 2]))[..., None, None]
+
+
+def _normal_scores(draws: Tensor) -> Tensor:
+    """Normal scores of the ranks over all chains (Vehtari et al. 2021); ties share their mean rank."""
+    pooled = draws.flatten(-2).contiguous()
+    ordered = pooled.sort(dim=-1).values
+    below, up_to = (torch.searchsorted(ordered, pooled, right=right) for right in (False, True))
+    rank = 0.5 * (below + up_to + 1).to(draws.dtype)
+    scores = torch.special.ndtri((rank - 0.375) / (pooled.shape[-1] + 0.25)).view_as(draws)
+    finite = torch.isfinite(pooled).all(dim=-1)[..., None, None]
+    return torch.where(finite, scores, torch.full_like(scores, math.nan))
+
+
+def _variances(draws: Tensor) -> tuple[Tensor, Tensor]:
+    """W and (n - 1) / n W + B / n of (..., m, n) draws; R-hat is the root of the second over the first."""
+    n = draws.shape[-1]
+    within = draws.var(dim=-1).mean(dim=-1)
+    return within, (n - 1) / n * within + draws.mean(dim=-1).var(dim=-1)
+
+
+def _r_hat(draws: Tensor) -> Tensor:
+    within, total = _variances(draws)
+    return torch.sqrt(total / within)
+
+
+def _effective_sample_size(draws: Tensor) -> Tensor:
+    n_chains, n = draws.shape[-2:]
+    within, total = _variances(draws)
+    # autocorrelation combined over the chains as in Vehtari et al. 2021
+    rho = 1 - (within[..., None] - _autocovariance(draws).mean(dim=-2) * n / (n - 1)) / total[..., None]
+    rho[..., 0] = 1.0
+    pairs = rho[..., : n - n % 2].unflatten(-1, (-1, 2)).sum(dim=-1)
+    positive = (pairs > 0).to(torch.int8).cumprod(dim=-1).to(pairs.dtype)
+    monotone = pairs.cummin(dim=-1).values.clamp(min=0) * positive
+    n_total = n_chains * n
+    tau = (-1 + 2 * monotone.sum(dim=-1)).clamp(min=1 / math.log10(n_total))
+    return torch.where(within > 0, n_total / tau, torch.full_like(tau, math.nan))
+
+
+def _autocovariance(draws: Tensor) -> Tensor:
+    """1/n sum_i d_i d_(i+t) for t = 0 ... n - 1, by the Fourier transform, (..., n)."""
+    n = draws.shape[-1]
+    centred = draws - draws.mean(dim=-1, keepdim=True)
+    spectrum = torch.fft.rfft(centred, n=2 * n)
+    return torch.fft.irfft(spectrum.abs().square(), n=2 * n)[..., :n] / n

@@ -1,0 +1,149 @@
+r"""The weight of the prior from the level of the noise: Bayes' rule for the scale, the discrepancy principle from there.
+
+    ||y - A g(z_gamma)||^2 = tau^2 E||noise||^2          gamma near the rule of Bayes
+
+Symbols: y measurement, A operator, g flow, sigma noise standard deviation, z_gamma minimiser with the weight gamma, tau a
+number near 1. The residual grows with gamma, slowly: near the best image by a fifth of a power. The run begins where the
+posterior has its mode if the flow is right, gamma = sigma^2 for the squared norm. In stages, each of which begins where the
+last one ended, gamma is then moved, for every image by itself, along the secant of log residual against log gamma, but
+never further than ``limit`` from the start: where few measurements determine little, the residual of a good image is far
+below the noise, and matching it would oversmooth.
+
+References:
+    Morozov 1966, On the solution of functional equations by the method of regularization, Soviet Math. Dokl. 7, 414.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from deepinv.physics import MRI, Inpainting, Physics
+from torch import Tensor
+
+from flowprox.operators import RealMRI
+from flowprox.solvers.optimisers import Optimiser, Trace
+
+__all__ = ["Discrepancy", "noise_energy"]
+
+_SLOPE = 0.2  # of log residual against log gamma near the best image, measured on faces
+_SLOPES = (0.1, 2.0)  # the secant is kept within; 2 is the slope far from the solution of a linear problem
+_LONGEST = 2.0  # factor of gamma from one stage to the next
+
+Minimise = Callable[[Tensor, Tensor, int], Trace]
+"""(gamma (B,), z (B, D), number of iterations) to a trace."""
+
+
+@dataclass(frozen=True)
+class Discrepancy:
+    """How ``LatentMAP`` chooses gamma.
+
+    Arguments:
+        tau: root of the wanted ratio of residual energy to noise energy; MAP estimates that are best in PSNR leave a
+            little less than all of the noise.
+        share: where gamma begins, as a part of 0.8 sigma^2 sqrt(D), of sigma^2 for the squared norm and of 0.6 sigma^2
+            for the image form: what Bayes' rule and measurement suggest.
+        limit: largest factor between the first gamma and the last.
+        n_stages: how often gamma is set.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    tau: float = 0.965
+    share: float = 1.0
+    limit: float = 2.0
+    n_stages: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("tau", "share"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        if not 1 <= self.limit < float("inf"):
+            raise ValueError(f"limit must be at least 1 and finite, got {self.limit}")
+        if self.n_stages < 1:
+            raise ValueError(f"n_stages must be at least 1, got {self.n_stages}")
+
+    def stage(self, optimiser: Optimiser, n_iterations: int) -> Optimiser:
+        """The optimiser with another number of iterations."""
+        return replace(optimiser, n_iterations=n_iterations)  # type: ignore[type-var]
+
+    def choose(
+        self,
+        minimise: Minimise,
+        misfit: Callable[[Tensor], Tensor],
+        target: Tensor,
+        z: Tensor,
+        scale: Tensor,
+        n_iterations: int,
+    ) -> tuple[Trace, Tensor]:
+        """Run the stages.
+
+        Arguments:
+            minimise: of one stage.
+            misfit: ||y - A g(z)||^2 of latents (B, D), (B,).
+            target: E||noise||^2, (B,).
+            z: where the first stage begins, (B, D).
+            scale: what ``share`` is a part of, (B,).
+            n_iterations: of all stages together; the first has as many as two of the others.
+
+        Returns:
+            the trace of all stages, joined, and gamma (B,).
+        """
+        wanted = 2 * math.log(self.tau) + target.log()
+        middle = (self.share * scale).log()
+        gamma, slope = middle, torch.full_like(middle, _SLOPE)
+        n_each = max(1, n_iterations // (self.n_stages + 1))
+        parts = [minimise(gamma.exp(), z, max(1, n_iterations - (self.n_stages - 1) * n_each))]
+        left = misfit(parts[-1].z).log()
+        for _ in range(self.n_stages - 1):
+            if parts[-1].interrupted:
+                break
+            step = ((wanted - left) / slope).clamp(-math.log(_LONGEST), math.log(_LONGEST))
+            step = (gamma + step).clamp(middle - math.log(self.limit), middle + math.log(self.limit)) - gamma
+            gamma = gamma + step
+            parts.append(minimise(gamma.exp(), parts[-1].z, n_each))
+            before, left = left, misfit(parts[-1].z).log()
+            secant = ((left - before) / step).clamp(*_SLOPES)
+            slope = torch.where(step.abs() > 0.05, secant, slope)  # of a short step rounding makes anything
+        return _joined(parts), gamma.exp()
+
+
+def noise_energy(y: Tensor, physics: Physics) -> tuple[Tensor, Tensor]:
+    """(E||noise||^2 (B,), number of measured entries) as the noise model tells.
+
+    Raises:
+        ValueError: the noise model of the physics has no level.
+    """
+    noise: Any = getattr(physics, "noise_model", None)
+    sigma, scale = getattr(noise, "sigma", None), getattr(noise, "scale", None)
+    if sigma is None and scale is None:
+        raise ValueError(
+            "gamma='discrepancy' needs the level of the noise, and physics.noise_model has neither sigma nor scale: "
+            "give the operator a noise model, or gamma as a number"
+        )
+    mean = getattr(noise, "mean", 0.0)
+    level, mean = (torch.as_tensor(v).to(y.device, y.real.dtype) for v in (scale if sigma is None else sigma, mean))
+    if sigma is not None:  # one for all images, or one each; a scale is one for all entries of an image, or one each
+        level, mean = (v.view(-1, *[1] * (y.ndim - 1)) if v.ndim <= 1 else v for v in (level, mean))
+    seen = torch.ones_like(y, dtype=level.dtype)
+    if isinstance(physics, Inpainting | MRI | RealMRI):  # their noise is in what the mask lets through
+        seen = seen * (physics.get_buffer("mask") != 0)
+    energy = ((level.square() + mean.square()) * seen).flatten(1).sum(dim=1)
+    if not bool((energy > 0).all()):
+        raise ValueError("gamma='discrepancy' needs noise: its level is 0, so that gamma=0 is what fits")
+    return energy, seen.flatten(1).sum(dim=1)
+
+
+def _joined(parts: list[Trace]) -> Trace:
+    """Stages one after the other; the status is that of the last."""
+    return replace(
+        parts[-1],
+        losses=torch.cat([part.losses if i == 0 else part.losses[1:] for i, part in enumerate(parts)]),
+        norms=torch.cat([part.norms if i == 0 else part.norms[1:] for i, part in enumerate(parts)]),
+        n_evaluations=sum((part.n_evaluations for part in parts[1:]), parts[0].n_evaluations),
+        restarts=sum((part.restarts for part in parts[1:]), parts[0].restarts),
+    )

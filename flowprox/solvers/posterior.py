@@ -1,0 +1,437 @@
+r"""Sampling the posterior in latent space: not one image but all that explain the measurement, and how they vary.
+
+    p(z | y)  proportional to  N(z; 0, I) p_noise(y - A(g(z))),      x = g(z)
+
+Symbols: x image (B, C, H, W), z latent (B, D), g the flow's inverse, A any differentiable operator, y measurement,
+p_noise density of the noise. In latent space the prior is exactly standard normal, whatever the flow: g carries N(0, I)
+to the flow's density of images, so that no log-determinant is needed. The mean of the samples is the estimate of least
+mean squared error under the model, their standard deviation per pixel its uncertainty.
+
+References:
+    Asim et al. 2020, Invertible generative models for inverse problems, https://arxiv.org/abs/1905.11672 (the latent
+        objective whose exponential is sampled here)
+    Cotter, Roberts, Stuart, White 2013, MCMC methods for functions, https://arxiv.org/abs/1202.0709
+    Vehtari et al. 2021, https://arxiv.org/abs/1903.08008 (R-hat and effective sample size)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from deepinv.models import Reconstructor
+from deepinv.physics import Physics
+from torch import Tensor
+
+from flowprox.flows import Flow, frozen
+from flowprox.solvers.diagnostics import effective_sample_size, split_r_hat
+from flowprox.solvers.problem import LatentProblem, Start, noise_density
+from flowprox.solvers.sampling import KERNELS, Chains, Kernel, Moments, Position, Randomness
+from flowprox.solvers.solution import Solution
+
+__all__ = ["MIXED_BELOW", "TRACES", "PosteriorSampling", "PosteriorSolution", "SamplerOptions"]
+
+MIXED_BELOW = 1.05
+"""Chains whose R-hat is smaller count as mixed."""
+
+_N_DIRECTIONS = 4
+TRACES = (
+    "log posterior",
+    "mean of the image",
+    *(f"white direction {i}" for i in range(_N_DIRECTIONS)),
+    *(f"smooth direction {i}" for i in range(_N_DIRECTIONS)),
+)
+"""The scalars R-hat and effective sample size are computed of: the last two kinds are inner products of x with fixed random
+images, white noise and noise on a grid of 4x4 blocks."""
+
+
+@dataclass
+class PosteriorSolution(Solution):
+    """Samples of the posterior; B images, M chains, n draws per chain after warm-up. ``estimate`` is the mean image.
+
+    ``losses`` is -log p(z, y) averaged over the chains, warm-up included; ``restarts`` counts proposals that were rejected
+    because they were not finite; ``latent`` is None, since the mean image is not the image of a latent; ``reasons`` says
+    "mixed" (R-hat below ``MIXED_BELOW``), "not mixed: r_hat 1.3" or "interrupted".
+
+    Arguments:
+        samples: draws kept, evenly spaced over the chains, (B, M, n_kept, C, H, W).
+        std: standard deviation of the posterior per pixel, over all draws of all chains, (B, C, H, W).
+        standard_error: Monte-Carlo standard error of ``mean`` per pixel, by batch means, (B, C, H, W); NaN from a single
+            batch.
+        ess: effective sample size, the smallest over ``TRACES``, (B,).
+        r_hat: split R-hat, the largest over ``TRACES``, (B,).
+        traces: the scalars named in ``TRACES`` of every draw, (B, M, n, len(TRACES)).
+        acceptance: share of accepted proposals after warm-up, (B,).
+        step_size: h, fixed after warm-up, (B,).
+        state: where the chains ended, (B, M, D): the ``start`` that continues them.
+    """
+
+    samples: Tensor = field(kw_only=True)
+    std: Tensor = field(kw_only=True)
+    standard_error: Tensor = field(kw_only=True)
+    ess: Tensor = field(kw_only=True)
+    r_hat: Tensor = field(kw_only=True)
+    traces: Tensor = field(kw_only=True)
+    acceptance: Tensor = field(kw_only=True)
+    step_size: Tensor = field(kw_only=True)
+    state: Tensor = field(kw_only=True)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the posterior per pixel, (B, C, H, W): the estimate."""
+        return self.estimate
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """Fine settings of ``PosteriorSampling``; None takes the sampler's default (``KERNELS``).
+
+    Arguments:
+        n_leapfrog: gradient evaluations per draw, for "hmc" and "split-hmc".
+        step_size: h > 0, fixed; None adapts it per image during warm-up.
+        target_acceptance: acceptance the adaptation aims at, between 0 and 1.
+        precondition: estimate a scale per latent dimension and image (and, for the rotating samplers, a centre) during
+            warm-up.
+        n_kept: draws per chain that are returned, evenly spaced; mean and standard deviation are over all of them.
+        jitter: relative spread of the step size, at least 0 and less than 1.
+
+    Raises:
+        ValueError: a value outside of its range.
+    """
+
+    n_leapfrog: int | None = None
+    step_size: float | None = None
+    target_acceptance: float | None = None
+    precondition: bool | None = None
+    n_kept: int = 16
+    jitter: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("n_leapfrog", "n_kept"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if self.step_size is not None and not 0 < self.step_size < math.inf:
+            raise ValueError(f"step_size must be positive, or None to adapt it; got {self.step_size!r}")
+        if self.target_acceptance is not None and not 0 < self.target_acceptance < 1:
+            raise ValueError(f"target_acceptance must lie between 0 and 1, got {self.target_acceptance!r}")
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"jitter must be at least 0 and less than 1, got {self.jitter!r}")
+
+
+class PosteriorSampling(Reconstructor):
+    """Markov chain Monte Carlo in the latent space of a flow, for any differentiable operator and any noise density.
+
+    Every image has its own chains, step size and preconditioner. After warm-up these are fixed. The samplers:
+
+    ======== ==========================================================================================================
+    ula      unadjusted Langevin: every step is taken, the posterior is sampled with an error that shrinks with the step
+    mala     Langevin with Metropolis correction
+    pcnl     preconditioned Crank-Nicolson Langevin: the prior is solved exactly, the step does not shrink with D
+    hmc      Hamiltonian Monte Carlo: several leapfrog steps per draw
+    split-hmc the same, with the Gaussian fitted in warm-up solved exactly
+    ======== ==========================================================================================================
+
+    References:
+        See the module; Neal 2011, MCMC using Hamiltonian dynamics, https://arxiv.org/abs/1206.1901 (hmc); Shahbaba et
+        al. 2014, Split Hamiltonian Monte Carlo, https://arxiv.org/abs/1106.5941.
+
+    Arguments:
+        flow: the prior; left as it is.
+        noise: density of the measurement's noise, anything with ``log_prob(residual) -> (B,)``; None takes that of
+            ``physics.noise_model``, or a Gaussian of its ``sigma``.
+        sampler: a key of ``KERNELS``.
+        n_samples: draws per chain after warm-up.
+        n_warmup: draws per chain before, which adapt the chain and are not counted.
+        n_chains: chains per image. All of them go through the flow in one batch.
+        seed: of the chains. All images use the same random numbers, so that the result for an image does not depend on
+            what else is in its batch (up to rounding); None takes torch's global generator.
+        options: ``SamplerOptions``.
+
+    Raises:
+        ValueError: unknown sampler, a count that is too small, a noise without ``log_prob``.
+
+    Example:
+        >>> from flowprox.flows import ActNorm, Flow, HaarSqueeze, Sequential, Unsqueeze
+        >>> from flowprox.operators import make_physics
+        >>> flow = Flow(Sequential([ActNorm(1), HaarSqueeze(), Unsqueeze()]), (1, 4, 4), n_levels=1)  # a Gaussian prior
+        >>> y = torch.rand(2, 1, 4, 4)
+        >>> physics = make_physics("denoising", (1, 4, 4), sigma=1.0)
+        >>> solution = PosteriorSampling(flow, n_samples=60, n_warmup=60).solve(y, physics)
+        >>> bool((solution.mean - (y + 0.5) / 2).abs().max() < 5 * solution.standard_error.max())
+        True
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        noise: Any = None,
+        sampler: str = "hmc",
+        n_samples: int = 200,
+        n_warmup: int = 200,
+        n_chains: int = 4,
+        seed: int | None = 0,
+        options: SamplerOptions | None = None,
+    ) -> None:
+        super().__init__()
+        if sampler not in KERNELS:
+            raise ValueError(f"sampler must be one of {', '.join(KERNELS)}; got {sampler!r}")
+        for name, value, least in (("n_samples", n_samples, 1), ("n_warmup", n_warmup, 0), ("n_chains", n_chains, 1)):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        if noise is not None and not callable(getattr(noise, "log_prob", None)):
+            raise ValueError(f"noise must have log_prob(residual) -> (B,); {type(noise).__name__} has none")
+        options = options or SamplerOptions()
+        if n_warmup == 0 and options.step_size is None:
+            raise ValueError("n_warmup is 0, so that nothing adapts the step size: give options.step_size")
+        self.flow, self.noise, self.sampler, self.seed, self.options = flow, noise, sampler, seed, options
+        self.n_samples, self.n_warmup, self.n_chains = n_samples, n_warmup, n_chains
+        self.kernel = _kernel(sampler, options)
+
+    def forward(self, y: Tensor, physics: Physics, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """The posterior mean (B, C, H, W); see ``solve`` for the arguments."""
+        return self.solve(y, physics, **kwargs).estimate
+
+    @torch.no_grad()
+    def solve(
+        self,
+        y: Tensor,
+        physics: Physics,
+        start: Start = "prior",
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> PosteriorSolution:
+        """Sample the posterior of every image of the batch.
+
+        Ctrl-C ends the sampling; the draws so far are returned if at least one has been kept.
+
+        Arguments:
+            y: measurements (B, ...).
+            physics: the operator A, linear or not.
+            start: "prior" (overdispersed: independent draws from the prior), or latents, (B, D) for all chains of an
+                image or (B, M, D) for each; or what the other solvers take: "zero", "adjoint", images, a method. From
+                latents the chains go on where they are; from everything else warm-up first descends.
+            generator: one for all images, or one per image; None uses ``seed``.
+
+        Raises:
+            ValueError: y is not finite or does not fit operator or flow; the noise has no density; nothing is
+                differentiable; as many generators as images are needed; the start has a posterior that is not finite.
+        """
+        problem = LatentProblem(self.flow, y, physics)
+        noise = noise_density(self.noise, physics)
+        target = _Target(problem, noise, self.n_chains)
+        if isinstance(generator, Sequence) and len(generator) != len(y):
+            raise ValueError(f"generator: got {len(generator)} for {len(y)} images; pass one, or one per image")
+        randomness = Randomness(self.seed if generator is None else generator, y)
+        with frozen(self.flow):
+            chains = Chains(
+                target,
+                _finite_position(target, self._start(start, randomness, problem)),
+                self.kernel,
+                randomness,
+                self.options.step_size,
+                self.options.jitter,
+            )
+            record = _Record(chains, self.n_samples, self.options.n_kept)
+            interrupted = False
+            try:
+                precision = target.precision if callable(getattr(noise, "sample_like", None)) else None
+                chains.warm_up(self.n_warmup, record.add_loss, descend=not _is_latent(start), precision=precision)
+                chains.sample(self.n_samples, record.add_draw)
+            except KeyboardInterrupt:
+                if not record.samples:
+                    raise
+                interrupted = True
+        return record.solution(target.n_evaluations, interrupted)
+
+    def _start(self, start: Start, randomness: Randomness, problem: LatentProblem) -> Tensor:
+        shape = (self.n_chains, problem.n_images, problem.dimension)
+        if isinstance(start, str) and start == "prior":
+            return randomness.normal(*shape).contiguous()
+        if not _is_latent(start):
+            return problem.latents(start, self.seed or 0).expand(shape).contiguous()
+        each = start[:, None].expand(-1, self.n_chains, -1) if start.ndim == 2 else start
+        if each.shape != (shape[1], shape[0], shape[2]):
+            raise ValueError(
+                f"start has shape {tuple(start.shape)}; pass latents ({problem.n_images}, {problem.dimension}) "
+                f"or ({problem.n_images}, {self.n_chains}, {problem.dimension}), or images"
+            )
+        return each.transpose(0, 1).to(randomness.like).contiguous()
+
+
+def _is_latent(start: Any) -> TypeGuard[Tensor]:
+    """Latents, rather than images or a rule."""
+    return isinstance(start, Tensor) and start.ndim != 4
+
+
+def _kernel(sampler: str, options: SamplerOptions) -> Kernel:
+    """The sampler's kernel with the options that were given."""
+    kernel = KERNELS[sampler]
+    if options.n_leapfrog is not None:
+        if kernel.n_leapfrog == 1 and options.n_leapfrog != 1:
+            raise ValueError(f"n_leapfrog is for hmc and split-hmc; {sampler} takes one step per draw")
+        kernel = kernel._replace(n_leapfrog=options.n_leapfrog)
+    if options.target_acceptance is not None:
+        kernel = kernel._replace(target_acceptance=options.target_acceptance)
+    if options.precondition is not None:
+        kernel = kernel._replace(preconditions=options.precondition)
+    return kernel
+
+
+class _Target:
+    """log p(z, y) with its gradient, of M chains of B images at once; the images repeat within the batch, M times."""
+
+    def __init__(self, problem: LatentProblem, noise: Any, n_chains: int) -> None:
+        self.problem, self.noise, self.n_chains = problem, noise, n_chains
+        self.y, self.physics = problem.y, problem.physics
+        self.n_evaluations = 0
+        owners = [owner for owner in (problem.physics, noise) if isinstance(owner, torch.nn.Module)]
+        # masks or noise levels per image fit a batch of B images only: then one chain after the other
+        self.per_image = problem.n_images > 1 and any(
+            b.ndim and len(b) == problem.n_images for owner in owners for b in (*owner.buffers(), *owner.parameters())
+        )
+
+    def __call__(self, z: Tensor) -> Position:
+        self.n_evaluations += len(z)
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            x = self.problem.decode(z)
+            log_likelihood = self._log_likelihood(x)
+            if not log_likelihood.requires_grad:
+                raise ValueError("the posterior is not differentiable: physics.A or noise.log_prob cuts the graph")
+            log_prob = log_likelihood.view(z.shape[:2]) + self._log_prior(z)
+            gradient = torch.autograd.grad(log_prob.sum(), z)[0]
+        return Position(z.detach(), log_prob.detach(), gradient, x.detach().unflatten(0, z.shape[:2]))
+
+    def precision(self, z: Tensor, n_probes: int = 8) -> Tensor:
+        """1 + diagonal of the Fisher information of y about z, (B, D): mean square of the score over replicated noise."""
+        generators = [torch.Generator().manual_seed(0) for _ in self.y]
+        squares = torch.zeros_like(z[0])
+        for _ in range(n_probes):
+            noise = torch.cat([self.noise.sample_like(self.y, generator=generators) for _ in z])
+            self.n_evaluations += len(z)
+            with torch.enable_grad():
+                z = z.detach().requires_grad_()
+                x = self.problem.decode(z)
+                measured = self._measure(x)
+                log_prob = self._log_density(noise + measured.detach() - measured)
+                squares += torch.autograd.grad(log_prob.sum(), z)[0].square().mean(dim=0)
+        return 1 + squares / n_probes
+
+    def _log_prior(self, z: Tensor) -> Tensor:
+        return self.problem.flow.base_log_prob(z.flatten(0, 1)).view(z.shape[:2])
+
+    def _log_likelihood(self, x: Tensor) -> Tensor:
+        y = self.y.repeat(self.n_chains, *(1,) * (self.y.ndim - 1))
+        return self._log_density(y - self._measure(x))
+
+    def _measure(self, x: Tensor) -> Tensor:
+        """A x; with an operator per image, one chain after the other."""
+        return (
+            torch.cat([self.physics.A(chain) for chain in x.split(len(self.y))])
+            if self.per_image
+            else self.physics.A(x)
+        )
+
+    def _log_density(self, residual: Tensor) -> Tensor:
+        """log p_noise likewise."""
+        if self.per_image:
+            return torch.cat([self.noise.log_prob(chain) for chain in residual.split(len(self.y))])
+        return self.noise.log_prob(residual)
+
+
+class _Record:
+    """What is kept of the chains. Each draw is taken up by single assignments, so that an interruption loses only itself."""
+
+    def __init__(self, chains: Chains, n_samples: int, n_kept: int) -> None:
+        self.chains = chains
+        n_kept = min(n_kept, n_samples)
+        self.keep = {(i + 1) * n_samples // n_kept for i in range(n_kept)}
+        self.batch_length = max(1, round(n_samples ** (2 / 3)))
+        image = chains.position.image
+        self.directions = _directions(tuple(image.shape[2:])).to(image)
+        self.losses = [-chains.position.log_prob.mean(dim=0)]
+        self.traces: list[Tensor] = []
+        self.samples: list[Tensor] = []
+        self.moments = self.batch_means = Moments.like(image[0])
+        self.batch = Moments.like(image)
+
+    def add_loss(self) -> None:
+        """After a step of warm-up."""
+        self.losses.append(-self.chains.position.log_prob.mean(dim=0))
+
+    def add_draw(self) -> None:
+        """After a step of sampling."""
+        self.add_loss()
+        position = self.chains.position
+        projections = position.image.flatten(2) @ self.directions
+        self.traces.append(torch.cat([position.log_prob[..., None], projections], dim=-1))
+        self.moments = self.moments.add(position.image)
+        self.batch = self.batch.add(position.image[None])
+        if self.batch.count == self.batch_length:
+            self.batch_means = self.batch_means.add(self.batch.mean)
+            self.batch = Moments.like(position.image)
+        if len(self.traces) in self.keep:
+            self.samples.append(position.image)
+
+    def solution(self, n_evaluations: int, interrupted: bool) -> PosteriorSolution:
+        """Everything as (B, ...)."""
+        chains = self.chains
+        traces = torch.stack(self.traces, dim=0).permute(2, 1, 0, 3)
+        n_draws, n_batches = traces.shape[2], self.batch_means.count
+        one = torch.ones_like(chains.n_accepted)
+        if n_draws < 4:
+            ess = r_hat = math.nan * one
+        else:
+            scalars = traces.permute(0, 3, 1, 2)
+            ess = effective_sample_size(scalars).amin(dim=1).to(one)
+            r_hat = split_r_hat(scalars).amax(dim=1).to(one)
+        error = (self.batch_means.variance / n_batches).sqrt() if n_batches > 1 else math.nan * self.moments.mean
+        return PosteriorSolution(
+            estimate=self.moments.mean,
+            latent=None,
+            losses=torch.stack(self.losses),
+            reasons=["interrupted" if interrupted else _reason(value) for value in r_hat.tolist()],
+            n_evaluations=torch.full(one.shape, n_evaluations, device=one.device),
+            restarts=chains.n_not_finite.long(),
+            samples=torch.stack(self.samples, dim=0).permute(2, 1, 0, 3, 4, 5),
+            std=self.moments.variance.sqrt(),
+            standard_error=error,
+            ess=ess,
+            r_hat=r_hat,
+            traces=traces,
+            acceptance=chains.n_accepted / max(chains.n_steps, 1),
+            step_size=chains.step_size,
+            state=chains.position.z.transpose(0, 1),
+        )
+
+
+def _reason(r_hat: float) -> str:
+    if math.isnan(r_hat):
+        return "not mixed: too few draws, or none accepted"
+    return "mixed" if r_hat < MIXED_BELOW else f"not mixed: r_hat {r_hat:.3g}"
+
+
+def _directions(image_shape: tuple[int, ...]) -> Tensor:
+    """The fixed images (D, 1 + 2 n) whose inner products with x are traced; the same in every run."""
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.full((1, *image_shape), 1 / math.prod(image_shape))
+    white = torch.randn(_N_DIRECTIONS, *image_shape, generator=generator)
+    smooth = torch.randn(_N_DIRECTIONS, image_shape[0], 4, 4, generator=generator)
+    smooth = F.interpolate(smooth, image_shape[1:], mode="nearest")
+    return torch.cat([flat, white, smooth]).flatten(1).T
+
+
+def _finite_position(target: _Target, z: Tensor) -> Position:
+    """Where the chains start; those whose posterior is not finite there start nearer to zero."""
+    position = target(z)
+    for _ in range(10):
+        finite = torch.isfinite(position.log_prob) & torch.isfinite(position.gradient).all(dim=-1)
+        if bool(finite.all()):
+            return position
+        z = torch.where(finite[..., None], z, 0.5 * z)
+        position = target(z)
+    raise ValueError("the posterior is not finite at the start; pass another start, and check the flow and the noise")

@@ -1,0 +1,254 @@
+"""A measurement seen from the latent space of a flow: what every latent solver shares.
+
+    z (B, D)  ->  x = g(z) (B, C, H, W)  ->  A(x), compared with y
+
+Symbols: z flat latent, g = f^-1 the flow from latent to image, A operator, y measurement, B images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import deepinv
+import torch
+from deepinv.models import Reconstructor
+from deepinv.physics import LinearPhysics, Physics
+from torch import Tensor
+
+from flowprox.flows import Flow
+from flowprox.noise import GaussianNoise
+from flowprox.operators import check_adjoint, check_measurement
+from flowprox.solvers.optimisers import Evaluate
+
+__all__ = ["LatentProblem", "Start", "noise_density", "null_space_perturbed"]
+
+Start = str | float | Tensor | Reconstructor
+"""Where a solver begins: "zero", "adjoint" (A^T y through the flow), the standard deviation of random latents, images
+(B, C, H, W), which go through the flow, or a method that makes them of y, such as a Lasso."""
+
+
+class LatentProblem:
+    """A flow, an operator and measurements that fit together.
+
+    Arguments:
+        flow: the prior: a flow, or a decoder that maps (B, latent_size) to images and has ``image_shape``.
+        y: measurement (B, ...).
+        physics: its operator.
+
+    Raises:
+        ValueError: y is not finite, is no batch, or does not fit operator and flow; the message says what does not.
+    """
+
+    def __init__(self, flow: Any, y: Tensor, physics: Physics) -> None:
+        if not isinstance(flow, Flow) and not isinstance(getattr(flow, "latent_size", None), int):
+            raise ValueError(
+                f"flow must be a Flow, or a decoder with latent_size, got {type(flow).__name__}; "
+                "flowprox.load_model(name) gives one"
+            )
+        self.flow, self.y, self.physics = flow, _checked(y), physics
+        shape = self._image_shape()
+        self.channels, self.size = shape[0], (shape[1], shape[2])
+        channels = flow.image_shape[0]
+        if self.channels != channels:
+            raise ValueError(
+                f"the operator takes images with {self.channels} channels and the flow has {channels}; "
+                "give a flow trained on such images"
+            )
+        if not self.has_density and shape != tuple(flow.image_shape):
+            raise ValueError(f"the operator takes images {shape} and {type(flow).__name__} makes {flow.image_shape}")
+        if self.has_density and any(side % flow.divisor for side in self.size):
+            raise ValueError(
+                f"the operator takes images of {self.size[0]}x{self.size[1]}, and the flow needs sides divisible by "
+                f"{flow.divisor}; pad or crop the measurement"
+            )
+        self._check_fit(shape)
+
+    @property
+    def has_density(self) -> bool:
+        """Whether the prior is a flow."""
+        return isinstance(self.flow, Flow)
+
+    @property
+    def n_images(self) -> int:
+        """B."""
+        return self.y.shape[0]
+
+    @property
+    def dimension(self) -> int:
+        """D = C H W, or the size of the decoder's latent."""
+        return self.channels * math.prod(self.size) if self.has_density else int(self.flow.latent_size)  # pyright: ignore
+
+    def latent_image(self, z: Tensor) -> Tensor:
+        """Flat latents (B, D) arranged as images (B, C, H, W)."""
+        return z.view(-1, self.channels, *self.size)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """g(z) (B, C, H, W) of flat latents (B, D)."""
+        return self.flow.decode_image(self.latent_image(z)) if self.has_density else self.flow(z)
+
+    def decode_with_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """g(z) (B, C, H, W) and log|det Dg(z)| (B,)."""
+        return self.flow.inverse_image(self.latent_image(z))
+
+    def residual(self, x: Tensor) -> Tensor:
+        """y - A x."""
+        residual = self.y - self.physics.A(x)
+        if x.requires_grad and not residual.requires_grad:
+            raise ValueError(
+                "physics.A cuts the graph (numpy, detach or no_grad inside): the solver needs its derivative; write it in torch"
+            )
+        return residual
+
+    def latents(self, start: Start, seed: int = 0, n_restarts: int = 1) -> Tensor:
+        """Latents (B, D) to begin from. Random ones are the same for all images, and different for successive n_restarts.
+
+        Raises:
+            ValueError: an unknown start, a negative standard deviation, or images of another shape.
+        """
+        zeros = torch.zeros(self.n_images, self.dimension, dtype=self._like.dtype, device=self._like.device)
+        if isinstance(start, str):
+            if start == "zero":
+                return zeros
+            if start == "adjoint":
+                return self._encoded(self._adjoint())
+            raise ValueError(f"start must be 'zero', 'adjoint', a number, images or a method; got {start!r}")
+        if isinstance(start, Tensor):
+            return self._encoded(start)
+        if isinstance(start, Reconstructor):
+            return self._encoded(start(self.y, self.physics))
+        if not (isinstance(start, int | float) and 0 <= start < float("inf")):
+            raise ValueError(f"start is the standard deviation of random latents and must be at least 0, got {start!r}")
+        generator = torch.Generator().manual_seed(seed)  # on the CPU so that every device has the same
+        noise = torch.randn(n_restarts, self.dimension, generator=generator, dtype=zeros.dtype)
+        return zeros + start * noise.to(zeros.device).repeat(self.n_images // n_restarts, 1)
+
+    def evaluation(self, objective: Callable[[Tensor], Tensor]) -> Evaluate:
+        """``objective``, from latents (B, D) to (B,), with its gradient."""
+
+        def evaluate(z: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.enable_grad():
+                z = z.detach().requires_grad_(True)
+                value = objective(z)
+                (gradient,) = torch.autograd.grad(value.sum(), z)
+            return value.detach(), gradient
+
+        return evaluate
+
+    def channel_scales(self, seed: int = 0, n_probes: int = 4, damping: float = 0.02) -> Tensor:
+        """1 / (c + damping max c) per image and latent dimension (B, D): c is the mean square of J^T w over a channel.
+
+        J is the Jacobian of A(g(z)) at z = 0 and w are random signs, the same for every image, so that c estimates the
+        diagonal of J^T J, the curvature of the misfit.
+        """
+        generator = torch.Generator().manual_seed(seed)  # on the CPU so that every device has the same signs
+        squares = self.latents("zero")
+        for _ in range(n_probes):
+            with torch.enable_grad():
+                z = torch.zeros_like(squares).requires_grad_(True)
+                measured = self.physics.A(self.decode(z))
+                seen = torch.view_as_real(measured) if measured.is_complex() else measured
+                signs = 2 * torch.randint(0, 2, seen.shape[1:], generator=generator) - 1
+                (back,) = torch.autograd.grad((seen * signs.to(seen)).sum(), z)
+            squares += back.square() / n_probes
+        groups = self.flow.latent_groups(self.size).flatten().to(squares.device)
+        sizes = torch.bincount(groups).to(squares)
+        curvature = torch.zeros(len(squares), len(sizes)).to(squares).index_add_(1, groups, squares) / sizes
+        return (1 / (curvature + damping * curvature.amax(dim=1, keepdim=True)))[:, groups]
+
+    @property
+    def _like(self) -> Tensor:
+        """A tensor of the latents' dtype and device; a flow without parameters takes those of y."""
+        return next(self.flow.parameters(), self.y.real if self.y.is_complex() else self.y)
+
+    def _encoded(self, x: Tensor) -> Tensor:
+        if not self.has_density:
+            raise ValueError(
+                f"start must be 'zero' or a number for {type(self.flow).__name__}, which encodes no images"
+            )
+        expected = (self.n_images, self.channels, *self.size)
+        if tuple(x.shape) != expected:
+            raise ValueError(f"start has shape {tuple(x.shape)}; images to begin from must be {expected}")
+        with torch.no_grad():
+            return self.flow.encode(x.to(self._like))
+
+    def _adjoint(self) -> Tensor:
+        if not isinstance(self.physics, LinearPhysics):
+            raise ValueError("start='adjoint' needs a linear operator; use start='zero' or images")
+        return self.physics.A_adjoint(self.y)
+
+    def _image_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of the operator's images, as the operator tells; otherwise those the flow was made for."""
+        if isinstance(self.physics, LinearPhysics):
+            with torch.no_grad():
+                shape = tuple(self.physics.A_adjoint(self.y).shape)
+            if len(shape) != 4 or shape[0] != self.y.shape[0]:
+                raise ValueError(
+                    f"the adjoint of the operator maps y {tuple(self.y.shape)} to {shape}; images are (B, C, H, W)"
+                )
+            return shape[1:]
+        size: Any = getattr(self.physics, "img_size", None)
+        return tuple(size) if size is not None and len(size) == 3 else self.flow.image_shape
+
+    def _check_fit(self, shape: tuple[int, ...]) -> None:
+        if self.y.dtype.to_real() != self._like.dtype:
+            raise ValueError(f"y is {self.y.dtype} and the flow {self._like.dtype}; convert one of them")
+        check_measurement(self.y, self.physics, (shape[0], shape[1], shape[2]))
+        check_adjoint(
+            self.physics,
+            (shape[0], shape[1], shape[2]),
+            device=self.y.device,
+            dtype=self._like.dtype,
+            n_images=self.n_images,
+        )
+
+
+def null_space_perturbed(x: Tensor, physics: LinearPhysics, scale: float = 1.0, seed: int = 0) -> Tensor:
+    """x + n with A n = 0: an image that explains the measurement as well as x does (Asim et al. 2020, Sec. 3.2).
+
+    Arguments:
+        x: images (B, C, H, W).
+        physics: linear operator.
+        scale: standard deviation of the white noise whose part in the null space is added, in the units of x.
+        seed: of the noise.
+    """
+    noise = scale * torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(seed), dtype=x.dtype).to(x.device)
+    noise = noise.expand_as(x)
+    with torch.no_grad():
+        return x + noise - physics.A_dagger(physics.A(noise))
+
+
+def noise_density(noise: Any, physics: Physics) -> Any:
+    """The density of the noise, which has ``log_prob``: residual (B, ...) to (B,). deepinv's Gaussian noise becomes ours.
+
+    Arguments:
+        noise: a noise with a density; None takes ``physics.noise_model``.
+        physics: the operator.
+
+    Raises:
+        ValueError: the noise has no density, or the standard deviation 0.
+    """
+    model = getattr(physics, "noise_model", None) if noise is None else noise
+    sigma = getattr(model, "sigma", None)
+    if sigma is not None and not bool((torch.as_tensor(sigma) > 0).all()):
+        raise ValueError(
+            "the noise has standard deviation 0, for which the posterior has no density; "
+            "pass noise=... with the smallest noise you believe in"
+        )
+    if callable(getattr(model, "log_prob", None)) and getattr(model, "has_density", True):
+        return model
+    if not isinstance(model, deepinv.physics.GaussianNoise):
+        raise ValueError(f"the noise, {type(model).__name__}, has no density; pass noise=... with log_prob(residual)")
+    density = GaussianNoise()
+    density.update_parameters(sigma=model.sigma)
+    return density
+
+
+def _checked(y: Tensor) -> Tensor:
+    if not isinstance(y, Tensor) or y.ndim < 2 or len(y) == 0 or not (y.is_floating_point() or y.is_complex()):
+        found = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"y must be a floating-point batch of measurements (B, ...), got {found}")
+    if not bool(torch.isfinite(y).all()):
+        raise ValueError("y holds NaN or infinite values; remove them, for example with an inpainting mask")
+    return y.detach()

@@ -1,0 +1,301 @@
+"""LatentMAP: closed forms with a Gaussian prior, every image by itself, the weight from the noise, clear errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from deepinv.models import Reconstructor
+from deepinv.physics import Denoising, GaussianNoise, Inpainting, LinearPhysics, Physics
+from solver_cases import SHAPE, affine, gaussian_flow, matrix, operators, small_glow
+from torch import Tensor
+
+from flowprox.flows import Glow
+from flowprox.operators import make_physics
+from flowprox.solvers import LBFGS, Adam, Discrepancy, LatentMAP, SolverInterrupted, null_space_perturbed
+from flowprox.solvers.discrepancy import noise_energy
+from flowprox.solvers.problem import LatentProblem
+
+EXACT = LBFGS(n_iterations=300, tolerance=0)
+OPERATORS = ["denoising", "inpainting", "deblurring", "compressed-sensing"]
+
+
+def measurement(physics: LinearPhysics, n: int = 2) -> Tensor:
+    return physics(torch.rand(n, *SHAPE, dtype=torch.float64))
+
+
+def squared_solution(A: Tensor, W: Tensor, b: Tensor, y: Tensor, gamma: float) -> Tensor:
+    """argmin_z ||y - A (W z + b)||^2 + gamma ||z||^2, one row per measurement."""
+    M = A @ W
+    return torch.linalg.solve(M.T @ M + gamma * torch.eye(M.shape[1], dtype=M.dtype), M.T @ (y.flatten(1) - A @ b).T).T
+
+
+@pytest.mark.parametrize("precondition", [False, True])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_gaussian_prior_has_a_closed_form(name: str, precondition: bool) -> None:
+    flow, physics = gaussian_flow(), operators()[name]
+    y = measurement(physics)
+    W, b = affine(flow)
+    z = squared_solution(matrix(physics), W, b, y, 0.3)
+    solution = LatentMAP(flow, 0.3, norm="squared", optimiser=EXACT, precondition=precondition).solve(y, physics)
+    torch.testing.assert_close(solution.latent, z, atol=1e-5, rtol=0)
+    torch.testing.assert_close(solution.estimate.flatten(1), z @ W.T + b, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_unsquared_norm_is_the_squared_one_with_another_weight(name: str) -> None:
+    """At the minimum gamma z / ||z|| = 2 gamma' z, so gamma' = gamma / (2 ||z||) has the same solution."""
+    flow, physics = gaussian_flow(), operators()[name]
+    y = measurement(physics, 1)
+    solution = LatentMAP(flow, 0.2, optimiser=EXACT).solve(y, physics)
+    assert solution.latent is not None
+    equivalent = 0.2 / (2 * solution.latent.norm().item())
+    W, b = affine(flow)
+    torch.testing.assert_close(
+        solution.latent, squared_solution(matrix(physics), W, b, y, equivalent), atol=1e-5, rtol=0
+    )
+
+
+def test_a_heavy_weight_leaves_the_most_likely_latent() -> None:
+    flow, physics = gaussian_flow(), operators()["denoising"]
+    solution = LatentMAP(flow, 1e3).solve(measurement(physics), physics)
+    assert solution.latent is not None and bool((solution.latent == 0).all())
+    assert solution.reasons == ["converged"] * 2
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.95])
+def test_scales_do_not_turn_the_way_out_of_the_kink_uphill(share: float) -> None:
+    """gamma a little below ||grad|| at z = 0: the minimum is near 0 but not there, whatever the scales."""
+    flow, physics = gaussian_flow(), operators()["denoising"]
+    y = measurement(physics)
+    W, b = affine(flow)
+    gamma = share * torch.linalg.vector_norm(2 * (y.flatten(1) - b) @ W, dim=1)
+    plain, scaled = (LatentMAP(flow, gamma, precondition=choice, optimiser=EXACT) for choice in (False, True))
+    strong = torch.logspace(-2, 2, 16, dtype=torch.float64).expand(2, 16)
+    expected = plain.solve(y, physics)
+    assert expected.latent is not None and bool((expected.latent != 0).any(dim=1).all())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LatentProblem, "channel_scales", lambda self, seed: strong)
+        solution = scaled.solve(y, physics)
+    torch.testing.assert_close(solution.latent, expected.latent, atol=1e-5, rtol=0)
+
+
+def test_a_weight_of_zero_for_one_image_does_not_change_the_others() -> None:
+    flow, physics = small_glow(), operators()["compressed-sensing"]
+    y = measurement(physics)
+    few = LBFGS(n_iterations=3)
+    together = LatentMAP(flow, torch.tensor([0.3, 0.0]), optimiser=few).solve(y, physics)
+    for i, gamma in enumerate((0.3, 0.0)):
+        alone = LatentMAP(flow, gamma, optimiser=few).solve(y[i : i + 1], physics)
+        torch.testing.assert_close(alone.estimate[0], together.estimate[i], atol=1e-9, rtol=0)
+
+
+NOISY = {
+    "per row": ("denoising", {"noise": "sinusoidal"}, (3, 8, 8)),
+    "per measurement": ("compressed-sensing", {"m": 5, "noise": "sinusoidal"}, (1, 8, 8)),
+    "as many images as measurements": ("compressed-sensing", {"m": 3, "noise": "sinusoidal"}, (1, 8, 8)),
+    "with a mean": ("compressed-sensing", {"m": 5, "noise": GaussianNoise(0.1)}, (1, 8, 8)),
+    "masked": ("inpainting", {"mask_size": 4}, (3, 8, 8)),
+    "lines of k-space": ("mri", {"acceleration": 4}, (1, 16, 16)),
+}
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_the_energy_of_the_noise_is_what_the_operator_adds(name: str) -> None:
+    problem, parameters, shape = NOISY[name]
+    if name != "with a mean":
+        parameters = parameters | {"sigma": 0.1}
+    physics = make_physics(problem, shape, **parameters)
+    x = torch.zeros(3, *shape)
+    energy, _ = noise_energy(physics(x), physics)
+    drawn = torch.stack([(physics(x) - physics.A(x)).square().flatten(1).sum(1) for _ in range(400)]).mean()
+    assert energy.shape == (3,) and bool((energy / drawn - 1).abs().max() < 0.1)
+
+
+def test_the_image_form_maximises_the_density() -> None:
+    """No image around has a lower objective ||y - A x||^2 - gamma log p(x)."""
+    flow, physics = small_glow(), operators()["inpainting"]
+    y = measurement(physics, 1)
+    x = LatentMAP(flow, 0.02, form="image", optimiser=EXACT)(y, physics)
+
+    def objective(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return (y - physics.A(x)).flatten(1).square().sum(1) - 0.02 * flow.log_prob(x)
+
+    reached = objective(x)
+    for scale in (1e-3, 1e-2, 1e-1):
+        others = x + scale * torch.randn(200, *SHAPE, dtype=torch.float64)
+        assert bool((objective(others) >= reached - 1e-9).all())
+
+
+def test_losses_are_the_objective() -> None:
+    flow, physics = small_glow(), operators()["deblurring"]
+    y = measurement(physics)
+    solution = LatentMAP(flow, torch.tensor([0.1, 0.2]), optimiser=LBFGS(n_iterations=20)).solve(y, physics)
+    assert solution.latent is not None and solution.latent_norms is not None
+    with torch.no_grad():
+        misfit = (y - physics.A(flow.decode(solution.latent))).flatten(1).square().sum(1)
+    norms = solution.latent.norm(dim=1)
+    torch.testing.assert_close(solution.losses[-1], misfit + torch.tensor([0.1, 0.2], dtype=torch.float64) * norms)
+    torch.testing.assert_close(solution.latent_norms[-1], norms)
+    torch.testing.assert_close(solution.estimate, flow.decode(solution.latent).detach())
+
+
+STARTS = {
+    "zero": "zero",
+    "adjoint": "adjoint",
+    "random": 0.3,
+    "image": torch.rand(3, *SHAPE, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("gamma", [0.1, "discrepancy"])
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("optimiser", [LBFGS(n_iterations=40), Adam(n_iterations=40)], ids=["lbfgs", "adam"])
+def test_an_image_does_not_depend_on_its_batch(optimiser: LBFGS | Adam, start: str, gamma: float | str) -> None:
+    flow, physics = small_glow(), operators()["inpainting"]
+    y = measurement(physics, 3)
+    first = STARTS[start]
+    one = first[1:2] if isinstance(first, Tensor) else first
+    together = LatentMAP(flow, gamma, start=first, optimiser=optimiser).solve(y, physics)
+    alone = LatentMAP(flow, gamma, start=one, optimiser=optimiser).solve(y[1:2], physics)
+    torch.testing.assert_close(alone.estimate, together.estimate[1:2], atol=1e-8, rtol=0)
+    assert alone.reasons == together.reasons[1:2]
+
+
+def test_starts() -> None:
+    flow, physics = small_glow(), operators()["compressed-sensing"]
+    x = torch.rand(2, *SHAPE, dtype=torch.float64)
+    y = physics.A(x)
+    problem = LatentProblem(flow, y, physics)
+
+    class Adjoint(Reconstructor):
+        def forward(self, y: Tensor, physics: LinearPhysics) -> Tensor:  # type: ignore[override]
+            return physics.A_adjoint(y)
+
+    torch.testing.assert_close(problem.decode(problem.latents(x)), x)
+    torch.testing.assert_close(problem.decode(problem.latents("adjoint")), physics.A_adjoint(y))
+    torch.testing.assert_close(problem.decode(problem.latents(Adjoint())), physics.A_adjoint(y))
+    assert torch.equal(problem.latents("zero"), torch.zeros(2, 16, dtype=torch.float64))
+    assert torch.equal(problem.latents(0.7, seed=1), problem.latents(0.7, seed=1))
+    assert not torch.equal(problem.latents(0.7, seed=1), problem.latents(0.7, seed=2))
+
+
+def test_a_null_space_perturbation_is_not_seen() -> None:
+    physics = operators()["compressed-sensing"]
+    x = torch.rand(2, *SHAPE, dtype=torch.float64)
+    perturbed = null_space_perturbed(x, physics, scale=0.5)
+    torch.testing.assert_close(physics.A(perturbed), physics.A(x), atol=1e-5, rtol=0)
+    assert (perturbed - x).std() > 0.2
+
+
+@pytest.mark.parametrize("norm", ["unsquared", "squared"])
+@pytest.mark.parametrize("name", ["denoising", "inpainting"])
+def test_the_discrepancy_principle_leaves_as_much_as_the_noise(name: str, norm: str) -> None:
+    """Without a limit, the residual has the energy tau^2 sigma^2 m, sigma = 0.1 and m the number of seen pixels."""
+    flow, physics = gaussian_flow(), operators()[name]
+    x = flow.sample(4, generator=torch.Generator().manual_seed(0))
+    y = physics(x)
+    rule = Discrepancy(tau=1.0, limit=1e6, n_stages=12)
+    solution = LatentMAP(flow, rule, norm=norm, optimiser=LBFGS(n_iterations=400)).solve(y, physics)
+    seen = {"denoising": 16, "inpainting": 12}[name]
+    left = (y - physics.A(solution.estimate)).flatten(1).square().sum(1) / (seen * 0.01)
+    assert bool(((left - 1).abs() < 0.1).all()), left
+    assert solution.gamma is not None and solution.gamma.shape == (4,) and len(set(solution.gamma.tolist())) == 4
+
+
+def test_the_discrepancy_principle_stays_near_the_rule_of_bayes() -> None:
+    """With a prior that is right and little noise, matching the residual would oversmooth: the limit holds."""
+    flow, physics = gaussian_flow(), operators()["denoising"]
+    y = physics(flow.sample(4))
+    solution = LatentMAP(flow, Discrepancy(limit=1.5), norm="squared").solve(y, physics)
+    assert solution.gamma is not None
+    torch.testing.assert_close(solution.gamma, torch.full_like(solution.gamma, 1.5 * 0.01), rtol=1e-6, atol=0)
+
+
+def test_operators_that_blow_up_are_survived() -> None:
+    """A x is infinite wherever a pixel passes 0.9, which the first trial steps do."""
+    physics = Physics(A=lambda x: torch.where(x > 0.9, torch.inf, x), noise_model=GaussianNoise(0.1))
+    y = torch.full((1, *SHAPE), 0.89, dtype=torch.float64)
+    solution = LatentMAP(gaussian_flow(), 1e-4, optimiser=EXACT).solve(y, physics)
+    assert bool(torch.isfinite(solution.estimate).all())
+    assert (solution.estimate - y).abs().max() < 0.01
+
+
+def test_an_operator_may_differ_from_image_to_image() -> None:
+    masks = (torch.rand(3, *SHAPE) > 0.4).double()
+    flow, physics = gaussian_flow(), Inpainting(SHAPE, mask=masks)
+    y = physics.A(torch.rand(3, *SHAPE, dtype=torch.float64))
+    together = LatentMAP(flow, 0.1)(y, physics)
+    alone = LatentMAP(flow, 0.1)(y[1:2], Inpainting(SHAPE, mask=masks[1]))
+    torch.testing.assert_close(together[1:2], alone, atol=1e-8, rtol=0)
+
+
+def test_nothing_of_the_flow_changes() -> None:
+    flow, physics = small_glow().train(), operators()["denoising"]
+    first = next(flow.parameters()).requires_grad_(False)
+    before = {name: value.clone() for name, value in flow.state_dict().items()}
+    x_hat = LatentMAP(flow, 0.1, optimiser=LBFGS(n_iterations=3))(measurement(physics), physics)
+    assert flow.training and not first.requires_grad and not x_hat.requires_grad
+    assert all(parameter.requires_grad for parameter in list(flow.parameters())[1:])
+    assert all(torch.equal(value, before[name]) for name, value in flow.state_dict().items())
+
+
+def test_ctrl_c_keeps_what_is_there() -> None:
+    calls = 0
+
+    class Interrupting(Denoising):
+        def A(self, x: Tensor, **kwargs: object) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if calls == 9:
+                raise KeyboardInterrupt
+            return x
+
+    y = torch.rand(2, *SHAPE, dtype=torch.float64)
+    with pytest.raises(SolverInterrupted) as caught:
+        LatentMAP(small_glow(), 0.01, optimiser=EXACT, precondition=False).solve(y, Interrupting())
+    solution = caught.value.solution
+    assert "interrupted" in solution.reasons and bool((solution.losses[-1] < solution.losses[0]).all())
+
+
+BAD = {
+    "negative gamma": ({"gamma": -1.0}, "gamma must be finite and at least 0"),
+    "gamma by another name": ({"gamma": "discrepance"}, "gamma must be a number"),
+    "norm": ({"norm": "l1"}, "norm must be one of unsquared, squared"),
+    "form": ({"form": "x"}, "form must be one of latent, image"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_refused(name: str) -> None:
+    arguments, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        LatentMAP(gaussian_flow(), **arguments)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    flow, physics = gaussian_flow(), operators()["denoising"]
+    y = measurement(physics)
+    solver = LatentMAP(flow, 0.1)
+    with pytest.raises(ValueError, match="y holds NaN"):
+        solver(y * torch.nan, physics)
+    with pytest.raises(ValueError, match="floating-point batch"):
+        solver(torch.zeros(16, dtype=torch.float64), physics)
+    with pytest.raises(ValueError, match="3 channels and the flow has 1"):
+        solver(torch.zeros(1, 3, 4, 4, dtype=torch.float64), make_physics("denoising", (3, 4, 4)))
+    with pytest.raises(ValueError, match="sides divisible by"):
+        LatentMAP(Glow((1, 8, 8), n_levels=3, n_steps=1, hidden_channels=4).double(), 0.1)(y, physics)
+    with pytest.raises(ValueError, match="convert one of them"):
+        solver(y.float(), physics)
+    with pytest.raises(ValueError, match="not the adjoint"):
+        solver(y, LinearPhysics(A=lambda x: 2 * x, A_adjoint=lambda y: y))
+    with pytest.raises(ValueError, match="give one number, or one for each of 2"):
+        LatentMAP(flow, torch.tensor([0.1, 0.1, 0.1]))(y, physics)
+    with pytest.raises(ValueError, match="start has shape"):
+        LatentMAP(flow, 0.1, start=torch.zeros(2, 1, 8, 8, dtype=torch.float64))(y, physics)
+    with pytest.raises(ValueError, match="start must be 'zero'"):
+        LatentMAP(flow, 0.1, start="null")(y, physics)
+    with pytest.raises(ValueError, match="needs the level of the noise"):
+        LatentMAP(flow, "discrepancy")(y, LinearPhysics(A=lambda x: x, A_adjoint=lambda y: y))
+    with pytest.raises(ValueError, match="its level is 0"):
+        LatentMAP(flow, "discrepancy")(y, make_physics("denoising", SHAPE, sigma=0.0))

@@ -1,0 +1,296 @@
+"""Evaluation: what is recorded, that nothing is done twice or lost, that noise is shared, and every recipe in miniature."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from deepinv.models import Reconstructor
+from deepinv.physics import Physics
+from rich.console import Console
+from torch import Tensor
+
+from flowprox.cli import main, make_parser
+from flowprox.data import save_image
+from flowprox.evaluation import benchmark
+from flowprox.evaluation.benchmark import EvaluationInterrupted, RunOptions, evaluate
+from flowprox.evaluation.metrics import psnr
+from flowprox.evaluation.plan import at_scale, planned, published_figures
+from flowprox.evaluation.records import read_records
+from flowprox.evaluation.report import picture_path, write_report
+from flowprox.evaluation.summary import summary_rows
+from flowprox.evaluation_options import EvaluatedMethod, EvaluatedProblem, EvaluationOptions, ImageOptions
+from flowprox.methods import Outcome, run_method
+from flowprox.operators import make_physics, measure_each
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes" / "evaluate").glob("*.yaml"))
+pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*:DeprecationWarning")
+
+
+def _run(**settings: Any) -> RunOptions:
+    return RunOptions(console=Console(file=io.StringIO()), **settings)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(3):
+        save_image(torch.rand(3, 16, 16), folder / f"p{i}.png")
+    return folder
+
+
+@pytest.fixture
+def recipe(pictures: Path) -> EvaluationOptions:
+    images = ImageOptions(str(pictures), image_size=16)
+    problems = [
+        EvaluatedProblem("denoising", series={"sigma": [0.1, 0.2]}, published={"measurement": [20.0, 14.0]}),
+        EvaluatedProblem("inpainting", {"mask_size": 4}),
+    ]
+    methods = [
+        EvaluatedMethod("adjoint", "measurement", batch_size=2),
+        EvaluatedMethod("tv", options={"n_iterations": 3}, options_for={"inpainting": {"regularisation": 0.1}}),
+        EvaluatedMethod("biharmonic"),
+    ]
+    return EvaluationOptions(images, problems, methods, name="small")
+
+
+def _fail_on(monkeypatch: pytest.MonkeyPatch, wrong: Callable[[Tensor], bool], error: BaseException) -> list[int]:
+    """Let the method fail on some measurements; returns the sizes of the batches that were given to one."""
+    calls: list[int] = []
+
+    def run(method: Reconstructor, y: Tensor, physics: Physics) -> Outcome:
+        calls.append(len(y))
+        if any(wrong(one) for one in y):
+            raise error
+        return run_method(method, y, physics)
+
+    monkeypatch.setattr(benchmark, "run_method", run)
+    return calls
+
+
+# Records -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_method_on_every_problem_and_image_in_order(recipe: EvaluationOptions, tmp_path: Path) -> None:
+    records = evaluate(recipe, tmp_path / "out", _run(n_pictures=1))
+    problems = ["denoising-sigma0.1", "denoising-sigma0.2", "inpainting-mask_size4"]
+    expected = [
+        (problem, method, f"p{i}")
+        for problem in problems
+        for method in ("measurement", "tv", "biharmonic")
+        if method != "biharmonic" or problem == problems[2]
+        for i in range(3)
+    ]
+    assert [(r["problem"], r["method"], r["image"]) for r in records] == expected
+    assert read_records(tmp_path / "out/records.jsonl") == records
+    assert {r["batch"] for r in records if r["method"] == "measurement"} == {1, 2}
+    last = records[-4]
+    assert last["options"] == {"n_iterations": 3, "regularisation": 0.1}
+    assert last["parameters"]["mask_size"] == 4 and last["versions"]["torch"] == torch.__version__
+    assert all(r["seconds"] >= 0 and 0 < r["ssim"] <= 1 and r["residual"] >= 0 for r in records)
+    assert picture_path(tmp_path / "out", problems[0], "p0", "tv").is_file()
+    assert len(list((tmp_path / "out/images").iterdir())) == 1 + 7
+    assert "denoising-sigma0.2" in write_report(tmp_path / "out").read_text()
+
+
+def test_figures_are_those_of_the_method_on_the_seeded_measurement(recipe: EvaluationOptions, tmp_path: Path) -> None:
+    records = evaluate(recipe, tmp_path / "out", _run())
+    images = {i.name: i for i in benchmark._load(recipe.images, 0, None)}
+    for record in records:
+        if record["method"] == "measurement" and record["problem"] == "denoising-sigma0.2":
+            x = images[record["image"]].x[None]
+            y = measure_each(x, make_physics("denoising", (3, 16, 16), sigma=0.2), [record["seed"]])
+            assert record["psnr"] == pytest.approx(float(psnr(y, x)))
+            assert record["psnr_unclipped"] == pytest.approx(float(psnr(y, x, clip=False)))
+            assert record["residual"] == pytest.approx(0.0)
+
+
+def test_noise_depends_on_seed_and_name_only(recipe: EvaluationOptions, tmp_path: Path) -> None:
+    seeds = [
+        {(r["image"], r["seed"]) for r in evaluate(recipe, tmp_path / f"{seed}-{limit}", _run(seed=seed, limit=limit))}
+        for seed, limit in ((0, None), (0, 2), (1, None))
+    ]
+    assert len(seeds[0]) == 3 and seeds[1] < seeds[0] and not seeds[0] & seeds[2]
+
+
+# Interruption and failure --------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_continues(
+    recipe: EvaluationOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = evaluate(recipe, tmp_path / "whole", _run())
+    with monkeypatch.context() as patch:
+        _fail_on(patch, lambda y: float(y.abs().min()) == 0.0, KeyboardInterrupt())  # at the first masked measurement
+        with pytest.raises(EvaluationInterrupted, match="12 of 21 reconstructions are recorded"):
+            evaluate(recipe, tmp_path / "out", _run())
+    partial = tmp_path / "out/records.jsonl.partial"
+    partial.write_bytes(partial.read_bytes()[:-5])  # as a crash would leave it
+    calls = _fail_on(monkeypatch, lambda y: False, ValueError())
+    with pytest.warns(UserWarning, match="cut short"):
+        again = evaluate(recipe, tmp_path / "out", _run())
+    assert sum(calls) == 21 - 11
+    assert not partial.exists()
+    for one, other in zip(whole, again, strict=True):
+        assert {**one, **(costs := dict.fromkeys(("seconds", "peak_memory_mib", "batch")))} == {**other, **costs}
+    calls.clear()
+    assert evaluate(recipe, tmp_path / "out", _run()) == again and calls == []
+
+
+def test_a_failure_is_recorded_and_tried_again(
+    recipe: EvaluationOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(recipe, problems=[EvaluatedProblem("denoising")], methods=recipe.methods[:1])
+    seed = benchmark._load(recipe.images, 0, None)[1].seed
+    physics, x = make_physics("denoising", (3, 16, 16)), benchmark._load(recipe.images, 0, None)[1].x
+    wrong = measure_each(x[None], physics, [seed])[0]
+    with monkeypatch.context() as patch:
+        _fail_on(patch, lambda y: torch.equal(y, wrong), RuntimeError("no\nluck"))
+        records = evaluate(recipe, tmp_path / "out", _run())
+    assert [r.get("failed") for r in records] == [None, "RuntimeError: no luck", None]
+    (row,) = summary_rows(records)
+    assert (row.n_images, row.n_failed) == (2, 1)
+    calls = _fail_on(monkeypatch, lambda y: False, ValueError())
+    assert [r.get("failed") for r in evaluate(recipe, tmp_path / "out", _run())] == [None] * 3
+    assert calls == [1] and len(read_records(tmp_path / "out/records.jsonl")) == 3
+
+
+def test_other_options_are_not_mixed_into_earlier_records(recipe: EvaluationOptions, tmp_path: Path) -> None:
+    evaluate(recipe, tmp_path / "out", _run())
+    before = (tmp_path / "out/records.jsonl").read_bytes()
+    other = replace(recipe, methods=[EvaluatedMethod("tv", options={"n_iterations": 4})])
+    with pytest.raises(ValueError, match="p0, from other options"):
+        evaluate(other, tmp_path / "out", _run())
+    assert {r["id"] for r in read_records(tmp_path / "out/records.jsonl")} == {
+        yaml.safe_load(line)["id"] for line in before.splitlines()
+    }
+    more = replace(recipe, methods=[*recipe.methods, EvaluatedMethod("tv", "tv-4", options={"n_iterations": 4})])
+    assert len(evaluate(more, tmp_path / "out", _run())) == 30
+
+
+# Tuning and scales ---------------------------------------------------------------------------------------------------
+
+
+def test_tuning_chooses_the_best_value_on_its_own_images(recipe: EvaluationOptions, tmp_path: Path) -> None:
+    tv = EvaluatedMethod("tv", options={"n_iterations": 30}, tune={"regularisation": [10.0, 0.05, 1e-6]})
+    images = replace(recipe.images, limit=1)
+    recipe = EvaluationOptions(images, [EvaluatedProblem("denoising", {"sigma": 0.05})], [tv], ImageOptions(limit=2))
+    records = evaluate(recipe, tmp_path / "out", _run())
+    tuning = read_records(tmp_path / "out/tuning.jsonl")
+    assert [t["options"]["regularisation"] for t in tuning] == [10.0, 0.05, 1e-6]
+    assert {tuple(t["images"]) for t in tuning} == {("astronaut", "chelsea")}
+    best = max(tuning, key=lambda t: t["psnr"])["options"]
+    assert best == {"regularisation": 0.05}
+    assert [r["tuned"] for r in records] == [best] and records[0]["options"]["regularisation"] == 0.05
+    assert len(read_records(tmp_path / "out/records.jsonl")) == 1
+
+
+def test_a_series_of_a_method_and_published_figures(recipe: EvaluationOptions) -> None:
+    methods = [
+        *recipe.methods[:1],
+        EvaluatedMethod("tv", series={"regularisation": [0.1, 0.2], "n_iterations": [1, 2]}),
+    ]
+    labels = [case.method.label for case in planned(replace(recipe, methods=methods))]
+    assert labels[1:3] == ["tv regularisation=0.1 n_iterations=1", "tv regularisation=0.2 n_iterations=2"]
+    assert published_figures(recipe) == {
+        ("denoising-sigma0.1", "measurement"): 20.0,
+        ("denoising-sigma0.2", "measurement"): 14.0,
+    }
+
+
+def _method(**arguments: Any) -> Callable[[EvaluationOptions], EvaluationOptions]:
+    return lambda recipe: replace(recipe, methods=[EvaluatedMethod(**arguments)])
+
+
+REFUSED: dict[str, tuple[Callable[[EvaluationOptions], Any], str]] = {
+    "unknown method": (_method(name="tvv"), "unknown method 'tvv'; did you mean tv"),
+    "unknown option": (_method(name="tv", options={"lambda": 1}), "tv has no option 'lambda'"),
+    "unknown tuned option": (_method(name="tv", options_for={"denoising": {"a": 1}}), "tv has no option 'a'"),
+    "option of another problem": (_method(name="tv", options_for={"denoisin": {}}), "did you mean denoising"),
+    "for no problem": (_method(name="wiener"), "wiener is used for no problem here"),
+    "no flow": (_method(name="latent-map"), "latent-map needs flow"),
+    "unknown flow": (_method(name="latent-map", flow="glow-face"), "nearest shipped models: glow-faces64"),
+    "bad value": (_method(name="tv", options={"n_iterations": 0}), "n_iterations must be at least 1"),
+    "twice": (
+        lambda r: replace(r, methods=[*r.methods, EvaluatedMethod("tv")]),
+        "tv on denoising-sigma0.1 stands there twice",
+    ),
+    "problem twice": (lambda r: replace(r, problems=[*r.problems, *r.problems]), "stands there twice"),
+    "unknown parameter": (
+        lambda r: replace(r, problems=[EvaluatedProblem("denoising", {"sigmaa": 1})]),
+        "did you mean sigma",
+    ),
+    "published of nobody": (
+        lambda r: replace(r, problems=[EvaluatedProblem("denoising", published={"biharmonik": 1}), *r.problems[1:]]),
+        "did you mean biharmonic",
+    ),
+    "series of unequal length": (
+        lambda r: EvaluatedProblem("denoising", series={"sigma": [1], "noise": []}),
+        "list of values",
+    ),
+    "tuned without images": (_method(name="tv", tune={"regularisation": [1]}), "give tune_images"),
+    "no images": (lambda r: replace(r, images=ImageOptions("nowhere")), "nowhere"),
+    "unknown scale": (lambda r: at_scale(r, "papper"), "no scale 'papper'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_anything_is_written(case: str, recipe: EvaluationOptions, tmp_path: Path) -> None:
+    change, message = REFUSED[case]
+    with pytest.raises((ValueError, OSError), match=re.escape(message)):
+        evaluate(change(recipe), tmp_path / "out", _run())
+    assert not (tmp_path / "out").exists()
+
+
+# Command line and recipes --------------------------------------------------------------------------------------------
+
+
+def _write(path: Path, pictures: Path, **methods: Any) -> list[str]:
+    recipe = {
+        "images": {"source": str(pictures), "image_size": 16},
+        "problems": [{"name": "denoising", "published": {"tv": 25.0}}],
+        "methods": [{"name": "tv", "options": {"n_iterations": 2}, **methods}],
+    }
+    path.write_text(yaml.safe_dump(recipe))
+    return ["evaluate", "--config", str(path), "--out", str(path.parent / "out"), "--limit", "1"]
+
+
+def test_command_prints_a_table(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(_write(tmp_path / "r.yaml", pictures)) == 0
+    printed = capsys.readouterr().out
+    assert "denoising-sigma0.2" in printed and "25.00" in printed and "95 % confidence" in printed
+    table = (tmp_path / "out/summary.md").read_text()
+    assert "| PSNR (dB) | denoising-sigma0.2 |" in table and "(25.00)" in table
+
+
+def test_command_ends_with_status_1_after_a_failure(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _fail_on(monkeypatch, lambda y: True, ValueError("never"))
+    assert main(_write(tmp_path / "r.yaml", pictures)) == 1
+    assert "failed: denoising-sigma0.2, tv, p0: ValueError: never" in capsys.readouterr().err
+
+
+def test_misspelt_key_in_a_list(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(_write(tmp_path / "r.yaml", pictures, batch_sise=3)) == 2
+    assert "unknown key 'batch_sise' in methods; did you mean batch_size?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_in_miniature(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = make_parser()
+    options = parser.instantiate(parser.parse_args(["evaluate", "--config", str(path)]))["evaluate"]
+    assert options.name == path.stem and str(options.images.source).startswith(("../shared/data/", "samples"))
+    assert main(["evaluate", "--config", str(path), "--scale", "smoke", "--out", str(tmp_path)]) == 0, (
+        capsys.readouterr()
+    )
+    records = read_records(tmp_path / "records.jsonl")
+    assert records and all(record["psnr"] > 0 for record in records)

@@ -1,0 +1,231 @@
+"""Super-resolution, MRI and CT are deepinv's operators; measurements and adjoints that do not fit are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepinv
+import pytest
+import torch
+from helpers import assert_adjoint
+from torch import Tensor
+
+from flowprox.operators import (
+    RealMRI,
+    cartesian_mask,
+    check_adjoint,
+    check_measurement,
+    data_prox,
+    imaging,
+    make_physics,
+    measure_each,
+    measurement_shape,
+)
+
+SHAPE = (3, 12, 14)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+# MRI -----------------------------------------------------------------------------------------------------------------
+
+
+def test_mri_of_one_channel_is_deepinvs_with_zero_imaginary_part() -> None:
+    mask, x = cartesian_mask(12, 14), torch.rand(2, 1, 12, 14)
+    theirs = deepinv.physics.MRI(mask=mask)
+    assert torch.equal(RealMRI(mask, (1, 12, 14)).A(x), theirs.A(torch.cat([x, torch.zeros_like(x)], 1)))
+
+
+def test_mri_measures_every_channel_alone() -> None:
+    physics, x = make_physics("mri", SHAPE), torch.rand(2, *SHAPE)
+    mask = physics.get_buffer("mask")
+    each = [RealMRI(mask, (1, 12, 14)).A(x[:, c : c + 1]) for c in range(3)]
+    torch.testing.assert_close(physics.A(x), torch.cat(each, 1))
+
+
+def test_mri_pseudo_inverse_agrees_with_the_measurement() -> None:
+    physics, x = make_physics("mri", SHAPE).double(), torch.rand(2, *SHAPE, dtype=torch.float64)
+    y = physics.A(x)
+    torch.testing.assert_close(physics.A(physics.A_dagger(y)), y)
+    almost = data_prox(torch.zeros_like(x), y, physics, 1e-8)
+    torch.testing.assert_close(physics.A_dagger(y), almost, rtol=0, atol=1e-6)
+
+
+def test_mri_without_acceleration_loses_nothing() -> None:
+    physics, x = make_physics("mri", SHAPE, acceleration=1), torch.rand(2, *SHAPE)
+    torch.testing.assert_close(physics.A_adjoint(physics.A(x)), x)
+
+
+def test_mri_has_noise_only_where_it_measures() -> None:
+    physics, x = make_physics("mri", SHAPE, sigma=0.5), torch.rand(2, *SHAPE)
+    noise = measure_each(x, physics, [0, 1]) - physics.A(x)
+    measured = physics.get_buffer("mask") > 0
+    assert (noise[..., ~measured] == 0).all()
+    assert abs(noise[..., measured].std() - 0.5) < 0.05
+
+
+@pytest.mark.parametrize(("acceleration", "centre_fraction"), [(4, None), (8, None), (2, 0.25), (4, 0.25), (1, 0.0)])
+def test_cartesian_mask_measures_one_in_so_many_columns(acceleration: int, centre_fraction: float | None) -> None:
+    mask = cartesian_mask(16, 64, acceleration, centre_fraction, seed=3)
+    assert torch.equal(mask, mask[:1].expand(16, 64))
+    assert mask[0].sum() == 64 // acceleration
+    assert torch.equal(mask, cartesian_mask(16, 64, acceleration, centre_fraction, seed=3))
+    n_centre = int(64 * (centre_fraction or 0.0))
+    assert mask[0, 32 - n_centre // 2 : 32 + (n_centre + 1) // 2].all()
+
+
+def test_cartesian_mask_follows_the_seed() -> None:
+    assert not torch.equal(cartesian_mask(16, 64, seed=1), cartesian_mask(16, 64, seed=2))
+
+
+# CT and super-resolution ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [0, imaging.MATRIX_LIMIT], ids=["rotated", "matrix"])
+@pytest.mark.parametrize("width", [7, 8])
+def test_ct_is_deepinvs_by_matrix_and_by_rotation(width: int, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(imaging, "MATRIX_LIMIT", limit)
+    physics = make_physics("ct", (2, width, width), n_angles=5)
+    theirs = deepinv.physics.Tomography(5, width, normalize=True)
+    x = torch.rand(3, 2, width, width)
+    y = theirs.A(x)
+    torch.testing.assert_close(physics.A(x), y, rtol=1e-3, atol=1e-3)  # the norm is found to 1e-3
+    scale = physics.get_buffer("operator_norm") / theirs.get_buffer("operator_norm")
+    torch.testing.assert_close(physics.A(x) * scale, y, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(physics.A_adjoint(y) * scale, theirs.A_adjoint(y), rtol=1e-5, atol=1e-5)
+    assert isinstance(physics, imaging.ParallelCT)
+    torch.testing.assert_close(physics.fbp(y / scale), theirs.fbp(y), rtol=1e-4, atol=1e-4)
+
+
+def test_ct_has_norm_one_and_its_adjoint_for_every_dtype_and_batch() -> None:
+    physics = make_physics("ct", (2, 8, 8), n_angles=6)
+    assert_adjoint(physics.A, physics.A_adjoint, (3, 2, 8, 8), dtype=torch.float32, rtol=1e-5)
+    physics = physics.double()
+    assert_adjoint(physics.A, physics.A_adjoint, (1, 2, 8, 8))
+    x = torch.rand(1, 1, 8, 8, dtype=torch.float64)
+    for _ in range(50):
+        x = physics.A_adjoint(physics.A(x / x.norm()))
+    assert x.norm() == pytest.approx(1.0, rel=0.01)
+
+
+def test_ct_sees_the_mass_of_the_image_at_every_angle() -> None:
+    x = torch.zeros(1, 1, 16, 16)
+    x[..., 6:11, 5:12] = torch.rand(5, 7)
+    sums = make_physics("ct", (1, 16, 16), n_angles=8).A(x).sum(2)
+    assert (sums - sums.mean()).abs().max() < 0.02 * sums.mean()
+
+
+def test_gradient_through_the_adjoint_of_ct() -> None:
+    physics = make_physics("ct", (1, 8, 8), n_angles=4).double()
+    y = physics.A(torch.rand(1, 1, 8, 8, dtype=torch.float64)).requires_grad_()
+    weight = torch.rand(1, 1, 8, 8, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((physics.A_adjoint(y) * weight).sum(), y)
+    torch.testing.assert_close(gradient, physics.A(weight))
+
+
+@pytest.mark.parametrize("filter", [None, "bicubic"])
+def test_super_resolution_is_deepinvs(filter: str | None) -> None:
+    physics, x = make_physics("super-resolution", (3, 16, 24), filter=filter, factor=2), torch.rand(2, 3, 16, 24)
+    theirs = deepinv.physics.Downsampling(img_size=(3, 16, 24), filter=filter, factor=2)  # pyright: ignore[reportArgumentType]
+    assert torch.equal(physics.A(x), theirs.A(x))
+    if filter:
+        y, z = physics.A(x), torch.rand(2, 3, 16, 24)
+        torch.testing.assert_close(physics.prox_l2(z, y, 0.5), theirs.prox_l2(z, y, 0.5), rtol=1e-4, atol=1e-5)
+
+
+# Checks for solvers --------------------------------------------------------------------------------------------------
+
+PROBLEMS_OF_EVERY_SHAPE: dict[str, dict[str, Any]] = {
+    "denoising": {},
+    "compressed-sensing": {"m": 30},
+    "one-bit": {"m": 30},
+    "super-resolution": {"factor": 2},
+    "mri": {},
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS_OF_EVERY_SHAPE)
+def test_what_was_measured_passes_the_checks(name: str) -> None:
+    physics = make_physics(name, SHAPE, **PROBLEMS_OF_EVERY_SHAPE[name])
+    y = measure_each(torch.rand(2, *SHAPE), physics, [0, 1])
+    assert measurement_shape(physics, SHAPE) == y.shape[1:]
+    check_measurement(y, physics, SHAPE)
+    check_adjoint(physics, SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("y", "error", "message"),
+    [
+        (torch.zeros(2, 29), ValueError, r"y has shape \(2, 29\), but the operator measures an image .* as \(30,\)"),
+        (torch.zeros(30), ValueError, r"y must be \(B, 30\)"),
+        (torch.zeros(()), ValueError, r"y must be \(B, 30\)"),
+        (torch.zeros(2, 30).int(), TypeError, r"y must be a tensor of floating-point numbers, got torch\.int32"),
+        ([[0.0] * 30], TypeError, "y must be a tensor of floating-point numbers, got list"),
+        (
+            torch.zeros(3, 30).index_fill(0, torch.tensor(1), torch.nan),
+            ValueError,
+            r"y holds 30 values .* in images \[1\]",
+        ),
+        (torch.full((1, 30), torch.inf), ValueError, "y holds 30 values that are NaN or infinite"),
+    ],
+)
+def test_a_measurement_that_does_not_fit_is_refused(y: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        check_measurement(y, make_physics("compressed-sensing", SHAPE, m=30), SHAPE)
+
+
+def _doubled(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda y: y, "A_adjoint is not the adjoint of A"),
+        (lambda y: -2 * y, "A_adjoint is not the adjoint of A"),
+        (lambda y: 2 * y.roll(1, -1), "A_adjoint is not the adjoint of A"),
+        (lambda y: y * torch.nan, "A_adjoint is not the adjoint of A"),
+        (lambda y: 2 * y[..., 1:], "A_adjoint gives shape"),
+    ],
+)
+def test_an_adjoint_that_does_not_fit_is_refused(wrong: Any, message: str) -> None:
+    check_adjoint(deepinv.physics.LinearPhysics(A=_doubled, A_adjoint=_doubled), SHAPE)
+    with pytest.raises(ValueError, match=message):
+        check_adjoint(deepinv.physics.LinearPhysics(A=_doubled, A_adjoint=wrong), SHAPE)
+
+
+def test_the_check_leaves_the_global_generator_alone() -> None:
+    state = torch.get_rng_state()
+    check_adjoint(make_physics("denoising", SHAPE), SHAPE)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        ("super-resolution", {"factor": 5}, "factor must be a positive whole number that divides .* 12x14, got 5"),
+        ("super-resolution", {"factor": 0}, "factor must be a positive whole number"),
+        ("super-resolution", {"factor": 2, "filter": "cubic"}, "unknown filter 'cubic'; known: bicubic"),
+        ("super-resolution", {"factor": 2, "filter": "gaussian"}, "the gaussian filter of factor 2 is larger than"),
+        ("mri", {"acceleration": 0}, "acceleration must be a whole number from 1 to the width 14, got 0"),
+        ("mri", {"acceleration": 15}, "acceleration must be a whole number"),
+        ("mri", {"acceleration": 4, "centre_fraction": 0.5}, r"at most 1/acceleration = 0\.25, got 0\.5"),
+        ("mri", {"mask": torch.zeros(12, 14)}, "mask hides every pixel"),
+        ("ct", {}, "computed tomography takes square images, got 12x14"),
+        ("ct", {"n_angles": 0}, "n_angles must be a positive whole number, got 0"),
+    ],
+)
+def test_bad_input_is_named(name: str, parameters: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_physics(name, SHAPE, **parameters)
+
+
+def test_images_and_measurements_of_another_size_are_refused() -> None:
+    physics = make_physics("mri", SHAPE)
+    with pytest.raises(ValueError, match=r"images of shape \(1, 12, 14\) do not fit the MRI operator"):
+        physics.A(torch.rand(1, 1, 12, 14))
+    with pytest.raises(ValueError, match=r"y of shape \(3, 12, 14\) do not fit .* which takes \(6, 12, 14\)"):
+        physics.A_adjoint(torch.rand(1, 3, 12, 14))

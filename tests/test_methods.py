@@ -1,0 +1,120 @@
+"""Methods by name: each can be made and called; what does not fit is refused by name."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from flowprox.flows import Flow, Glow
+from flowprox.methods import METHODS, check_options, default_options, make_method, run_method
+from flowprox.networks import DCGANGenerator
+from flowprox.operators import PROBLEMS, make_physics, measure_each
+from flowprox.prox import UNetProx
+from flowprox.unfolded import UnfoldedPGD
+
+SHAPE = (3, 8, 8)
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "inpainting": {"mask_size": 3},
+    "deblurring": {"kernel_size": 3},
+    "super-resolution": {"factor": 2},
+    "compressed-sensing": {"m": 30},
+    "one-bit": {"m": 30},
+    "ct": {"n_angles": 6},
+}
+
+
+def _flow() -> Flow:
+    flow = Glow(SHAPE, n_levels=1, n_steps=1, hidden_channels=4)
+    flow.initialize(torch.rand(8, *SHAPE))
+    return flow.eval()
+
+
+def _parts(name: str) -> dict[str, Any]:
+    needs = METHODS[name].needs
+    if name == "unfolded":
+        return {"model": UnfoldedPGD([UNetProx(hidden_channels=4)], start="adjoint").eval()}
+    if name == "gan":
+        return {"model": DCGANGenerator(SHAPE, latent_size=2, hidden_channels=4, n_scales=2)}
+    return {"flow": _flow()} if needs else {}
+
+
+CASES = [(name, problem) for name, kind in METHODS.items() for problem in PROBLEMS if kind.applies_to(problem)]
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_every_method_reconstructs_from_every_problem_it_is_for(case: tuple[str, str]) -> None:
+    name, problem = case
+    if name == "bm3d":
+        pytest.importorskip("bm3d")
+    shape = (3, 16, 16) if name == "bm3d" else SHAPE
+    physics = make_physics(problem, shape, **{"sigma": 0.1, **PARAMETERS.get(problem, {})})
+    y = measure_each(torch.rand(2, *shape), physics, [0, 1])
+    method = make_method(name, problem, **_parts(name), **METHODS[name].quick)
+    outcome = run_method(method, y, physics)
+    assert outcome.estimate.shape == (2, *shape) and bool(outcome.estimate.isfinite().all())
+    assert len(outcome.facts) == 2
+
+
+def test_default_options_are_options_of_the_class() -> None:
+    for name, kind in METHODS.items():
+        check_options(name, kind.quick)
+        for problem in kind.defaults:
+            assert problem == "" or (problem in PROBLEMS and kind.applies_to(problem))
+            check_options(name, default_options(name, problem))
+
+
+def test_options_override_the_defaults_of_the_problem() -> None:
+    assert make_method("tv").regularisation == 6e-4
+    assert make_method("tv", "denoising").regularisation == 0.24
+    assert make_method("tv", "denoising", regularisation=0.1).regularisation == 0.1
+    assert make_method("lasso-wavelet").basis == "wavelet"
+
+
+def test_options_of_an_optimiser_are_options_of_the_method() -> None:
+    flow = _flow()
+    method = make_method("latent-map", flow=flow, n_iterations=7)
+    assert type(method.optimiser).__name__ == "LBFGS" and method.optimiser.n_iterations == 7
+    method = make_method("latent-map", flow=flow, optimiser="adam", learning_rate=0.5)
+    assert type(method.optimiser).__name__ == "Adam" and method.optimiser.learning_rate == 0.5
+    with pytest.raises(ValueError, match="n_pairs is of no use"):
+        make_method("latent-map", flow=flow, optimiser="adam", n_pairs=3)
+    with pytest.raises(ValueError, match="optimiser must be lbfgs or adam"):
+        make_method("latent-map", flow=flow, optimiser="sgd")
+    assert make_method("posterior", flow=flow, step_size=0.1).options.step_size == 0.1
+
+
+def test_noise_by_name_and_by_flow() -> None:
+    flow = _flow()
+    noise = make_method("noise-map", flow=flow, noise={"name": "gaussian", "sigma": 0.3}, shape=SHAPE).noise
+    assert float(noise.sigma) == pytest.approx(0.3)
+    assert type(make_method("noise-map", flow=flow, noise=_flow()).noise).__name__ == "FlowNoise"
+    with pytest.raises(ValueError, match="by name needs"):
+        make_method("noise-map", flow=flow, noise="gaussian")
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown name": ({"name": "latentmap"}, "did you mean latent-map"),
+    "unknown option": ({"name": "tv", "regularization": 1.0}, "did you mean regularisation"),
+    "flow missing": ({"name": "latent-map"}, "method latent-map needs flow"),
+    "either missing": ({"name": "plug-and-play"}, "needs flow or model"),
+    "model missing": ({"name": "gan"}, "method gan needs model"),
+    "flow of no use": ({"name": "tv", "flow": "glow-faces64"}, "tv has no use for flow"),
+    "noise of no use": (
+        {"name": "bm3d", "noise": "gaussian"},
+        "no use for noise, which is for noise-map and posterior",
+    ),
+    "no flow": ({"name": "latent-map", "flow": "unfolded-denoising-faces64"}, "is a UnfoldedPGD, not a flow"),
+    "no reconstructor": ({"name": "unfolded", "model": "glow-faces64"}, "does not reconstruct by itself"),
+    "wrong problem": ({"name": "wiener", "problem": "denoising"}, "wiener is not for denoising; it is for deblurring"),
+    "option of a network": ({"name": "unfolded", "model": "x", "n_folds": 3}, "method unfolded has no options"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str) -> None:
+    arguments, message = REFUSED[case]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_method(**arguments)
