@@ -123,7 +123,9 @@ def test_data_prox_is_the_dense_solution_and_so_is_its_gradient(
     def dense(v: Tensor, y: Tensor, rho: Tensor) -> Tensor:
         diagonal = rho.expand(2)[:, None, None] * torch.eye(matrix.shape[1], dtype=torch.float64)
         right = y.flatten(1) @ matrix + rho.expand(2)[:, None] * v.flatten(1)
-        return torch.linalg.solve(matrix.T @ matrix + diagonal, right).view_as(v)
+        # by Cholesky: a batched LU goes wrong on the CPU after torch.set_num_threads (pytorch/pytorch#142815)
+        factor = torch.linalg.cholesky(matrix.T @ matrix + diagonal)
+        return torch.cholesky_solve(right[:, :, None], factor).view_as(v)
 
     expected = dense(*inputs)
     reached = data_prox(inputs[0], inputs[1], physics, inputs[2], max_iter=500, tol=1e-10)
