@@ -44,7 +44,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--version", action="version", version=f"flowprox {__version__}")
     commands = parser.add_subcommands(dest="command", required=True)
     for name, command in COMMANDS.items():
-        summary = (command.run.__doc__ or "").partition("\n")[0]
+        summary = (command.function.__doc__ or "").partition("\n")[0]
         commands.add_subcommand(name, _command_parser(command, summary), help=summary)
     return parser
 
@@ -54,15 +54,17 @@ def _command_parser(command: Command, summary: str) -> ArgumentParser:
     if command.has_recipe:
         parser.add_argument("--config", action="config", help="recipe (YAML) with any of the options below")
     own: set[str | int] = {*command.several, "n", command.positional}
-    own &= set(inspect.signature(command.run).parameters)
+    own &= set(inspect.signature(command.function).parameters)
     if command.positional:
-        parser.add_argument(command.positional, nargs=command.n_positional, help=_help(command.run, command.positional))
+        parser.add_argument(
+            command.positional, nargs=command.n_positional, help=_help(command.function, command.positional)
+        )
     for name, word in command.several.items():
         kind = int if word == "N" else str
-        parser.add_argument(f"--{name}", nargs="+", metavar=word, type=kind, help=_help(command.run, name))
+        parser.add_argument(f"--{name}", nargs="+", metavar=word, type=kind, help=_help(command.function, name))
     if "n" in own:
-        parser.add_argument("-n", "--n", type=int, default=16, help=_help(command.run, "n"))
-    parser.add_function_arguments(command.run, as_positional=False, skip=own)
+        parser.add_argument("-n", "--n", type=int, default=16, help=_help(command.function, "n"))
+    parser.add_function_arguments(command.function, as_positional=False, skip=own)
     return parser
 
 
@@ -107,7 +109,7 @@ def _run(words: list[str]) -> int:
     arguments = parser.instantiate(parsed)
     name = str(arguments["command"])
     options = {key: value for key, value in vars(arguments[name]).items() if key != "config"}
-    return COMMANDS[name].run(**options) or 0
+    return COMMANDS[name].run(**options)
 
 
 def _complete_switches(words: list[str]) -> list[str]:
@@ -185,7 +187,7 @@ def _with_remedy(message: str, words: list[str]) -> str:
 def _whose_key(key: str, words: list[str]) -> str:
     """Which other training command has a key that this one lacks: the recipe may be meant for it."""
     top = key.partition(".")[0]
-    having = [n for n, c in COMMANDS.items() if c.has_recipe and top in inspect.signature(c.run).parameters]
+    having = [n for n, c in COMMANDS.items() if c.has_recipe and top in inspect.signature(c.function).parameters]
     return f"{top!r} is a key of {' and '.join(having)}" if having and not {*having} & {*words} else ""
 
 

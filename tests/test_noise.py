@@ -33,8 +33,9 @@ from flowprox.noise import (
 )
 from flowprox.operators import SeededGaussianNoise, make_physics, measure, measure_each
 from flowprox.options import LikelihoodOptions, NoiseOptions, TrainingOptions
-from flowprox.tasks import Task, noise_task
-from flowprox.training import fit, train_flow
+from flowprox.training import train_flow
+from flowprox.training.loop import fit
+from flowprox.training.tasks import Task, noise_task
 
 SHAPE = (3, 8, 12)
 
@@ -287,7 +288,7 @@ def options(**changes: Any) -> TrainingOptions:
 def test_trained_flow_approaches_the_exact_density(name: str, tmp_path: Path) -> None:
     noise = NoiseOptions(name, {"sigma": 0.5}, image_size=8, channels=1)
     training = options(max_steps=120, learning_rate=3e-3, validate_every=40, n_validation_images=512)
-    result = train_flow(PIXELWISE, None, training, None, str(tmp_path), name="toy", noise=noise)
+    result = train_flow(PIXELWISE, training, noise=noise, out=str(tmp_path), name="toy")
     assert result.skipped == 0 and abs(result.metrics["excess_nats"]) < 0.3  # of 64 entries
     model = load_model(tmp_path / "model")
     assert isinstance(model, FlowNoise) and model.image_shape == (1, 8, 8)
@@ -348,8 +349,8 @@ def test_stopped_run_continues_to_the_bit(digits: Path, tmp_path: Path) -> None:
 
 def test_training_continues_from_a_noise_flow(tmp_path: Path) -> None:
     noise = NoiseOptions("gaussian", {"sigma": 0.2}, image_size=8, channels=1)
-    train_flow(PIXELWISE, None, options(), None, str(tmp_path / "first"), noise=noise)
-    train_flow(str(tmp_path / "first" / "model"), None, options(), None, str(tmp_path / "second"), noise=noise)
+    train_flow(PIXELWISE, options(), noise=noise, out=str(tmp_path / "first"))
+    train_flow(str(tmp_path / "first" / "model"), options(), noise=noise, out=str(tmp_path / "second"))
     assert isinstance(load_model(tmp_path / "second").flow, PixelwiseFlow)
 
 
@@ -387,9 +388,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "generators": (lambda: GaussianNoise().sample_like(torch.zeros(2, 3), [generator()]), "got 1 for 2 images"),
     "no digits": (lambda: make_noise("mnist", SHAPE), "needs path"),
     "not a file of digits": (lambda: make_noise("mnist", SHAPE, path=__file__), "no idx file"),
-    "data and noise": (lambda: train_flow("compact", None, options()), "give data"),
+    "data and noise": (lambda: train_flow("compact", options()), "give data"),
     "likelihood of noise": (
-        lambda: train_flow("compact", None, options(), LikelihoodOptions(bit_depth=5), noise=NoiseOptions("gaussian")),
+        lambda: train_flow(
+            "compact", options(), noise=NoiseOptions("gaussian"), likelihood=LikelihoodOptions(bit_depth=5)
+        ),
         "likelihood tells how images",
     ),
     "epochs of noise": (

@@ -15,9 +15,9 @@ from PIL import Image
 
 from flowprox import list_models
 from flowprox.cli import main, make_parser
-from flowprox.gan_training import gan_task
 from flowprox.options import NoiseOptions
-from flowprox.tasks import denoising_task, likelihood_task, noise_task, reconstruction_task
+from flowprox.training.gan import gan_task
+from flowprox.training.tasks import denoising_task, likelihood_task, noise_task, reconstruction_task
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 COMMANDS = {"flow": "train-flow", "model": "train-unfolded", "denoiser": "train-denoiser", "gan": "train-gan"}

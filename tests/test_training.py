@@ -35,8 +35,10 @@ from flowprox.options import (
 )
 from flowprox.prox import FlowProx
 from flowprox.spec import Specified
-from flowprox.tasks import LikelihoodTask, ReconstructionTask, Task, dequantise, make_flow, reconstruction_task
-from flowprox.training import fit, train_denoiser, train_flow, train_unfolded
+from flowprox.training import train_denoiser, train_flow, train_unfolded
+from flowprox.training.building import make_flow
+from flowprox.training.loop import fit
+from flowprox.training.tasks import LikelihoodTask, ReconstructionTask, Task, dequantise, reconstruction_task
 from flowprox.unfolded import UnfoldedPGD
 
 SIZE = 8
@@ -58,7 +60,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def flow(images: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a pretrained flow."""
     out = tmp_path_factory.mktemp("flow")
-    train_flow(FLOW, data(images), options(max_steps=40), LikelihoodOptions(noise_range=[0.0, 0.2]), str(out))
+    likelihood = LikelihoodOptions(noise_range=[0.0, 0.2])
+    train_flow(FLOW, options(max_steps=40), data(images), likelihood=likelihood, out=str(out))
     return str(out / "model")
 
 
@@ -106,7 +109,7 @@ def assert_same_run(first: Path, second: Path) -> None:
 def test_flow_learns(images: Path, tmp_path: Path) -> None:
     likelihood = LikelihoodOptions(bit_depth=5, noise_range=[0.0, 0.1])
     training = options(max_steps=60, learning_rate=1e-2, validate_every=20, ema_decay=0.9)
-    result = train_flow(FLOW, data(images), training, likelihood, str(tmp_path), name="toy")
+    result = train_flow(FLOW, training, data(images), likelihood=likelihood, out=str(tmp_path), name="toy")
     figures = [row["validation_bits_per_dimension"] for row in rows(tmp_path) if "validation_bits_per_dimension" in row]
     assert len(figures) == 3 and figures[-1] < figures[0] - 0.05
     assert result.reason == "max_steps" and result.skipped == 0 and result.metrics["bits_per_dimension_clean"] > 0
@@ -176,7 +179,7 @@ def test_pretrained_denoiser_starts_the_folds(images: Path, tmp_path: Path) -> N
 
 def test_without_validation_the_last_model_is_saved(images: Path, tmp_path: Path) -> None:
     sources = sorted(str(path) for path in images.iterdir())
-    result = train_flow(FLOW, data(images, train=sources[:20], validation=None), options(), None, str(tmp_path))
+    result = train_flow(FLOW, options(), data(images, train=sources[:20], validation=None), out=str(tmp_path))
     assert result.metrics == {} and (tmp_path / "loss.png").exists()
     assert_same(
         dict(load_model(tmp_path / "model").state_dict()), dict(load_training_state(tmp_path / "state.pt")["model"])
@@ -228,9 +231,9 @@ def test_killed_run_continues_to_the_bit(images: Path, tmp_path: Path) -> None:
     flags = [value for name, value in state["model"].items() if name.endswith("initialized")]
     assert flags and all(flags)
 
-    result = train_flow(FLOW, data(images), training, likelihood, str(killed), resume=True)
+    result = train_flow(FLOW, training, data(images), likelihood=likelihood, out=str(killed), resume=True)
     assert result.steps == 300
-    train_flow(FLOW, data(images), training, likelihood, str(whole))
+    train_flow(FLOW, training, data(images), likelihood=likelihood, out=str(whole))
     assert_same_run(whole, killed)
     validated = [(row["step"], row["validation_bits_per_dimension"]) for row in rows(killed) if len(row) <= 4]
     assert validated == [(row["step"], row["validation_bits_per_dimension"]) for row in rows(whole) if len(row) <= 4]
@@ -264,17 +267,17 @@ def test_terminated_run_writes_its_state_and_continues(kind: str, images: Path, 
 def test_a_run_is_neither_overwritten_nor_continued_with_other_settings(
     images: Path, flow: str, tmp_path: Path
 ) -> None:
-    run = partial(train_flow, out=str(tmp_path), likelihood=None)
-    run(FLOW, data(images), options())
+    run = partial(train_flow, out=str(tmp_path))
+    run(FLOW, options(), data(images))
     with pytest.raises(FileExistsError, match="already holds a run"):
-        run(FLOW, data(images), options())
+        run(FLOW, options(), data(images))
     with pytest.raises(ValueError, match="made with seed 0, not 1"):
-        run(FLOW, data(images), options(seed=1), resume=True)
+        run(FLOW, options(seed=1), data(images), resume=True)
     with pytest.raises(ValueError, match="n_images"):
-        run(FLOW, data(images, limit=10), options(), resume=True)
+        run(FLOW, options(), data(images, limit=10), resume=True)
     with pytest.raises(ValueError, match="trains another model"):
-        run("compact", data(images), options(), resume=True)
-    assert run(FLOW, data(images), options(max_steps=6), resume=True).steps == 6
+        run("compact", options(), data(images), resume=True)
+    assert run(FLOW, options(max_steps=6), data(images), resume=True).steps == 6
 
 
 # ------------------------------------------------------------------------------------------------------ limits, options

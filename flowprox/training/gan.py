@@ -1,4 +1,4 @@
-r"""Training of a generative adversarial network, on the loop of ``flowprox.training``.
+r"""Training of a generative adversarial network, on the loop of ``flowprox.training.loop``.
 
     discriminator:  min_D  E softplus(-D(x)) + E softplus(D(G(z)))
     generator:      min_G  E softplus(-D(G(z)))                       (non-saturating)
@@ -10,8 +10,6 @@ with l = D(G(z)), the discriminator's loss sends sigmoid(l) dl/dx to the generat
 
 from __future__ import annotations
 
-import functools
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -22,10 +20,9 @@ from torch import Tensor, nn
 from flowprox.baselines import GANPrior
 from flowprox.networks import DCGANDiscriminator, DCGANGenerator
 from flowprox.options import DataOptions, GANOptions, TrainingOptions
-from flowprox.tasks import Task
-from flowprox.training import TrainingResult, fit
+from flowprox.training.tasks import Task
 
-__all__ = ["GANTask", "gan_task", "train_gan"]
+__all__ = ["GANTask", "gan_task"]
 
 _SETTLING = 8  # batches of 64 latents
 _STEEPEST = 20.0  # exp(-l) is bounded there: such an image gives no gradient to speak of
@@ -117,28 +114,3 @@ def gan_task(options: GANOptions, data: DataOptions) -> GANTask:
     generator = DCGANGenerator(shape, options.latent_size, options.hidden_channels, options.n_scales)
     discriminator = DCGANDiscriminator(shape, options.discriminator_channels, options.n_scales)
     return GANTask(generator, discriminator, options)
-
-
-def train_gan(
-    gan: GANOptions,
-    data: DataOptions,
-    training: TrainingOptions,
-    out: str = "runs/gan",
-    resume: bool = False,
-    name: str = "gan",
-) -> TrainingResult:
-    """Train a DCGAN, whose generator is a prior for ``flowprox.baselines.GANPrior``.
-
-    Arguments:
-        gan: the two networks.
-        data: the images.
-        training: limits, optimiser and devices.
-        out: folder of the run; the generator is written to out/model.
-        resume: continue the run in out, if there is one.
-        name: the model's name in its card.
-
-    Raises:
-        FileExistsError, ValueError, NonFiniteError: see ``flowprox.training.fit``.
-    """
-    recipe = {"gan": asdict(gan), "data": asdict(data), "training": asdict(training), "out": out, "name": name}
-    return fit(functools.partial(gan_task, gan, data), data, training, out, recipe, resume, name)

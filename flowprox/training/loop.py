@@ -1,4 +1,4 @@
-r"""Training of flows and of unfolded networks, on one device or many, resumable to the bit.
+r"""The training loop, on one device or many, resumable to the bit.
 
 Every random number of step t on process r comes from a generator seeded with (seed, t, r), and the images of step t
 follow from (seed, t). So the state of a run is its weights, optimiser, averages and t, and a run that was killed
@@ -10,12 +10,9 @@ The loop is ours; devices, processes and the logger are Lightning Fabric's, and 
 
 from __future__ import annotations
 
-import copy
 import functools
-import hashlib
 import inspect
 import math
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,148 +27,24 @@ from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 from lightning.fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from flowprox.checkpoints import load_training_state, save_model, save_training_state
 from flowprox.data import ImageDataset, ResumableSampler, save_image
 from flowprox.flows import NonFiniteError
-from flowprox.options import (
-    DataOptions,
-    DenoiserOptions,
-    LikelihoodOptions,
-    NoiseOptions,
-    ProblemOptions,
-    TrainingOptions,
-    UnfoldedOptions,
-    parse_duration,
-)
-from flowprox.run_log import RunLog
-from flowprox.tasks import Task, denoising_task, likelihood_task, noise_task, reconstruction_task
+from flowprox.options import DataOptions, NoiseOptions, TrainingOptions, parse_duration
+from flowprox.training.averages import BatchStatistics, WeightAverage
+from flowprox.training.entry import TrainingResult
+from flowprox.training.process import mixed_seed, seed_global_generators, stop_signals
+from flowprox.training.run_log import RunLog
+from flowprox.training.schedule import schedule_factor
+from flowprox.training.tasks import Task
 
-__all__ = ["TrainingResult", "fit", "schedule_factor", "train_denoiser", "train_flow", "train_unfolded"]
+__all__ = ["fit"]
 
 _LOG_EVERY = 20  # steps between two readings of the loss, each of which waits for the device
 _MOST_SKIPPED = 20  # in a row
 _VALIDATION_CHUNK = 64  # images
 _ON_DEVICE = 4 * 2**30  # bytes of training images up to which they are kept on the accelerator
-
-
-@dataclass
-class TrainingResult:
-    """What a run came to.
-
-    Arguments:
-        folder: the run's folder.
-        steps: optimiser steps, skipped ones included.
-        skipped: steps that changed nothing, their loss or gradient being not finite or an outlier (``skip_above``).
-        elapsed: seconds, summed over resumptions.
-        reason: why it ended: "max_steps", "max_epochs", "max_time", "patience" or "signal".
-        metrics: the last validation's figures.
-        best: the best validation's figures and its step; the model in ``folder/model`` is the one of that step.
-    """
-
-    folder: str
-    steps: int
-    skipped: int
-    elapsed: float
-    reason: str
-    metrics: dict[str, float]
-    best: dict[str, float]
-
-
-def train_flow(
-    flow: str | dict[str, Any],
-    data: DataOptions | None,
-    training: TrainingOptions,
-    likelihood: LikelihoodOptions | None = None,
-    out: str = "runs/flow",
-    resume: bool = False,
-    name: str = "flow",
-    noise: NoiseOptions | None = None,
-) -> TrainingResult:
-    """Train a flow on clean images, or on noise, by maximum likelihood.
-
-    Arguments:
-        flow: "compact", "paper", a specification {kind: Glow, arguments: {...}}, or a pretrained flow (name, hub id or
-            folder) to train on.
-        data: the images.
-        training: limits, optimiser and devices.
-        likelihood: bit depth and added noise of images.
-        out: folder of the run; the model is written to out/model.
-        resume: continue the run in out, if there is one.
-        name: the model's name in its card.
-        noise: what to learn in place of images; the model is then a ``FlowNoise``.
-
-    Raises:
-        FileExistsError, ValueError, NonFiniteError: see ``fit``; and ValueError for a flow that cannot be built.
-    """
-    if (data is None) == (noise is None):
-        raise ValueError("give data, the images that the flow is to learn, or noise, and not both")
-    if noise is not None:
-        if likelihood not in (None, LikelihoodOptions()):
-            raise ValueError("likelihood tells how images become continuous; noise needs none: leave it out")
-        recipe = _recipe(flow=flow, noise=noise, training=training, out=out, name=name)
-        return fit(functools.partial(noise_task, flow, noise), noise, training, out, recipe, resume, name)
-    assert data is not None
-    likelihood = likelihood or LikelihoodOptions()
-    recipe = _recipe(flow=flow, data=data, training=training, likelihood=likelihood, out=out, name=name)
-    make_task = functools.partial(likelihood_task, flow, data, likelihood)
-    return fit(make_task, data, training, out, recipe, resume, name)
-
-
-def train_unfolded(
-    model: UnfoldedOptions,
-    problem: ProblemOptions,
-    data: DataOptions,
-    training: TrainingOptions,
-    out: str = "runs/unfolded",
-    resume: bool = False,
-    name: str = "unfolded",
-) -> TrainingResult:
-    """Train an unfolded network, end to end, for one measurement problem.
-
-    Arguments:
-        model: the network: its prox, the number of folds, where it starts.
-        problem: the operator and its noise.
-        data: the clean images.
-        training: limits, optimiser and devices.
-        out: folder of the run; the model is written to out/model.
-        resume: continue the run in out, if there is one.
-        name: the model's name in its card.
-
-    Raises:
-        FileExistsError, ValueError, NonFiniteError: see ``fit``; ValueError also for what cannot be built.
-    """
-    recipe = _recipe(model=model, problem=problem, data=data, training=training, out=out, name=name)
-    make_task = functools.partial(reconstruction_task, model, problem, data)
-    return fit(make_task, data, training, out, recipe, resume, name)
-
-
-def train_denoiser(
-    denoiser: DenoiserOptions,
-    data: DataOptions,
-    training: TrainingOptions,
-    out: str = "runs/denoiser",
-    resume: bool = False,
-    name: str = "denoiser",
-) -> TrainingResult:
-    """Pre-train a ResNet or U-Net prox as a denoiser; ``UnfoldedOptions.pretrained`` starts from out/model.
-
-    Arguments:
-        denoiser: the network and the noise it learns to remove.
-        data: the clean images.
-        training: limits, optimiser and devices.
-        out: folder of the run; the prox is written to out/model.
-        resume: continue the run in out, if there is one.
-        name: the model's name in its card.
-    """
-    recipe = _recipe(denoiser=denoiser, data=data, training=training, out=out, name=name)
-    make_task = functools.partial(denoising_task, denoiser, data)
-    return fit(make_task, data, training, out, recipe, resume, name)
-
-
-def _recipe(**parts: Any) -> dict[str, Any]:
-    return {key: asdict(part) if hasattr(part, "__dataclass_fields__") else part for key, part in parts.items()}
 
 
 @dataclass
@@ -238,13 +111,21 @@ def _strategy(training: TrainingOptions) -> DDPStrategy | str:
 
 
 def _run_job(fabric: Fabric, job: _Job) -> TrainingResult:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(job.training.num_threads or n_threads)
+    with torch.random.fork_rng(devices=[]), _threads(job.training.num_threads), stop_signals() as stop:
+        return _Run(fabric, job, stop).train()
+
+
+@contextmanager
+def _threads(n: int | None) -> Iterator[None]:
+    """n threads within the block. Untouched for None: setting their number breaks batched LU (pytorch/pytorch#142815)."""
+    before = torch.get_num_threads()
+    if n is not None and n != before:
+        torch.set_num_threads(n)
     try:
-        with torch.random.fork_rng(devices=[]), _stop_signals() as stop:
-            return _Run(fabric, job, stop).train()
+        yield
     finally:
-        torch.set_num_threads(n_threads)
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
 
 
 class _Run:
@@ -265,15 +146,15 @@ class _Run:
         self.error: NonFiniteError | None = None
 
         state = self._read_state()
-        _seed_global_generators(self.options.seed, self.device)
+        seed_global_generators(self.options.seed, self.device)
         self.task = job.make_task().to(self.device)
         if self.options.channels_last:
             self.task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._initialize_model(state)
         self.optimizer, self.rates = self._make_optimizer()
         self.forward = fabric.setup_module(self.task)
-        self.average = _Average(self.task.model, self.options.ema_decay)
-        self.batch_statistics = _BatchStatistics(self.task.model)
+        self.average = WeightAverage(self.task.model, self.options.ema_decay)
+        self.batch_statistics = BatchStatistics(self.task.model)
         if state is not None:
             self._restore(state)
         self.batches = self._endless_batches()
@@ -486,8 +367,8 @@ class _Run:
         return warm * schedule_factor(self.options.schedule, self._progress())
 
     def _seed_step(self) -> torch.Generator:
-        seed = _mix("step", self.options.seed, self.step, self.fabric.global_rank)
-        _seed_global_generators(seed, self.device)
+        seed = mixed_seed("step", self.options.seed, self.step, self.fabric.global_rank)
+        seed_global_generators(seed, self.device)
         return torch.Generator(self.device).manual_seed(seed)
 
     # -- images
@@ -528,7 +409,7 @@ class _Run:
         self._note_best(figures[self.task.figure])
 
     def _validation_generator(self, start: int) -> torch.Generator:
-        return torch.Generator(self.device).manual_seed(_mix("validation", self.options.seed, start))
+        return torch.Generator(self.device).manual_seed(mixed_seed("validation", self.options.seed, start))
 
     def _sum_over_processes(self, sums: dict[str, float]) -> dict[str, float]:
         if not self.distributed:
@@ -626,94 +507,6 @@ class _Run:
 _COUNTERS = ("step", "skipped", "skipped_in_a_row", "typical_norm", "elapsed", "figures", "best", "stale")
 
 
-class _Average:
-    """Running average of a model's weights, a <- d a + (1 - d) w, with d rising to ``decay`` over the first steps.
-
-    With decay 0 it is the model itself.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model, self.decay = model, decay
-        self.averaged = copy.deepcopy(model) if decay else model
-        trained = [p.requires_grad for p in model.parameters()]
-        averages, weights = (
-            [p.detach() for p, t in zip(m.parameters(), trained, strict=True) if t] for m in (self.averaged, model)
-        )
-        self.pairs = averages, weights
-
-    def update(self, n: int) -> None:
-        """Take the weights in after the n-th step."""
-        if self.decay:
-            get_ema_multi_avg_fn(min(self.decay, n / (n + 10)))(*self.pairs, n)
-
-    def current(self, distributed: bool = False) -> nn.Module:
-        """The averaged model, with the model's present buffers; all processes then have those of process 0."""
-        if distributed:
-            for buffer in self.model.buffers():
-                if buffer.is_floating_point():
-                    torch.distributed.broadcast(buffer, 0)
-        if self.decay:
-            for ours, theirs in zip(self.averaged.buffers(), self.model.buffers(), strict=True):
-                ours.copy_(theirs)
-        return self.averaged
-
-    def state_dict(self) -> dict[str, Tensor] | None:
-        """None without averaging."""
-        return self.averaged.state_dict() if self.decay else None
-
-    def load_state_dict(self, state: dict[str, Tensor] | None) -> None:
-        """A run that was not averaged so far starts from its present weights."""
-        if self.decay:
-            self.averaged.load_state_dict(self.model.state_dict() if state is None else state)
-
-
-class _BatchStatistics:
-    """The running statistics of batch normalisations before a step: one that has seen a NaN would keep it for ever."""
-
-    def __init__(self, model: nn.Module) -> None:
-        names = ("running_mean", "running_var", "num_batches_tracked")
-        self.live = [buffer for name, buffer in model.named_buffers() if name.endswith(names)]
-        self.kept = [buffer.clone() for buffer in self.live]
-
-    def keep(self) -> None:
-        for kept, live in zip(self.kept, self.live, strict=True):
-            kept.copy_(live)
-
-    def put_back(self) -> None:
-        for kept, live in zip(self.kept, self.live, strict=True):
-            live.copy_(kept)
-
-
-def schedule_factor(schedule: str, progress: float) -> float:
-    """The learning rate relative to its peak, for progress from 0 to 1.
-
-    Example:
-        >>> [round(schedule_factor("cosine", p), 3) for p in (0.0, 0.5, 1.0)]
-        [1.0, 0.5, 0.0]
-    """
-    if schedule == "constant":
-        return 1.0
-    if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    rise, low = 0.3, 0.04  # one-cycle
-    if progress < rise:
-        return low + (1 - low) * 0.5 * (1 - math.cos(math.pi * progress / rise))
-    return 0.5 * (1 + math.cos(math.pi * (progress - rise) / (1 - rise)))
-
-
-def _mix(*parts: str | int) -> int:
-    """One seed, below 2^63, from several parts; neighbouring numbers give unrelated seeds."""
-    digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def _seed_global_generators(seed: int, device: torch.device) -> None:
-    """For whatever draws from them, such as dropout; ``torch.manual_seed`` would take a stack trace every time."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
-
-
 def _images(data: DataOptions, source: str | list[str], split: str, limit: int | None) -> Tensor:
     dataset = ImageDataset(
         source,
@@ -724,24 +517,3 @@ def _images(data: DataOptions, source: str | list[str], split: str, limit: int |
         limit=limit,
     )
     return dataset.images
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event set by SIGTERM or SIGINT, so that a run can write its state; a second SIGINT interrupts as usual."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def on_signal(number: int, frame: Any) -> None:
-        if stop.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,0 +1,105 @@
+"""The command that compares methods."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flowprox.commands.tables import digits
+from flowprox.evaluation_options import EvaluatedMethod, EvaluatedProblem, EvaluationOptions, ImageOptions, ScaleOptions
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    images: ImageOptions,
+    problems: list[EvaluatedProblem],
+    methods: list[EvaluatedMethod],
+    tune_images: ImageOptions | None = None,
+    scales: dict[str, ScaleOptions] | None = None,
+    out: str = "runs/evaluation",
+    scale: str = "small",
+    limit: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    n_pictures: int = 4,
+    name: str = "evaluation",
+) -> int:
+    """Compare methods on problems and images; an interrupted run continues where it was.
+
+    Arguments:
+        images: the test images.
+        problems: list of measurement problems.
+        methods: list of reconstruction methods.
+        tune_images: the images that options are tuned on.
+        scales: name of a scale and what it replaces in the recipe.
+        out: folder of the results; the same command continues an earlier run in it.
+        scale: "smoke" (seconds, on the pictures that ship), "small" (the recipe as written) or one of the recipe's own.
+        limit: use only the first so many images.
+        seed: of the noise, which is the same for every method.
+        device: cpu, cuda or mps.
+        n_pictures: write the pictures of so many images.
+        name: of the recipe, for the records.
+    """
+    recipe = EvaluationOptions(images, problems, methods, tune_images, scales or {}, name)
+    from flowprox.checkpoints import atomic_write
+    from flowprox.evaluation.benchmark import RunOptions, evaluate
+    from flowprox.evaluation.plan import published_figures
+    from flowprox.evaluation.summary import summary_markdown, summary_rows
+
+    records = evaluate(recipe, out, RunOptions(scale, limit, seed, device, n_pictures))
+    rows = summary_rows(records, {} if scale == "smoke" else published_figures(recipe, scale))
+    with atomic_write(os.path.join(out, "summary.md"), "w") as file:
+        file.write(summary_markdown(rows))
+    _print_evaluated(rows)
+    print(f"records: {os.path.join(out, 'records.jsonl')}")
+    return _report_failures(records)
+
+
+def _print_evaluated(rows: Sequence[Any]) -> None:
+    """Table of ``evaluation.summary.Row``, a section per problem; a column appears where a row has something in it."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    head = ["method", "PSNR (dB)", "published", "SSIM", "s / image", "images", "failed", "tuned"]
+    lines = [_evaluated(row) for row in rows]
+    shown = [i for i in range(len(head)) if any(line[i] for line in lines)]
+    table = Table(caption="PSNR clipped to [0, 1], mean over images ± 95 % confidence", caption_justify="left")
+    for i in shown:
+        table.add_column(head[i], justify="right" if i else "left", overflow="fold")
+    before = None
+    for row, line in zip(rows, lines, strict=True):
+        if row.problem != before:
+            table.add_section()
+            table.add_row(Text(row.problem, style="bold"))
+        table.add_row(*(Text(("" if i else "  ") + line[i]) for i in shown))
+        before = row.problem
+    console = Console()
+    (console if console.is_terminal else Console(width=120)).print(table)
+
+
+def _evaluated(row: Any) -> list[str]:
+    return [
+        row.method,
+        digits(row.psnr, 2) + ("" if row.psnr_interval is None else f" ± {row.psnr_interval:.2f}"),
+        "" if row.published is None else f"{row.published:.2f}",
+        digits(row.ssim, 3),
+        digits(row.seconds, 3),
+        str(row.n_images),
+        str(row.n_failed or ""),
+        ", ".join(f"{key} {value}" for key, value in row.tuned.items()),
+    ]
+
+
+def _report_failures(records: Sequence[Mapping[str, Any]], n_shown: int = 5) -> int:
+    """One line per failure, on standard error; the exit status."""
+    failures = [record for record in records if "failed" in record]
+    for record in failures[:n_shown]:
+        place = f"{record['problem']}, {record['method']}, {record['image']}"
+        print(f"flowprox: failed: {place}: {record['failed']}", file=sys.stderr)
+    if len(failures) > n_shown:
+        print(f"flowprox: failed: {len(failures) - n_shown} more, see the records", file=sys.stderr)
+    return 1 if failures else 0

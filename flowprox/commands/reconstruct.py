@@ -1,0 +1,85 @@
+"""The command that reconstructs files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flowprox.commands.tables import digits, key_values, mean, print_table
+
+__all__ = ["reconstruct"]
+
+
+def reconstruct(
+    inputs: list[str],
+    out: str,
+    model: str | None = None,
+    method: str | None = None,
+    flow: str | None = None,
+    noise: list[str] | None = None,
+    options: list[str] | None = None,
+    problem: str | None = None,
+    parameters: list[str] | None = None,
+    size: list[int] | None = None,
+    measured: bool = False,
+    seed: int = 0,
+    operator_seed: int | None = None,
+    pad: bool = True,
+    device: str = "cpu",
+) -> None:
+    """Reconstruct images or measurements with a trained network, a flow as it is, or a classical method.
+
+    Clean images are measured first, and compared with what is reconstructed from that.
+
+    Arguments:
+        inputs: image files, measured arrays (.npy), folders of either; before an option of several words, or after "--".
+        out: folder to make: images, measurements, records.jsonl with the figures, and from posterior the deviations.
+        model: the trained network: a shipped model (see "flowprox models"), a folder, or a hub id. Alone it means method
+            unfolded.
+        method: adjoint, unfolded, latent-map, noise-map, posterior, bm3d, lasso-dct, lasso-wavelet, tv, wavelet, gan,
+            plug-and-play, biharmonic or wiener.
+        flow: the prior of latent-map, noise-map, posterior and plug-and-play: a shipped model, a folder, or a hub id;
+            by default glow-faces64.
+        noise: density of the noise, for noise-map and posterior: a flow trained on noise (a shipped model such as
+            noise-mnist64, a folder or hub id), or a name with KEY=VALUE ... (gaussian, sinusoidal, radial); by default
+            the noise of the problem.
+        options: KEY=VALUE ... of the method.
+        problem: denoising, inpainting, random-inpainting, deblurring, super-resolution, compressed-sensing, one-bit, mri
+            or ct; by default the one in the model's card.
+        parameters: KEY=VALUE ... of the problem.
+        size: height and width, or channels, height and width, of the image behind measurements that do not show it
+            (compressed sensing, MRI, CT); by default those of the flow.
+        measured: image files are measurements, not clean images; arrays always are.
+        seed: of the noise; each image's own follows from it and the file's name.
+        operator_seed: of what is drawn with the operator, such as a mask or matrix; by default the one in the model's
+            card.
+        pad: extend images whose sides the model cannot take, and crop back; --no-pad refuses them.
+        device: cpu, cuda or mps.
+    """
+    given = key_values(parameters or [], "parameters")
+    chosen = key_values(options or [], "options")
+    density = {"name": noise[0], **key_values(noise[1:], "noise")} if noise and len(noise) > 1 else (noise or [None])[0]
+    from flowprox.reconstruction import ReconstructionJob, reconstruct_files
+
+    job = ReconstructionJob(
+        model, problem, given, measured, seed, operator_seed, pad, device, method, flow, density, chosen, size
+    )
+    records = reconstruct_files(job, inputs, out)
+    print_table(*_results(records))
+    print(f"written to {out}")
+
+
+def _results(records: list[dict[str, Any]], n_shown: int = 40) -> tuple[list[str], list[list[str]]]:
+    known = [record for record in records if "psnr" in record]
+    head = ["image", "height x width", *(["PSNR (dB)", "SSIM"] if known else []), "seconds"]
+    rows = [_result(record, bool(known)) for record in records[:n_shown]]
+    if len(records) > n_shown:
+        rows.append([f"... {len(records) - n_shown} more", *[""] * (len(head) - 1)])
+    means = {key: mean(records, key) for key in ("psnr", "ssim", "seconds")}
+    return head, [*rows, _result({"image": f"mean of {len(records)}", **means}, bool(known))]
+
+
+def _result(record: Mapping[str, Any], with_figures: bool) -> list[str]:
+    size = f"{record['height']}x{record['width']}" if "height" in record else ""
+    figures = [digits(record.get("psnr"), 2), digits(record.get("ssim"), 3)] if with_figures else []
+    return [record["image"], size, *figures, digits(record["seconds"], 3)]

@@ -1,0 +1,108 @@
+"""The models that options describe: a flow, a prox, an unfolded network."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from flowprox.checkpoints import load_model
+from flowprox.flows import Flow, Glow
+from flowprox.noise import FlowNoise
+from flowprox.operators import LearnedBlur
+from flowprox.options import DataOptions, NoiseOptions, ProblemOptions, UnfoldedOptions
+from flowprox.prox import FlowProx, ResNetProx, UNetProx
+from flowprox.spec import build
+from flowprox.unfolded import Unfolded, UnfoldedHQS, UnfoldedPGD
+
+__all__ = ["image_shape", "make_flow", "make_net_prox", "make_unfolded"]
+
+
+def image_shape(data: DataOptions | NoiseOptions) -> tuple[int, int, int]:
+    """(C, H, W) of the images that are trained on."""
+    return data.channels, data.image_size, data.image_size
+
+
+def make_flow(flow: str | dict[str, Any], data: DataOptions | NoiseOptions) -> Flow:
+    """A flow for the images or noise of ``data``: a preset, a specification or a pretrained one (see ``train_flow``).
+
+    Raises:
+        ValueError: it cannot be built, is no flow, or does not take images of that size.
+        FileNotFoundError: there is no such pretrained flow.
+    """
+    shape = image_shape(data)
+    if flow == "compact":
+        made: Any = Glow.compact(shape)
+    elif flow == "paper":
+        made = Glow.paper(shape)
+    elif isinstance(flow, str):
+        made = load_model(flow)
+        made = made.flow if isinstance(made, FlowNoise) else made
+    else:
+        arguments = {"image_shape": list(shape), **flow.get("arguments", {})}
+        made = build({**flow, "arguments": arguments})
+    if not isinstance(made, Flow):
+        raise ValueError(f"flow must be a flow; {flow!r} is a {type(made).__name__}")
+    if made.n_channels != data.channels or data.image_size % made.divisor:
+        raise ValueError(
+            f"the flow takes images of {made.n_channels} channels whose sides are divisible by {made.divisor}; "
+            f"data has {data.channels} channels and image_size {data.image_size}"
+        )
+    return made
+
+
+def make_net_prox(kind: str, arguments: dict[str, Any], data: DataOptions) -> nn.Module:
+    """A ResNet or U-Net prox, untrained, for images of ``data``; ``kind`` is "resnet" or "unet"."""
+    prox = {"resnet": "ResNetProx", "unet": "UNetProx"}[kind]
+    return build({"kind": prox, "arguments": {"n_channels": data.channels, **arguments}})
+
+
+def _make_prox(options: UnfoldedOptions, data: DataOptions) -> nn.Module:
+    if options.prox in ("flow", "plug-and-play"):
+        assert options.flow is not None
+        return FlowProx(make_flow(options.flow, data), base=options.base, channelwise=options.channelwise)
+    if options.pretrained is None:
+        return make_net_prox(options.prox, options.prox_arguments, data)
+    prox = load_model(options.pretrained)
+    if not isinstance(prox, {"resnet": ResNetProx, "unet": UNetProx}[options.prox]):
+        raise ValueError(f"pretrained {options.pretrained!r} is a {type(prox).__name__}, not a {options.prox} prox")
+    return prox
+
+
+def make_unfolded(options: UnfoldedOptions, problem: ProblemOptions, data: DataOptions) -> Unfolded:
+    """The unfolded network that the options describe, untrained except for what is pretrained.
+
+    Raises:
+        ValueError: the parts do not fit each other.
+        FileNotFoundError: there is no such pretrained flow or prox.
+    """
+    first = _make_prox(options, data)
+    shared = options.tied or options.prox == "plug-and-play"
+    common: dict[str, Any] = {
+        "proxes": [first if shared or k == 0 else copy.deepcopy(first) for k in range(options.n_folds)],
+        "shrinkage": options.shrinkage,
+        "start": options.start or ("flow" if isinstance(first, FlowProx) else "adjoint"),
+        "shrink_last": options.shrink_last,
+        "final_data_step": options.final_data_step,
+        "operator": _learned_blur(problem) if options.learn_operator else None,
+    }
+    if options.iteration == "hqs":
+        model: Unfolded = UnfoldedHQS(penalty=options.penalty, **common)
+    else:
+        model = UnfoldedPGD(step_size=options.step_size, **common)
+    if options.prox == "plug-and-play":
+        model.freeze_proxes()
+    if not isinstance(first, FlowProx):
+        model.log_shrinkage.requires_grad_(False)  # these proxes ignore it
+    return model
+
+
+def _learned_blur(problem: ProblemOptions) -> LearnedBlur:
+    if problem.name != "deblurring":
+        raise ValueError(f'learn_operator learns a blur kernel: it needs problem "deblurring", not "{problem.name}"')
+    fixed = [key for key in ("kernel", "boundary") if problem.parameters.get(key) not in (None, "circular")]
+    if fixed:
+        raise ValueError(f"learn_operator learns a circular Gaussian-like kernel; leave out {', '.join(fixed)}")
+    known = {key: problem.parameters[key] for key in ("kernel_size", "sigma_blur") if key in problem.parameters}
+    return LearnedBlur(**known)
