@@ -1,0 +1,162 @@
+"""The registry of reconstruction methods: what each needs, is for, and starts from."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+__all__ = ["METHODS", "MethodKind", "default_options", "method_kind", "nearest_names"]
+
+_LINEAR = (
+    "denoising",
+    "inpainting",
+    "random-inpainting",
+    "deblurring",
+    "super-resolution",
+    "compressed-sensing",
+    "mri",
+    "ct",
+)
+_NO_OPTIONS: Mapping[str, Any] = {}
+
+
+class MethodKind(NamedTuple):
+    """One line of the registry.
+
+    Arguments:
+        target: "module:Class", imported when the method is made; "" for a trained network, which is the method itself.
+        description: one line.
+        needs: what must be given: "flow" (a trained flow), "model" (a trained network or generator), or one of several.
+        takes_noise: whether a noise may be given in the place of the physics' own.
+        problems: names of the problems it applies to; None: all.
+        defaults: options that differ from those of the class, by problem; those of "" hold for all.
+        quick: the options that make it end within seconds, for trying a recipe out.
+    """
+
+    target: str
+    description: str
+    needs: tuple[str, ...] = ()
+    takes_noise: bool = False
+    problems: tuple[str, ...] | None = None
+    defaults: Mapping[str, Mapping[str, Any]] = _NO_OPTIONS
+    quick: Mapping[str, Any] = _NO_OPTIONS
+
+    def missing(self, given: Mapping[str, Any]) -> str | None:
+        """What the method needs and is None in ``given``, which has the keys flow and model."""
+        ways = [need.split(" or ") for need in self.needs]
+        return next((" or ".join(way) for way in ways if all(given.get(key) is None for key in way)), None)
+
+    def applies_to(self, problem: str) -> bool:
+        """Whether the method can be used for a problem of this name."""
+        return self.problems is None or problem in self.problems
+
+
+# a line search cannot follow the straight-through gradient of a sign
+_STRAIGHT_THROUGH = {"optimiser": "adam", "n_iterations": 150, "learning_rate": 0.05, "final_learning_rate": 0.0}
+
+METHODS: dict[str, MethodKind] = {
+    "adjoint": MethodKind("flowprox.methods.running:Adjoint", "A^T y: the measurement carried back", problems=_LINEAR),
+    "unfolded": MethodKind("", "a network trained for the operator", needs=("model",), problems=_LINEAR),
+    "latent-map": MethodKind(
+        "flowprox.solvers:LatentMAP",
+        "MAP in the latent space of a flow (Asim et al. 2020)",
+        needs=("flow",),
+        # Asim et al. (2020), App. A.1: no prior term where A loses much
+        defaults={
+            "denoising": {"gamma": "discrepancy"},
+            "deblurring": {"gamma": "discrepancy"},
+            "one-bit": {"gamma": 1.0, **_STRAIGHT_THROUGH},
+        },
+        quick={"n_iterations": 2},
+    ),
+    "noise-map": MethodKind(
+        "flowprox.solvers:NoiseMAP",
+        "MAP with a flow and a density of the noise (Whang et al. 2021)",
+        needs=("flow",),
+        takes_noise=True,
+        defaults={"one-bit": {"form": "latent", **_STRAIGHT_THROUGH}},
+        quick={"n_iterations": 2},
+    ),
+    "posterior": MethodKind(
+        "flowprox.solvers:PosteriorSampling",
+        "mean of posterior samples drawn in the latent space of a flow",
+        needs=("flow",),
+        takes_noise=True,
+        quick={"n_samples": 4, "n_warmup": 4, "n_chains": 2},
+    ),
+    "bm3d": MethodKind("flowprox.baselines:BM3D", "block matching and 3D filtering", problems=("denoising",)),
+    "lasso-dct": MethodKind(
+        "flowprox.baselines:Lasso",
+        "sparse in a cosine basis",
+        problems=_LINEAR,
+        defaults={"": {"basis": "dct"}},
+        quick={"n_iterations": 5},
+    ),
+    "lasso-wavelet": MethodKind(
+        "flowprox.baselines:Lasso",
+        "sparse in a wavelet basis",
+        problems=_LINEAR,
+        defaults={"": {"basis": "wavelet"}},
+        quick={"n_iterations": 5},
+    ),
+    "tv": MethodKind(
+        "flowprox.baselines:TotalVariation",
+        "total variation",
+        problems=_LINEAR,
+        # tuned on validation faces (benchmarks/classical_baselines.py)
+        defaults={
+            "denoising": {"regularisation": 0.24, "dual_step": 0.05},
+            "compressed-sensing": {"regularisation": 0.1},
+            "inpainting": {"regularisation": 6e-3, "n_iterations": 4000},
+            "random-inpainting": {"regularisation": 6e-3, "n_iterations": 4000},
+        },
+        quick={"n_iterations": 5},
+    ),
+    "wavelet": MethodKind(
+        "flowprox.baselines:WaveletPrior", "wavelet shrinkage prior", problems=_LINEAR, quick={"n_iterations": 5}
+    ),
+    "gan": MethodKind(
+        "flowprox.baselines:GANPrior",
+        "in the range of a generator (Bora et al. 2017)",
+        needs=("model",),
+        quick={"n_steps": 2, "n_restarts": 1},
+    ),
+    "plug-and-play": MethodKind(
+        "flowprox.baselines:PlugAndPlay",
+        "a flow, or a network trained as a denoiser, in the place of the prox",
+        needs=("flow or model",),
+        problems=_LINEAR,
+        quick={"n_iterations": 2},
+    ),
+    "biharmonic": MethodKind(
+        "flowprox.baselines:Biharmonic", "the smoothest filling", problems=("inpainting", "random-inpainting")
+    ),
+    "wiener": MethodKind("flowprox.baselines:Wiener", "regularised inverse filter", problems=("deblurring",)),
+}
+"""Method name -> how it is made."""
+
+
+def default_options(name: str, problem: str | None = None) -> dict[str, Any]:
+    """The options of a method that differ from the defaults of its class, for a problem.
+
+    Example:
+        >>> default_options("lasso-dct")
+        {'basis': 'dct'}
+    """
+    defaults = method_kind(name).defaults
+    return {**defaults.get("", {}), **defaults.get(problem or "", {})}
+
+
+def method_kind(name: str) -> MethodKind:
+    """The registry's line; ``ValueError`` with the nearest names if there is none."""
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; {nearest_names(str(name), METHODS)}")
+    return METHODS[name]
+
+
+def nearest_names(name: str, known: Iterable[str]) -> str:
+    """What to say of a name that is not known."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names) or 'none'}"
