@@ -183,7 +183,7 @@ class FlowDenoiser(Denoiser):
         self.n_steps = n_steps
         self.step_size = step_size
         self.n_samples = n_samples
-        self._spectra: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = {}
+        self._spectra: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}
 
     def forward(self, x: Tensor, sigma: float | Tensor, **kwargs: Any) -> Tensor:
         """Denoised images (B, C, H, W) of x, whose noise has the standard deviation sigma, a number or (B,)."""
@@ -205,9 +205,10 @@ class FlowDenoiser(Denoiser):
     def wiener(self, v: Tensor, variance: Tensor) -> Tensor:
         """Wiener filter of v (B, C, H, W) with the mean and spectrum of the flow's own images; variance (B, 1, 1, 1)."""
         size = tuple(v.shape[-2:])
-        if size not in self._spectra:
-            self._spectra[size] = self._spectrum(v)
-        mean, power, colours = (part.to(v.device) for part in self._spectra[size])
+        key = size, v.dtype, v.device
+        if key not in self._spectra:
+            self._spectra[key] = self._spectrum(v)
+        mean, power, colours = self._spectra[key]
         coefficients = torch.fft.rfft2(v - mean, norm="ortho").permute(0, 2, 3, 1).unsqueeze(-1)
         gain = (power / (power + variance)).unsqueeze(-1)
         filtered = colours @ (gain * (colours.mH @ coefficients))

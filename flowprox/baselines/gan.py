@@ -14,6 +14,7 @@ from deepinv.physics import Physics
 from torch import Tensor, nn
 
 from flowprox.baselines._numpy import require_measurement
+from flowprox.flows import frozen
 
 __all__ = ["GANPrior"]
 
@@ -87,15 +88,11 @@ class GANPrior(Reconstructor):
 
     def forward(self, y: Tensor, physics: Physics) -> Tensor:  # type: ignore[override]
         require_measurement(y)
-        was_training = self.generator.training
-        self.generator.eval()
-        try:
+        with frozen(self.generator):
             with torch.enable_grad():
                 z = self._descend(y, physics)
             with torch.no_grad():
                 return self.generator(z)
-        finally:
-            self.generator.train(was_training)
 
     def _descend(self, y: Tensor, physics: Physics) -> Tensor:
         """The best latent of each image, (B, k)."""

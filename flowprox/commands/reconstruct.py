@@ -66,6 +66,7 @@ def reconstruct(
     )
     records = reconstruct_files(job, inputs, out)
     print_table(*_results(records))
+    _print_notes(records)
     print(f"written to {out}")
 
 
@@ -83,3 +84,15 @@ def _result(record: Mapping[str, Any], with_figures: bool) -> list[str]:
     size = f"{record['height']}x{record['width']}" if "height" in record else ""
     figures = [digits(record.get("psnr"), 2), digits(record.get("ssim"), 3)] if with_figures else []
     return [record["image"], size, *figures, digits(record["seconds"], 3)]
+
+
+def _print_notes(records: list[dict[str, Any]]) -> None:
+    """What the figures do not tell."""
+    unmixed = [record for record in records if str(record.get("reason", "")).startswith("not mixed")]
+    if unmixed:
+        print(
+            f"the chains of {len(unmixed)} of {len(records)} images have not mixed ({unmixed[0]['image']}: "
+            f"{unmixed[0]['reason']}): mean and deviations are rough; give --options more n_warmup and n_samples"
+        )
+    if any(record.get("scaled_to_fit") for record in records):
+        print("signs do not tell the scale of an image: estimates were scaled to fit before they were compared")

@@ -43,6 +43,8 @@ def key_values(words: list[str], option: str) -> dict[str, Any]:
 
 def _value(text: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except ValueError:
         return text
+    in_full = isinstance(value, float) and value.is_integer() and "." not in text
+    return int(value) if in_full else value  # 2e3 is a count as well

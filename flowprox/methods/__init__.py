@@ -10,7 +10,7 @@ arguments of the class, and those of an option object among them.
 from flowprox.methods.kinds import METHODS, MethodKind, default_options
 from flowprox.methods.making import make_method
 from flowprox.methods.options import check_options
-from flowprox.methods.running import Adjoint, Outcome, run_method
+from flowprox.methods.running import Adjoint, Outcome, outcome_of, run_method
 
 __all__ = [
     "METHODS",
@@ -20,5 +20,6 @@ __all__ = [
     "check_options",
     "default_options",
     "make_method",
+    "outcome_of",
     "run_method",
 ]

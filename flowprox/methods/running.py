@@ -9,7 +9,9 @@ from deepinv.models import Reconstructor
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
-__all__ = ["Adjoint", "Outcome", "run_method"]
+from flowprox.solvers import Solution
+
+__all__ = ["Adjoint", "Outcome", "outcome_of", "run_method"]
 
 
 class Adjoint(Reconstructor):
@@ -52,7 +54,11 @@ def run_method(method: Reconstructor, y: Tensor, physics: Physics) -> Outcome:
         if solve is None:
             x_hat = method(y, physics)
             return Outcome(x_hat, [{} for _ in range(len(x_hat))])
-        solution = solve(y, physics)
+        return outcome_of(solve(y, physics))
+
+
+def outcome_of(solution: Solution) -> Outcome:
+    """The parts of a solver's solution that are kept with the image."""
     facts: list[dict[str, Any]] = [{} for _ in range(len(solution.estimate))]
     for key, name in (("reason", "reasons"), *((key, key) for key in ("n_evaluations", "gamma", "restarts"))):
         values = getattr(solution, name, None)

@@ -234,7 +234,9 @@ class ParallelCT(Tomography):
         self.register_buffer("matrix", matrix, persistent=False)
         self.register_buffer("transpose", None if matrix is None else matrix.t().coalesce(), persistent=False)
         x = torch.zeros(1, 1, *image_shape[1:])
-        self.register_buffer("operator_norm", self.compute_sqnorm(x, verbose=False).sqrt())
+        with torch.random.fork_rng(devices=[]):  # the power method starts at random
+            torch.manual_seed(0)
+            self.register_buffer("operator_norm", self.compute_sqnorm(x, verbose=False).sqrt())
         self.normalize = True
         self.to(device)
 

@@ -16,14 +16,15 @@ from torch import Tensor
 
 from flowprox.checkpoints import load_model
 from flowprox.data import load_array, load_image, load_measurement
-from flowprox.evaluation.metrics import psnr, ssim
+from flowprox.evaluation.metrics import best_scaled, psnr, ssim
 from flowprox.evaluation.records import RecordWriter
 from flowprox.flows import Flow, NonFiniteError
-from flowprox.methods import METHODS, check_options, make_method, run_method
+from flowprox.methods import METHODS, check_options, make_method, outcome_of, run_method
 from flowprox.noise import NOISES
-from flowprox.operators import Problem, make_physics, measure_each, measurement_shape
+from flowprox.operators import OneBitSensing, Problem, make_physics, measure_each, measurement_shape
 from flowprox.reconstruction.files import Input, check_free, list_inputs, new_folder, write_array, write_picture
 from flowprox.reconstruction.sizes import EXTENDABLE, Fitted, fit_to_divisor
+from flowprox.solvers import SolverInterrupted
 
 __all__ = ["ReconstructionInterrupted", "ReconstructionJob", "image_seed", "reconstruct_files"]
 
@@ -138,7 +139,8 @@ def reconstruct_files(job: ReconstructionJob, inputs: Sequence[str | Path], out:
         OSError: a file cannot be read, ``out`` is not empty or cannot be written.
         NonFiniteError: the method diverged on an image; the message names it. After this or a ValueError from a later
             image ``out`` holds those that are finished.
-        ReconstructionInterrupted: on Ctrl-C after the first image; ``out`` then holds the images that are finished.
+        ReconstructionInterrupted: on Ctrl-C after the first image, or within the run of a solver, whose best estimate so
+            far is kept and whose record says so (reason "interrupted"); ``out`` holds the images that are finished.
     """
     out = Path(out).absolute()
     check_free(out)
@@ -156,6 +158,9 @@ def reconstruct_files(job: ReconstructionJob, inputs: Sequence[str | Path], out:
             try:
                 for image in images:
                     writer.write(_reconstruct(image, job, operators, engine, folder))
+                    if writer.records[-1].get("reason") == "interrupted":
+                        interrupted = True
+                        break
             except KeyboardInterrupt as error:
                 if not writer.records:
                     raise KeyboardInterrupt("no image is finished, nothing is written") from error
@@ -208,6 +213,11 @@ def _load(job: ReconstructionJob) -> _Engine:
     if prior is not None and not isinstance(prior, Flow):
         raise ValueError(f"flow {flow!r} is a {type(prior).__name__}, not a flow; see flowprox models")
     noise = load_model(job.noise, device=job.device) if _is_model(job.noise) else job.noise
+    if isinstance(noise, Flow):
+        raise ValueError(
+            f"noise {job.noise!r} is a flow of images; train one on noise (train-flow with noise), or give one of "
+            f"{', '.join(NOISES)}"
+        )
     source: Any = prior if prior is not None else model
     card: Any = getattr(model, "card", None)
     names = {"flow": flow, "model": job.model, "noise": job.noise, "options": dict(job.options)}
@@ -344,7 +354,10 @@ def _reconstruct(
         fitted = _fitted(y, physics, shape, engine.divisor)
         _wait(y)
         started = time.perf_counter()
-        outcome = run_method(method, fitted.y, fitted.physics)
+        try:
+            outcome = run_method(method, fitted.y, fitted.physics)
+        except SolverInterrupted as error:  # of a long solve the best so far is worth keeping
+            outcome = outcome_of(error.solution)
         _wait(y)
         seconds = time.perf_counter() - started
     except NonFiniteError as error:
@@ -373,7 +386,9 @@ def _reconstruct(
     }
     if operators.problem.name in DRAWN:
         record["operator_seed"] = operators.seed
-    return record if image.is_measurement else record | {"seed": seed} | _figures(x_hat.cpu(), given.cpu())
+    if image.is_measurement:
+        return record
+    return record | {"seed": seed} | _figures(x_hat.cpu(), given.cpu(), isinstance(physics, OneBitSensing))
 
 
 def _fitted(y: Tensor, physics: Physics, shape: Sequence[int], divisor: int) -> Fitted:
@@ -382,7 +397,10 @@ def _fitted(y: Tensor, physics: Physics, shape: Sequence[int], divisor: int) -> 
     return fit_to_divisor(y, physics, divisor)  # type: ignore[arg-type]
 
 
-def _figures(x_hat: Tensor, x: Tensor) -> dict[str, float]:
+def _figures(x_hat: Tensor, x: Tensor, up_to_scale: bool) -> dict[str, Any]:
+    """PSNR and SSIM; signs do not tell the scale of the image, so that there the estimate is scaled to fit."""
+    if up_to_scale:
+        return _figures(best_scaled(x_hat, x), x, False) | {"scaled_to_fit": True}
     figures = {"psnr": float(psnr(x_hat, x))}
     return figures | ({"ssim": float(ssim(x_hat, x))} if min(x.shape[-2:]) >= 11 else {})
 

@@ -125,11 +125,11 @@ class LBFGS:
     max_evaluations: int | None = None
 
     def __post_init__(self) -> None:
-        _require_positive("n_iterations", self.n_iterations)
+        _require_count("n_iterations", self.n_iterations)
         _require_positive("learning_rate", self.learning_rate)
-        _require_positive("n_pairs", self.n_pairs)
+        _require_count("n_pairs", self.n_pairs)
         if self.max_evaluations is not None:
-            _require_positive("max_evaluations", self.max_evaluations)
+            _require_count("max_evaluations", self.max_evaluations)
         if not self.tolerance >= 0:
             raise ValueError(f"tolerance must be at least 0, got {self.tolerance}")
 
@@ -357,7 +357,7 @@ class Adam:
     epsilon: float = 1e-8
 
     def __post_init__(self) -> None:
-        _require_positive("n_iterations", self.n_iterations)
+        _require_count("n_iterations", self.n_iterations)
         _require_positive("learning_rate", self.learning_rate)
         if not 0 <= self.final_learning_rate <= 1:
             raise ValueError(f"final_learning_rate must lie in [0, 1], got {self.final_learning_rate}")
@@ -451,6 +451,11 @@ def _cosine(progress: float) -> float:
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(dim=1)
+
+
+def _require_count(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive whole number, got {value!r}")
 
 
 def _require_positive(name: str, value: float) -> None:
