@@ -32,6 +32,7 @@ from flowprox.reconstruction import (
     reconstruct_files,
 )
 from flowprox.reconstruction.sizes import _continued
+from flowprox.solvers import Solution, SolverInterrupted
 
 SIGMA_ZERO: dict[str, dict[str, Any]] = {
     "denoising": {"sigma": 0.0},
@@ -200,6 +201,20 @@ def test_interruption_keeps_what_is_finished(model: str, pictures: Path, monkeyp
     assert not (pictures / "nothing").exists()
 
 
+def test_an_interrupted_solve_keeps_its_best_so_far(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(method: Reconstructor, y: Tensor, physics: Physics) -> Outcome:
+        raise SolverInterrupted(Solution(y / 2, None, torch.zeros(1, 1), ["interrupted"], torch.ones(1)))
+
+    monkeypatch.setattr("flowprox.reconstruction.jobs.run_method", interrupted)
+    job = ReconstructionJob(problem="denoising", method="adjoint")
+    with pytest.raises(ReconstructionInterrupted, match="1 of 2 images are finished"):
+        reconstruct_files(job, [pictures / "one", pictures / "two/b.png"], pictures / "rec")
+    (record,) = read_records(pictures / "rec/records.jsonl")
+    assert record["reason"] == "interrupted"
+    half = np.load(pictures / "rec/measurements/a.npy") / 2
+    np.testing.assert_allclose(np.load(pictures / "rec/a.npy"), half, rtol=1e-6)
+
+
 # Methods without training --------------------------------------------------------------------------------------------
 
 
@@ -232,6 +247,21 @@ def test_written_measurements_of_any_form_give_the_same_reconstruction(
     np.testing.assert_allclose(first, second, atol=1e-5)
 
 
+def test_one_bit_figures_do_not_depend_on_the_scale(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"n_iterations": 1}
+    job = ReconstructionJob(problem="one-bit", parameters={"m": 60}, method="noise-map", options=options)
+    figures = []
+    for scale in (1.0, 0.2):
+        monkeypatch.setattr(
+            "flowprox.reconstruction.jobs.run_method",
+            lambda method, y, physics, scale=scale: Outcome(scale * torch.ones(1, 3, 16, 16), [{}]),
+        )
+        save_image(torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)), pictures / "c.png")
+        (record,) = reconstruct_files(job, [pictures / "c.png"], pictures / f"rec{scale}")
+        figures.append((record["psnr"], record["ssim"]))
+    assert figures[0] == pytest.approx(figures[1])
+
+
 SENSING = ReconstructionJob(problem="compressed-sensing", parameters={"m": 40}, method="adjoint", operator_seed=0)
 REFUSED: dict[str, tuple[ReconstructionJob, str]] = {
     "no size": (SENSING, "does not tell the size"),
@@ -243,6 +273,10 @@ REFUSED: dict[str, tuple[ReconstructionJob, str]] = {
     "not for this problem": (
         ReconstructionJob(None, "deblurring", {"kernel_size": 3}, method="bm3d"),
         "bm3d is not for",
+    ),
+    "a flow of images as noise": (
+        ReconstructionJob(problem="denoising", method="noise-map", noise="glow-faces64"),
+        "is a flow of images",
     ),
     "unknown option": (replace(SENSING, method="tv", options={"regularization": 1}), "did you mean regularisation"),
 }

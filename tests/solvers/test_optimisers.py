@@ -182,6 +182,8 @@ def test_too_few_evaluations_for_a_line_search_are_told() -> None:
         {"learning_rate": 0},
         {"n_pairs": 0},
         {"max_evaluations": 0},
+        {"n_iterations": 2.5},
+        {"n_pairs": True},
         {"tolerance": -1},
         {"tolerance": float("nan")},
     ],
