@@ -3,11 +3,12 @@ r"""The weight of the prior from the level of the noise: Bayes' rule for the sca
     ||y - A g(z_gamma)||^2 = tau^2 E||noise||^2          gamma near the rule of Bayes
 
 Symbols: y measurement, A operator, g flow, sigma noise standard deviation, z_gamma minimiser with the weight gamma, tau a
-number near 1. The residual grows with gamma, slowly: near the best image by a fifth of a power. The run begins where the
-posterior has its mode if the flow is right, gamma = sigma^2 for the squared norm. In stages, each of which begins where the
-last one ended, gamma is then moved, for every image by itself, along the secant of log residual against log gamma, but
-never further than ``limit`` from the start: where few measurements determine little, the residual of a good image is far
-below the noise, and matching it would oversmooth.
+number near 1. The residual grows with gamma, slowly: near the best image by a fifth of a power. The rule of Bayes, where the
+posterior has its mode if the flow is right, is gamma = sigma^2 for the squared norm; for the unsquared one it is
+2 sigma^2 ||z||, with the ||z|| of the estimate itself. In stages, each of which begins where the last one ended, gamma is
+moved, for every image by itself, along the secant of log residual against log gamma, but never further than ``limit`` from
+that rule: where few measurements determine little, the residual of a good image is far below the noise, and matching it
+would oversmooth; where the iterations are few, it is still above, and matching it would leave the noise in.
 
 References:
     Morozov 1966, On the solution of functional equations by the method of regularization, Soviet Math. Dokl. 7, 414.
@@ -44,18 +45,18 @@ class Discrepancy:
     Arguments:
         tau: root of the wanted ratio of residual energy to noise energy; MAP estimates that are best in PSNR leave a
             little less than all of the noise.
-        share: where gamma begins, as a part of 0.8 sigma^2 sqrt(D), of sigma^2 for the squared norm and of 0.6 sigma^2
-            for the image form: what Bayes' rule and measurement suggest.
-        limit: largest factor between the first gamma and the last.
+        share: the middle gamma as a part of Bayes' rule: of 2 sigma^2 ||z||, of sigma^2 for the squared norm, and of
+            0.7 sigma^2 for the image form, whose density is best trusted by a third (docs/log.md).
+        limit: largest factor between the middle gamma and the last.
         n_stages: how often gamma is set.
 
     Raises:
         ValueError: a value out of its range.
     """
 
-    tau: float = 0.965
-    share: float = 1.0
-    limit: float = 2.0
+    tau: float = 0.98
+    share: float = 0.85
+    limit: float = 1.25
     n_stages: int = 4
 
     def __post_init__(self) -> None:
@@ -77,7 +78,7 @@ class Discrepancy:
         misfit: Callable[[Tensor], Tensor],
         target: Tensor,
         z: Tensor,
-        scale: Tensor,
+        scale: Callable[[Tensor], Tensor],
         n_iterations: int,
     ) -> tuple[Trace, Tensor]:
         """Run the stages.
@@ -87,14 +88,14 @@ class Discrepancy:
             misfit: ||y - A g(z)||^2 of latents (B, D), (B,).
             target: E||noise||^2, (B,).
             z: where the first stage begins, (B, D).
-            scale: what ``share`` is a part of, (B,).
+            scale: what ``share`` is a part of, (B,), for latents (B, D).
             n_iterations: of all stages together; the first has as many as two of the others.
 
         Returns:
             the trace of all stages, joined, and gamma (B,).
         """
         wanted = 2 * math.log(self.tau) + target.log()
-        middle = (self.share * scale).log()
+        middle = (self.share * scale(z)).log()
         gamma, slope = middle, torch.full_like(middle, _SLOPE)
         n_each = max(1, n_iterations // (self.n_stages + 1))
         parts = [minimise(gamma.exp(), z, max(1, n_iterations - (self.n_stages - 1) * n_each))]
@@ -102,6 +103,7 @@ class Discrepancy:
         for _ in range(self.n_stages - 1):
             if parts[-1].interrupted:
                 break
+            middle = (self.share * scale(parts[-1].z)).log()
             step = ((wanted - left) / slope).clamp(-math.log(_LONGEST), math.log(_LONGEST))
             step = (gamma + step).clamp(middle - math.log(self.limit), middle + math.log(self.limit)) - gamma
             gamma = gamma + step

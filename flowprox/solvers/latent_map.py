@@ -139,9 +139,15 @@ class LatentMAP(Reconstructor):
     def _with_discrepancy(self, problem: LatentProblem, z: Tensor, rule: Discrepancy) -> tuple[Trace, Tensor]:
         energy, n_measured = noise_energy(problem.y, problem.physics)
         variance = energy / n_measured
-        # Bayes' rule ||r||^2 / (2 sigma^2) + 1/2 ||z||^2; ||z|| of a MAP estimate is some way below sqrt(D), and the
-        # density of images is best trusted by a third (docs/log.md)
-        unit = {"unsquared": 0.8 * math.sqrt(z.shape[1]), "squared": 1.0}[self.norm] if self.form == "latent" else 0.6
+
+        def bayes(z: Tensor) -> Tensor:
+            """The weight in ||r||^2 / (2 sigma^2) + 1/2 ||z||^2, times 2 sigma^2."""
+            if self.form == "image":
+                return 0.7 * variance  # the density of images is best trusted by a third (docs/log.md)
+            if self.norm == "squared":
+                return variance
+            length = torch.linalg.vector_norm(z, dim=1)  # at the start z = 0 a common one
+            return 2 * variance * torch.where(length > 0, length, 0.4 * math.sqrt(z.shape[1]))
 
         def minimise(gamma: Tensor, z: Tensor, n_iterations: int) -> Trace:
             return self._minimise(problem, gamma, z, rule.stage(self.optimiser, n_iterations))
@@ -149,7 +155,7 @@ class LatentMAP(Reconstructor):
         def misfit(z: Tensor) -> Tensor:
             return _energy(problem.residual(problem.decode(z)))
 
-        return rule.choose(minimise, misfit, energy, z, unit * variance, self.optimiser.n_iterations)
+        return rule.choose(minimise, misfit, energy, z, bayes, self.optimiser.n_iterations)
 
     def _evaluation(self, problem: LatentProblem, gamma: Tensor, scales: Tensor | None = None) -> Evaluate:
         def objective(z: Tensor) -> Tensor:

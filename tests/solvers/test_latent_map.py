@@ -207,9 +207,18 @@ def test_the_discrepancy_principle_stays_near_the_rule_of_bayes() -> None:
     """With a prior that is right and little noise, matching the residual would oversmooth: the limit holds."""
     flow, physics = gaussian_flow(), operators()["denoising"]
     y = physics(flow.sample(4))
-    solution = LatentMAP(flow, Discrepancy(limit=1.5), norm="squared").solve(y, physics)
+    solution = LatentMAP(flow, Discrepancy(share=1.0, limit=1.5), norm="squared").solve(y, physics)
     assert solution.gamma is not None
     torch.testing.assert_close(solution.gamma, torch.full_like(solution.gamma, 1.5 * 0.01), rtol=1e-6, atol=0)
+
+
+def test_both_norms_have_the_same_estimate_by_the_rule_of_bayes() -> None:
+    """gamma = 2 sigma^2 ||z|| for the unsquared norm, sigma^2 for the squared one: the mode of the posterior."""
+    flow, physics = gaussian_flow(), operators()["denoising"]
+    y = physics(flow.sample(4))
+    rule = Discrepancy(share=1.0, limit=1.0, n_stages=12)
+    unsquared, squared = (LatentMAP(flow, rule, norm=norm).solve(y, physics) for norm in ("unsquared", "squared"))
+    torch.testing.assert_close(unsquared.estimate, squared.estimate, atol=1e-4, rtol=0)
 
 
 def test_operators_that_blow_up_are_survived() -> None:
