@@ -291,6 +291,8 @@ class TrainingOptions:
         skip_above: skip a step whose gradient norm is more than so many times its running average; 0 skips only what is
             not finite. A flow's inverse may amplify an image that falls off its map without bound: such a batch is
             finite, yet one step on it can end a run.
+        n_rollbacks: after twenty skipped steps in a row the run goes back to its best weights, at half the learning rates; so
+            many times, then it ends with an error.
         ema_decay: decay per step of the running average of the weights, which is what is validated and saved; 0 is off.
         max_steps: stop after so many steps.
         max_epochs: stop after so many passes over the training images.
@@ -318,6 +320,7 @@ class TrainingOptions:
     warmup_steps: int = 0
     gradient_clip: float = 1.0
     skip_above: float = 0.0
+    n_rollbacks: int = 3
     ema_decay: float = 0.0
     max_steps: int | None = None
     max_epochs: float | None = None
@@ -343,7 +346,14 @@ class TrainingOptions:
         for name in positive:
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be positive; got {value}")
-        not_negative = ("scalar_learning_rate", "warmup_steps", "gradient_clip", "skip_above", "patience")
+        not_negative = (
+            "scalar_learning_rate",
+            "warmup_steps",
+            "gradient_clip",
+            "skip_above",
+            "n_rollbacks",
+            "patience",
+        )
         for name in (*not_negative, "checkpoint_every"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative; got {getattr(self, name)}")
         _require(0.0 <= self.ema_decay < 1.0, f"ema_decay must be at least 0 and below 1; got {self.ema_decay}")

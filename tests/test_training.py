@@ -333,6 +333,26 @@ def test_steps_that_are_not_finite_change_nothing(images: Path, tmp_path: Path) 
         fit(partial(_Scripted, bad), data(images), options(max_steps=100), tmp_path / "hopeless")
 
 
+def test_a_run_that_lost_its_way_goes_back_to_its_best_weights(images: Path, tmp_path: Path) -> None:
+    """Validated best at step 4; steps 8 to 27 fail, whereupon the run goes on from there with half the rate."""
+    figures = [1.0, 3.0, 2.0] + [0.0] * 20
+    bad = dict.fromkeys(range(8, 28), "NaN")
+    training = options(max_steps=28, validate_every=2, schedule="constant")
+    result = fit(partial(_Scripted, bad, figures), data(images), training, tmp_path / "run")
+    assert result.steps == 28 and result.skipped == 20
+    state = load_training_state(tmp_path / "run/state.pt")
+    best = fit(
+        partial(_Scripted, {}, [1.0, 3.0]), data(images), options(max_steps=4, schedule="constant"), tmp_path / "b"
+    )
+    expected = load_training_state(tmp_path / "b/state.pt")["model"]
+    assert best.steps == 4 and state["counters"]["rollbacks"] == 1
+    assert all(torch.equal(state["model"][name], value) for name, value in expected.items())
+    assert state["optimizer"]["state"] == {}
+    training = options(max_steps=40, validate_every=2, schedule="constant", n_rollbacks=0)
+    with pytest.raises(NonFiniteError, match="20 steps in a row"):
+        fit(partial(_Scripted, bad, figures), data(images), training, tmp_path / "none")
+
+
 def test_early_stopping_keeps_the_best(images: Path, tmp_path: Path) -> None:
     figures = [1.0, 3.0, 2.0, math.nan, 2.5, 9.0]
     training = options(max_steps=100, validate_every=2, patience=3)

@@ -1,14 +1,15 @@
-"""Averages that go along with the weights of a run: of the weights themselves, and of batch normalisations."""
+"""What goes along with the weights of a run: their average, batch statistics, and the weights to go back to."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-__all__ = ["BatchStatistics", "WeightAverage"]
+__all__ = ["BatchStatistics", "KeptWeights", "WeightAverage"]
 
 
 class WeightAverage:
@@ -67,3 +68,22 @@ class BatchStatistics:
     def put_back(self) -> None:
         for kept, live in zip(self.kept, self.live, strict=True):
             live.copy_(kept)
+
+
+class KeptWeights:
+    """A copy in main memory of a model and its average, to go back to when a run has lost its way."""
+
+    def __init__(self, model: nn.Module, average: WeightAverage) -> None:
+        self.model, self.average = model, average
+        self.keep()
+
+    def keep(self) -> None:
+        self.state = {"model": _copied(self.model.state_dict()), "average": _copied(self.average.state_dict())}
+
+    def put_back(self) -> None:
+        self.model.load_state_dict(self.state["model"])
+        self.average.load_state_dict(self.state["average"])
+
+
+def _copied(state: dict[str, Tensor] | None) -> Any:
+    return None if state is None else {name: value.detach().cpu().clone() for name, value in state.items()}

@@ -32,7 +32,7 @@ from flowprox.checkpoints import load_training_state, save_model, save_training_
 from flowprox.data import ImageDataset, ResumableSampler, save_image
 from flowprox.flows import NonFiniteError
 from flowprox.options import DataOptions, NoiseOptions, TrainingOptions, parse_duration
-from flowprox.training.averages import BatchStatistics, WeightAverage
+from flowprox.training.averages import BatchStatistics, KeptWeights, WeightAverage
 from flowprox.training.entry import TrainingResult
 from flowprox.training.process import mixed_seed, seed_global_generators, stop_signals
 from flowprox.training.run_log import RunLog
@@ -84,8 +84,9 @@ def fit(
     Raises:
         FileExistsError: ``out`` holds a run and ``resume`` is false.
         ValueError: the run in ``out`` was made with other data, batch size, seed or model.
-        NonFiniteError: twenty steps in a row were skipped; with several processes, also when a reversible flow finds in
-            backward that it cannot invert, since the others already wait for that gradient.
+        NonFiniteError: twenty steps in a row were skipped, and that once more often than ``n_rollbacks``; with several
+            processes, also when a reversible flow finds in backward that it cannot invert, since the others already wait
+            for that gradient.
     """
     folder = Path(out)
     if (folder / "state.pt").exists() and not resume:
@@ -142,6 +143,7 @@ class _Run:
         self.started, self.elapsed = time.monotonic(), 0.0
         self.figures: dict[str, float] = {}
         self.best: dict[str, float] = {}
+        self.rollbacks = 0
         self.stale, self.reason = 0, ""  # validations since the best one; why the run ends
         self.error: NonFiniteError | None = None
 
@@ -155,6 +157,7 @@ class _Run:
         self.forward = fabric.setup_module(self.task)
         self.average = WeightAverage(self.task.model, self.options.ema_decay)
         self.batch_statistics = BatchStatistics(self.task.model)
+        self.kept = KeptWeights(self.task.model, self.average)
         if state is not None:
             self._restore(state)
         self.batches = self._endless_batches()
@@ -234,8 +237,8 @@ class _Run:
                 self.step += 1
                 if self.step % _LOG_EVERY == 0:
                     self._log_training(losses)
-                if len(self.validation) and self.step % self.options.validate_every == 0:
-                    self._validate()
+                if self.step % self.options.validate_every == 0:
+                    self._validate() if len(self.validation) else self.kept.keep()
                 if time.monotonic() - saved >= self.options.checkpoint_every:
                     self._save_state()
                     saved = time.monotonic()
@@ -352,19 +355,28 @@ class _Run:
         self.skipped += 1
         self.skipped_in_a_row += 1
         self.batch_statistics.put_back()
-        if self.skipped_in_a_row >= _MOST_SKIPPED:
+        if self.skipped_in_a_row < _MOST_SKIPPED:
+            return
+        if self.rollbacks >= self.options.n_rollbacks:
             raise NonFiniteError(
                 f"{_MOST_SKIPPED} steps in a row, up to step {self.step}, had an outlying or not finite gradient"
                 + (f" ({self.error})" if self.error else "")
                 + "; lower learning_rate or gradient_clip, or tighten the flow's scale_bound"
             )
 
+        # most often the weights have come to a place from which no step leads on: back to the best ones, more slowly
+        self.rollbacks += 1
+        self.skipped_in_a_row, self.typical_norm = 0, 0.0
+        self.kept.put_back()
+        self.optimizer.state.clear()
+        self.task.train()
+
     def _progress(self) -> float:
         return min(1.0, max(self.step / self.limit, self.elapsed / self.max_time))
 
     def _rate(self) -> float:
         warm = min(1.0, (self.step + 1) / self.options.warmup_steps) if self.options.warmup_steps else 1.0
-        return warm * schedule_factor(self.options.schedule, self._progress())
+        return warm * schedule_factor(self.options.schedule, self._progress()) / 2**self.rollbacks
 
     def _seed_step(self) -> torch.Generator:
         seed = mixed_seed("step", self.options.seed, self.step, self.fabric.global_rank)
@@ -424,6 +436,7 @@ class _Run:
         self.stale += 1
         if math.isfinite(value) and better:
             self.best, self.stale = dict(self.figures), 0
+            self.kept.keep()
             self._save_model()
 
     # -- what is written
@@ -446,6 +459,7 @@ class _Run:
             "seed": self.options.seed,
             "steps": self.step,
             "skipped_steps": self.skipped,
+            "rollbacks": self.rollbacks,
             "seconds": round(self.elapsed, 1),
             "n_images": None if is_noise else len(self.images),
             "recipe": {name: part for name, part in self.job.recipe.items() if name != "out"},
@@ -477,6 +491,7 @@ class _Run:
             "model": self.task.model.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "kept": self.kept.state,
         }
         save_training_state(self.job.out / "state.pt", state)
 
@@ -499,12 +514,13 @@ class _Run:
 
     def _restore(self, state: dict[str, Any]) -> None:
         for name in _COUNTERS:
-            setattr(self, name, state["counters"][name])
+            setattr(self, name, state["counters"].get(name, 0))
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.load_state_dict(state["average"])
+        self.kept.state = state.get("kept", self.kept.state)
 
 
-_COUNTERS = ("step", "skipped", "skipped_in_a_row", "typical_norm", "elapsed", "figures", "best", "stale")
+_COUNTERS = ("step", "skipped", "skipped_in_a_row", "rollbacks", "typical_norm", "elapsed", "figures", "best", "stale")
 
 
 def _images(data: DataOptions, source: str | list[str], split: str, limit: int | None) -> Tensor:
