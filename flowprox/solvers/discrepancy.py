@@ -69,8 +69,12 @@ class Discrepancy:
             raise ValueError(f"n_stages must be at least 1, got {self.n_stages}")
 
     def stage(self, optimiser: Optimiser, n_iterations: int) -> Optimiser:
-        """The optimiser with another number of iterations."""
-        return replace(optimiser, n_iterations=n_iterations)  # type: ignore[type-var]
+        """The optimiser with another number of iterations, and its share of a limit on evaluations."""
+        changes: dict[str, int] = {"n_iterations": n_iterations}
+        limit = getattr(optimiser, "max_evaluations", None)
+        if limit is not None:
+            changes["max_evaluations"] = max(1, limit * n_iterations // optimiser.n_iterations)
+        return replace(optimiser, **changes)  # type: ignore[type-var]
 
     def choose(
         self,

@@ -113,8 +113,9 @@ class LatentMAP(Reconstructor):
         with frozen(self.flow):
             problem = LatentProblem(self.flow, y, physics)
             z = problem.latents(self.start, self.seed)
+            scales = self._scales(problem)
             if isinstance(self.gamma, Discrepancy):
-                trace, gamma = self._with_discrepancy(problem, z, self.gamma)
+                trace, gamma = self._with_discrepancy(problem, z, self.gamma, scales)
             else:
                 gamma = torch.as_tensor(self.gamma).to(z)
                 if gamma.ndim and gamma.shape != (len(z),):
@@ -122,7 +123,7 @@ class LatentMAP(Reconstructor):
                         f"gamma has shape {tuple(gamma.shape)}; give one number, or one for each of {len(z)}"
                     )
                 gamma = gamma.expand(len(z))
-                trace = self._minimise(problem, gamma, z, self.optimiser)
+                trace = self._minimise(problem, gamma, z, self.optimiser, scales)
             estimate = problem.decode(trace.z)
         solution = Solution(
             estimate, trace.z, trace.losses, trace.reasons, trace.n_evaluations, gamma, trace.restarts, trace.norms
@@ -131,12 +132,22 @@ class LatentMAP(Reconstructor):
             raise SolverInterrupted(solution)
         return solution
 
-    def _minimise(self, problem: LatentProblem, gamma: Tensor, z: Tensor, optimiser: Optimiser) -> Trace:
-        wanted = gamma > 0 if self.precondition is None else torch.full_like(gamma, self.precondition, dtype=torch.bool)
-        scales = torch.where(wanted[:, None], problem.channel_scales(self.seed), 1.0) if bool(wanted.any()) else None
+    def _scales(self, problem: LatentProblem) -> Tensor | None:
+        """The diagonal that the optimiser begins with, (B, D)."""
+        if self.precondition is False or (self.precondition is None and _is_zero(self.gamma)):
+            return None
+        return problem.channel_scales(self.seed)
+
+    def _minimise(
+        self, problem: LatentProblem, gamma: Tensor, z: Tensor, optimiser: Optimiser, scales: Tensor | None
+    ) -> Trace:
+        if scales is not None and self.precondition is None:  # where nothing holds z back, the plain descent does
+            scales = torch.where(gamma[:, None] > 0, scales, 1.0)
         return optimiser.minimise(self._evaluation(problem, gamma, scales), z, scales)
 
-    def _with_discrepancy(self, problem: LatentProblem, z: Tensor, rule: Discrepancy) -> tuple[Trace, Tensor]:
+    def _with_discrepancy(
+        self, problem: LatentProblem, z: Tensor, rule: Discrepancy, scales: Tensor | None
+    ) -> tuple[Trace, Tensor]:
         energy, n_measured = noise_energy(problem.y, problem.physics)
         variance = energy / n_measured
 
@@ -150,7 +161,7 @@ class LatentMAP(Reconstructor):
             return 2 * variance * torch.where(length > 0, length, 0.4 * math.sqrt(z.shape[1]))
 
         def minimise(gamma: Tensor, z: Tensor, n_iterations: int) -> Trace:
-            return self._minimise(problem, gamma, z, rule.stage(self.optimiser, n_iterations))
+            return self._minimise(problem, gamma, z, rule.stage(self.optimiser, n_iterations), scales)
 
         def misfit(z: Tensor) -> Tensor:
             return _energy(problem.residual(problem.decode(z)))
@@ -199,6 +210,10 @@ def _with_kink(evaluate: Evaluate, gamma: Tensor, scales: Tensor) -> Evaluate:
         return gradient / (1 + scales / high)
 
     return evaluate_with_kink
+
+
+def _is_zero(gamma: float | Tensor | Discrepancy) -> bool:
+    return not isinstance(gamma, Discrepancy) and not bool(torch.as_tensor(gamma).any())
 
 
 def _energy(residual: Tensor) -> Tensor:

@@ -110,6 +110,7 @@ class NoiseMAP(Reconstructor):
     def solve(self, y: Tensor, physics: Physics) -> Solution:
         """Minimise; y (B, ...) as ``physics`` measures."""
         noise = noise_density(self.noise, physics)
+        _check_restarts(physics, self.n_restarts)
         with frozen(self.flow), frozen(noise) if isinstance(noise, nn.Module) else nullcontext():
             problem = LatentProblem(self.flow, y.repeat_interleave(self.n_restarts, 0), physics)
             scales = problem.channel_scales(self.seed) if problem.has_density and self.beta > 0 else None
@@ -142,6 +143,19 @@ class NoiseMAP(Reconstructor):
             return -noise.log_prob(problem.residual(x)) - self.beta * log_prior  # Eqs. (4) and (5), and beta
 
         return problem.evaluation(objective)
+
+
+def _check_restarts(physics: Physics, n_restarts: int) -> None:
+    """Restarts are further images of the batch, for which an operator with a parameter per image has none."""
+    parameters = {name: getattr(physics, name, None) for name in ("mask", "filter")}
+    own = [
+        name for name, value in parameters.items() if isinstance(value, Tensor) and value.ndim == 4 and len(value) > 1
+    ]
+    if n_restarts > 1 and own:
+        raise ValueError(
+            f"n_restarts above 1 needs the same operator for all images, and this one has a {own[0]} each; "
+            "solve the images one by one, or set n_restarts to 1"
+        )
 
 
 def _log_normal(z: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from deepinv.physics import LinearPhysics, Physics
+from deepinv.physics import Inpainting, LinearPhysics, Physics
 from solver_cases import SHAPE, affine, gaussian_flow, matrix, operators, small_glow
 from torch import Tensor, nn
 
@@ -201,5 +201,8 @@ def test_what_does_not_fit_is_refused() -> None:
         NoiseMAP(flow, other)(y, physics)
     with pytest.raises(ValueError, match="y has shape"):
         NoiseMAP(flow, GaussianNoise(0.1))(torch.zeros(1, 9, dtype=torch.float64), operators()["compressed-sensing"])
+    masked = Inpainting(SHAPE, mask=torch.ones(2, *SHAPE).double())
+    with pytest.raises(ValueError, match="a mask each"):
+        NoiseMAP(flow, GaussianNoise(0.1), start=0.1, n_restarts=2)(y, masked)
     with pytest.raises(ValueError, match="not finite at the start"):
         NoiseMAP(flow, GaussianNoise(0.1))(y, Physics(A=lambda x: x / (x - 0.5)))
