@@ -1,14 +1,19 @@
-"""Checks that every member of a kind passes: operators are linear and have their adjoint, proxes minimise.
+"""Checks that every member of a kind passes: operators are linear and have their adjoint, proxes minimise; and a task that is killed.
 
 Meant for float64; shapes are (B, C, H, W).
 """
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from flowprox.training.tasks import Task
 
 Map = Callable[[Tensor], Tensor]
 
@@ -70,3 +75,16 @@ def assert_prox(
                     assert lower.max() <= 1e-9 * (1 + reached.abs().max()), (
                         f"a step of {sign * scale:g} lowers the objective by {lower.max():.3g}"
                     )
+
+
+def terminated_while_validating(make_task: Callable[[], Task]) -> Task:
+    """A task whose process is asked to end, by SIGTERM, in its first validation."""
+    task = make_task()
+    evaluate = task.evaluate
+
+    def and_terminate(*arguments: Any) -> dict[str, Tensor]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments)
+
+    task.evaluate = and_terminate  # type: ignore[method-assign]
+    return task

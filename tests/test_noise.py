@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import math
-import os
-import signal
 import struct
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +13,7 @@ from typing import Any
 import deepinv
 import pytest
 import torch
-from torch import Tensor
+from helpers import terminated_while_validating
 
 from flowprox.checkpoints import load_card, load_model, load_training_state
 from flowprox.cli import main
@@ -35,7 +33,7 @@ from flowprox.operators import SeededGaussianNoise, make_physics, measure, measu
 from flowprox.options import LikelihoodOptions, NoiseOptions, TrainingOptions
 from flowprox.training import train_flow
 from flowprox.training.loop import fit
-from flowprox.training.tasks import Task, noise_task
+from flowprox.training.tasks import noise_task
 
 SHAPE = (3, 8, 12)
 
@@ -326,17 +324,7 @@ def test_stopped_run_continues_to_the_bit(digits: Path, tmp_path: Path) -> None:
     training = options(max_steps=6, batch_size=4, validate_every=3, n_validation_images=4, ema_decay=0.5)
     fit(job, noise, training, tmp_path / "whole")
 
-    def terminated() -> Task:
-        task = job()
-        evaluate = task.evaluate
-
-        def and_terminate(*arguments: Any) -> dict[str, Tensor]:
-            os.kill(os.getpid(), signal.SIGTERM)
-            return evaluate(*arguments)
-
-        task.evaluate = and_terminate  # type: ignore[method-assign]
-        return task
-
+    terminated = partial(terminated_while_validating, job)
     assert fit(terminated, noise, training, tmp_path / "stopped").steps == 3
     other = NoiseOptions("mnist", {"path": str(digits), "split": "all"}, image_size=8, channels=1)
     with pytest.raises(ValueError, match="was made with noise"):

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from helpers import terminated_while_validating
 from torch import Tensor, nn
 
 from flowprox.checkpoints import load_card, load_model, load_training_state
@@ -246,17 +247,7 @@ def test_terminated_run_writes_its_state_and_continues(kind: str, images: Path, 
     job = partial(reconstruction_task, UnfoldedOptions(**settings), ProblemOptions(), data(images))
     fit(job, data(images), training, tmp_path / "whole")
 
-    def terminated() -> Task:
-        task = job()
-        evaluate = task.evaluate
-
-        def and_terminate(*arguments: Any) -> dict[str, Tensor]:
-            os.kill(os.getpid(), signal.SIGTERM)
-            return evaluate(*arguments)
-
-        task.evaluate = and_terminate  # type: ignore[method-assign]
-        return task
-
+    terminated = partial(terminated_while_validating, job)
     result = fit(terminated, data(images), training, tmp_path / "stopped")
     assert result.reason == "signal" and result.steps == 3
     result = fit(job, data(images), training, tmp_path / "stopped", resume=True)
