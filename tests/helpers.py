@@ -1,4 +1,4 @@
-"""Checks that every member of a kind passes: operators are linear and have their adjoint, proxes minimise; and a task that is killed.
+"""Checks that every member of a kind passes: operators are linear and have their adjoint, proxes minimise. A killed task.
 
 Meant for float64; shapes are (B, C, H, W).
 """
