@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from flowprox.cli import main, make_parser
 from flowprox.data import save_image
-from flowprox.evaluation import benchmark
+from flowprox.evaluation import comparison
 from flowprox.evaluation.benchmark import EvaluationInterrupted, RunOptions, evaluate
+from flowprox.evaluation.images import load_images
 from flowprox.evaluation.metrics import psnr
 from flowprox.evaluation.plan import at_scale, planned, published_figures
 from flowprox.evaluation.records import read_records
@@ -72,7 +74,7 @@ def _fail_on(monkeypatch: pytest.MonkeyPatch, wrong: Callable[[Tensor], bool], e
             raise error
         return run_method(method, y, physics)
 
-    monkeypatch.setattr(benchmark, "run_method", run)
+    monkeypatch.setattr(comparison, "run_method", run)
     return calls
 
 
@@ -101,9 +103,28 @@ def test_every_method_on_every_problem_and_image_in_order(recipe: EvaluationOpti
     assert "denoising-sigma0.2" in write_report(tmp_path / "out").read_text()
 
 
+def test_devices_give_what_one_gives(recipe: EvaluationOptions, tmp_path: Path) -> None:
+    one = evaluate(recipe, tmp_path / "one", _run())
+    two = evaluate(recipe, tmp_path / "two", _run(devices=2))
+    assert [(r["id"], r["psnr"]) for r in two] == [(r["id"], pytest.approx(r["psnr"])) for r in one]
+    files = [{p.relative_to(tmp_path / run) for p in (tmp_path / run).rglob("*.*")} for run in ("one", "two")]
+    assert files[0] == files[1]
+    assert {r["id"] for r in read_records(tmp_path / "two/records.jsonl")} == {r["id"] for r in one}
+
+
+def test_shares_of_an_interrupted_run_are_taken_up(recipe: EvaluationOptions, tmp_path: Path) -> None:
+    records = evaluate(recipe, tmp_path / "whole", _run())
+    share = tmp_path / "out/share-1"
+    share.mkdir(parents=True)
+    (share / "records.jsonl.partial").write_text("".join(json.dumps(record) + "\n" for record in records[:5]))
+    again = evaluate(recipe, tmp_path / "out", _run())
+    assert again[:5] == records[:5] and len(again) == len(records)
+    assert not share.exists()
+
+
 def test_figures_are_those_of_the_method_on_the_seeded_measurement(recipe: EvaluationOptions, tmp_path: Path) -> None:
     records = evaluate(recipe, tmp_path / "out", _run())
-    images = {i.name: i for i in benchmark._load(recipe.images, 0, None)}
+    images = {i.name: i for i in load_images(recipe.images, 0, None)}
     for record in records:
         if record["method"] == "measurement" and record["problem"] == "denoising-sigma0.2":
             x = images[record["image"]].x[None]
@@ -149,8 +170,8 @@ def test_a_failure_is_recorded_and_tried_again(
     recipe: EvaluationOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = replace(recipe, problems=[EvaluatedProblem("denoising")], methods=recipe.methods[:1])
-    seed = benchmark._load(recipe.images, 0, None)[1].seed
-    physics, x = make_physics("denoising", (3, 16, 16)), benchmark._load(recipe.images, 0, None)[1].x
+    seed = load_images(recipe.images, 0, None)[1].seed
+    physics, x = make_physics("denoising", (3, 16, 16)), load_images(recipe.images, 0, None)[1].x
     wrong = measure_each(x[None], physics, [seed])[0]
     with monkeypatch.context() as patch:
         _fail_on(patch, lambda y: torch.equal(y, wrong), RuntimeError("no\nluck"))

@@ -24,6 +24,7 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
     device: str = "cpu",
+    devices: int = 1,
     n_pictures: int = 4,
     name: str = "evaluation",
 ) -> int:
@@ -40,6 +41,7 @@ def evaluate(
         limit: use only the first so many images.
         seed: of the noise, which is the same for every method.
         device: cpu, cuda or mps.
+        devices: how many of them, or processes on the CPU.
         n_pictures: write the pictures of so many images.
         name: of the recipe, for the records.
     """
@@ -49,7 +51,7 @@ def evaluate(
     from flowprox.evaluation.plan import published_figures
     from flowprox.evaluation.summary import summary_markdown, summary_rows
 
-    records = evaluate(recipe, out, RunOptions(scale, limit, seed, device, n_pictures))
+    records = evaluate(recipe, out, RunOptions(scale, limit, seed, device, devices, n_pictures))
     rows = summary_rows(records, {} if scale == "smoke" else published_figures(recipe, scale))
     with atomic_write(os.path.join(out, "summary.md"), "w") as file:
         file.write(summary_markdown(rows))
