@@ -24,8 +24,11 @@ from jsonargparse import ArgumentParser
 from flowprox import __version__
 from flowprox.commands import COMMANDS, Command
 from flowprox.evaluation_options import EvaluatedMethod, EvaluatedProblem, ImageOptions, ScaleOptions
+from flowprox.report_command import COMMAND as REPORT
 
 __all__ = ["main"]
+
+COMMANDS = COMMANDS | {"report": REPORT}
 
 TRACEBACK = "FLOWPROX_TRACEBACK"
 """Environment variable; when set, the traceback of an error is shown too."""

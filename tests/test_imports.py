@@ -15,7 +15,7 @@ LAYERS = [
     {"unfolded", "solvers", "baselines"},
     {"data", "checkpoints", "samples"},
     {"training", "gan_training", "tasks", "run_log", "reconstruction", "methods", "evaluation"},
-    {"commands"},
+    {"commands", "report_command"},
     {"cli"},
 ]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

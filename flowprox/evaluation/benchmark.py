@@ -5,6 +5,7 @@
 The noise of image i depends on the run's seed and the image's name alone: every method, problem, batch and run sees the
 same. Results stand in a folder:
 
+    recipe.yaml     what was run, with the published figures
     records.jsonl   one line per problem, method and image; while the run goes on, records.jsonl.partial
     tuning.jsonl    one line per problem, method and combination of the options that are tuned
     images/         pictures of the first images, for the report
@@ -38,6 +39,7 @@ from flowprox.checkpoints import load_card, load_model
 from flowprox.data import ImageDataset, save_image
 from flowprox.evaluation.metrics import best_scaled, psnr, ssim
 from flowprox.evaluation.plan import AS_WRITTEN, Case, at_scale, combinations, planned
+from flowprox.evaluation.recipe_file import write_recipe
 from flowprox.evaluation.records import RecordWriter
 from flowprox.evaluation.report import picture_path, truth_path
 from flowprox.evaluation.resources import measured_cost
@@ -106,9 +108,8 @@ def evaluate(recipe: EvaluationOptions, out: str | Path, run: RunOptions | None 
         EvaluationInterrupted: on Ctrl-C; the message says how far it came.
     """
     run = run or RunOptions()
-    recipe = at_scale(recipe, run.scale)
-    cases = planned(recipe)
-    return _Evaluation(recipe, cases, Path(out), run).run()
+    scaled = at_scale(recipe, run.scale)
+    return _Evaluation(scaled, planned(scaled), Path(out), run).run(as_written=recipe)
 
 
 class _Evaluation:
@@ -151,7 +152,7 @@ class _Evaluation:
                     "images, models or another seed; choose another out, or give the method another label"
                 )
 
-    def run(self) -> list[dict[str, Any]]:
+    def run(self, as_written: EvaluationOptions) -> list[dict[str, Any]]:
         self.out.mkdir(parents=True, exist_ok=True)
         self._write_truth()
         n_units = len(self.cases) * len(self.images)
@@ -162,6 +163,7 @@ class _Evaluation:
             RecordWriter(self.out / "records.jsonl", resume=True, keep=_is_success) as records,
         ):
             self._check_earlier(records.records)
+            write_recipe(as_written, self.out / "recipe.yaml")
             task = progress.add_task("", total=n_units)
             done = {record["id"]: record for record in records.records}
             try:
