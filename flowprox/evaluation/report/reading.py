@@ -73,9 +73,10 @@ def read_evaluations(sources: Sequence[str | Path], recipe: str | Path | None = 
     paths = [Path(source) for source in sources]
     if len({path.resolve() for path in paths}) < len(paths):
         raise ValueError("a results folder is given twice; name each once")
+    published = None if recipe is None else read_published(Path(recipe))
     chapters: dict[str, list[Evaluation]] = {}
     for path in paths:
-        one = _read(path, None if recipe is None else Path(recipe))
+        one = _read(path, published)
         chapters.setdefault(one.name, []).append(one)
     merged = [_merged(members) for members in chapters.values()]
     for evaluation in merged:
@@ -83,21 +84,17 @@ def read_evaluations(sources: Sequence[str | Path], recipe: str | Path | None = 
     return merged
 
 
-def _read(source: Path, recipe: Path | None) -> Evaluation:
+def _read(source: Path, published: Published | None) -> Evaluation:
     if not source.exists():
         raise FileNotFoundError(f"no results at {source}; give a folder that flowprox evaluate wrote")
-    found = (
-        _read_folder(source)
-        if source.is_dir()
-        else Evaluation("", [source.parent], _records(source, notes := []), notes=notes)
-    )
+    found = _read_folder(source) if source.is_dir() else _read_file(source)
     if not found.records and not found.illustrations:
         raise FileNotFoundError(f"no records and no figures in {source}; flowprox evaluate --out {source} writes them")
     for number, record in enumerate(found.records, start=1):
         _check(record, number, source)
     found.name = next((str(r["recipe"]) for r in found.records if r.get("recipe")), source.resolve().stem)
-    if recipe is not None and not found.published.psnr:
-        found.published = read_published(recipe)
+    if published is not None and not found.published.psnr:
+        found.published = published
     if found.records and all(record.get("scale") == SMOKE for record in found.records):
         found.published = Published({}, {})
     return found
@@ -116,6 +113,12 @@ def _read_folder(folder: Path) -> Evaluation:
             notes.append(f"{error}; published figures are left out")
     illustrations = _illustrations(folder / "figures", notes) if (folder / "figures").is_dir() else []
     return Evaluation("", [folder], records, tuning, published, illustrations, notes)
+
+
+def _read_file(path: Path) -> Evaluation:
+    notes: list[str] = []
+    records = _records(path, notes)
+    return Evaluation("", [path.parent], records, notes=notes)
 
 
 def _records(path: Path, notes: list[str], optional: bool = False) -> list[dict[str, Any]]:

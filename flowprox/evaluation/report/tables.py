@@ -84,7 +84,7 @@ def to_markdown(table: Table) -> str:
     """
 
     def escaped(cell: Cell) -> str:
-        text = " ".join(re.sub(r"([\\`*_|<>\\[\\]])", r"\\\1", cell.text).split())
+        text = " ".join(re.sub(r"([\\`*_|<>\[\]])", r"\\\1", cell.text).split())
         return f"**{text}**" if cell.best and text else text
 
     rule = ["---", *["--:"] * (len(table.head) - 1)]
