@@ -74,6 +74,7 @@ class EvaluatedProblem:
         published: label of a method -> published PSNR in dB, shown beside the measured one; a list where there is a
             series.
         label: what it is called in records and tables; by default its name and parameters. A series appends its values.
+        published_in: where the published figures stand, such as "Asim et al. (2020), Fig. 4".
     """
 
     name: str
@@ -82,6 +83,7 @@ class EvaluatedProblem:
     seed: int = 0
     published: dict[str, Any] = field(default_factory=dict)
     label: str | None = None
+    published_in: str | None = None
 
     def __post_init__(self) -> None:
         _check_series(f"series of {self.name}:", self.series)

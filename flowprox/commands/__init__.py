@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from flowprox.commands.evaluate import evaluate
 from flowprox.commands.models import demo, models, sample
 from flowprox.commands.reconstruct import reconstruct
+from flowprox.commands.report import report
 from flowprox.commands.train import run_training
 from flowprox.training import train_denoiser, train_flow, train_gan, train_unfolded
 
@@ -49,6 +50,7 @@ COMMANDS: dict[str, Command] = {
         several={"options": "KEY=VALUE", "parameters": "KEY=VALUE", "noise": "NAME", "size": "N"},
     ),
     "evaluate": Command(evaluate, has_recipe=True),
+    "report": Command(report, positional="folders", n_positional="+", several={"parts": "PART"}),
     "sample": Command(sample),
     "models": Command(models, positional="name"),
 }

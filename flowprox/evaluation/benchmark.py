@@ -5,6 +5,7 @@
 The noise of image i depends on the run's seed and the image's name alone: every method, problem, batch and run sees the
 same. Results stand in a folder:
 
+    recipe.yaml     what was run, with the published figures
     records.jsonl   one line per problem, method and image; while the run goes on, records.jsonl.partial
     tuning.jsonl    one line per problem, method and combination of the options that are tuned
     images/         pictures of the first images, for the report
@@ -43,7 +44,7 @@ def evaluate(recipe: EvaluationOptions, out: str | Path, run: RunOptions | None 
         EvaluationInterrupted: on Ctrl-C; the message says how far it came.
     """
     run = run or RunOptions()
-    recipe = at_scale(recipe, run.scale)
-    evaluation = Evaluation(recipe, planned(recipe), Path(out), run)
+    scaled = at_scale(recipe, run.scale)
+    evaluation = Evaluation(scaled, planned(scaled), Path(out), run, as_written=recipe)
     absorb_shares(evaluation.out)
     return run_on_devices(evaluation) if run.devices > 1 else evaluation.run()

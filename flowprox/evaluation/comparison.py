@@ -25,6 +25,7 @@ from flowprox.checkpoints import load_card, load_model
 from flowprox.data import save_image
 from flowprox.evaluation.images import EvaluatedImage, figures, load_images
 from flowprox.evaluation.plan import AS_WRITTEN, Case, combinations
+from flowprox.evaluation.recipe_file import write_recipe
 from flowprox.evaluation.records import RecordWriter
 from flowprox.evaluation.report import picture_path, truth_path
 from flowprox.evaluation.resources import measured_cost
@@ -72,10 +73,25 @@ class EvaluationInterrupted(KeyboardInterrupt):
 
 
 class Evaluation:
-    """One run: what it has loaded, where it writes, how far it is."""
+    """One run: what it has loaded, where it writes, how far it is.
 
-    def __init__(self, recipe: EvaluationOptions, cases: Sequence[Case], out: Path, run: RunOptions) -> None:
-        self.recipe, self.cases, self.out, self.options = recipe, cases, out, run
+    Arguments:
+        recipe: at the scale of the run.
+        cases: what is run of it.
+        out: folder of the results.
+        run: scale, seed, device.
+        as_written: the recipe to leave in the folder; None leaves none.
+    """
+
+    def __init__(
+        self,
+        recipe: EvaluationOptions,
+        cases: Sequence[Case],
+        out: Path,
+        run: RunOptions,
+        as_written: EvaluationOptions | None = None,
+    ) -> None:
+        self.recipe, self.cases, self.out, self.options, self.as_written = recipe, cases, out, run, as_written
         self.console = run.console or Console(stderr=True)
         self.models: dict[str, Any] = {}
         self._last: tuple[str, Physics] | None = None
@@ -96,7 +112,7 @@ class Evaluation:
             grid = combinations({key: values[:1] for key, values in case.method.tune.items()})
             self._make(case, grid[0])
 
-    def check_earlier(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def _accept_earlier(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Two different reconstructions under one name in one file would be averaged by a reader."""
         expected = {}
         for case in self.cases:
@@ -110,13 +126,15 @@ class Evaluation:
                     f"{self.out} holds {record['method']} on {record['problem']}, {record['image']}, from other options, "
                     "images, models or another seed; choose another out, or give the method another label"
                 )
+        if self.as_written is not None:
+            write_recipe(self.as_written, self.out / "recipe.yaml")
 
     def begin(self) -> list[dict[str, Any]]:
         """Make the folder, or check the one that an earlier run left; the records in it, without failures."""
         self.out.mkdir(parents=True, exist_ok=True)
         self._write_truth()
         with RecordWriter(self.out / "records.jsonl", resume=True, keep=is_success) as records:
-            self.check_earlier(records.records)
+            self._accept_earlier(records.records)
         return records.records
 
     def unfinished(self, done: Collection[str]) -> list[Case]:
@@ -139,7 +157,7 @@ class Evaluation:
             RecordWriter(self.out / "tuning.jsonl", resume=True) as tuning,
             RecordWriter(self.out / "records.jsonl", resume=True, keep=is_success) as records,
         ):
-            self.check_earlier(records.records)
+            self._accept_earlier(records.records)
             task = progress.add_task("", total=n_units)
             done = {record["id"]: record for record in records.records}
             try:

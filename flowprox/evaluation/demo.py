@@ -31,7 +31,8 @@ from flowprox.checkpoints import load_model
 from flowprox.data import save_image
 from flowprox.evaluation.metrics import psnr, ssim
 from flowprox.evaluation.records import RecordWriter
-from flowprox.evaluation.report import MEASUREMENT, picture_path, summarise, truth_path, write_figures, write_report
+from flowprox.evaluation.report import MEASUREMENT, ReportOptions, picture_path, truth_path, write_figures, write_report
+from flowprox.evaluation.summary import summary_rows
 from flowprox.operators import Problem, make_physics, measure_each
 from flowprox.samples import PORTRAITS, sample_images
 
@@ -127,8 +128,8 @@ def run_demo(
         for model in models.values():
             model.to(device).eval()
         records = _reconstruct_all(folder, models, device, seed, console or Console(stderr=True))
+        write_report(folder, ReportOptions(title="flowprox demo"))
         write_figures(folder)
-        write_report(folder, "flowprox demo")
     (console or Console()).print(_table(records))
     return out / "report.html"
 
@@ -209,7 +210,7 @@ def _table(records: list[dict[str, Any]]) -> Table:
     for name in ("PSNR (dB)", "portraits", "SSIM", "s / image"):
         table.add_column(name, justify="right")
     before = None
-    for row in summarise(records):
+    for row in summary_rows(records):
         if row.problem != before:
             table.add_section()
             table.add_row(f"[bold]{row.problem}[/bold]")

@@ -36,6 +36,7 @@ __all__ = [
     "at_scale",
     "combinations",
     "planned",
+    "planned_problems",
     "published_figures",
 ]
 
@@ -51,6 +52,7 @@ class PlannedProblem(NamedTuple):
     seed: int
     published: Mapping[str, float]
     label: str
+    published_in: str | None = None
 
 
 class PlannedMethod(NamedTuple):
@@ -192,7 +194,7 @@ def planned(recipe: EvaluationOptions) -> list[Case]:
         ValueError: an unknown problem, parameter, method or option, two problems or methods of one label, a method
             that is used for no problem, or something a method needs that is missing.
     """
-    problems = [one for problem in recipe.problems for one in _problems(problem)]
+    problems = planned_problems(recipe.problems)
     methods = [one for method in recipe.methods for one in _methods(method)]
     _check_distinct("problems", [problem.label for problem in problems])
     names = {name for problem in problems for name in (problem.label, problem.problem.name)}
@@ -212,6 +214,15 @@ def planned(recipe: EvaluationOptions) -> list[Case]:
     return cases
 
 
+def planned_problems(problems: Sequence[EvaluatedProblem]) -> list[PlannedProblem]:
+    """Every problem, those of a series one by one.
+
+    Raises:
+        ValueError: an unknown problem or parameter.
+    """
+    return [one for problem in problems for one in _problems(problem)]
+
+
 def published_figures(recipe: EvaluationOptions, scale: str = AS_WRITTEN) -> dict[tuple[str, str], float]:
     """Published PSNR in dB by label of the problem and of the method."""
     cases = planned(at_scale(recipe, scale))
@@ -227,7 +238,8 @@ def _problems(given: EvaluatedProblem) -> Iterator[PlannedProblem]:
         }
         problem = Problem(given.name, {**given.parameters, **values})
         named = " ".join([given.label or "", *(f"{key}={value}" for key, value in values.items())])
-        yield PlannedProblem(problem, given.seed, published, named if given.label else problem.label)
+        label = named if given.label else problem.label
+        yield PlannedProblem(problem, given.seed, published, label, given.published_in)
 
 
 def _methods(given: EvaluatedMethod) -> Iterator[PlannedMethod]:

@@ -1,0 +1,69 @@
+"""The recipe of an evaluation beside its records: ``recipe.yaml``, which runs again and holds the published figures."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from flowprox.checkpoints import atomic_write
+from flowprox.evaluation.plan import planned_problems
+from flowprox.evaluation_options import EvaluatedProblem, EvaluationOptions
+
+__all__ = ["Published", "read_published", "write_recipe"]
+
+
+class Published(NamedTuple):
+    """Published PSNR in dB by label of the problem and of the method, and by label of the problem where it stands."""
+
+    psnr: Mapping[tuple[str, str], float]
+    sources: Mapping[str, str]
+
+
+def write_recipe(recipe: EvaluationOptions, path: Path) -> None:
+    """Write a recipe that ``flowprox evaluate --config`` reads; what stands at its default is left out."""
+    with atomic_write(path, "w") as file:
+        yaml.safe_dump(_given(recipe), file, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _given(record: Any) -> Any:
+    if dataclasses.is_dataclass(record):
+        return {
+            f.name: _given(v) for f in dataclasses.fields(record) if not _is_default(f, v := getattr(record, f.name))
+        }
+    if isinstance(record, Mapping):
+        return {str(key): _given(value) for key, value in record.items()}
+    return [_given(value) for value in record] if isinstance(record, list | tuple) else record
+
+
+def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
+    if field.default_factory is not dataclasses.MISSING:
+        return value == field.default_factory()
+    return field.default is not dataclasses.MISSING and value == field.default
+
+
+def read_published(path: Path) -> Published:
+    """The published figures that a recipe names.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no recipe of ``flowprox evaluate``.
+    """
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        known = {field.name for field in dataclasses.fields(EvaluatedProblem)}
+        problems = [
+            EvaluatedProblem(**{key: value for key, value in problem.items() if key in known})
+            for problem in given["problems"]
+        ]
+        planned = planned_problems(problems)
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} is no recipe of flowprox evaluate ({reason}); mend it or remove it") from error
+    return Published(
+        {(problem.label, method): figure for problem in planned for method, figure in problem.published.items()},
+        {problem.label: problem.published_in for problem in planned if problem.published_in},
+    )

@@ -1,0 +1,89 @@
+"""Pictures of a results folder: where they stand, how they get into a page, and maps of their errors.
+
+    error map = mean over channels of |x_hat - x|,    black where it is 0, white where it reaches ``white``
+
+Symbols: x true picture, x_hat picture of the estimate, both from PNG files with 8 bits, so clipped to [0, 1].
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+__all__ = ["data_uri", "error_map", "error_white", "find_picture", "picture_path", "read_picture", "truth_path"]
+
+Pixels = npt.NDArray[np.float64]
+
+MAX_SIDE = 512
+"""Larger pictures are reduced to this many pixels on the longer side."""
+
+_WHITES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+_MEDIA = {".png": "image/png", ".svg": "image/svg+xml"}
+
+
+def picture_path(folder: Path, problem: str, image: str, method: str) -> Path:
+    """Where the reconstruction of an image by a method stands; any text is safe in a name."""
+    return folder / "images" / f"{'--'.join(quote(part, safe='') for part in (problem, image, method))}.png"
+
+
+def truth_path(folder: Path, image: str) -> Path:
+    """Where the true image stands."""
+    return folder / "images" / f"{quote(image, safe='')}.png"
+
+
+def find_picture(paths: list[Path]) -> Path | None:
+    """The first that exists."""
+    return next((path for path in paths if path.is_file()), None)
+
+
+def read_picture(path: Path) -> Pixels:
+    """Pixels (H, W, 3) in [0, 1].
+
+    Raises:
+        OSError: the file is no picture.
+    """
+    with Image.open(path) as picture:
+        picture = picture.convert("RGB")
+        if max(picture.size) > MAX_SIDE:
+            picture.thumbnail((MAX_SIDE, MAX_SIDE))
+        return np.asarray(picture, dtype=np.float64) / 255
+
+
+def error_white(errors: list[Pixels]) -> float:
+    """The error shown white: the smallest round one that 99 % of the pixels of the median map stay below.
+
+    Raises:
+        ValueError: no map is given.
+    """
+    if not errors:
+        raise ValueError("errors is empty; give at least one error map")
+    highest = float(np.median([np.quantile(error, 0.99) for error in errors]))
+    return next((white for white in _WHITES if highest <= white), _WHITES[-1])
+
+
+def error_map(x_hat: Pixels, x: Pixels) -> Pixels:
+    """Mean over channels of the absolute error, (H, W).
+
+    Raises:
+        ValueError: the pictures differ in size.
+    """
+    if x_hat.shape != x.shape:
+        raise ValueError(f"estimate and truth differ in size: {x_hat.shape[:2]} and {x.shape[:2]} pixels")
+    return np.abs(x_hat - x).mean(-1)
+
+
+def data_uri(picture: Path | Pixels) -> str:
+    """A picture as text for ``src``: a file as it is, pixels (H, W) or (H, W, 3) in [0, 1] as PNG."""
+    if isinstance(picture, Path):
+        content, media = picture.read_bytes(), _MEDIA[picture.suffix.lower()]
+    else:
+        file = io.BytesIO()
+        Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8)).save(file, format="PNG", optimize=True)
+        content, media = file.getvalue(), "image/png"
+    return f"data:{media};base64,{base64.b64encode(content).decode('ascii')}"

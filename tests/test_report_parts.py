@@ -1,0 +1,201 @@
+"""The parts a report is made of: tables in their formats, what varies, charts, error maps."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+from report_cases import NASTY, make_records
+
+from flowprox.evaluation.report.charts import N_COLOURS, Box, Line, Point, box_chart, line_chart, point_chart
+from flowprox.evaluation.report.contents import Contents
+from flowprox.evaluation.report.drawings import curves, tuning_curves
+from flowprox.evaluation.report.pictures import data_uri, error_map, error_white, read_picture
+from flowprox.evaluation.report.reading import Evaluation
+from flowprox.evaluation.report.sweeps import method_sweeps, problem_sweeps, sweeps_of
+from flowprox.evaluation.report.tables import Cell, Table, number, to_csv, to_latex, to_markdown
+
+TABLE = Table(
+    "t",
+    "Nasty\nnames.",
+    ["method", "PSNR (dB)", "note"],
+    [
+        [Cell(NASTY), number(-1 / 3, 2), Cell("a | b")],
+        [Cell("50 % & ~ ^ \\ {x}"), number(None, 2), Cell("")],
+        [Cell("best"), number(2.0, 2, best=True), Cell("±")],
+    ],
+)
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def test_csv_is_read_back_with_every_digit() -> None:
+    head, *rows = csv.reader(io.StringIO(to_csv(TABLE)))
+    assert head == list(TABLE.head)
+    assert rows[0] == [NASTY, repr(-1 / 3), "a | b"] and float(rows[0][1]) == -1 / 3
+    assert rows[1][1] == ""
+
+
+def test_markdown_has_as_many_cells_in_every_line() -> None:
+    lines = to_markdown(TABLE).splitlines()
+    assert {len(re.split(r"(?<!\\)\|", line)) for line in lines} == {5}
+    assert "**2.00**" in lines[-1] and r"\<script\>" in lines[2]
+
+
+def test_latex_escapes_every_special_character() -> None:
+    text = to_latex(TABLE)
+    body = text.partition(r"\midrule")[2].partition(r"\bottomrule")[0]
+    bare = re.sub(r"\\text\w+\{\}|\\[&%$#_{}]|\$(\\pm|-)\$|\\textbf\{|\\\\", "", body)
+    assert not re.search(r"[%$#_^~\\]", bare) and bare.count("&") == 2 * 3
+    assert text.startswith("% Nasty names.\n")
+
+
+def test_empty_columns_vanish() -> None:
+    rows = [[Cell("a"), number(None, 1), Cell(""), number(0.0, 1)]]
+    table = Table("t", "", ["method", "x", "y", "z"], rows).without_empty_columns()
+    assert table.head == ["method", "z"] and [cell.text for cell in table.rows[0]] == ["a", "0.0"]
+
+
+# What varies ----------------------------------------------------------------------------------------------------------
+
+SWEEPS: dict[str, tuple[dict[str, dict[str, Any]], list[tuple[str, list[float]]]]] = {
+    "one number": ({"a": {"s": 2}, "b": {"s": 1}, "c": {"s": 3}}, [("s", [1, 2, 3])]),
+    "two together": ({"a": {"s": 1, "t": 5}, "b": {"s": 2, "t": 5}, "c": {"s": 3, "t": 6}}, [("s", [1, 2, 3])]),
+    "the second tells them apart": ({"a": {"s": 1, "t": 5}, "b": {"s": 1, "t": 6}}, [("t", [5, 6])]),
+    "grid": (
+        {f"{s}{t}": {"s": s, "t": t} for s in (1, 2, 3) for t in (5, 6)},
+        [("s", [1, 2, 3]), ("s", [1, 2, 3]), ("t", [5, 6]), ("t", [5, 6]), ("t", [5, 6])],
+    ),
+    "words part them": ({"a": {"s": 1, "n": "x"}, "b": {"s": 2, "n": "x"}, "c": {"s": 3, "n": "y"}}, [("s", [1, 2])]),
+    "a word among numbers": ({"a": {"g": 1.0}, "b": {"g": 2.0}, "c": {"g": "auto"}}, [("g", [1, 2])]),
+    "switches are no numbers": ({"a": {"s": True}, "b": {"s": False}}, []),
+    "nothing": ({"a": {"s": 1}}, []),
+}
+
+
+@pytest.mark.parametrize("case", SWEEPS)
+def test_what_varies(case: str) -> None:
+    variants, expected = SWEEPS[case]
+    found = sweeps_of(variants, "it")
+    assert [(sweep.key, [value for value, _ in sweep.points]) for sweep in found] == expected
+    for sweep in found:
+        assert all(variants[label][sweep.key] == value for value, label in sweep.points)
+
+
+def test_sweeps_of_problems_and_methods() -> None:
+    noises = {"a": {"noise_parameters": {"sigma": 0.1}}, "b": {"noise_parameters": {"sigma": 0.2}}}
+    records = make_records(noises, {"flow": 0.0})
+    (sweep,) = problem_sweeps(records)
+    assert (sweep.key, sweep.labels) == ("noise_parameters.sigma", ["a", "b"])
+    variants = [
+        {**record, "method": f"flow {gamma}", "options": {"gamma": gamma, "n": 3}, "flow": flow}
+        for record in records
+        for gamma in (1.0, 0.5)
+        for flow in ("small",)
+    ]
+    tuned = [
+        {**record, "method": "other", "options": {"gamma": 2.0, "n": 3}, "tuned": {"gamma": 2.0}} for record in records
+    ]
+    found = method_sweeps([*variants, *tuned])
+    assert {p: [(s.key, s.labels) for s in sweeps] for p, sweeps in found.items()} == {
+        problem: [("gamma", ["flow 0.5", "flow 1.0"])] for problem in ("a", "b")
+    }
+
+
+# Charts ---------------------------------------------------------------------------------------------------------------
+
+
+def _line(label: str = "m", x: tuple[float, ...] = (1, 2), **others: Any) -> Line:
+    return Line(label, x, [20.0 + value for value in x], [0.5, None, *[0.1] * (len(x) - 2)], **others)
+
+
+CHARTS = {
+    "one line": lambda: line_chart("n", [_line()], "sigma", "PSNR (dB)"),
+    "as many as there are colours": lambda: line_chart("n", [_line(f"m{i}") for i in range(N_COLOURS)], "x", "y"),
+    "names that are formulas": lambda: line_chart("n", [_line(NASTY)], NASTY.replace("$", ""), "y"),
+    "published and chosen": lambda: line_chart("n", [_line(published=[(1, 30.0)], chosen=2)], "x", "y"),
+    "orders of magnitude": lambda: line_chart("n", [_line(x=(0.01, 1, 100))], "x", "y"),
+    "zero and orders of magnitude": lambda: line_chart("n", [_line(x=(0, 0.01, 1, 171))], "x", "y"),
+    "many places": lambda: line_chart("n", [_line(x=tuple(range(30)))], "x", "y"),
+    "points": lambda: point_chart("n", [Point(NASTY, 1e-5, 20.0, None, 0), Point("b", 10.0, 25.0, 1.0, 12)], "s", "y"),
+    "boxes": lambda: box_chart("n", [Box(NASTY, [1.0, 2.0, 4.0], 0), Box("b", [3.0, 3.0, 3.0], 9)], "y"),
+}
+
+
+@pytest.mark.parametrize("case", CHARTS)
+def test_charts_are_well_formed_and_the_same_again(case: str) -> None:
+    svg = CHARTS[case]()
+    root = ElementTree.fromstring(svg)
+    assert root.tag == "svg" and root.get("viewBox") and root.get("width") is None
+    names = [element.get("id") for element in root.iter() if element.get("id")]
+    assert len(set(names)) == len(names) and all(str(name).startswith("n-") for name in names)
+    assert "http" not in svg and "<script" not in svg
+    assert svg == CHARTS[case]()
+
+
+def test_zero_is_drawn_left_of_what_is_above_it() -> None:
+    svg = CHARTS["zero and orders of magnitude"]()
+    ticks = [
+        element for element in ElementTree.fromstring(svg).iter("text") if element.text in ("0", "0.01", "1", "171")
+    ]
+    places = {element.text: float(str(element.get("x"))) for element in ticks}
+    assert places["0"] < places["0.01"] < places["1"] < places["171"]
+
+
+def test_curves_have_a_line_per_method_and_at_most_as_many_as_colours() -> None:
+    problems = {f"sigma{s}": {"sigma": s} for s in (0.1, 0.2)}
+    gains = {f"m{i}": float(i) for i in range(N_COLOURS + 1)}
+    evaluation = Evaluation("e", [], make_records(problems, gains))
+    first, second = curves(Contents(evaluation), "c")
+    assert all(f"m{i}: " in first.alt for i in range(N_COLOURS))
+    assert f"m{N_COLOURS}: 29.00 at sigma 0.1, 29.00 at 0.2." in second.alt
+
+
+def test_tuning_is_drawn_over_what_was_tried() -> None:
+    records = make_records(gains={"tv": 0.0}, options={"weight": 0.1}, tuned={"weight": 0.1})
+    tuning = [
+        {"problem": "denoising", "method": "tv", "options": {"weight": weight}, "psnr": psnr, "n_images": 2}
+        for weight, psnr in ((0.3, 20.0), (0.1, 21.0), (0.9, None))
+    ]
+    contents = Contents(Evaluation("e", [], records, tuning))
+    (chart,) = tuning_curves(contents, "t")
+    assert chart.alt == "tv: tuning of weight. denoising: 21.00 at weight 0.1, 20.00 at 0.3."
+    table = contents.tuning()
+    assert [row[3].best for row in table.rows] == [False, True, False] and curves(contents, "c") == []
+
+
+# Pictures -------------------------------------------------------------------------------------------------------------
+
+
+def test_error_map_is_the_mean_absolute_difference() -> None:
+    x, x_hat = np.random.default_rng(0).random((2, 5, 4, 3))
+    np.testing.assert_allclose(error_map(x_hat, x), np.abs(x - x_hat).mean(-1))
+    assert error_map(x, x).max() == 0
+    with pytest.raises(ValueError, match="differ in size"):
+        error_map(x_hat[:4], x)
+
+
+def test_white_is_a_round_number_that_most_errors_stay_below() -> None:
+    small = np.full((8, 8), 0.04)
+    assert error_white([small]) == 0.05
+    assert error_white([small, small, np.ones((8, 8))]) == 0.05  # one bad method does not black out the others
+    assert error_white([np.full((8, 8), 1.0)]) == 1.0
+    with pytest.raises(ValueError, match="errors is empty"):
+        error_white([])
+
+
+def test_pictures_come_back_and_large_ones_are_reduced(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_picture(tmp_path / "a.png") * 255, pixels)
+    assert data_uri(read_picture(tmp_path / "a.png")).startswith("data:image/png;base64,")
+    Image.fromarray(np.zeros((100, 2000), dtype=np.uint8)).save(tmp_path / "b.png")
+    assert read_picture(tmp_path / "b.png").shape == (26, 512, 3)
