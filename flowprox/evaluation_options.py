@@ -74,6 +74,7 @@ class EvaluatedProblem:
         published: label of a method -> published PSNR in dB, shown beside the measured one; a list where there is a
             series.
         label: what it is called in records and tables; by default its name and parameters. A series appends its values.
+        scales: the scales at which it is used, "small" being the recipe as written; null: all.
     """
 
     name: str
@@ -82,6 +83,7 @@ class EvaluatedProblem:
     seed: int = 0
     published: dict[str, Any] = field(default_factory=dict)
     label: str | None = None
+    scales: list[str] | None = None
 
     def __post_init__(self) -> None:
         _check_series(f"series of {self.name}:", self.series)
@@ -111,6 +113,7 @@ class EvaluatedMethod:
             options every combination is tried.
         problems: labels or names of the problems it is used for; null: all it applies to.
         batch_size: how many images it is given at once.
+        scales: the scales at which it is used, "small" being the recipe as written; null: all.
     """
 
     name: str
@@ -124,6 +127,7 @@ class EvaluatedMethod:
     tune: dict[str, list[Any]] = field(default_factory=dict)
     problems: list[str] | None = None
     batch_size: int = 16
+    scales: list[str] | None = None
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, f"batch_size of {self.name} must be positive; got {self.batch_size}")
@@ -143,6 +147,7 @@ class ScaleOptions:
         source: of the images.
         flow: in the place of every method's flow.
         noise: in the place of every method's noise flow.
+        models: a flow, network or noise flow by the name it has in the recipe -> what is in its place.
         options: name of a method -> options that differ.
     """
 
@@ -151,6 +156,7 @@ class ScaleOptions:
     source: str | list[str] | None = None
     flow: str | None = None
     noise: str | None = None
+    models: dict[str, str] = field(default_factory=dict)
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -177,6 +183,14 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         _require(len(self.problems) > 0, "problems is empty; name at least one, for example denoising")
         _require(len(self.methods) > 0, "methods is empty; name at least one, for example tv")
+        known = {"smoke", "small", *self.scales}
+        for one in (*self.problems, *self.methods):
+            unknown = sorted({*(one.scales or ())} - known)
+            _require(
+                not unknown,
+                f"{one.label or one.name} is for the scale {', '.join(unknown)}, which the recipe has not; "
+                f"it has {', '.join(sorted(known))}",
+            )
         tuned = [method.label or method.name for method in self.methods if method.tune]
         _require(
             not tuned or self.tune_images is not None,

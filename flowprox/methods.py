@@ -60,6 +60,7 @@ class MethodKind(NamedTuple):
         description: one line.
         needs: what must be given: "flow" (a trained flow), "model" (a trained network or generator), or one of several.
         takes_noise: whether a noise may be given in the place of the physics' own.
+        takes_decoder: whether the flow may be a generator without a density.
         problems: names of the problems it applies to; None: all.
         defaults: options that differ from those of the class, by problem; those of "" hold for all.
         quick: the options that make it end within seconds, for trying a recipe out.
@@ -69,6 +70,7 @@ class MethodKind(NamedTuple):
     description: str
     needs: tuple[str, ...] = ()
     takes_noise: bool = False
+    takes_decoder: bool = False
     problems: tuple[str, ...] | None = None
     defaults: Mapping[str, Mapping[str, Any]] = _NO_OPTIONS
     quick: Mapping[str, Any] = _NO_OPTIONS
@@ -106,6 +108,7 @@ METHODS: dict[str, MethodKind] = {
         "MAP with a flow and a density of the noise (Whang et al. 2021)",
         needs=("flow",),
         takes_noise=True,
+        takes_decoder=True,
         defaults={"one-bit": {"form": "latent", **_STRAIGHT_THROUGH}},
         quick={"n_iterations": 2},
     ),
@@ -202,7 +205,7 @@ def make_method(
     Arguments:
         name: a key of ``METHODS``.
         problem: what it will be used for; some methods have other defaults for other problems.
-        flow: the prior: a flow, or the name, folder or hub id of one.
+        flow: the prior: a flow, or the name, folder or hub id of one; for "noise-map" with beta 0 also a generator.
         model: the trained network ("unfolded"), generator ("gan") or denoiser ("plug-and-play"), or where it is.
         noise: density of the noise: a ``flowprox.noise.Noise``; a flow trained on noise, or where it is; a name of
             ``flowprox.noise.NOISES``, or {"name": ..., parameters}, made for ``shape``. None takes the physics' own.
@@ -232,7 +235,7 @@ def make_method(
     check_options(name, merged)
     parts: dict[str, Any] = {}
     if flow is not None:
-        parts["flow"] = _as_flow(flow, device, "flow")
+        parts["flow"] = _as_flow(flow, device, kind.takes_decoder)
     if model is not None:
         parts[_model_argument(name)] = load_model(model, device=device) if isinstance(model, str) else model
     if noise is not None:
@@ -372,10 +375,11 @@ def _constructed(cls: Any, parts: Mapping[str, Any], options: Mapping[str, Any])
     return cls(**parts, **arguments)
 
 
-def _as_flow(flow: Any, device: str | torch.device, argument: str) -> Flow:
+def _as_flow(flow: Any, device: str | torch.device, takes_decoder: bool) -> Any:
     loaded = load_model(flow, device=device) if isinstance(flow, str) else flow
-    if not isinstance(loaded, Flow):
-        raise ValueError(f"{argument} {str(flow)!r} is a {type(loaded).__name__}, not a flow; see flowprox models")
+    is_decoder = takes_decoder and isinstance(getattr(loaded, "latent_size", None), int)
+    if not (isinstance(loaded, Flow) or is_decoder):
+        raise ValueError(f"flow {str(flow)!r} is a {type(loaded).__name__}, not a flow; see flowprox models")
     return loaded
 
 
