@@ -145,6 +145,8 @@ class ScaleOptions:
         limit: how many images are used.
         tune_limit: how many images the options are tuned on.
         source: of the images.
+        tune_source: of the images that options are tuned on.
+        image_size: of both.
         flow: in the place of every method's flow.
         noise: in the place of every method's noise flow.
         models: a flow, network or noise flow by the name it has in the recipe -> what is in its place.
@@ -154,6 +156,8 @@ class ScaleOptions:
     limit: int | None = None
     tune_limit: int | None = None
     source: str | list[str] | None = None
+    tune_source: str | list[str] | None = None
+    image_size: int | None = None
     flow: str | None = None
     noise: str | None = None
     models: dict[str, str] = field(default_factory=dict)

@@ -134,7 +134,7 @@ def _names(problems: Sequence[EvaluatedProblem]) -> set[str]:
 def _smoke(recipe: EvaluationOptions) -> EvaluationOptions:
     """What runs anywhere within seconds: networks that are not trained yet are replaced or left out."""
     quick = {method.name: dict(METHODS[method.name].quick) for method in recipe.methods if method.name in METHODS}
-    small = _replaced(recipe, ScaleOptions(limit=1, tune_limit=1, source=SAMPLES, options=quick))
+    small = _replaced(recipe, ScaleOptions(limit=1, tune_limit=1, source=SAMPLES, tune_source=SAMPLES, options=quick))
     methods = [
         dataclasses.replace(
             method,
@@ -175,12 +175,14 @@ def _is_at_hand(name: Any) -> bool:
 
 
 def _replaced(recipe: EvaluationOptions, scale: ScaleOptions) -> EvaluationOptions:
-    def images(given: ImageOptions | None, limit: int | None) -> ImageOptions | None:
-        if given is None:
-            return None
-        split = given.split if scale.source is None else "all"
+    def images(given: ImageOptions, source: str | list[str] | None, limit: int | None) -> ImageOptions:
+        split = given.split if source is None else "all"
         return dataclasses.replace(
-            given, source=scale.source or given.source, split=split, limit=limit if limit is not None else given.limit
+            given,
+            source=source or given.source,
+            image_size=scale.image_size or given.image_size,
+            split=split,
+            limit=limit if limit is not None else given.limit,
         )
 
     methods = []
@@ -200,11 +202,9 @@ def _replaced(recipe: EvaluationOptions, scale: ScaleOptions) -> EvaluationOptio
                 series={k: v for k, v in method.series.items() if k not in differing},
             )
         )
-    test = images(recipe.images, scale.limit)
-    assert test is not None
-    return dataclasses.replace(
-        recipe, images=test, tune_images=images(recipe.tune_images, scale.tune_limit), methods=methods
-    )
+    test = images(recipe.images, scale.source, scale.limit)
+    tuning = recipe.tune_images and images(recipe.tune_images, scale.tune_source, scale.tune_limit)
+    return dataclasses.replace(recipe, images=test, tune_images=tuning, methods=methods)
 
 
 def _other_noise(noise: str | Mapping[str, Any] | None, scale: ScaleOptions) -> Any:
