@@ -23,10 +23,14 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from flowprox import __version__
-from flowprox.commands import COMMANDS, Command
+from flowprox import commands as _commands
+from flowprox.commands import Command
 from flowprox.evaluation_options import EvaluatedMethod, EvaluatedProblem, ImageOptions, ScaleOptions
+from flowprox.study_command import STUDY
 
 __all__ = ["main"]
+
+COMMANDS = {**_commands.COMMANDS, "study": STUDY}
 
 TRACEBACK = "FLOWPROX_TRACEBACK"
 """Environment variable; when set, the traceback of an error is shown too."""

@@ -14,8 +14,8 @@ LAYERS = [
     {"prox", "priors"},
     {"unfolded", "solvers", "baselines"},
     {"data", "checkpoints", "samples"},
-    {"training", "gan_training", "tasks", "run_log", "reconstruction", "methods", "evaluation"},
-    {"commands"},
+    {"training", "gan_training", "tasks", "run_log", "reconstruction", "methods", "evaluation", "studies"},
+    {"commands", "study_command"},
     {"cli"},
 ]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
