@@ -89,7 +89,9 @@ def _measure(run: StudyRun, unit: Record) -> Record:
             "log_p_of_latent": flow.base_log_prob(flow.encode(_points(x))),
             "log_p_over_z": flow.log_prob(flow.decode(z, (1, 1))),
         }
-        bridge = torch.stack([torch.zeros(9), torch.linspace(-0.7, 0.7, 9)], dim=1)
+        between = x[x[:, 0].abs() < 0.2]
+        likely = flow.base_log_prob(flow.encode(_points(between))).topk(min(9, len(between))).indices
+        bridge = between[likely]
         record = {
             "log_likelihood": rounded(log_likelihood),
             "points": rounded(bimodal_points(300, run.generator(1)).flatten(1), 3),
@@ -173,10 +175,10 @@ def _draw(records: Sequence[Record]) -> Mapping[str, Drawn]:
             densities,
             "A flow in two dimensions",
             "Data, density of the flow over x, likelihood of the latent over x, and density over the latent (values below -12 "
-            "are drawn as -12). Red crosses: points between the modes, and their latents. Mean log-likelihood "
+            "are drawn as -12). Red crosses: the points between the modes whose latents are most likely. Mean log-likelihood "
             f"{record['log_likelihood']:.2f} nats. After Asim et al. 2020, Figs. 8 and 53 to 55.",
-            "Two vertical bars of data; the density follows them; the likelihood of the latent is also high between them; over "
-            "the latent a dark seam separates the two modes, on which the red crosses lie.",
+            "Four panels: the data, in two vertical bars; the density of the flow and the likelihood of the latent over them; "
+            "the density over the latent. Red crosses mark where the likelihood of the latent connects the two bars.",
         ),
         "two-dimensional-descent": Drawn(
             descent,
