@@ -11,6 +11,7 @@ smooth bowl in latent space.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ _TITLES = {
     "interpolation": "latent space, towards other images",
 }
 _BATCH = 64
+_FLOOR = 1e-4
+_LEVELS = [_FLOOR * 10 ** (i / 4) for i in range(17)]  # 1e-4 to 1
 
 
 def _units(run: StudyRun) -> list[Record]:
@@ -68,23 +71,35 @@ def _parts(run: StudyRun, plane: str, points: Tensor, y: Tensor, physics: torch.
 
 
 def _draw(records: Sequence[Record]) -> Mapping[str, Drawn]:
+    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
     n_columns = 2 + len(records[0]["gammas"])
-    figure = Figure(figsize=(2.9 * n_columns, 2.6 * len(records)), layout="constrained")
+    figure = Figure(figsize=(2.6 * n_columns, 2.75 * len(records)), layout="constrained")
     rows = figure.subplots(len(records), n_columns, squeeze=False)
+    drawn: Any = None
     for row, record in zip(rows, records, strict=True):
         misfit, prior = torch.tensor(record["misfit"]), torch.tensor(record["prior"])
-        is_image = record["plane"] == "image"
-        shown = [("misfit", misfit), ("-log p(x)" if is_image else "||z||", prior)]
-        shown += [(f"misfit + {gamma:g} x", misfit + gamma * prior) for gamma in record["gammas"]]
+        symbol = "(-log p(x))" if record["plane"] == "image" else "||z||"
+        shown = [("misfit", misfit), (symbol, prior)]
+        shown += [(f"misfit + {gamma:g} {symbol}", misfit + gamma * prior) for gamma in record["gammas"]]
         for cell, (name, values) in zip(row, shown, strict=True):
-            drawn = cell.contourf(record["axis"], record["axis"], values, levels=18, cmap="viridis")
-            figure.colorbar(drawn, ax=cell)
+            excess = (values - values.min()) / (values.max() - values.min())
+            drawn = cell.contourf(
+                record["axis"],
+                record["axis"],
+                excess.clamp(min=1.001 * _FLOOR),
+                levels=_LEVELS,
+                norm=LogNorm(),
+                cmap="viridis",
+            )
             cell.plot(0, 0, "r+")
             cell.set_title(f"{_TITLES[record['plane']]}\n{name}", fontsize=8)
+            cell.set_aspect("equal")
+            cell.tick_params(labelsize=7)
+    figure.colorbar(drawn, ax=rows, shrink=0.5, label="above the lowest value, as a part of the highest")
     gammas = ", ".join(f"{gamma:g}" for gamma in records[0]["gammas"])
-    drawn = Drawn(
+    text = Drawn(
         figure,
         "Loss landscapes in image and latent space",
         f"Misfit, prior and their sum with gamma = {gammas} in planes through the true image (red cross), compressed "
@@ -93,7 +108,7 @@ def _draw(records: Sequence[Record]) -> Mapping[str, Drawn]:
         "Contours of misfit, prior and their weighted sums in three planes: random directions in image space, random "
         "directions in latent space, directions towards other images in latent space.",
     )
-    return {"landscapes": drawn}
+    return {"landscapes": text}
 
 
 LANDSCAPES = Study(
@@ -101,7 +116,7 @@ LANDSCAPES = Study(
     "Asim et al. 2020, Figs. 7, 52 (c, d), 57",
     {
         "smoke": {"image_size": 16, "n_images": 3, "m": 200, "n_points": 3, "reach": 0.5, "gammas": [0.01, 0.1]},
-        "small": {"image_size": 64, "n_images": 3, "m": 2500, "n_points": 21, "reach": 1.0, "gammas": [0.01, 1.0]},
+        "small": {"image_size": 64, "n_images": 3, "m": 2500, "n_points": 21, "reach": 0.5, "gammas": [0.01, 1.0]},
         "paper": {
             "image_size": 64,
             "n_images": 3,
