@@ -80,8 +80,8 @@ def _draw(records: Sequence[Record]) -> Mapping[str, Drawn]:
     drawn: Any = None
     for row, record in zip(rows, records, strict=True):
         misfit, prior = torch.tensor(record["misfit"]), torch.tensor(record["prior"])
-        symbol = "(-log p(x))" if record["plane"] == "image" else "||z||"
-        shown = [("misfit", misfit), (symbol, prior)]
+        symbol = "[-log p(x)]" if record["plane"] == "image" else "||z||"
+        shown = [("misfit", misfit), (symbol.strip("[]"), prior)]
         shown += [(f"misfit + {gamma:g} {symbol}", misfit + gamma * prior) for gamma in record["gammas"]]
         for cell, (name, values) in zip(row, shown, strict=True):
             excess = (values - values.min()) / (values.max() - values.min())
