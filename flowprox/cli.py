@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import errno
 import inspect
+import itertools
 import os
 import re
 import sys
@@ -126,12 +127,16 @@ def _complete_switches(words: list[str]) -> list[str]:
 
 
 def _recipe_first(words: list[str]) -> list[str]:
-    """The words with ``--config`` right after the command: options override the recipe wherever they stand."""
-    for i, word in enumerate(words):
-        n = 1 if word.startswith("--config=") else 2 if word == "--config" else 0
-        if n and i > 1:
-            return [words[0], *words[i : i + n], *words[1:i], *words[i + n :]]
-    return words
+    """The words with every ``--config`` right after the command: options override recipes, a later recipe an earlier."""
+    if not words or "--config" not in {word.partition("=")[0] for word in words}:
+        return words
+    recipes, others, rest = [], [], iter(words[1:])
+    for word in rest:
+        if word == "--config":
+            recipes += [word, *itertools.islice(rest, 1)]
+        else:
+            (recipes if word.startswith("--config=") else others).append(word)
+    return [words[0], *recipes, *others]
 
 
 def _is_bad_input(error: Exception) -> bool:

@@ -75,6 +75,7 @@ class EvaluatedProblem:
             series.
         label: what it is called in records and tables; by default its name and parameters. A series appends its values.
         published_in: where the published figures stand, such as "Asim et al. (2020), Fig. 4".
+        scales: the scales at which it is used, "small" being the recipe as written; null: all.
     """
 
     name: str
@@ -84,6 +85,7 @@ class EvaluatedProblem:
     published: dict[str, Any] = field(default_factory=dict)
     label: str | None = None
     published_in: str | None = None
+    scales: list[str] | None = None
 
     def __post_init__(self) -> None:
         _check_series(f"series of {self.name}:", self.series)
@@ -113,6 +115,7 @@ class EvaluatedMethod:
             options every combination is tried.
         problems: labels or names of the problems it is used for; null: all it applies to.
         batch_size: how many images it is given at once.
+        scales: the scales at which it is used, "small" being the recipe as written; null: all.
     """
 
     name: str
@@ -126,6 +129,7 @@ class EvaluatedMethod:
     tune: dict[str, list[Any]] = field(default_factory=dict)
     problems: list[str] | None = None
     batch_size: int = 16
+    scales: list[str] | None = None
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, f"batch_size of {self.name} must be positive; got {self.batch_size}")
@@ -143,16 +147,22 @@ class ScaleOptions:
         limit: how many images are used.
         tune_limit: how many images the options are tuned on.
         source: of the images.
+        tune_source: of the images that options are tuned on.
+        image_size: of both.
         flow: in the place of every method's flow.
         noise: in the place of every method's noise flow.
+        models: a flow, network or noise flow by the name it has in the recipe -> what is in its place.
         options: name of a method -> options that differ.
     """
 
     limit: int | None = None
     tune_limit: int | None = None
     source: str | list[str] | None = None
+    tune_source: str | list[str] | None = None
+    image_size: int | None = None
     flow: str | None = None
     noise: str | None = None
+    models: dict[str, str] = field(default_factory=dict)
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -179,6 +189,14 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         _require(len(self.problems) > 0, "problems is empty; name at least one, for example denoising")
         _require(len(self.methods) > 0, "methods is empty; name at least one, for example tv")
+        known = {"smoke", "small", *self.scales}
+        for one in (*self.problems, *self.methods):
+            unknown = sorted({*(one.scales or ())} - known)
+            _require(
+                not unknown,
+                f"{one.label or one.name} is for the scale {', '.join(unknown)}, which the recipe has not; "
+                f"it has {', '.join(sorted(known))}",
+            )
         tuned = [method.label or method.name for method in self.methods if method.tune]
         _require(
             not tuned or self.tune_images is not None,

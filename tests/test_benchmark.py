@@ -28,7 +28,13 @@ from flowprox.evaluation.plan import at_scale, planned, published_figures
 from flowprox.evaluation.records import read_records
 from flowprox.evaluation.report import picture_path, write_report
 from flowprox.evaluation.summary import summary_rows
-from flowprox.evaluation_options import EvaluatedMethod, EvaluatedProblem, EvaluationOptions, ImageOptions
+from flowprox.evaluation_options import (
+    EvaluatedMethod,
+    EvaluatedProblem,
+    EvaluationOptions,
+    ImageOptions,
+    ScaleOptions,
+)
 from flowprox.methods import Outcome, run_method
 from flowprox.operators import make_physics, measure_each
 
@@ -227,6 +233,39 @@ def test_a_series_of_a_method_and_published_figures(recipe: EvaluationOptions) -
     }
 
 
+def test_a_scale_has_its_own_problems_methods_and_models(recipe: EvaluationOptions) -> None:
+    methods = [
+        *recipe.methods[:1],
+        EvaluatedMethod("unfolded", "small net", model="a", problems=["inpainting"], scales=["small"]),
+        EvaluatedMethod("unfolded", "net", model="a", problems=["inpainting", "denoising-sigma0.3"]),
+        EvaluatedMethod("tv", problems=["denoising-sigma0.3"], scales=["large"]),
+        EvaluatedMethod("tv", options_for={"denoising-sigma0.3": {"n_iterations": 2}}),
+    ]
+    problems = [*recipe.problems, EvaluatedProblem("denoising", {"sigma": 0.3}, scales=["large"])]
+    scales = {"large": ScaleOptions(models={"a": "b"}, image_size=32, limit=1)}
+    recipe = replace(recipe, problems=problems, methods=[*methods[:3], methods[4]], scales=scales)
+    small, large = (planned(at_scale(recipe, scale)) for scale in ("small", "large"))
+    assert {case.problem.label for case in large} - {case.problem.label for case in small} == {"denoising-sigma0.3"}
+    assert {case.method.label for case in small} - {case.method.label for case in large} == {"small net"}
+    assert {case.method.model for case in small if case.method.model} == {"a"}
+    assert {case.method.model for case in large if case.method.model} == {"b"}
+    images = at_scale(recipe, "large").images
+    assert (images.image_size, images.limit, images.source) == (32, 1, recipe.images.source)
+    only_large = replace(recipe, methods=[*methods[:1], methods[3]])
+    assert [case.method.label for case in planned(at_scale(only_large, "small"))] == ["measurement"] * 3
+    with pytest.raises(ValueError, match="small net is for the scale huge, which the recipe has not"):
+        replace(recipe, methods=[replace(methods[1], scales=["huge"])])
+
+
+def test_a_scale_of_other_images_leaves_those_for_tuning_alone(recipe: EvaluationOptions) -> None:
+    tv = EvaluatedMethod("tv", tune={"regularisation": [0.1, 0.2]})
+    scales = {"other": ScaleOptions(source="elsewhere")}
+    recipe = replace(recipe, methods=[tv], tune_images=ImageOptions("faces", split="val"), scales=scales)
+    other, smoke = at_scale(recipe, "other"), at_scale(recipe, "smoke")
+    assert other.tune_images == recipe.tune_images and other.images.source == "elsewhere"
+    assert smoke.tune_images is not None and smoke.tune_images.source == smoke.images.source == "samples"
+
+
 def _method(**arguments: Any) -> Callable[[EvaluationOptions], EvaluationOptions]:
     return lambda recipe: replace(recipe, methods=[EvaluatedMethod(**arguments)])
 
@@ -315,3 +354,18 @@ def test_recipe_in_miniature(path: Path, tmp_path: Path, capsys: pytest.CaptureF
     )
     records = read_records(tmp_path / "records.jsonl")
     assert records and all(record["psnr"] > 0 for record in records)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_scale_of_a_recipe_can_be_planned(path: Path) -> None:
+    given = make_parser()
+    options = given.instantiate(given.parse_args(["evaluate", "--config", str(path)]))["evaluate"]
+    scales = options.scales or {}
+    recipe = EvaluationOptions(
+        options.images, options.problems, options.methods, options.tune_images, scales, options.name
+    )
+    assert "paper" in scales or path.stem == "readme"
+    for scale in scales:
+        cases = planned(at_scale(recipe, scale))
+        figures = published_figures(recipe, scale)
+        assert cases and all(problem in {case.problem.label for case in cases} for problem, _ in figures)

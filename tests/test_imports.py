@@ -14,7 +14,7 @@ LAYERS = [
     {"prox", "priors"},
     {"unfolded", "solvers", "baselines"},
     {"data", "checkpoints", "samples"},
-    {"training", "reconstruction", "methods", "evaluation"},
+    {"training", "reconstruction", "methods", "evaluation", "studies"},
     {"commands"},
     {"cli"},
 ]

@@ -95,6 +95,15 @@ def test_noise_by_name_and_by_flow() -> None:
         make_method("noise-map", flow=flow, noise="gaussian")
 
 
+def test_a_generator_is_a_prior_of_noise_map_only() -> None:
+    generator = DCGANGenerator(SHAPE, latent_size=4, hidden_channels=4, n_scales=2)
+    method = make_method("noise-map", flow=generator, beta=0.0, start=0.1, n_iterations=1)
+    y = torch.rand(1, *SHAPE)
+    assert method(y, make_physics("denoising", SHAPE)).shape == y.shape
+    with pytest.raises(ValueError, match="is a DCGANGenerator, not a flow"):
+        make_method("latent-map", flow=generator)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown name": ({"name": "latentmap"}, "did you mean latent-map"),
     "unknown option": ({"name": "tv", "regularization": 1.0}, "did you mean regularisation"),

@@ -1,10 +1,15 @@
-"""Every recipe that ships can be read, built and run."""
+"""Every recipe that ships can be read, built and run, and the scripts train what the evaluations name."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import os
+import re
+import shlex
 import struct
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +19,14 @@ import yaml
 from PIL import Image
 
 from flowprox import list_models
-from flowprox.cli import main, make_parser
+from flowprox.cli import _complete_switches, _recipe_first, main, make_parser
 from flowprox.options import NoiseOptions
 from flowprox.training.gan import gan_task
 from flowprox.training.tasks import denoising_task, likelihood_task, noise_task, reconstruction_task
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "recipes"
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+SCRIPTS = {"ablation": [], "ablation paper": ["paper"], "paper": [], "plug-and-play": []}
 COMMANDS = {"flow": "train-flow", "model": "train-unfolded", "denoiser": "train-denoiser", "gan": "train-gan"}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*:DeprecationWarning")
@@ -129,3 +136,67 @@ def test_two_steps_in_miniature(path: Path, tmp_path: Path) -> None:
     assert main([_command(path), "--config", str(path), *_without_earlier_runs(path), *words]) == 0
     assert (out / "model" / "model.safetensors").is_file()
     assert yaml.safe_load((out / "recipe.yaml").read_text())["name"] == path.stem
+
+
+# Scripts that train a series ------------------------------------------------------------------------------------------
+
+
+def _commands(script: str, folder: Path) -> Iterator[list[str]]:
+    """The words of every flowprox command that a script gives."""
+    stub, log = folder / "flowprox", folder / "commands"
+    stub.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {shlex.quote(str(log))}\n')
+    stub.chmod(0o755)
+    path = FOLDER / script.split()[0] / "train.sh"
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    subprocess.run(["sh", str(path), *SCRIPTS[script]], env=environment, check=True, timeout=60)
+    return (shlex.split(line) for line in log.read_text().splitlines())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_gives_commands_that_can_be_read_and_built(script: str, tmp_path: Path) -> None:
+    parser = make_parser()
+    used, outs = set(), []
+    for words in _commands(script, tmp_path):
+        used |= {Path(word) for word in words if word.endswith(".yaml")}
+        options = parser.instantiate(parser.parse_args(_recipe_first(_complete_switches(words))))[words[0]]
+        assert options.training.max_steps or options.training.max_epochs or options.training.max_time
+        assert options.resume
+        outs.append(options.out)
+        if words[0] == "train-unfolded":
+            small = {"kind": "Glow", "arguments": {"n_levels": 1, "n_steps": 1, "hidden_channels": 8}}
+            options.model.flow, options.model.pretrained = (small if options.model.flow else None), None
+            options.model.n_folds = 1
+            options.model.prox_arguments = {key: 2 for key in options.model.prox_arguments}
+            reconstruction_task(options.model, options.problem, options.data)
+    assert len(set(outs)) == len(outs)
+    unused = set((FOLDER / script.split()[0]).glob("*.yaml")) - used
+    assert {path.name for path in unused} <= {"train-unfolded-ablation.yaml", "train-flow-ablation.yaml"}
+
+
+def test_models_that_evaluations_name_are_trained_by_a_recipe(tmp_path: Path) -> None:
+    named = {
+        name
+        for path in (FOLDER / "evaluate").glob("*.yaml")
+        for name in re.findall(r"runs/[\w./-]+/model", path.read_text())
+    }
+    made = set()
+    for i, script in enumerate(SCRIPTS):
+        (tmp_path / str(i)).mkdir()
+        made |= {f"{words[words.index('--out') + 1]}/model" for words in _commands(script, tmp_path / str(i))}
+    assert named and named <= made
+
+
+def test_later_recipes_override_earlier_ones_and_options_both(tmp_path: Path) -> None:
+    recipes = [FOLDER / "ablation" / name for name in ("base.yaml", "folds-4.yaml")]
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(2):
+        pixels = np.full((32, 32, 3), 90 * i, np.uint8)
+        Image.fromarray(pixels).save(pictures / f"{i}.png")
+    words = ["--out", str(tmp_path / "run"), "--config", str(recipes[0]), "--training.max_steps", "1"]
+    words += [f"--config={recipes[1]}", f"--data.train={pictures}", f"--data.validation={pictures}"]
+    words += ["--training.batch_size=2", "--training.progress=false", "--training.accelerator=cpu", "--name=mine"]
+    assert main(["train-unfolded", *words]) == 0
+    made = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert (made["name"], made["model"]["n_folds"], made["training"]["max_steps"]) == ("mine", 4, 1)
+    assert made["problem"]["parameters"] == {"sigma": 0.2}

@@ -92,20 +92,51 @@ def at_scale(recipe: EvaluationOptions, scale: str) -> EvaluationOptions:
     Raises:
         ValueError: the recipe has no such scale.
     """
-    if scale == AS_WRITTEN and scale not in recipe.scales:
-        return recipe
-    if scale == SMOKE and scale not in recipe.scales:
-        return _smoke(recipe)
-    if scale not in recipe.scales:
-        known = {SMOKE, AS_WRITTEN, *recipe.scales}
+    known = {SMOKE, AS_WRITTEN, *recipe.scales}
+    if scale not in known:
         raise ValueError(f"the recipe has no scale {scale!r}; {_nearest(scale, known)}")
-    return _replaced(recipe, recipe.scales[scale])
+    used = _used_at(recipe, scale)
+    if scale in recipe.scales:
+        return _replaced(used, recipe.scales[scale])
+    return _smoke(used) if scale == SMOKE else used
+
+
+def _used_at(recipe: EvaluationOptions, scale: str) -> EvaluationOptions:
+    """The recipe without the problems and methods that are for other scales; "smoke" takes those of "small" too."""
+    wanted = {scale, AS_WRITTEN} if scale == SMOKE else {scale}
+
+    def used(one: EvaluatedProblem | EvaluatedMethod) -> bool:
+        return one.scales is None or bool(wanted & set(one.scales))
+
+    return _restricted(recipe, list(filter(used, recipe.problems)), list(filter(used, recipe.methods)))
+
+
+def _restricted(
+    recipe: EvaluationOptions, problems: Sequence[EvaluatedProblem], methods: Sequence[EvaluatedMethod]
+) -> EvaluationOptions:
+    """The recipe with fewer problems and methods; what names a problem that has gone goes with it."""
+    kept = _names(problems)
+    gone = _names(recipe.problems) - kept
+    methods = [
+        dataclasses.replace(
+            method,
+            problems=None if method.problems is None else [name for name in method.problems if name not in gone],
+            options_for={name: options for name, options in method.options_for.items() if name not in gone},
+        )
+        for method in methods
+        if method.problems is None or set(method.problems) - gone
+    ]
+    return dataclasses.replace(recipe, problems=problems, methods=methods)
+
+
+def _names(problems: Sequence[EvaluatedProblem]) -> set[str]:
+    return {name for problem in problems for one in _problems(problem) for name in (one.label, problem.name)}
 
 
 def _smoke(recipe: EvaluationOptions) -> EvaluationOptions:
     """What runs anywhere within seconds: networks that are not trained yet are replaced or left out."""
     quick = {method.name: dict(METHODS[method.name].quick) for method in recipe.methods if method.name in METHODS}
-    small = _replaced(recipe, ScaleOptions(limit=1, tune_limit=1, source=SAMPLES, options=quick))
+    small = _replaced(recipe, ScaleOptions(limit=1, tune_limit=1, source=SAMPLES, tune_source=SAMPLES, options=quick))
     methods = [
         dataclasses.replace(
             method,
@@ -117,17 +148,7 @@ def _smoke(recipe: EvaluationOptions) -> EvaluationOptions:
         if _is_at_hand(method.model) and _is_at_hand(method.noise)
     ]
     problems = [_first_place(problem) for problem in small.problems if _has_its_files(problem)]
-    names = {n for problem in problems for one in _problems(problem) for n in (one.label, problem.name)}
-    methods = [
-        dataclasses.replace(
-            method,
-            problems=None if method.problems is None else [name for name in method.problems if name in names],
-            options_for={name: options for name, options in method.options_for.items() if name in names},
-        )
-        for method in methods
-        if method.problems is None or names & set(method.problems)
-    ]
-    return dataclasses.replace(small, problems=problems, methods=methods)
+    return _restricted(small, problems, methods)
 
 
 def _first(series: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
@@ -156,12 +177,14 @@ def _is_at_hand(name: Any) -> bool:
 
 
 def _replaced(recipe: EvaluationOptions, scale: ScaleOptions) -> EvaluationOptions:
-    def images(given: ImageOptions | None, limit: int | None) -> ImageOptions | None:
-        if given is None:
-            return None
-        split = given.split if scale.source is None else "all"
+    def images(given: ImageOptions, source: str | list[str] | None, limit: int | None) -> ImageOptions:
+        split = given.split if source is None else "all"
         return dataclasses.replace(
-            given, source=scale.source or given.source, split=split, limit=limit if limit is not None else given.limit
+            given,
+            source=source or given.source,
+            image_size=scale.image_size or given.image_size,
+            split=split,
+            limit=limit if limit is not None else given.limit,
         )
 
     methods = []
@@ -170,8 +193,9 @@ def _replaced(recipe: EvaluationOptions, scale: ScaleOptions) -> EvaluationOptio
         methods.append(
             dataclasses.replace(
                 method,
-                flow=scale.flow or method.flow if method.flow else None,
-                noise=scale.noise or method.noise if method.noise else None,
+                flow=scale.models.get(method.flow) or scale.flow or method.flow if method.flow else None,
+                model=scale.models.get(method.model, method.model) if method.model else None,
+                noise=_other_noise(method.noise, scale),
                 options={k: v for k, v in {**method.options, **differing}.items() if k not in method.tune},
                 options_for={
                     problem: {k: v for k, v in options.items() if k not in differing}
@@ -180,11 +204,14 @@ def _replaced(recipe: EvaluationOptions, scale: ScaleOptions) -> EvaluationOptio
                 series={k: v for k, v in method.series.items() if k not in differing},
             )
         )
-    test = images(recipe.images, scale.limit)
-    assert test is not None
-    return dataclasses.replace(
-        recipe, images=test, tune_images=images(recipe.tune_images, scale.tune_limit), methods=methods
-    )
+    test = images(recipe.images, scale.source, scale.limit)
+    tuning = recipe.tune_images and images(recipe.tune_images, scale.tune_source, scale.tune_limit)
+    return dataclasses.replace(recipe, images=test, tune_images=tuning, methods=methods)
+
+
+def _other_noise(noise: str | Mapping[str, Any] | None, scale: ScaleOptions) -> Any:
+    other = scale.models.get(noise) if isinstance(noise, str) else None
+    return other or scale.noise or noise if noise else None
 
 
 def planned(recipe: EvaluationOptions) -> list[Case]:

@@ -29,6 +29,7 @@ class MethodKind(NamedTuple):
         description: one line.
         needs: what must be given: "flow" (a trained flow), "model" (a trained network or generator), or one of several.
         takes_noise: whether a noise may be given in the place of the physics' own.
+        takes_decoder: whether the flow may be a generator without a density.
         problems: names of the problems it applies to; None: all.
         defaults: options that differ from those of the class, by problem; those of "" hold for all.
         quick: the options that make it end within seconds, for trying a recipe out.
@@ -38,6 +39,7 @@ class MethodKind(NamedTuple):
     description: str
     needs: tuple[str, ...] = ()
     takes_noise: bool = False
+    takes_decoder: bool = False
     problems: tuple[str, ...] | None = None
     defaults: Mapping[str, Mapping[str, Any]] = _NO_OPTIONS
     quick: Mapping[str, Any] = _NO_OPTIONS
@@ -75,6 +77,7 @@ METHODS: dict[str, MethodKind] = {
         "MAP with a flow and a density of the noise (Whang et al. 2021)",
         needs=("flow",),
         takes_noise=True,
+        takes_decoder=True,
         defaults={"one-bit": {"form": "latent", **_STRAIGHT_THROUGH}},
         quick={"n_iterations": 2},
     ),

@@ -41,7 +41,7 @@ def make_method(
     Arguments:
         name: a key of ``METHODS``.
         problem: what it will be used for; some methods have other defaults for other problems.
-        flow: the prior: a flow, or the name, folder or hub id of one.
+        flow: the prior: a flow, or the name, folder or hub id of one; for "noise-map" with beta 0 also a generator.
         model: the trained network ("unfolded"), generator ("gan") or denoiser ("plug-and-play"), or where it is.
         noise: density of the noise: a ``flowprox.noise.Noise``; a flow trained on noise, or where it is; a name of
             ``flowprox.noise.NOISES``, or {"name": ..., parameters}, made for ``shape``. None takes the physics' own.
@@ -71,7 +71,7 @@ def make_method(
     check_options(name, merged)
     parts: dict[str, Any] = {}
     if flow is not None:
-        parts["flow"] = _as_flow(flow, device, "flow")
+        parts["flow"] = _as_flow(flow, device, kind.takes_decoder)
     if model is not None:
         parts[model_argument(name)] = load_model(model, device=device) if isinstance(model, str) else model
     if noise is not None:
@@ -118,10 +118,11 @@ def _constructed(cls: Any, parts: Mapping[str, Any], options: Mapping[str, Any])
     return cls(**parts, **arguments)
 
 
-def _as_flow(flow: Any, device: str | torch.device, argument: str) -> Flow:
+def _as_flow(flow: Any, device: str | torch.device, takes_decoder: bool) -> Any:
     loaded = load_model(flow, device=device) if isinstance(flow, str) else flow
-    if not isinstance(loaded, Flow):
-        raise ValueError(f"{argument} {str(flow)!r} is a {type(loaded).__name__}, not a flow; see flowprox models")
+    is_decoder = takes_decoder and isinstance(getattr(loaded, "latent_size", None), int)
+    if not (isinstance(loaded, Flow) or is_decoder):
+        raise ValueError(f"flow {str(flow)!r} is a {type(loaded).__name__}, not a flow; see flowprox models")
     return loaded
 
 
