@@ -226,7 +226,7 @@ class Contents:
                     Cell(str(record.get("failed", ""))),
                 ]
             )
-        caption = "Mean PSNR of every combination on the images for tuning, other ones than the test's; the chosen one is bold."
+        caption = "Mean PSNR of every combination on the images for tuning; the chosen one is bold."
         head = ["method", "problem", "options", "PSNR (dB)", "images", "failed"]
         return Table("tuning", caption, head, rows).without_empty_columns()
 
