@@ -339,6 +339,27 @@ def test_command_ends_with_status_1_after_a_failure(
     assert "failed: denoising-sigma0.2, tv, p0: ValueError: never" in capsys.readouterr().err
 
 
+def test_the_recipe_beside_the_records_runs_again_and_holds_what_is_published(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = _write(tmp_path / "r.yaml", pictures, tune={"regularisation": [0.1, 1.0]})
+    given = yaml.safe_load((tmp_path / "r.yaml").read_text())
+    given["problems"][0]["published_in"] = "Somebody (2020)"
+    given["tune_images"] = {"source": "samples", "image_size": 16, "limit": 1}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(given))
+    assert main(words) == 0
+    out = tmp_path / "out"
+    records, recipe = read_records(out / "records.jsonl"), (out / "recipe.yaml").read_bytes()
+    assert main(["evaluate", "--config", str(out / "recipe.yaml"), "--out", str(out), "--limit", "1"]) == 0
+    assert read_records(out / "records.jsonl") == records and (out / "recipe.yaml").read_bytes() == recipe
+    other = [*words, "--name", "other", "--seed", "1"]  # refused: the folder holds another seed
+    assert main(other) == 2 and (out / "recipe.yaml").read_bytes() == recipe
+    capsys.readouterr()
+    assert main(["report", str(out), "--parts", "overview", "tuning"]) == 0
+    page = (out / "report.html").read_text()
+    assert "Somebody (2020)" in page and "25.00" in page and "tuning of regularisation" in page
+
+
 def test_misspelt_key_in_a_list(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(_write(tmp_path / "r.yaml", pictures, batch_sise=3)) == 2
     assert "unknown key 'batch_sise' in methods; did you mean batch_size?" in capsys.readouterr().err

@@ -80,7 +80,7 @@ def test_help_does_not_import_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "train-flow", "train-denoiser", "reconstruct", "evaluate", "sample", "models"]
+    "command", ["demo", "train-flow", "train-denoiser", "reconstruct", "evaluate", "report", "sample", "models"]
 )
 def test_help_of_each_command_explains_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0

@@ -131,7 +131,7 @@ def test_measured_beside_published(page: str) -> None:
     # 28.5 dB measured, 30 and 26.5 published
     assert "−1.50" in text and "+2.00" in text
     assert "gan (not run here)" in text and "22.00" in text
-    assert "Somebody (2020), Table 1" in text
+    assert "Published in: Somebody (2020), Table 1." in text
 
 
 def test_without_published_figures_the_page_says_so(results: Path) -> None:

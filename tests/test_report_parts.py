@@ -141,6 +141,14 @@ def test_charts_are_well_formed_and_the_same_again(case: str) -> None:
     assert svg == CHARTS[case]()
 
 
+def test_a_method_has_the_same_colour_in_every_chart() -> None:
+    of_line = line_chart("n", [_line("a", colour=3), _line("b", colour=9)], "x", "y")
+    of_points = point_chart("n", [Point("a", 1.0, 2.0, None, 3), Point("b", 2.0, 3.0, None, 9)], "x", "y")
+    same = line_chart("n", [_line("a", colour=1), _line("b", colour=9)], "x", "y")
+    used = [set(re.findall(r"--c\d", svg)) for svg in (of_line, of_points, same)]
+    assert used == [{"--c3", "--c1"}, {"--c3", "--c1"}, {"--c0", "--c1"}]
+
+
 def test_zero_is_drawn_left_of_what_is_above_it() -> None:
     svg = CHARTS["zero and orders of magnitude"]()
     ticks = [

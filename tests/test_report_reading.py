@@ -11,6 +11,7 @@ import yaml
 from report_cases import make_records, write_figures_of_a_study, write_results
 
 from flowprox.evaluation.recipe_file import read_published, write_recipe
+from flowprox.evaluation.records import RecordWriter
 from flowprox.evaluation.report.reading import Evaluation, read_evaluations
 from flowprox.evaluation_options import EvaluatedMethod, EvaluatedProblem, EvaluationOptions, ImageOptions
 
@@ -82,6 +83,17 @@ def test_exact_estimates_are_noted(tmp_path: Path) -> None:
     records[0]["psnr"] = None
     (note,) = read(write_results(tmp_path / "run", records, 0)).notes
     assert "1 estimates have no finite PSNR" in note
+
+
+def test_images_that_were_tuned_on_are_noted(results: Path) -> None:
+    tuning = {"problem": "denoising", "method": "flow", "options": {"a": 1}, "psnr": 1.0}
+    with RecordWriter(results / "tuning.jsonl") as writer:
+        writer.write({**tuning, "images": ["other"]})
+    assert read(results).notes == []
+    with RecordWriter(results / "tuning.jsonl", resume=True) as writer:
+        writer.write({**tuning, "images": ["other", "cat"]})
+    (note,) = read(results).notes
+    assert "(cat)" in note and "too good" in note
 
 
 # Several folders ------------------------------------------------------------------------------------------------------

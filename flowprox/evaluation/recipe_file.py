@@ -24,25 +24,23 @@ class Published(NamedTuple):
 
 
 def write_recipe(recipe: EvaluationOptions, path: Path) -> None:
-    """Write a recipe that ``flowprox evaluate --config`` reads; what stands at its default is left out."""
+    """Write a recipe that ``flowprox evaluate --config`` reads; what is empty by default, and is, is left out."""
     with atomic_write(path, "w") as file:
         yaml.safe_dump(_given(recipe), file, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _given(record: Any) -> Any:
     if dataclasses.is_dataclass(record):
-        return {
-            f.name: _given(v) for f in dataclasses.fields(record) if not _is_default(f, v := getattr(record, f.name))
-        }
+        values = {field: getattr(record, field.name) for field in dataclasses.fields(record)}
+        return {field.name: _given(value) for field, value in values.items() if not _is_empty(field, value)}
     if isinstance(record, Mapping):
         return {str(key): _given(value) for key, value in record.items()}
     return [_given(value) for value in record] if isinstance(record, list | tuple) else record
 
 
-def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
-    if field.default_factory is not dataclasses.MISSING:
-        return value == field.default_factory()
-    return field.default is not dataclasses.MISSING and value == field.default
+def _is_empty(field: dataclasses.Field[Any], value: Any) -> bool:
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return value == default and default in (None, {}, [])
 
 
 def read_published(path: Path) -> Published:

@@ -17,7 +17,7 @@ from flowprox.evaluation.report.page import (
     write_report,
     write_tables,
 )
-from flowprox.evaluation.report.pictures import picture_path, truth_path
+from flowprox.evaluation.report.pictures import MEASUREMENT, picture_path, truth_path
 
 __all__ = [
     "MEASUREMENT",
@@ -32,6 +32,3 @@ __all__ = [
     "write_report",
     "write_tables",
 ]
-
-MEASUREMENT = "measurement"
-"""Name of the method that returns the degraded input."""

@@ -46,7 +46,10 @@ _WIDTH = 4.1  # inches; at 72 points to the inch about the width of a phone, so 
 
 
 class Line(NamedTuple):
-    """A method over a number; ``half`` holds half widths of intervals, ``published`` figures at some places."""
+    """A method over a number; ``half`` holds half widths of intervals, ``published`` figures at some places.
+
+    Lines of one chart whose ``colour`` is the same, or unknown, are coloured in their order.
+    """
 
     label: str
     x: Sequence[float]
@@ -54,6 +57,7 @@ class Line(NamedTuple):
     half: Sequence[float | None]
     published: Sequence[tuple[float, float]] = ()
     chosen: float | None = None
+    colour: int | None = None
 
 
 class Point(NamedTuple):
@@ -89,7 +93,10 @@ def line_chart(name: str, lines: Sequence[Line], x_label: str, y_label: str) -> 
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, 2.9 + 0.17 * -(-len(lines) // 2)), layout="constrained")
         axes = figure.subplots()
-        for line, colour, marker in zip(lines, _COLOURS, _MARKERS, strict=False):
+        given = [line.colour % N_COLOURS for line in lines if line.colour is not None]
+        places = given if len(set(given)) == len(lines) else range(len(lines))
+        for line, place in zip(lines, places, strict=True):
+            colour, marker = _COLOURS[place], _MARKERS[place]
             half = [h or 0.0 for h in line.half]
             axes.errorbar(
                 line.x,

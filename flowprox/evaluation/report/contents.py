@@ -93,6 +93,7 @@ class Contents:
         """Every published figure, also of methods that were not run here."""
         published = self.evaluation.published
         measured = {(row.problem, row.method): row for row in self.rows}
+        sources = {published.sources.get(problem) for problem, _ in published.psnr if problem in self.problems}
         rows = []
         for (problem, method), figure in published.psnr.items():
             if problem not in self.problems:
@@ -107,13 +108,15 @@ class Contents:
                     number(half, 2),
                     number(figure, 2),
                     number(None if psnr is None else psnr - figure, 2, sign=True),
-                    Cell(published.sources.get(problem, "")),
+                    Cell("" if len(sources) == 1 else published.sources.get(problem, "")),
                 ]
             )
         caption = (
             "PSNR in dB measured here beside the published figure; the difference is measured minus published. The interval "
             "is that of the measured mean alone."
         )
+        if len(sources) == 1 and (source := next(iter(sources))):
+            caption += f" Published in: {source}."
         head = ["method", "problem", "measured", "± 95 %", "published", "difference", "published in"]
         return Table("published", caption, head, rows).without_empty_columns()
 
@@ -223,7 +226,7 @@ class Contents:
                     Cell(str(record.get("failed", ""))),
                 ]
             )
-        caption = "Mean PSNR of every combination on the images for tuning, other ones than the test's; the chosen one is bold."
+        caption = "Mean PSNR of every combination on the images for tuning; the chosen one is bold."
         head = ["method", "problem", "options", "PSNR (dB)", "images", "failed"]
         return Table("tuning", caption, head, rows).without_empty_columns()
 

@@ -121,7 +121,8 @@ def _problem_line(contents: Contents, sweep: Sweep, method: str) -> Line | None:
     published = contents.evaluation.published.psnr if contents.key == "psnr" else {}
     figures = [(value, published[label, method]) for value, label in sweep.points if (label, method) in published]
     places = [(value, *contents.mean(label, method)) for value, label in sweep.points]
-    return _line(method, places, figures)
+    line = _line(method, places, figures)
+    return None if line is None else line._replace(colour=contents.methods.index(method))
 
 
 def _method_line(contents: Contents, problem: str, sweep: Sweep, label: str) -> Line | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from flowprox.evaluation.report.contents import Contents
 from flowprox.evaluation.report.pictures import (
+    MEASUREMENT,
     Pixels,
     data_uri,
     error_map,
@@ -42,12 +44,13 @@ class Tile(NamedTuple):
 
 @dataclass
 class Gallery:
-    """The grids of one problem: by image, its kind, what is remarkable about it, and its tiles."""
+    """The grids of one problem: of each image its name, what is remarkable about it, and its tiles."""
 
     rows: list[tuple[str, str, list[Tile]]]
     white: float | None
     n_images: int
     n_missing: int
+    has_measurement: bool
 
 
 def make_gallery(contents: Contents, problem: str, n_images: int | None = None) -> Gallery:
@@ -70,11 +73,12 @@ def make_gallery(contents: Contents, problem: str, n_images: int | None = None) 
         for (image, method), x_hat in estimates.items()
         if x_hat is not None and (x := truths[image]) is not None and x.shape == x_hat.shape
     }
-    white = error_white(list(errors.values())) if errors else None
+    degraded = {str(r["method"]) for r in records if MEASUREMENT == r["method"] or r.get("method_name") == "adjoint"}
+    white = _white(errors, degraded)
     figures = {method: mean_per_image(contents.figures[problem, method]) for method in methods}
     failed = {(str(r["image"]), str(r["method"])): str(r["failed"]) for r in records if "failed" in r}
     recorded = {(str(record["image"]), str(record["method"])) for record in records}
-    gallery = Gallery([], white, len(images), 0)
+    gallery = Gallery([], white, len(images), 0, bool(degraded))
     for image in pictured:
         tiles = [_truth(image, folders, truths[image])]
         known = [figures[m][image] for m in methods if image in figures[m]]
@@ -102,6 +106,13 @@ def make_gallery(contents: Contents, problem: str, n_images: int | None = None) 
         gallery.n_missing += sum(tile.missing.endswith((_ABSENT, _DAMAGED)) for tile in tiles)
         gallery.rows.append((image, _remarks(contents, problem, image, records), tiles))
     return gallery
+
+
+def _white(errors: Mapping[tuple[str, str], Pixels], degraded: set[str]) -> float | None:
+    """One scale for the estimates; the degraded input is far off and may burn out."""
+    if not errors:
+        return None
+    return error_white([e for (_, method), e in errors.items() if method not in degraded] or list(errors.values()))
 
 
 def _truth(image: str, folders: list[Path], x: Pixels | None) -> Tile:

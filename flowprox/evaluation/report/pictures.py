@@ -16,9 +16,21 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-__all__ = ["data_uri", "error_map", "error_white", "find_picture", "picture_path", "read_picture", "truth_path"]
+__all__ = [
+    "MEASUREMENT",
+    "data_uri",
+    "error_map",
+    "error_white",
+    "find_picture",
+    "picture_path",
+    "read_picture",
+    "truth_path",
+]
 
 Pixels = npt.NDArray[np.float64]
+
+MEASUREMENT = "measurement"
+"""Name of the method that returns the degraded input."""
 
 MAX_SIDE = 512
 """Larger pictures are reduced to this many pixels on the longer side."""

@@ -221,6 +221,14 @@ def _doubts(evaluation: Evaluation) -> list[str]:
             f"an image was measured in several ways (noise seeds, operators or contents) in {_few(parts)}: it counts once, "
             "with its mean, and methods are compared where they share the measurement"
         )
+    tested = {str(record["image"]) for record in records}
+    if both := ordered(
+        str(name) for record in evaluation.tuning for name in record.get("images", ()) if name in tested
+    ):
+        notes.append(
+            f"images for tuning are called as images of the test ({_few(both)}): if they are the same, the figures of what "
+            "was tuned are too good"
+        )
     failed = [record for record in records if "failed" in record]
     if failed:
         notes.append(f"{len(failed)} of {len(records)} reconstructions failed; they are listed with their messages")

@@ -9,19 +9,21 @@ for (const table of document.querySelectorAll("table.sortable")) {
     button.append(...head.childNodes);
     head.append(button);
     button.addEventListener("click", () => {
-      const down = head.getAttribute("aria-sort") !== "descending";
-      heads.forEach((other) => other.removeAttribute("aria-sort"));
-      head.setAttribute("aria-sort", down ? "descending" : "ascending");
+      const first = head.classList.contains("text") ? "ascending" : "descending";
+      const other = { ascending: "descending", descending: "ascending" };
+      const order = other[head.getAttribute("aria-sort")] ?? first;
+      heads.forEach((each) => each.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", order);
       const key = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent.trim();
       const known = (value) => value !== "" && value !== "–";
-      const order = (a, b) => {
+      const compare = (a, b) => {
         const [x, y] = [key(a), key(b)];
         if (known(x) !== known(y)) return known(x) ? -1 : 1;
         const numbers = x !== "" && y !== "" && !isNaN(x) && !isNaN(y);
         const sign = numbers ? Number(x) - Number(y) : x.localeCompare(y, undefined, { numeric: true });
-        return down ? -sign : sign;
+        return order === "descending" ? -sign : sign;
       };
-      body.append(...[...body.rows].sort(order));
+      body.append(...[...body.rows].sort(compare));
     });
   });
 }
