@@ -135,11 +135,11 @@ def write_page(results: Results, options: ReportOptions | None = None) -> Path:
 def write_tables(results: Results) -> list[Path]:
     """Write every table into ``tables/`` as Markdown, CSV (every digit) and LaTeX."""
     folder = results.out / "tables"
-    folder.mkdir(exist_ok=True)
     paths = []
     for contents in results.chapters:
         prefix = f"{_slug(contents.evaluation.name)}-" if len(results.chapters) > 1 else ""
         for table in _tables(contents):
+            folder.mkdir(exist_ok=True)
             for suffix, written in _FORMATS.items():
                 paths.append(folder / f"{prefix}{table.slug}.{suffix}")
                 with atomic_write(paths[-1], "w") as file:
