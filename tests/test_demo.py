@@ -37,6 +37,7 @@ def quick(monkeypatch):
 def no_figures(monkeypatch):
     """Drawing takes longer than everything else, and one test looks at the figures."""
     monkeypatch.setattr(demo, "write_figures", lambda folder: [])
+    monkeypatch.setattr(demo, "write_report", lambda folder, options: folder / "report.html")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
 import re
 from pathlib import Path
@@ -244,7 +245,18 @@ def test_tables_in_three_formats(results: Path) -> None:
     assert stems == {"overview", "summary", "published", "comparisons", "cases"}
     assert {path.name for path in (results / "tables").iterdir()} == {path.name for path in paths}
     assert "28.50 ± 2.48" in (results / "tables/overview.md").read_text()
+    rows = list(csv.DictReader((results / "tables/summary.csv").read_text().splitlines()))
+    assert [row["images"] for row in rows] == ["3"] * 6 and float(rows[2]["PSNR (dB)"]) == 28.5
     assert r"28.50 $\pm$ 2.48" in (results / "tables/overview.tex").read_text()
+
+
+def test_tables_of_an_earlier_report_do_not_stay(results: Path) -> None:
+    write_tables(read_results([results]))
+    (results / "recipe.yaml").unlink()
+    (results / "tables/mine.md").touch()
+    paths = write_tables(read_results([results]))
+    names = {path.name for path in (results / "tables").iterdir()}
+    assert names == {path.name for path in paths} | {"mine.md"} and "published.csv" not in names
 
 
 def test_figures_are_pictures(results: Path) -> None:

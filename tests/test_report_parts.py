@@ -167,6 +167,32 @@ def test_curves_have_a_line_per_method_and_at_most_as_many_as_colours() -> None:
     assert f"m{N_COLOURS}: 29.00 at sigma 0.1, 29.00 at 0.2." in second.alt
 
 
+def test_variants_of_a_method_are_told_apart_in_a_curve() -> None:
+    gains = {f"flow{kind} beta={beta}": float(beta) for kind in ("", " latent") for beta in (1, 2, 3)}
+    records = [
+        {**record, "method_name": "flow", "options": {"form": "latent" in record["method"], "beta": 0.0}}
+        for record in make_records(gains=gains, images=["a"])
+    ]
+    for record in records:
+        record["options"]["beta"] = float(record["method"].rpartition("=")[2])
+    (chart,) = curves(Contents(Evaluation("e", [], records)), "c")
+    assert chart.alt == (
+        "flow: PSNR over beta. flow: 21.00 at beta 1, 23.00 at 3. flow latent: 21.00 at beta 1, 23.00 at 3."
+    )
+
+
+def test_long_labels_stay_inside_the_chart() -> None:
+    svg = line_chart("n", [_line("x" * 30), _line("y" * 100)], "x", "y")
+    texts = [element.text or "" for element in ElementTree.fromstring(svg).iter("text")]
+    assert max(map(len, texts)) == 44 and "x" * 30 in texts
+    rows = {
+        element.get("y")
+        for element in ElementTree.fromstring(svg).iter("text")
+        if (element.text or "")[:2] in ("xx", "yy")
+    }
+    assert len(rows) == 2  # one below the other
+
+
 def test_tuning_is_drawn_over_what_was_tried() -> None:
     records = make_records(gains={"tv": 0.0}, options={"weight": 0.1}, tuned={"weight": 0.1})
     tuning = [

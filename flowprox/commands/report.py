@@ -36,7 +36,8 @@ def report(
     results = read_results(folders, out, options)
     for note in results.notes:
         print(f"flowprox: note: {note}", file=sys.stderr)
-    n_tables = len(write_tables(results))
+    tables = write_tables(results)
     page = write_page(results, options)
-    print(f"tables: {os.path.join(results.out, 'tables')} ({n_tables} files)")
+    if tables:
+        print(f"tables: {os.path.join(results.out, 'tables')} ({len(tables)} files)")
     print(f"report: {page}")

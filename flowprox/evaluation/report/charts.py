@@ -91,7 +91,7 @@ def line_chart(name: str, lines: Sequence[Line], x_label: str, y_label: str) -> 
         the ``svg`` element.
     """
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 2.9 + 0.17 * -(-len(lines) // 2)), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, 2.9 + _height([line.label for line in lines])), layout="constrained")
         axes = figure.subplots()
         given = [line.colour % N_COLOURS for line in lines if line.colour is not None]
         places = given if len(set(given)) == len(lines) else range(len(lines))
@@ -107,7 +107,7 @@ def line_chart(name: str, lines: Sequence[Line], x_label: str, y_label: str) -> 
                 markersize=4,
                 linewidth=1.4,
                 elinewidth=1,
-                label=line.label.replace("$", r"\$"),
+                label=_shortened(line.label, 44),
             )
             if line.published:
                 x, y = zip(*line.published, strict=True)
@@ -119,14 +119,14 @@ def line_chart(name: str, lines: Sequence[Line], x_label: str, y_label: str) -> 
                     axes.plot([x], [y], color=colour, marker="o", markersize=10, markerfacecolor="none")
         _scale_x(axes, [x for line in lines for x in line.x])
         axes.set(xlabel=x_label, ylabel=y_label)
-        _legend(figure, axes, len(lines))
+        _legend(figure, axes)
         return _inline(figure, name)
 
 
 def point_chart(name: str, points: Sequence[Point], x_label: str, y_label: str) -> str:
     """Cost to the right on a logarithmic axis, quality upwards; arguments as ``line_chart``."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 2.7 + 0.17 * -(-len(points) // 2)), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, 2.7 + _height([point.label for point in points])), layout="constrained")
         axes = figure.subplots()
         for point in points:
             colour, marker = _COLOURS[point.colour % N_COLOURS], _MARKERS[point.colour % N_COLOURS]
@@ -137,14 +137,15 @@ def point_chart(name: str, points: Sequence[Point], x_label: str, y_label: str) 
                 color=colour,
                 marker=marker,
                 markersize=6,
+                markerfacecolor=colour if point.colour < N_COLOURS else "none",  # the colours begin again, hollow
                 linestyle="",
                 elinewidth=1,
-                label=point.label.replace("$", r"\$"),
+                label=_shortened(point.label, 44),
             )
         axes.set_xscale("log")
         axes.margins(x=0.1, y=0.1)
         axes.set(xlabel=x_label, ylabel=y_label)
-        _legend(figure, axes, len(points))
+        _legend(figure, axes)
         return _inline(figure, name)
 
 
@@ -190,8 +191,19 @@ def _scale_x(axes: Any, values: Sequence[float]) -> None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _legend(figure: Figure, axes: Any, n: int) -> None:
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=min(2, n))
+def _n_columns(labels: Sequence[str]) -> int:
+    """Of the legend: two where every label takes less than half of the width."""
+    return 2 if len(labels) > 1 and max(map(len, labels)) <= 20 else 1
+
+
+def _height(labels: Sequence[str]) -> float:
+    """Of the legend, in inches."""
+    return 0.17 * -(-len(labels) // _n_columns(labels))
+
+
+def _legend(figure: Figure, axes: Any) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=_n_columns(labels))
 
 
 def _shortened(label: str, n: int = 24) -> str:

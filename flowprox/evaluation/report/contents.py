@@ -148,8 +148,8 @@ class Contents:
         columns += [
             ("s / image", [significant(row.seconds) for row in rows]),
             ("peak MiB", self._column([row.peak_memory_mib for row in rows], 0)),
-            ("images", self._column([float(row.n_images) for row in rows], 0)),
-            ("failed", [number(float(row.n_failed), 0) if row.n_failed else Cell("") for row in rows]),
+            ("images", self._column([row.n_images for row in rows], 0)),
+            ("failed", [number(row.n_failed, 0) if row.n_failed else Cell("") for row in rows]),
             ("tuned", [Cell(_words(row.tuned)) for row in rows]),
         ]
         table = Table(

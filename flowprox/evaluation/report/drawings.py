@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -142,11 +143,13 @@ def _line(
 
 
 def _line_label(members: Sequence[tuple[str, Sweep]], i: int) -> str:
-    """The problem, and where several sweeps of a method share it, what else tells them apart."""
+    """What tells a sweep from the others of its chart: the problem, the variant of the method, or both."""
     problem, sweep = members[i]
-    if [other for other, _ in members].count(problem) == 1:
-        return problem
-    return f"{problem}, {sweep.labels[0]} …"
+    variant = re.sub(rf"\s*\b{re.escape(sweep.key)}=.*", "", sweep.labels[0]) or sweep.labels[0]
+    problems = [other for other, _ in members]
+    if len(set(problems)) == 1:
+        return variant if len(problems) > 1 else problem
+    return problem if len(set(problems)) == len(problems) else f"{problem}, {variant}"
 
 
 def _line_charts(contents: Contents, sweep: Sweep, lines: Sequence[Line], name: str, more: str) -> list[Chart]:

@@ -135,20 +135,24 @@ def write_page(results: Results, options: ReportOptions | None = None) -> Path:
 def write_tables(results: Results) -> list[Path]:
     """Write every table into ``tables/`` as Markdown, CSV (every digit) and LaTeX."""
     folder = results.out / "tables"
-    folder.mkdir(exist_ok=True)
     paths = []
     for contents in results.chapters:
         prefix = f"{_slug(contents.evaluation.name)}-" if len(results.chapters) > 1 else ""
         for table in _tables(contents):
             for suffix, written in _FORMATS.items():
-                paths.append(folder / f"{prefix}{table.slug}.{suffix}")
-                with atomic_write(paths[-1], "w") as file:
+                path = folder / f"{prefix}{table.slug}.{suffix}"
+                if not table.rows:  # of an earlier report
+                    path.unlink(missing_ok=True)
+                    continue
+                folder.mkdir(exist_ok=True)
+                with atomic_write(path, "w") as file:
                     file.write(written(table))
+                paths.append(path)
     return paths
 
 
 def _tables(contents: Contents) -> list[Table]:
-    tables = [
+    return [
         contents.overview(),
         contents.summary(),
         contents.beside_published(),
@@ -157,7 +161,6 @@ def _tables(contents: Contents) -> list[Table]:
         contents.tuning(),
         contents.failures(),
     ]
-    return [table for table in tables if table.rows]
 
 
 def _chapter(contents: Contents, name: str, options: ReportOptions) -> dict[str, Any]:
