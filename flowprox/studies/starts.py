@@ -62,7 +62,7 @@ def _draw(records: Sequence[Record]) -> Mapping[str, Drawn]:
                 means = [sum(record["psnr"]) / len(record["psnr"]) for record in line]
                 axis.plot([record["gamma"] for record in line], means, "o-", label=start)
                 best.append(f"{problem}, {start}: {means[0]:.2f}")
-        axis.set(xlabel="gamma", ylabel="PSNR (dB)", title=problem, xscale="symlog")
+        axis.set(xlabel="gamma", ylabel="PSNR (dB)", title=problem)
         axis.set_xscale("symlog", linthresh=0.01)
         axis.legend(fontsize=8)
     drawn = Drawn(
