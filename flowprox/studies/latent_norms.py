@@ -79,8 +79,8 @@ def _draw(records: Sequence[Record]) -> Mapping[str, Drawn]:
         "Norm of the latent over the iterations",
         f"Compressed sensing, m = {m}, gamma = 0, mean of {n} images. Starts are standard deviations of the first latent. "
         f"At the end, L-BFGS: {ends['lbfgs']}. Adam: {ends['adam']}. After Asim et al. 2020, Figs. 19 and 20.",
-        f"Left: PSNR and final norm of the latent over the norm of the start, L-BFGS ({ends['lbfgs']}). Middle and right: the norm "
-        "over iterations for L-BFGS and Adam, one line per start.",
+        f"Left: PSNR and final norm of the latent over the norm of the start, L-BFGS ({ends['lbfgs']}). "
+        "Middle and right: the norm over iterations for L-BFGS and Adam, one line per start.",
     )
     return {"latent-norms": drawn}
 
