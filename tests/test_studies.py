@@ -114,6 +114,15 @@ def test_training_in_two_dimensions_separates_the_modes(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("name", STUDIES)
+def test_every_scale_gives_the_same_settings_and_more_of_them(name: str) -> None:
+    study = STUDIES[name]
+    assert list(study.scales) == ["smoke", "small", "paper"]
+    keys = {frozenset(settings) for settings in study.scales.values()}
+    numbers = [len(study.units(StudyRun(settings))) for settings in study.scales.values()]
+    assert len(keys) == 1 and sorted(numbers) == numbers and numbers[0] >= 1
+
+
+@pytest.mark.parametrize("name", STUDIES)
 def test_figures_have_words_beside_them(name: str, folders: dict[str, Path]) -> None:
     folder = folders[name] / "figures"
     listed = json.loads((folder / "figures.json").read_text())

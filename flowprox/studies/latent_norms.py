@@ -64,16 +64,23 @@ def _draw(records: Sequence[Record]) -> Mapping[str, Drawn]:
                 axis.plot(record["norms"], label=f"start {record['start']:g}")
         axis.axhline(records[0]["truth_norm"], color="0.5", linestyle=":", label="latent of the true image")
         axis.set(xlabel="iteration", ylabel="norm of the latent", title=_NAMES[name])
-        axis.legend(fontsize=7)
+    panels[-1].legend(fontsize=7)
     m, n = records[0]["m"], records[0]["n_images"]
-    ends = "; ".join(f"start {r['start']:g}: {r['psnr']:.2f} dB, norm {r['final_norm']:.0f}" for r in found)
+    ends = {
+        name: "; ".join(
+            f"start {r['start']:g}: {r['psnr']:.2f} dB, norm {r['final_norm']:.0f}"
+            for r in records
+            if r["optimiser"] == name
+        )
+        for name in _NAMES
+    }
     drawn = Drawn(
         figure,
         "Norm of the latent over the iterations",
         f"Compressed sensing, m = {m}, gamma = 0, mean of {n} images. Starts are standard deviations of the first latent. "
-        "After Asim et al. 2020, Figs. 19 and 20.",
-        f"Left: PSNR and final norm of the latent over the norm of the start, L-BFGS ({ends}). Middle and right: the norm "
-        "over iterations for L-BFGS and Adam, one line per start.",
+        f"At the end, L-BFGS: {ends['lbfgs']}. Adam: {ends['adam']}. After Asim et al. 2020, Figs. 19 and 20.",
+        f"Left: PSNR and final norm of the latent over the norm of the start, L-BFGS ({ends['lbfgs']}). "
+        "Middle and right: the norm over iterations for L-BFGS and Adam, one line per start.",
     )
     return {"latent-norms": drawn}
 

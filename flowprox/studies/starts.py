@@ -42,7 +42,8 @@ def _measure(run: StudyRun, unit: Record) -> Record:
     if unit["start"] == "Lasso":
         start = Lasso("wavelet", n_iterations=run.settings["lasso_iterations"])
     elif unit["start"] == "null space":
-        start = null_space_perturbed(run.x, physics, _NULL_SPACE_SCALE, run.seed)
+        # not the operator's seed: with it the noise is the first row of A, and none of it is in the null space
+        start = null_space_perturbed(run.x, physics, _NULL_SPACE_SCALE, run.seed + 1)
     solver = LatentMAP(
         run.prior, unit["gamma"], start=start, optimiser=LBFGS(run.settings["n_iterations"]), seed=run.seed
     )
@@ -56,13 +57,13 @@ def _draw(records: Sequence[Record]) -> Mapping[str, Drawn]:
     figure, axes = new_figure(len(problems))
     best = []
     for axis, problem in zip(axes, problems, strict=True):
-        for start in _STARTS:
+        for i, start in enumerate(_STARTS):
             line = [record for record in records if (record["problem"], record["start"]) == (problem, start)]
             if line:
                 means = [sum(record["psnr"]) / len(record["psnr"]) for record in line]
-                axis.plot([record["gamma"] for record in line], means, "o-", label=start)
+                axis.plot([record["gamma"] for record in line], means, "o-", color=f"C{i}", label=start)
                 best.append(f"{problem}, {start}: {means[0]:.2f}")
-        axis.set(xlabel="gamma", ylabel="PSNR (dB)", title=problem, xscale="symlog")
+        axis.set(xlabel="gamma", ylabel="PSNR (dB)", title=problem)
         axis.set_xscale("symlog", linthresh=0.01)
         axis.legend(fontsize=8)
     drawn = Drawn(
