@@ -204,6 +204,9 @@ class LatentProblem:
         )
 
 
+_APART = 2**40  # from the seeds of sensing matrices: noise that is a row of one has nothing in its null space
+
+
 def null_space_perturbed(x: Tensor, physics: LinearPhysics, scale: float = 1.0, seed: int = 0) -> Tensor:
     """x + n with A n = 0: an image that explains the measurement as well as x does (Asim et al. 2020, Sec. 3.2).
 
@@ -213,7 +216,8 @@ def null_space_perturbed(x: Tensor, physics: LinearPhysics, scale: float = 1.0, 
         scale: standard deviation of the white noise whose part in the null space is added, in the units of x.
         seed: of the noise.
     """
-    noise = scale * torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(seed), dtype=x.dtype).to(x.device)
+    generator = torch.Generator().manual_seed(seed + _APART)
+    noise = scale * torch.randn(x.shape[1:], generator=generator, dtype=x.dtype).to(x.device)
     noise = noise.expand_as(x)
     with torch.no_grad():
         return x + noise - physics.A_dagger(physics.A(noise))

@@ -180,10 +180,12 @@ def test_starts() -> None:
     assert not torch.equal(problem.latents(0.7, seed=1), problem.latents(0.7, seed=2))
 
 
-def test_a_null_space_perturbation_is_not_seen() -> None:
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_null_space_perturbation_is_not_seen(seed: int) -> None:
+    """With the seed of the sensing matrix too."""
     physics = operators()["compressed-sensing"]
     x = torch.rand(2, *SHAPE, dtype=torch.float64)
-    perturbed = null_space_perturbed(x, physics, scale=0.5)
+    perturbed = null_space_perturbed(x, physics, scale=0.5, seed=seed)
     torch.testing.assert_close(physics.A(perturbed), physics.A(x), atol=1e-5, rtol=0)
     assert (perturbed - x).std() > 0.2
 
