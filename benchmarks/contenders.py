@@ -196,6 +196,11 @@ CONTENDERS = {
     for c in (
         Contender("plain", _glow("plain")),
         Contender("plain, bf16", _glow("plain"), bfloat16=True, channels_last=True),
+        *(
+            Contender(f"{mode}{', bf16' * low}", _glow(mode), bfloat16=low)
+            for mode in ("fast-nothing", "fast-inputs", "fast-invert")
+            for low in (False, True)
+        ),
         Contender("normflows", _normflows, is_peer=True),
         Contender("normflows, bf16", _normflows, bfloat16=True, channels_last=True, is_peer=True),
         Contender("FrEIA", _freia, is_peer=True),

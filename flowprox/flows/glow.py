@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from flowprox.flows.bijection import Bijection, Sequential
+from flowprox.flows.fast import FastSteps
 from flowprox.flows.flow import Flow
 from flowprox.flows.layers import GlowStep, HaarSqueeze, Split, Squeeze, Unsqueeze
 from flowprox.flows.reversible import Reversible
@@ -23,6 +24,8 @@ from flowprox.networks import CouplingNet, CouplingUNet
 from flowprox.spec import Specified
 
 __all__ = ["Glow"]
+
+BACKWARD = ("plain", "inputs", "invert", "fast-nothing", "fast-inputs", "fast-invert")
 
 
 class Glow(Specified, Flow):
@@ -67,7 +70,7 @@ class Glow(Specified, Flow):
         widths = _per_level(hidden_channels, n_levels, "hidden_channels")
         _check_choice("coupling", coupling, ("conv", "conv-actnorm", "unet"))
         _check_choice("squeeze", squeeze, ("pixels", "haar"))
-        _check_choice("backward", backward, ("plain", "inputs", "invert"))
+        _check_choice("backward", backward, BACKWARD)
 
         def level(index: int, channels: int) -> Bijection:
             channels = 4 * channels
@@ -75,8 +78,7 @@ class Glow(Specified, Flow):
                 GlowStep(channels, _coupling_net(coupling, channels, widths[index]), scale_bound, shift_bound)
                 for _ in range(steps[index])
             ]
-            body = Sequential(flow_steps) if backward == "plain" else Reversible(flow_steps, recompute=backward)
-            layers: list[Bijection] = [HaarSqueeze() if squeeze == "haar" else Squeeze(), body]
+            layers: list[Bijection] = [HaarSqueeze() if squeeze == "haar" else Squeeze(), _chain(flow_steps, backward)]
             if index + 1 < n_levels:
                 layers.append(Split(level(index + 1, channels // 2)))
             return Sequential([*layers, Unsqueeze()])
@@ -94,6 +96,14 @@ class Glow(Specified, Flow):
     def compact(cls, image_shape: Sequence[int] = (3, 64, 64), backward: str = "plain") -> Glow:
         """The small preset for laptops: three levels of four steps, width 64."""
         return cls(image_shape, 3, 4, 64, squeeze="haar", backward=backward)
+
+
+def _chain(steps: list[GlowStep], backward: str) -> Sequential:
+    if backward == "plain":
+        return Sequential(steps)
+    if backward in ("inputs", "invert"):
+        return Reversible(steps, recompute=backward)
+    return FastSteps(steps, recompute=backward.removeprefix("fast-"))
 
 
 def _coupling_net(kind: str, channels: int, width: int | Sequence[int]) -> nn.Module:
