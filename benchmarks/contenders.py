@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from flowprox.flows import Flow, Glow
 from flowprox.networks import CouplingNet
 
-__all__ = ["CONTENDERS", "PRESETS", "Architecture", "Contender", "MultiScale"]
+__all__ = ["CONTENDERS", "PRESETS", "TRAINING_ONLY", "Architecture", "Contender", "MultiScale"]
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,6 @@ class Contender:
     bfloat16: bool = False
     channels_last: bool = False
     is_peer: bool = False
-    notes: dict[str, Any] = field(default_factory=dict)
 
     def precision(self, device_type: str) -> AbstractContextManager[Any]:
         return torch.autocast(device_type, torch.bfloat16) if self.bfloat16 else nullcontext()
@@ -191,16 +190,17 @@ def _freia(a: Architecture, image_size: int) -> nn.Module:
     return MultiScale(a, block, apply(False), apply(True), image_size)
 
 
+TRAINING_ONLY = frozenset({"fast-nothing", "fast-nothing, bf16"})  # without gradients it is the same as "fast"
+
 CONTENDERS = {
     c.name: c
     for c in (
         Contender("plain", _glow("plain")),
         Contender("plain, bf16", _glow("plain"), bfloat16=True, channels_last=True),
-        *(
-            Contender(f"{mode}{', bf16' * low}", _glow(mode), bfloat16=low)
-            for mode in ("fast-nothing", "fast-inputs", "fast-invert")
-            for low in (False, True)
-        ),
+        Contender("fast", _glow("fast")),
+        Contender("fast, bf16", _glow("fast"), bfloat16=True),
+        Contender("fast-nothing", _glow("fast-nothing")),
+        Contender("fast-nothing, bf16", _glow("fast-nothing"), bfloat16=True),
         Contender("normflows", _normflows, is_peer=True),
         Contender("normflows, bf16", _normflows, bfloat16=True, channels_last=True, is_peer=True),
         Contender("FrEIA", _freia, is_peer=True),

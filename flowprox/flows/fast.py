@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from flowprox.flows.bijection import Bijection, NonFiniteError, Sequential
-from flowprox.flows.layers import AffineCoupling, GlowStep, mixing_parts, unmixing_parts
+from flowprox.flows.bijection import Bijection, Sequential
+from flowprox.flows.layers import AffineCoupling, GlowStep, mixing_parts, soft_bound, unmixing_parts
 from flowprox.flows.reversible import AutocastState, Reversible, StepChain
 from flowprox.networks import CouplingNet
 
@@ -80,11 +80,16 @@ class FastSteps(Reversible):
         """Whether a chain of layers could be computed by this class."""
         return isinstance(chain, Sequential) and len(chain.layers) > 0 and all(map(_is_supported, chain.layers))
 
+    @torch.no_grad()
     def hold(self) -> None:
-        """Keep matrices and folded weights from now on until ``release``; the parameters must not change meanwhile."""
-        with torch.no_grad():
-            steps: list[Any] = list(self.layers)
-            self._constants = _Constants(mixing_parts(steps), unmixing_parts(steps), {})
+        """Compute matrices and folded weights once, for all passes until ``release``; parameters must stay as they are."""
+        steps: list[Any] = list(self.layers)
+        self._constants = _Constants(mixing_parts(steps), unmixing_parts(steps), {})
+
+    @property
+    def is_held(self) -> bool:
+        """Whether constants are kept at present."""
+        return self._constants is not None
 
     def release(self) -> None:
         """Forget what ``hold`` keeps."""
@@ -175,8 +180,10 @@ def _is_supported(layer: nn.Module) -> bool:
 
 
 def _described(layer: nn.Module) -> str:
-    return f"{type(layer).__name__} with {type(layer.coupling.net).__name__}" if isinstance(layer, GlowStep) else (
-        type(layer).__name__
+    return (
+        f"{type(layer).__name__} with {type(layer.coupling.net).__name__}"
+        if isinstance(layer, GlowStep)
+        else (type(layer).__name__)
     )
 
 
@@ -216,7 +223,7 @@ class _Net:
         for j in reversed(range(len(self.layers))):
             if sums is not None:
                 sums[j][0] += _weight_gradient(grad, hidden[j], self.layers[j][0].shape[-1])
-                sums[j][1] += grad.sum((0, 2, 3), dtype=sums[j][1].dtype)
+                sums[j][1] += grad.sum((0, 2, 3))
             grad = _convolve(grad, self._transposed[j])
             if j:
                 torch.ops.aten.threshold_backward.grad_input(grad, hidden[j], 0, grad_input=grad)
@@ -287,24 +294,28 @@ def _patches(x: Tensor, size: int) -> Tensor:
 
 
 class _Coupling(NamedTuple):
-    """Bounded log-scale and shift with the derivatives of the bounds."""
+    """Bounded log-scale and shift."""
 
     log_scale: Tensor
     shift: Tensor
-    d_log_scale: Tensor
-    d_shift: Tensor | float
+    bounds: tuple[float, float | None]
 
     @classmethod
     def of(cls, raw: Tensor, coupling: AffineCoupling, dtype: torch.dtype) -> _Coupling:
         """From the net's output (B, 2 (C//2), H, W)."""
         log_scale, shift = raw.to(dtype).chunk(2, dim=1)
-        log_scale = torch.tanh(log_scale / coupling.scale_bound)
-        d_log_scale = 1 - log_scale.square()
-        log_scale = log_scale * coupling.scale_bound
-        if coupling.shift_bound is None:
-            return cls(log_scale, shift, d_log_scale, 1.0)
-        shift = torch.tanh(shift / coupling.shift_bound)
-        return cls(log_scale, shift * coupling.shift_bound, d_log_scale, 1 - shift.square())
+        bounds = coupling.scale_bound, coupling.shift_bound
+        return cls(
+            soft_bound(log_scale, bounds[0]), shift if bounds[1] is None else soft_bound(shift, bounds[1]), bounds
+        )
+
+    def pull(self, d_log_scale: Tensor, d_shift: Tensor) -> Tensor:
+        """draw; the derivative of the bound is 1 - (value / bound)^2."""
+        scale_bound, shift_bound = self.bounds
+        d_log_scale = d_log_scale * (1 - (self.log_scale / scale_bound).square())
+        if shift_bound is not None:
+            d_shift = d_shift * (1 - (self.shift / shift_bound).square())
+        return _cat(d_log_scale, d_shift)
 
 
 @dataclass
@@ -414,7 +425,7 @@ class _Step:
         self, hidden: list[Tensor], c: _Coupling, d_log_scale: Tensor, d_shift: Tensor, sums: _Sums
     ) -> Tensor:
         """dL/du_2 by way of log-scale and shift."""
-        raw = _cat(d_log_scale * c.d_log_scale, d_shift * c.d_shift).to(self.dtype)
+        raw = c.pull(d_log_scale, d_shift).to(self.dtype)
         return self.net.backward(hidden, raw, sums.net).to(d_shift.dtype)
 
 
@@ -481,7 +492,9 @@ class _Chain:
         grad_logdet: Tensor | None,
     ) -> tuple[Tensor, list[Tensor | None]]:
         """The input, and the gradients of (input, matrix, bias, *parameters)."""
-        d_matrix, d_bias = (torch.zeros_like(t) if needed else None for t, needed in zip((matrix, bias), needs[1:3], strict=True))
+        d_matrix, d_bias = (
+            torch.zeros_like(t) if needed else None for t, needed in zip((matrix, bias), needs[1:3], strict=True)
+        )
         d_parameters: list[Tensor | None] = [None] * len(parameters)
         end = len(parameters)
         for i in reversed(range(len(self.couplings))):
@@ -527,21 +540,19 @@ class _FastPass(torch.autograd.Function):
         chain: _Chain = ctx.chain
         tensors, y = ctx.saved_tensors[: ctx.n_tensors], ctx.saved_tensors[ctx.n_tensors]
         flat = iter(ctx.saved_tensors[ctx.n_tensors + 1 :])
-        kept = [
-            (next(flat), [tuple(next(flat) for _ in range(n)) for n in sizes]) for sizes in ctx.shape
-        ]
+        kept = [(next(flat), [tuple(next(flat) for _ in range(n)) for n in sizes]) for sizes in ctx.shape]
         if grad is None and grad_logdet is None:
             return (None,) * (2 + len(tensors))
         grad = torch.zeros_like(y) if grad is None else grad.contiguous(memory_format=torch.channels_last)
-        if chain.keep != "invert":
+        needs = ctx.needs_input_grad[1:]
+        start, kept = ([x for x, _ in kept], []) if chain.keep == "invert" else ([], kept)
+        if kept:
             chain.plain.check_output([x for x, _ in kept], y)
-        start = [x for x, _ in kept] if chain.keep == "invert" else []
         with torch.autocast(y.device.type, enabled=False):
-            x, found = chain.backward(
-                y, [] if chain.keep == "invert" else kept, *tensors[:2], tensors[2:], ctx.needs_input_grad[1:], grad, grad_logdet)
-        if chain.keep == "invert":
+            x, found = chain.backward(y, kept, *tensors[:2], tensors[2:], needs, grad, grad_logdet)
+        if not kept:
             chain.plain.check_input(x, [*start, y])
-        return None, *(g if needed else None for g, needed in zip(found, ctx.needs_input_grad[1:], strict=True))
+        return None, *(g if needed else None for g, needed in zip(found, needs, strict=True))
 
 
 def _mixed(x: Tensor, linear: tuple[Tensor, Tensor | None]) -> Tensor:

@@ -25,7 +25,10 @@ from flowprox.spec import Specified
 
 __all__ = ["Glow"]
 
-BACKWARD = ("plain", "inputs", "invert", "fast-nothing", "fast-inputs", "fast-invert")
+BACKWARD = ("plain", "inputs", "invert", "fast", "fast-nothing", "fast-inputs", "fast-invert")
+FAST_WIDTH = 128
+"""Widest coupling nets for which ``backward="fast"`` keeps the hidden layers; wider ones are computed again in the backward
+pass, which costs a quarter of a training step and saves nearly all of its memory."""
 
 
 class Glow(Specified, Flow):
@@ -43,8 +46,10 @@ class Glow(Specified, Flow):
         shift_bound: bound of the shifts, None for none; 4 keeps the inverse from blowing up when a flow is trained as a
             prox.
         squeeze: "pixels" or "haar" (orthonormal averages and details).
-        backward: "plain" autograd; "inputs" keeps each step's input and recomputes the coupling nets; "invert" keeps
-            only a level's output and recomputes everything from it (memory flat in depth).
+        backward: "plain" autograd, the reference; "inputs" keeps each step's input and recomputes the coupling nets; "invert"
+            keeps only a level's output and recomputes everything from it (memory flat in depth). With "fast" (see
+            ``FAST_WIDTH``), "fast-nothing", "fast-inputs" and "fast-invert" both directions run on the fast path
+            (``flowprox.flows.fast``), and what follows the dash is recomputed; not for coupling "unet".
 
     Raises:
         ValueError: lists whose length is not n_levels, an image size not divisible by 2^L, an unknown option.
@@ -78,7 +83,8 @@ class Glow(Specified, Flow):
                 GlowStep(channels, _coupling_net(coupling, channels, widths[index]), scale_bound, shift_bound)
                 for _ in range(steps[index])
             ]
-            layers: list[Bijection] = [HaarSqueeze() if squeeze == "haar" else Squeeze(), _chain(flow_steps, backward)]
+            body = _chain(flow_steps, backward, widths[index])
+            layers: list[Bijection] = [HaarSqueeze() if squeeze == "haar" else Squeeze(), body]
             if index + 1 < n_levels:
                 layers.append(Split(level(index + 1, channels // 2)))
             return Sequential([*layers, Unsqueeze()])
@@ -98,11 +104,13 @@ class Glow(Specified, Flow):
         return cls(image_shape, 3, 4, 64, squeeze="haar", backward=backward)
 
 
-def _chain(steps: list[GlowStep], backward: str) -> Sequential:
+def _chain(steps: list[GlowStep], backward: str, width: int | Sequence[int]) -> Sequential:
     if backward == "plain":
         return Sequential(steps)
     if backward in ("inputs", "invert"):
         return Reversible(steps, recompute=backward)
+    if backward == "fast":
+        backward = "fast-inputs" if isinstance(width, int) and width > FAST_WIDTH else "fast-nothing"
     return FastSteps(steps, recompute=backward.removeprefix("fast-"))
 
 
