@@ -106,7 +106,7 @@ class FastSteps(Reversible):
             if chain.keep is not None:
                 z, logdet = _FastPass.apply(chain, x, *tensors)  # type: ignore[misc]
             else:
-                z, logdet, _ = chain.run(x, *tensors[:2], tensors[2:])
+                z, logdet, _ = chain.run(x, tensors)
         if method in ("encode", "decode"):
             return z, None
         steps: list[Any] = list(self.layers)
@@ -413,11 +413,14 @@ class _Step:
         d_log_scale = du_1 * _halves(u)[0] if b is None else du_1 * _halves(u)[0] + b
         return _cat(d_1, du_2 + self._through_net(hidden, c, -d_log_scale, -d_1, sums)), z
 
+    def _condition(self, second: Tensor) -> Tensor:
+        return second.to(self.dtype).contiguous(memory_format=torch.channels_last)
+
     def _hidden(self, second: Tensor) -> list[Tensor]:
-        return self.net.hidden(second.to(self.dtype).contiguous(memory_format=torch.channels_last))
+        return self.net.hidden(self._condition(second))
 
     def _again(self, second: Tensor, kept: _Kept) -> tuple[list[Tensor], _Coupling]:
-        hidden = list(kept.hidden) or self._hidden(second)
+        hidden = [self._condition(second), *kept.hidden] if kept.hidden else self._hidden(second)
         raw = self.net.last(hidden[-1]) if kept.raw is None else kept.raw
         return hidden, _Coupling.of(raw, self.coupling, second.dtype)
 
@@ -442,7 +445,9 @@ class _Chain:
     dtype: torch.dtype
     plain: StepChain  # the same pass for the checks
 
-    def step(self, i: int, matrix: Tensor, bias: Tensor, parameters: Sequence[Tensor]) -> _Step:
+    def step(self, i: int, tensors: Sequence[Tensor]) -> _Step:
+        """The i-th step; ``tensors`` are the matrices, their biases and the parameters of all nets."""
+        matrix, bias, *parameters = tensors
         undo = None if self.undo is None else (self.undo[0][i], self.undo[1][i])
         net = self._net(i, parameters) if self.nets is None else self.nets[i]
         return _Step(self.couplings[i], net, (matrix[i], bias[i]), undo, self.dtype)
@@ -461,21 +466,20 @@ class _Chain:
             n = max(1, _CHUNK // (self.couplings[i].net.last.weight.shape[1] * x.shape[-2] * x.shape[-1]))
         return [slice(start, start + n) for start in range(0, len(x), n)]
 
-    def run(
-        self, x: Tensor, matrix: Tensor, bias: Tensor, parameters: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor, list[_Memory]]:
-        """(output, logdet of the couplings, the input of each step and what is kept of its chunks)."""
+    def run(self, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[_Memory]]:
+        """(output, logdet of the couplings, the input of each step that is kept with what is kept of its chunks)."""
         logdet, kept = x.new_zeros(x.shape[0]), []
         for i in range(len(self.couplings)):
-            step = self.step(i, matrix, bias, parameters)
+            step = self.step(i, tensors)
             outputs, logdets, memory = [], [], []
             for part in self.chunks(i, x):
                 y, step_logdet, raw, hidden = (step.decode if self.backwards else step.encode)(x[part])
                 outputs.append(y)
                 logdets.append(step_logdet)
                 if self.keep in ("nothing", "inputs"):
-                    memory.append((raw, *(hidden if self.keep == "nothing" else ())))
-            kept.append((x, memory))
+                    memory.append((raw, *(hidden[1:] if self.keep == "nothing" else ())))
+            if memory or (i == 0 and self.keep == "invert" and self.plain.guarded):
+                kept.append((x, memory))
             x = _joined(outputs)
             logdet = logdet + _joined(logdets)
         return x, logdet, kept
@@ -484,21 +488,17 @@ class _Chain:
         self,
         y: Tensor,
         kept: list[_Memory],
-        matrix: Tensor,
-        bias: Tensor,
-        parameters: Sequence[Tensor],
+        tensors: Sequence[Tensor],
         needs: Sequence[bool],
         grad: Tensor,
         grad_logdet: Tensor | None,
     ) -> tuple[Tensor, list[Tensor | None]]:
         """The input, and the gradients of (input, matrix, bias, *parameters)."""
-        d_matrix, d_bias = (
-            torch.zeros_like(t) if needed else None for t, needed in zip((matrix, bias), needs[1:3], strict=True)
-        )
-        d_parameters: list[Tensor | None] = [None] * len(parameters)
-        end = len(parameters)
+        d_matrix, d_bias = (torch.zeros_like(tensors[j]) if needs[1 + j] else None for j in range(2))
+        d_parameters: list[Tensor | None] = [None] * (len(tensors) - 2)
+        end = len(tensors) - 2
         for i in reversed(range(len(self.couplings))):
-            step, n = self.step(i, matrix, bias, parameters), sum(self.layout[i])
+            step, n = self.step(i, tensors), sum(self.layout[i])
             wanted = any(needs[3 + end - n : 3 + end])
             sums = _Sums(
                 None if d_matrix is None else d_matrix[i],
@@ -524,11 +524,9 @@ class _FastPass(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, chain: _Chain, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        y, logdet, kept = chain.run(x, *tensors[:2], tensors[2:])
+        y, logdet, kept = chain.run(x, tensors)
         ctx.set_materialize_grads(False)
         ctx.chain, ctx.n_tensors = chain, len(tensors)
-        if chain.keep == "invert":
-            kept = kept[: int(chain.plain.guarded)]  # the input of the chain, for the drift guard
         ctx.shape = [[len(chunk) for chunk in chunks] for _, chunks in kept]
         flat = [t for x, chunks in kept for t in (x, *(value for chunk in chunks for value in chunk))]
         ctx.save_for_backward(*tensors, y, *flat)
@@ -549,7 +547,7 @@ class _FastPass(torch.autograd.Function):
         if kept:
             chain.plain.check_output([x for x, _ in kept], y)
         with torch.autocast(y.device.type, enabled=False):
-            x, found = chain.backward(y, kept, *tensors[:2], tensors[2:], needs, grad, grad_logdet)
+            x, found = chain.backward(y, kept, tensors, needs, grad, grad_logdet)
         if not kept:
             chain.plain.check_input(x, [*start, y])
         return None, *(g if needed else None for g, needed in zip(found, needs, strict=True))

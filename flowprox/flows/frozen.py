@@ -66,9 +66,9 @@ def _run_fast(flow: nn.Module, stack: ExitStack) -> None:
     """Put ``FastSteps`` in the place of every chain of Glow steps, and let those that are there keep their constants."""
     for parent in list(flow.modules()):
         for name, chain in list(parent._modules.items()):
-            if type(chain) in (Sequential, Reversible) and FastSteps.supports(chain):
+            if isinstance(chain, Sequential) and type(chain) in (Sequential, Reversible) and FastSteps.supports(chain):
                 recompute = chain.recompute if isinstance(chain, Reversible) else "nothing"
-                parent._modules[name] = FastSteps(chain.layers, recompute).eval()  # type: ignore[arg-type, union-attr]
+                parent._modules[name] = FastSteps(chain.layers, recompute).eval()  # type: ignore[arg-type]
                 stack.callback(parent._modules.__setitem__, name, chain)
     for chain in flow.modules():
         if isinstance(chain, FastSteps) and not chain.is_held:
