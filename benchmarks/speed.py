@@ -163,21 +163,15 @@ def time_all(options: argparse.Namespace, device: torch.device) -> dict[tuple[st
         names = contenders_of(task, options.contenders)
         for name in names:
             results[task, name] = {"seconds": []}
-        for repeat in range(options.repeats + 1):  # the first one warms up
+        for repeat in range(options.repeats + 1):
             for name in names:
                 bench = benches[name]
                 with bench.prepared(task):
                     call = bench.task(task)
-                    if repeat == 0 and task not in TRAINING:
-                        call()
-                    elif repeat == 0:
-                        call()
-                        continue
-                    if task not in TRAINING:
-                        call()  # fills what ``frozen`` keeps
-                    seconds = watch.time(call)
-                if repeat:
-                    results[task, name]["seconds"].append(seconds)
+                    if repeat == 0 or task not in TRAINING:
+                        call()  # the first one warms up; without gradients each fills what ``frozen`` keeps
+                    if repeat:
+                        results[task, name]["seconds"].append(watch.time(call))
                 for parameter in bench.flows.parameters():
                     parameter.grad = None
         for name in names:

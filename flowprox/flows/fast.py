@@ -460,10 +460,10 @@ class _Chain:
         return _Net(parts, self.dtype)
 
     def chunks(self, i: int, x: Tensor) -> list[slice]:
-        """Images whose hidden layers fit the cache; on an accelerator the whole batch."""
-        n = len(x)
-        if x.device.type == "cpu":
-            n = max(1, _CHUNK // (self.couplings[i].net.last.weight.shape[1] * x.shape[-2] * x.shape[-1]))
+        """Images whose hidden layers fit the cache; on an accelerator, and in an exported program, the whole batch."""
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return [slice(None)]
+        n = max(1, _CHUNK // (self.couplings[i].net.last.weight.shape[1] * x.shape[-2] * x.shape[-1]))
         return [slice(start, start + n) for start in range(0, len(x), n)]
 
     def run(self, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[_Memory]]:
