@@ -190,7 +190,8 @@ def _freia(a: Architecture, image_size: int) -> nn.Module:
     return MultiScale(a, block, apply(False), apply(True), image_size)
 
 
-TRAINING_ONLY = frozenset({"fast-nothing", "fast-nothing, bf16"})  # without gradients it is the same as "fast"
+# without gradients they are the same as "fast"
+TRAINING_ONLY = frozenset({"fast-nothing", "fast-nothing, bf16", "fast-early", "fast-early, bf16"})
 
 CONTENDERS = {
     c.name: c
@@ -199,6 +200,8 @@ CONTENDERS = {
         Contender("plain, bf16", _glow("plain"), bfloat16=True, channels_last=True),
         Contender("fast", _glow("fast")),
         Contender("fast, bf16", _glow("fast"), bfloat16=True),
+        Contender("fast-early", _glow("fast-early")),
+        Contender("fast-early, bf16", _glow("fast-early"), bfloat16=True),
         Contender("fast-nothing", _glow("fast-nothing")),
         Contender("fast-nothing, bf16", _glow("fast-nothing"), bfloat16=True),
         Contender("normflows", _normflows, is_peer=True),

@@ -36,7 +36,7 @@ import torch
 from allocations import peak_of_allocations
 from ceilings import measure_ceilings
 from contenders import CONTENDERS, PRESETS, TRAINING_ONLY, Architecture, Contender
-from speed_report import figure, table
+from speed_report import figure, slower_than_plain, table
 from timing import CLOCKS, Stopwatch
 from torch import Tensor, nn
 
@@ -268,6 +268,8 @@ def run(options: argparse.Namespace) -> None:
         file.write(text + "\n")
     figure(rows, out / "speed.png")
     print(text)
+    if options.guard is not None:
+        print(*slower_than_plain(rows, options.guard) or ["the fast path is as fast as expected"], sep="\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -281,6 +283,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--clock", choices=CLOCKS, default="wall", help="process: CPU seconds over threads")
     p.add_argument("--no-memory", action="store_true", help="skip the peaks of memory")
+    p.add_argument(
+        "--guard", type=float, help="report tasks in which fast has less than so many times the speed of plain"
+    )
     p.add_argument("--out", default="runs/speed", help="folder of the results")
     return p
 

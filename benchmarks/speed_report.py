@@ -7,18 +7,10 @@ from typing import Any
 
 from flowprox.checkpoints import atomic_write
 
-__all__ = ["best_peer", "figure", "table"]
+__all__ = ["best_peer", "figure", "slower_than_plain", "table"]
 
-_COLUMNS = (
-    "task",
-    "contender",
-    "ms per image",
-    "speed / best float32 peer",
-    "speed / best peer",
-    "GFLOP/s",
-    "of ceiling",
-)
-_COLUMNS = (*_COLUMNS, "peak, MiB", "round trip")
+_COLUMNS = ["task", "contender", "ms per image", "speed / plain", "speed / float32 peer", "speed / any peer", "GFLOP/s"]
+_COLUMNS += ["of ceiling", "peak, MiB", "round trip"]
 
 
 def best_peer(rows: list[dict[str, Any]], task: str, key: str, float32_only: bool = True) -> float | None:
@@ -29,6 +21,22 @@ def best_peer(rows: list[dict[str, Any]], task: str, key: str, float32_only: boo
         if row["task"] == task and row["is_peer"] and key in row and not (float32_only and row["bfloat16"])
     ]
     return min(found) if found else None
+
+
+def plain_value(rows: list[dict[str, Any]], task: str, key: str) -> float | None:
+    """``key`` of our plain path in float32."""
+    return next((row[key] for row in rows if row["task"] == task and row["contender"] == "plain"), None)
+
+
+def slower_than_plain(rows: list[dict[str, Any]], margin: float) -> list[str]:
+    """A line for every task in which the fast path has less than ``margin`` times the speed of the plain one."""
+    lines = []
+    for row in rows[1:]:
+        plain = plain_value(rows[1:], row["task"], "seconds_per_image")
+        if row["contender"] == "fast" and plain is not None and plain < margin * row["seconds_per_image"]:
+            ratio = plain / row["seconds_per_image"]
+            lines.append(f"slower than plain: {row['task']}, {ratio:.2f} times its speed (expected at least {margin})")
+    return lines
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -47,8 +55,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     before = None
     for row in results:
-        peers = [best_peer(results, row["task"], "seconds_per_image", low) for low in (True, False)]
-        ratios = ["" if peer is None else f"{peer / row['seconds_per_image']:.2f}" for peer in peers]
+        others = [plain_value(results, row["task"], "seconds_per_image")]
+        others += [best_peer(results, row["task"], "seconds_per_image", low) for low in (True, False)]
+        ratios = ["" if other is None else f"{other / row['seconds_per_image']:.2f}" for other in others]
         cells = [
             "" if row["task"] == before else row["task"],
             row["contender"],
@@ -76,7 +85,7 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
     fig, axes = plt.subplots(1, len(tasks), figsize=(2.6 * len(tasks) + 1.2, 3.4), squeeze=False, layout="constrained")
     for axis, task in zip(axes[0], tasks, strict=True):
         group = [row for row in results if row["task"] == task][::-1]
-        colours = ["tab:grey" if row["is_peer"] else "tab:blue" for row in group]
+        colours = [_colour(row) for row in group]
         axis.barh([row["contender"] for row in group], [1 / row["seconds_per_image"] for row in group], color=colours)
         axis.set_title(task, fontsize=9)
         axis.set_xlabel("images per second", fontsize=8)
@@ -86,3 +95,9 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
     with atomic_write(path) as file:
         fig.savefig(file, format="png", dpi=130)
     plt.close(fig)
+
+
+def _colour(row: dict[str, Any]) -> str:
+    if row["is_peer"]:
+        return "tab:grey"
+    return "tab:orange" if row["contender"].startswith("plain") else "tab:blue"

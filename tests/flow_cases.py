@@ -11,7 +11,7 @@ from torch import Tensor
 from flowprox.flows import Bijection, FastSteps, Flow, Glow, RealNVP, Reversible, Sequential
 
 MODES = ("inputs", "invert")
-FAST_MODES = ("fast-nothing", "fast-inputs", "fast-invert")
+FAST_MODES = ("fast-nothing", "fast-early", "fast-inputs", "fast-invert")
 every_mode = pytest.mark.parametrize("mode", (*MODES, *FAST_MODES))
 
 

@@ -38,6 +38,9 @@ __all__ = ["FastSteps"]
 _CHUNK = 2**21  # hidden values computed at a time on the CPU: 8 MiB in float32; larger tensors leave the cache
 
 
+_KEPT_LAYERS = {"nothing": slice(None), "early": slice(-1, None), "inputs": slice(0, 0)}  # of h_1 .. h_{n-1}
+
+
 class FastSteps(Reversible):
     """Glow steps with ``CouplingNet`` conditioners, computed fast: values, gradients and parameter names of ``Sequential``.
 
@@ -47,8 +50,9 @@ class FastSteps(Reversible):
     Arguments:
         layers: ``GlowStep`` with a ``CouplingNet`` each.
         recompute: what the backward pass computes again. "nothing": all hidden layers are kept, the least work.
-            "inputs": each step's input and net output are kept, hidden layers computed again (memory: two small tensors per
-            step). "invert": only the output of the chain is kept.
+            "early": the hidden layers but the last; in Glow's nets (3x3, 1x1, 3x3) that halves the memory and costs little.
+            "inputs": all hidden layers, from each step's input and net output, two small tensors per step.
+            "invert": everything, from the output of the chain.
         check_drift: as in ``Reversible``, for "invert".
 
     Raises:
@@ -63,7 +67,7 @@ class FastSteps(Reversible):
         True
     """
 
-    MODES = ("nothing", "inputs", "invert")
+    MODES = ("nothing", "early", "inputs", "invert")
 
     def __init__(self, layers: Iterable[Bijection], recompute: str = "inputs", check_drift: int = 100) -> None:
         super().__init__(layers, recompute, check_drift)
@@ -205,10 +209,10 @@ class _Net:
         self.layers = [_folded(layer, rate, dtype) for layer, rate in zip(parts, self.rates, strict=True)]
         self._transposed: list[Tensor] = []
 
-    def hidden(self, h: Tensor) -> list[Tensor]:
-        """h_0 .. h_{n-1} from h_0."""
+    def hidden(self, h: Tensor, n: int | None = None) -> list[Tensor]:
+        """h_0 to h_n from h_0; by default to the last hidden layer."""
         values = [h]
-        for weight, bias in self.layers[:-1]:
+        for weight, bias in self.layers[: len(self.layers) - 1 if n is None else n]:
             values.append(_convolve(values[-1], weight, bias).relu_())
         return values
 
@@ -359,7 +363,7 @@ class _Step:
         """(z, log-scales summed, raw, hidden)."""
         u = _mixed(x, self.linear)
         first, second = _halves(u)
-        hidden = self._hidden(second)
+        hidden = self.net.hidden(self._condition(second))
         raw = self.net.last(hidden[-1])
         c = _Coupling.of(raw, self.coupling, x.dtype)
         first.mul_(torch.exp(c.log_scale)).add_(c.shift)
@@ -368,7 +372,7 @@ class _Step:
     def decode(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """(x, minus log-scales summed, raw, hidden)."""
         first, second = _halves(z)
-        hidden = self._hidden(second)
+        hidden = self.net.hidden(self._condition(second))
         raw = self.net.last(hidden[-1])
         c = _Coupling.of(raw, self.coupling, z.dtype)
         u = _cat((first - c.shift) * torch.exp(-c.log_scale), second)
@@ -416,11 +420,9 @@ class _Step:
     def _condition(self, second: Tensor) -> Tensor:
         return second.to(self.dtype).contiguous(memory_format=torch.channels_last)
 
-    def _hidden(self, second: Tensor) -> list[Tensor]:
-        return self.net.hidden(self._condition(second))
-
     def _again(self, second: Tensor, kept: _Kept) -> tuple[list[Tensor], _Coupling]:
-        hidden = [self._condition(second), *kept.hidden] if kept.hidden else self._hidden(second)
+        n_again = len(self.net.layers) - 1 - len(kept.hidden)
+        hidden = [*self.net.hidden(self._condition(second), n_again), *kept.hidden]
         raw = self.net.last(hidden[-1]) if kept.raw is None else kept.raw
         return hidden, _Coupling.of(raw, self.coupling, second.dtype)
 
@@ -476,8 +478,8 @@ class _Chain:
                 y, step_logdet, raw, hidden = (step.decode if self.backwards else step.encode)(x[part])
                 outputs.append(y)
                 logdets.append(step_logdet)
-                if self.keep in ("nothing", "inputs"):
-                    memory.append((raw, *(hidden[1:] if self.keep == "nothing" else ())))
+                if self.keep in _KEPT_LAYERS:
+                    memory.append((raw, *hidden[1:][_KEPT_LAYERS[self.keep]]))
             if memory or (i == 0 and self.keep == "invert" and self.plain.guarded):
                 kept.append((x, memory))
             x = _joined(outputs)

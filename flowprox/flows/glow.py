@@ -25,7 +25,7 @@ from flowprox.spec import Specified
 
 __all__ = ["Glow"]
 
-BACKWARD = ("plain", "inputs", "invert", "fast", "fast-nothing", "fast-inputs", "fast-invert")
+BACKWARD = ("plain", "inputs", "invert", "fast", "fast-nothing", "fast-early", "fast-inputs", "fast-invert")
 FAST_WIDTH = 128
 """Widest coupling nets for which ``backward="fast"`` keeps the hidden layers; wider ones are computed again in the backward
 pass, which costs a quarter of a training step and saves nearly all of its memory."""
@@ -48,8 +48,8 @@ class Glow(Specified, Flow):
         squeeze: "pixels" or "haar" (orthonormal averages and details).
         backward: "plain" autograd, the reference; "inputs" keeps each step's input and recomputes the coupling nets; "invert"
             keeps only a level's output and recomputes everything from it (memory flat in depth). With "fast" (see
-            ``FAST_WIDTH``), "fast-nothing", "fast-inputs" and "fast-invert" both directions run on the fast path
-            (``flowprox.flows.fast``), and what follows the dash is recomputed; not for coupling "unet".
+            ``FAST_WIDTH``), "fast-nothing", "fast-early", "fast-inputs" and "fast-invert" both directions run on the fast
+            path, and what follows the dash is recomputed, see ``FastSteps``; not for coupling "unet".
 
     Raises:
         ValueError: lists whose length is not n_levels, an image size not divisible by 2^L, an unknown option.
