@@ -140,6 +140,11 @@ class Contender:
     channels_last: bool = False
     is_peer: bool = False
 
+    @property
+    def is_fast(self) -> bool:
+        """Whether it is our fast path."""
+        return self.name.startswith("fast")
+
     def precision(self, device_type: str) -> AbstractContextManager[Any]:
         return torch.autocast(device_type, torch.bfloat16) if self.bfloat16 else nullcontext()
 

@@ -125,7 +125,7 @@ class Bench:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(self.contender.precision(self.device.type))
-            if self.contender.name.startswith("fast"):
+            if self.contender.is_fast:
                 stack.enter_context(frozen(self.flows))
             yield
 
@@ -168,8 +168,8 @@ def time_all(options: argparse.Namespace, device: torch.device) -> dict[tuple[st
                 bench = benches[name]
                 with bench.prepared(task):
                     call = bench.task(task)
-                    if repeat == 0 or task not in TRAINING:
-                        call()  # the first one warms up; without gradients each fills what ``frozen`` keeps
+                    if repeat == 0 or (CONTENDERS[name].is_fast and task not in TRAINING):
+                        call()  # the first one warms up; inside ``frozen`` each fills what that keeps
                     if repeat:
                         results[task, name]["seconds"].append(watch.time(call))
                 for parameter in bench.flows.parameters():
