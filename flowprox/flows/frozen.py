@@ -43,44 +43,59 @@ def frozen(flow: nn.Module) -> Iterator[None]:
         >>> z.requires_grad, flow.encode(x).requires_grad
         (False, True)
     """
-    wanted = [parameter for parameter in flow.parameters() if parameter.requires_grad]
-    in_training = [module for module in flow.modules() if module.training]
+    modules = _modules(flow)
+    in_training = [module for module in modules if module.training]
+    parameters = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]
     with ExitStack() as stack:
-        stack.callback(_restore, wanted, in_training)
-        for parameter in wanted:
+        stack.callback(_restore, parameters, in_training)
+        for parameter in parameters:
             parameter.requires_grad_(False)
-        flow.eval()
-        _run_fast(flow, stack)
-        _fix_the_rest(flow, stack)
+        for module in in_training:
+            module.training = False
+        _run_fast(modules, stack)
         yield
 
 
-def _restore(wanted: list[nn.Parameter], in_training: list[nn.Module]) -> None:
+def _modules(flow: nn.Module) -> list[nn.Module]:
+    """``flow.modules()`` without its nested generators, which take longer than a small network."""
+    found, waiting = {}, [flow]
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found[module] = None
+            waiting += [child for child in module._modules.values() if child is not None]
+    return list(found)
+
+
+def _restore(parameters: list[nn.Parameter], in_training: list[nn.Module]) -> None:
     for module in in_training:
         module.training = True
-    for parameter in wanted:
+    for parameter in parameters:
         parameter.requires_grad_(True)
 
 
-def _run_fast(flow: nn.Module, stack: ExitStack) -> None:
+def _run_fast(modules: list[nn.Module], stack: ExitStack) -> None:
     """Put ``FastSteps`` in the place of every chain of Glow steps, and let those that are there keep their constants."""
-    for parent in list(flow.modules()):
+    chains = [module for module in modules if isinstance(module, FastSteps)]
+    for parent in modules:
         for name, chain in list(parent._modules.items()):
             if isinstance(chain, Sequential) and type(chain) in (Sequential, Reversible) and FastSteps.supports(chain):
                 recompute = chain.recompute if isinstance(chain, Reversible) else "nothing"
-                parent._modules[name] = FastSteps(chain.layers, recompute).eval()  # type: ignore[arg-type]
+                fast = FastSteps(chain.layers, recompute)  # type: ignore[arg-type]
+                fast.training = fast.layers.training = False
+                parent._modules[name] = fast
                 stack.callback(parent._modules.__setitem__, name, chain)
-    for chain in flow.modules():
-        if isinstance(chain, FastSteps) and not chain.is_held:
+                chains.append(fast)
+    for chain in chains:
+        if not chain.is_held:
             chain.hold()
             stack.callback(chain.release)
+    on_the_fast_path = {module for chain in chains for module in _modules(chain)}
+    _fix_the_rest([module for module in modules if module not in on_the_fast_path], stack)
 
 
-def _fix_the_rest(flow: nn.Module, stack: ExitStack) -> None:
-    fast = {step for chain in flow.modules() if isinstance(chain, FastSteps) for step in chain.modules()}
-    for module in flow.modules():
-        if module in fast:
-            continue
+def _fix_the_rest(modules: list[nn.Module], stack: ExitStack) -> None:
+    for module in modules:
         if isinstance(module, GlowStep) and module.fixed is None:
             stack.callback(setattr, module, "fixed", None)
             with torch.no_grad():
