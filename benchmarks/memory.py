@@ -18,11 +18,9 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import platform
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -30,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from allocations import peak_of_allocations
 from torch import Tensor
 
 from flowprox import __version__
@@ -39,7 +38,7 @@ from flowprox.operators import make_physics
 from flowprox.prox import FlowProx
 from flowprox.unfolded import UnfoldedPGD
 
-MODES = ("plain", "inputs", "invert")
+MODES = ("plain", "inputs", "invert", "fast", "fast-inputs", "fast-invert")
 _MIB = 2**20
 
 
@@ -73,24 +72,6 @@ def training_step(c: Configuration) -> tuple[Callable[[], Tensor], torch.nn.Modu
     physics = make_physics("denoising", shape, device=c.device)
     y = x + 0.2 * torch.randn_like(x)
     return lambda: (model(y, physics) - x).square().mean(), model
-
-
-def peak_of_allocations(step: Callable[[], None]) -> int:
-    """Highest running sum of PyTorch's CPU allocations and releases during ``step``, in bytes."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own notes on stderr
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        step()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
-    total = peak = 0
-    for _, n_bytes in changes:
-        total += n_bytes
-        peak = max(peak, total)
-    return peak
 
 
 def measure(c: Configuration, repeats: int = 3) -> dict[str, Any]:
@@ -167,7 +148,7 @@ def figure(results: list[dict[str, Any]], path: Path) -> None:
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
     panels = [("depth", "n_steps", "steps of one level"), ("folds", "n_folds", "folds")]
     for axis, (study, key, label) in zip(axes, panels, strict=True):
-        for mode, marker in zip(MODES, "os^", strict=True):
+        for mode, marker in zip(MODES, "os^vDx", strict=True):
             points = sorted((r[key], r["peak_mib"]) for r in results if r["study"] == study and r["mode"] == mode)
             if points:
                 axis.plot(*zip(*points, strict=True), marker=marker, label=mode)

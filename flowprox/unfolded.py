@@ -23,7 +23,7 @@ from deepinv.models import Reconstructor
 from deepinv.physics import LinearPhysics
 from torch import Tensor, nn
 
-from flowprox.flows import Flow
+from flowprox.flows import Flow, frozen
 from flowprox.operators import data_gradient, data_prox
 from flowprox.prox import FlowProx
 from flowprox.spec import Specified
@@ -87,9 +87,14 @@ class Unfolded(Reconstructor):
     def forward(self, y: Tensor, physics: LinearPhysics) -> Tensor:
         """Reconstruct x (B, C, H, W) from the measurement y of ``physics``.
 
+        In evaluation mode and without gradients the flows are ``frozen`` meanwhile; around many calls do that once yourself.
+
         Raises:
             ValueError: the image size is not divisible by ``divisor``, or the channels do not fit.
         """
+        if not self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            with frozen(self):
+                return self.iterates(y, physics)[-1]
         return self.iterates(y, physics)[-1]
 
     def iterates(self, y: Tensor, physics: LinearPhysics) -> list[Tensor]:

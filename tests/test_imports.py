@@ -12,7 +12,7 @@ LAYERS = [
     {"spec", "options", "evaluation_options", "operators", "noise", "networks"},
     {"flows"},
     {"prox", "priors"},
-    {"unfolded", "solvers", "baselines"},
+    {"unfolded", "solvers", "baselines", "exporting"},
     {"data", "checkpoints", "samples"},
     {"training", "reconstruction", "methods", "evaluation", "studies"},
     {"commands"},

@@ -1,6 +1,7 @@
 """Normalizing flows: bijections with both directions and their determinants, and the flows made of them."""
 
 from flowprox.flows.bijection import Bijection, NonFiniteError, Sequential
+from flowprox.flows.fast import FastSteps
 from flowprox.flows.flow import Flow
 from flowprox.flows.frozen import frozen
 from flowprox.flows.glow import Glow
@@ -24,6 +25,7 @@ __all__ = [
     "Bijection",
     "Conv1x1",
     "DriftError",
+    "FastSteps",
     "Flow",
     "Glow",
     "GlowStep",

@@ -1,27 +1,35 @@
-"""A flow with its weights held fixed: what solvers run hundreds of times and differentiate by image or latent only.
+"""A model with its weights held fixed: what reconstructs, and what solvers run hundreds of times and differentiate by image or
+latent only.
 
-Inside the block it is in evaluation mode, no parameter asks for a gradient, so that autograd computes none for the weights
-(a third of the work of a backward pass), and every Glow step keeps its two 1x1 matrices, which otherwise are put together
-from their factors and inverted in every pass. They are computed in float64 and rounded once: the round trip gains half a
-digit. On the CPU the convolutions' weights are laid out channels-last meanwhile, which is an eighth faster.
+Inside the block the model is in evaluation mode, no parameter asks for a gradient, so that autograd computes none for the
+weights (a third of the work of a backward pass), and nothing that depends on the weights alone is computed twice. Glow steps
+run on the fast path (``flowprox.flows.fast``) with matrices, their inverses and folded weights kept; matrices are computed
+in float64 and rounded once, which gains half a digit of the round trip. Where the fast path does not apply (U-Net
+conditioners) each step keeps its two matrices, and on the CPU the convolutions' weights are laid out channels-last.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
+from flowprox.flows.bijection import Sequential
+from flowprox.flows.fast import FastSteps
 from flowprox.flows.layers import GlowStep
+from flowprox.flows.reversible import Reversible
 
 __all__ = ["frozen"]
 
 
 @contextmanager
 def frozen(flow: nn.Module) -> Iterator[None]:
-    """Hold the weights of a flow fixed within the block; everything is as before when it ends. Blocks may be nested.
+    """Hold the weights of a flow, or of a model with flows, fixed within the block; everything is as before when it ends.
+
+    Blocks may be nested. Gradients with respect to images and latents flow as usual, second derivatives do not. The block keeps
+    a second copy of the coupling nets' weights.
 
     Arguments:
         flow: any module. Its weights must not be changed inside the block.
@@ -35,29 +43,63 @@ def frozen(flow: nn.Module) -> Iterator[None]:
         >>> z.requires_grad, flow.encode(x).requires_grad
         (False, True)
     """
-    wanted = [parameter for parameter in flow.parameters() if parameter.requires_grad]
-    steps = [step for step in flow.modules() if isinstance(step, GlowStep) and step.fixed is None]
-    convolutions = [
-        module for module in flow.modules() if isinstance(module, nn.Conv2d) and module.weight.device.type == "cpu"
-    ]
-    weights = [convolution.weight.data for convolution in convolutions]
-    in_training = [module for module in flow.modules() if module.training]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        flow.eval()
-        for convolution in convolutions:
-            convolution.weight.data = convolution.weight.data.contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
-            for step in steps:
-                step.fixed = step.matrices()
-        yield
-    finally:
-        for convolution, weight in zip(convolutions, weights, strict=True):
-            convolution.weight.data = weight
+    modules = _modules(flow)
+    in_training = [module for module in modules if module.training]
+    parameters = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]
+    with ExitStack() as stack:
+        stack.callback(_restore, parameters, in_training)
+        for parameter in parameters:
+            parameter.requires_grad_(False)
         for module in in_training:
-            module.training = True
-        for step in steps:
-            step.fixed = None
-        for parameter in wanted:
-            parameter.requires_grad_(True)
+            module.training = False
+        _run_fast(modules, stack)
+        yield
+
+
+def _modules(flow: nn.Module) -> list[nn.Module]:
+    """``flow.modules()`` without its nested generators, which take longer than a small network."""
+    found, waiting = {}, [flow]
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found[module] = None
+            waiting += [child for child in module._modules.values() if child is not None]
+    return list(found)
+
+
+def _restore(parameters: list[nn.Parameter], in_training: list[nn.Module]) -> None:
+    for module in in_training:
+        module.training = True
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+
+
+def _run_fast(modules: list[nn.Module], stack: ExitStack) -> None:
+    """Put ``FastSteps`` in the place of every chain of Glow steps, and let those that are there keep their constants."""
+    chains = [module for module in modules if isinstance(module, FastSteps)]
+    for parent in modules:
+        for name, chain in list(parent._modules.items()):
+            if isinstance(chain, Sequential) and type(chain) in (Sequential, Reversible) and FastSteps.supports(chain):
+                recompute = chain.recompute if isinstance(chain, Reversible) else "nothing"
+                fast = FastSteps(chain.layers, recompute)  # type: ignore[arg-type]
+                fast.training = fast.layers.training = False
+                parent._modules[name] = fast
+                stack.callback(parent._modules.__setitem__, name, chain)
+                chains.append(fast)
+    for chain in chains:
+        if not chain.is_held:
+            chain.hold()
+            stack.callback(chain.release)
+    on_the_fast_path = {module for chain in chains for module in _modules(chain)}
+    _fix_the_rest([module for module in modules if module not in on_the_fast_path], stack)
+
+
+def _fix_the_rest(modules: list[nn.Module], stack: ExitStack) -> None:
+    for module in modules:
+        if isinstance(module, GlowStep) and module.fixed is None:
+            stack.callback(setattr, module, "fixed", None)
+            with torch.no_grad():
+                module.fixed = module.matrices()
+        if isinstance(module, nn.Conv2d) and module.weight.device.type == "cpu":
+            stack.callback(setattr, module.weight, "data", module.weight.data)
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)

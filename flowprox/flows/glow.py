@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from flowprox.flows.bijection import Bijection, Sequential
+from flowprox.flows.fast import FastSteps
 from flowprox.flows.flow import Flow
 from flowprox.flows.layers import GlowStep, HaarSqueeze, Split, Squeeze, Unsqueeze
 from flowprox.flows.reversible import Reversible
@@ -23,6 +24,11 @@ from flowprox.networks import CouplingNet, CouplingUNet
 from flowprox.spec import Specified
 
 __all__ = ["Glow"]
+
+BACKWARD = ("plain", "inputs", "invert", "fast", "fast-nothing", "fast-early", "fast-inputs", "fast-invert")
+FAST_WIDTH = 128
+"""Widest coupling nets for which ``backward="fast"`` keeps the hidden layers; wider ones are computed again in the backward
+pass, which costs a quarter of a training step and saves nearly all of its memory."""
 
 
 class Glow(Specified, Flow):
@@ -40,8 +46,10 @@ class Glow(Specified, Flow):
         shift_bound: bound of the shifts, None for none; 4 keeps the inverse from blowing up when a flow is trained as a
             prox.
         squeeze: "pixels" or "haar" (orthonormal averages and details).
-        backward: "plain" autograd; "inputs" keeps each step's input and recomputes the coupling nets; "invert" keeps
-            only a level's output and recomputes everything from it (memory flat in depth).
+        backward: "plain" autograd, the reference; "inputs" keeps each step's input and recomputes the coupling nets; "invert"
+            keeps only a level's output and recomputes everything from it (memory flat in depth). With "fast" (see
+            ``FAST_WIDTH``), "fast-nothing", "fast-early", "fast-inputs" and "fast-invert" both directions run on the fast
+            path, and what follows the dash is recomputed, see ``FastSteps``; not for coupling "unet".
 
     Raises:
         ValueError: lists whose length is not n_levels, an image size not divisible by 2^L, an unknown option.
@@ -67,7 +75,7 @@ class Glow(Specified, Flow):
         widths = _per_level(hidden_channels, n_levels, "hidden_channels")
         _check_choice("coupling", coupling, ("conv", "conv-actnorm", "unet"))
         _check_choice("squeeze", squeeze, ("pixels", "haar"))
-        _check_choice("backward", backward, ("plain", "inputs", "invert"))
+        _check_choice("backward", backward, BACKWARD)
 
         def level(index: int, channels: int) -> Bijection:
             channels = 4 * channels
@@ -75,7 +83,7 @@ class Glow(Specified, Flow):
                 GlowStep(channels, _coupling_net(coupling, channels, widths[index]), scale_bound, shift_bound)
                 for _ in range(steps[index])
             ]
-            body = Sequential(flow_steps) if backward == "plain" else Reversible(flow_steps, recompute=backward)
+            body = _chain(flow_steps, backward, widths[index])
             layers: list[Bijection] = [HaarSqueeze() if squeeze == "haar" else Squeeze(), body]
             if index + 1 < n_levels:
                 layers.append(Split(level(index + 1, channels // 2)))
@@ -94,6 +102,16 @@ class Glow(Specified, Flow):
     def compact(cls, image_shape: Sequence[int] = (3, 64, 64), backward: str = "plain") -> Glow:
         """The small preset for laptops: three levels of four steps, width 64."""
         return cls(image_shape, 3, 4, 64, squeeze="haar", backward=backward)
+
+
+def _chain(steps: list[GlowStep], backward: str, width: int | Sequence[int]) -> Sequential:
+    if backward == "plain":
+        return Sequential(steps)
+    if backward in ("inputs", "invert"):
+        return Reversible(steps, recompute=backward)
+    if backward == "fast":
+        backward = "fast-inputs" if isinstance(width, int) and width > FAST_WIDTH else "fast-nothing"
+    return FastSteps(steps, recompute=backward.removeprefix("fast-"))
 
 
 def _coupling_net(kind: str, channels: int, width: int | Sequence[int]) -> nn.Module:

@@ -14,8 +14,8 @@ Under autocast only the coupling nets run in low precision; the arithmetic above
 
 from __future__ import annotations
 
-import copy
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +86,25 @@ class ActNorm(Bijection, ChannelAffine):
         return (z - self.bias.view(1, -1, 1, 1)) * scale, _per_sample(-self.log_scale.sum(), z)
 
 
+def mixing_matrix(permutation: Tensor, lu: Tensor, sign: Tensor) -> Tensor:
+    """P L (U + diag(d)) from one (C, C) parameter, or from a stack of them (..., C, C)."""
+    lower, upper = _lu_factors(lu, sign)
+    return permutation @ (lower @ upper)
+
+
+def inverse_mixing_matrix(permutation: Tensor, lu: Tensor, sign: Tensor) -> Tensor:
+    """The inverse of ``mixing_matrix``, by two triangular solves."""
+    lower, upper = _lu_factors(lu, sign)
+    half = torch.linalg.solve_triangular(lower, permutation.mT, upper=False, unitriangular=True)
+    return torch.linalg.solve_triangular(upper, half, upper=True)
+
+
+def _lu_factors(lu: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
+    identity = torch.eye(lu.shape[-1], dtype=lu.dtype, device=lu.device)
+    diagonal = sign * torch.exp(lu.diagonal(dim1=-2, dim2=-1))
+    return lu.tril(-1) + identity, lu.triu(1) + torch.diag_embed(diagonal)
+
+
 class Conv1x1(Bijection):
     """Invertible 1x1 convolution W = P L (U + diag(d)), a learned generalisation of a channel permutation.
 
@@ -111,21 +130,13 @@ class Conv1x1(Bijection):
         self.register_buffer("permutation", p)
         self.register_buffer("sign", diagonal.sign())
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        identity = torch.eye(self.lu.shape[0], dtype=self.lu.dtype, device=self.lu.device)
-        diagonal = self.sign * torch.exp(self.lu.diagonal())
-        return self.lu.tril(-1) + identity, self.lu.triu(1) + torch.diag(diagonal)
-
     def weight(self) -> Tensor:
         """W, (C, C)."""
-        lower, upper = self._factors()
-        return self.permutation @ (lower @ upper)
+        return mixing_matrix(self.permutation, self.lu, self.sign)
 
     def inverse_weight(self) -> Tensor:
         """W^-1, (C, C), by two triangular solves."""
-        lower, upper = self._factors()
-        half = torch.linalg.solve_triangular(lower, self.permutation.T, upper=False, unitriangular=True)
-        return torch.linalg.solve_triangular(upper, half, upper=True)
+        return inverse_mixing_matrix(self.permutation, self.lu, self.sign)
 
     def log_determinant(self) -> Tensor:
         """log|det W|, a scalar."""
@@ -230,15 +241,11 @@ class GlowStep(Bijection):
         self.fixed: dict[str, tuple[Tensor, Tensor]] | None = None  # see flowprox.flows.frozen
 
     def matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Matrix and bias of the linear part and of its inverse, computed in float64 and rounded to the weights' dtype."""
-        lu = self.mix.lu
-        # on the CPU, since not every accelerator has float64
-        mix = copy.deepcopy(self.mix).to("cpu", torch.float64)
-        actnorm = copy.deepcopy(self.actnorm).to("cpu", torch.float64)
-        scale, bias = torch.exp(actnorm.log_scale), actnorm.bias
-        weight, inverse = mix.weight(), mix.inverse_weight()
-        pairs = {"mix": (weight * scale, weight @ bias), "unmix": (inverse / scale[:, None], -bias / scale)}
-        return {name: (matrix.to(lu), vector.to(lu)) for name, (matrix, vector) in pairs.items()}
+        """Matrix and bias of the linear part ("mix") and of its inverse ("unmix"), rounded from float64."""
+        return {
+            name: (matrix[0], bias[0])
+            for name, (matrix, bias) in (("mix", mixing_parts([self])), ("unmix", unmixing_parts([self])))
+        }
 
     def _mixed(self, x: Tensor) -> Tensor:
         if self.actnorm._initialization_pending:
@@ -281,6 +288,34 @@ class GlowStep(Bijection):
 
     def decode(self, z: Tensor) -> Tensor:
         return self._unmixed(self.coupling.decode(z))
+
+
+def mixing_parts(steps: Sequence[GlowStep]) -> tuple[Tensor, Tensor]:
+    """The linear part of every step, x -> M x + m, as M (n, C, C) and m (n, C); computed in float64, then rounded."""
+    permutation, lu, sign, log_scale, bias = _stacked(steps)
+    weight = mixing_matrix(permutation, lu, sign)
+    return _rounded(steps, weight * torch.exp(log_scale)[:, None], (weight @ bias[:, :, None])[:, :, 0])
+
+
+def unmixing_parts(steps: Sequence[GlowStep]) -> tuple[Tensor, Tensor]:
+    """The inverses of ``mixing_parts``, u -> N u + n."""
+    permutation, lu, sign, log_scale, bias = _stacked(steps)
+    inverse_scale = torch.exp(-log_scale)
+    inverse = inverse_mixing_matrix(permutation, lu, sign)
+    return _rounded(steps, inverse_scale[:, :, None] * inverse, -inverse_scale * bias)
+
+
+def _stacked(steps: Sequence[GlowStep]) -> tuple[Tensor, ...]:
+    """P, L and U in one, signs, ActNorm's log-scale and bias of all steps in float64."""
+    parts = [(s.mix.permutation, s.mix.lu, s.mix.sign, s.actnorm.log_scale, s.actnorm.bias) for s in steps]
+    # Apple's accelerator has no float64
+    device = torch.device("cpu") if parts[0][0].device.type == "mps" else parts[0][0].device
+    return tuple(torch.stack(part).to(device, torch.float64) for part in zip(*parts, strict=True))
+
+
+def _rounded(steps: Sequence[GlowStep], *parts: Tensor) -> tuple[Tensor, Tensor]:
+    matrix, bias = (part.to(steps[0].mix.lu) for part in parts)
+    return matrix, bias
 
 
 class Squeeze(Bijection):

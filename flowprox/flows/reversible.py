@@ -81,10 +81,12 @@ class Reversible(Sequential):
         True
     """
 
+    MODES: tuple[str, ...] = ("inputs", "invert")
+
     def __init__(self, layers: Iterable[Bijection], recompute: str = "inputs", check_drift: int = 100) -> None:
         super().__init__(layers)
-        if recompute not in ("inputs", "invert"):
-            raise ValueError(f"recompute must be 'inputs' or 'invert', got {recompute!r}")
+        if recompute not in self.MODES:
+            raise ValueError(f"recompute must be one of {', '.join(map(repr, self.MODES))}, got {recompute!r}")
         if check_drift < 0:
             raise ValueError(f"check_drift must be at least 0 (never), got {check_drift}")
         self.recompute = recompute
@@ -143,14 +145,14 @@ class Reversible(Sequential):
         invert = self.recompute == "invert" and not (backwards and self.training and not self._is_initialized())
         guarded = bool(self.check_drift) and self._n_recorded % self.check_drift == 0
         self._n_recorded += 1
-        chain = _Chain(
+        chain = StepChain(
             steps=steps,
             slots=slots,
             method=method,
             first=0 if x.requires_grad else trained.index(True),
             invert=invert,
             guarded=guarded,
-            autocast=_Autocast.current(x.device.type),
+            autocast=AutocastState.current(x.device.type),
         )
         return _Recompute.apply(chain, x, *(p for part in parameters for p in part))
 
@@ -174,7 +176,7 @@ def _substituted(slots: Sequence[tuple[dict[str, Any], str]], tensors: Sequence[
 
 
 @dataclass(frozen=True)
-class _Autocast:
+class AutocastState:
     """The autocast state of a moment."""
 
     device_type: str
@@ -182,7 +184,7 @@ class _Autocast:
     dtype: torch.dtype | None
 
     @classmethod
-    def current(cls, device_type: str) -> _Autocast:
+    def current(cls, device_type: str) -> AutocastState:
         if not torch.amp.is_autocast_available(device_type):
             return cls(device_type, False, None)
         enabled = torch.is_autocast_enabled(device_type)
@@ -190,13 +192,13 @@ class _Autocast:
 
     def restored(self) -> AbstractContextManager[Any]:
         """That state again; without the cache of cast weights, which would hold the recomputation's own copies."""
-        if not self.enabled and not _Autocast.current(self.device_type).enabled:
+        if not self.enabled and not AutocastState.current(self.device_type).enabled:
             return nullcontext()
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
 
 
 @dataclass
-class _Chain:
+class StepChain:
     """One recorded pass: the steps in the order in which they were applied, and how to go back."""
 
     steps: list[Any]
@@ -205,7 +207,7 @@ class _Chain:
     first: int  # steps before this one have nothing to differentiate
     invert: bool
     guarded: bool
-    autocast: _Autocast
+    autocast: AutocastState
 
     def apply(self, i: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
         step = self.steps[i]
@@ -248,15 +250,15 @@ class _Chain:
                 with torch.enable_grad():
                     outputs = self.apply(i, x)
             if i == len(self.steps) - 1 and not self.invert:
-                self._check_output(kept, outputs[0])
+                self.check_output(kept, outputs[0])
             found = _gradients(outputs, (grad, *grads[1:]), [x, *leaves])
             grad, parameter_grads[start:end] = found[0], found[1:]
             end = start
         if self.invert:
-            self._check_input(x, kept)
+            self.check_input(x, kept)
         return [grad, *parameter_grads]
 
-    def _check_output(self, kept: Sequence[Tensor], y: Tensor) -> None:
+    def check_output(self, kept: Sequence[Tensor], y: Tensor) -> None:
         """Mode "inputs": what was finite in the recorded pass is finite now, so one look at the end is enough."""
         if (y.device.type == "cpu" or self.guarded) and not _is_finite(y):
             values = [*kept[1:], y]
@@ -265,7 +267,7 @@ class _Chain:
                 f"{self._name(self.first + i)} gave a non-finite value in its {self._direction}; {_REMEDY}"
             )
 
-    def _check_input(self, x: Tensor, kept: Sequence[Tensor]) -> None:
+    def check_input(self, x: Tensor, kept: Sequence[Tensor]) -> None:
         """Mode "invert": NaN spreads through the steps undone after it, so one look at the end is enough."""
         if (x.device.type == "cpu" or self.guarded) and not _is_finite(x):
             x = kept[-1]
@@ -317,7 +319,7 @@ class _Recompute(torch.autograd.Function):
     """The autograd node of a recorded pass. Parameters are inputs: their gradients leave through autograd."""
 
     @staticmethod
-    def forward(ctx: Any, chain: _Chain, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, chain: StepChain, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         y, logdet, kept = chain.run(x)
         ctx.chain, ctx.n_kept = chain, len(kept)
         ctx.save_for_backward(*kept, *parameters)

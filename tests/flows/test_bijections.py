@@ -13,6 +13,7 @@ from flowprox.flows import (
     AffineCoupling,
     Bijection,
     Conv1x1,
+    FastSteps,
     Flow,
     Glow,
     GlowStep,
@@ -64,6 +65,11 @@ CASES: dict[str, tuple[Callable[[], Bijection], tuple[int, ...]]] = {
     "glow, as published": (lambda: Glow(SMALL, 2, 1, 4, coupling="conv-actnorm"), SMALL),
     "glow, inputs": (lambda: Glow(SMALL, 2, 2, 4, backward="inputs"), SMALL),
     "glow, invert": (lambda: Glow(SMALL, 2, 2, 4, backward="invert"), SMALL),
+    "fast steps": (lambda: FastSteps(steps(), "nothing"), (4, 4, 4)),
+    "fast steps, odd channels": (lambda: FastSteps([GlowStep(3, CouplingNet(2, 2, 5))], "invert"), (3, 4, 2)),
+    "glow, fast": (lambda: Glow(SMALL, 2, 2, 4, shift_bound=2.0, squeeze="haar", backward="fast"), SMALL),
+    "glow, fast-inputs": (lambda: Glow(SMALL, 2, 2, 4, coupling="conv-actnorm", backward="fast-inputs"), SMALL),
+    "glow, fast-invert": (lambda: Glow(SMALL, 2, 2, 4, coupling="conv-actnorm", backward="fast-invert"), SMALL),
     "glow behind a pixel norm": (lambda: PixelwiseFlow(Glow(SMALL, 2, 1, 4)), SMALL),
     "realnvp": (lambda: RealNVP(SMALL, 2, 2, 4, 1), SMALL),
     "realnvp, invert": (lambda: RealNVP(SMALL, 1, 3, 4, 1, backward="invert"), SMALL),
@@ -179,9 +185,10 @@ def test_wrong_shapes_are_named(constructor: Callable[[], Bijection], shape: tup
             getattr(constructor(), call)(torch.zeros(shape))
 
 
-@pytest.mark.parametrize(
-    "name", ["actnorm", "step", "step, actnorm in the net", "glow", "glow, inputs", "glow, invert"]
-)
+INITIALISED = ("actnorm", "step", "step, actnorm in the net", "glow", "glow, inputs", "glow, invert")
+
+
+@pytest.mark.parametrize("name", [*INITIALISED, "glow, fast", "glow, fast-invert"])
 def test_initialisation_from_data_happens_once(name: str) -> None:
     constructor, shape = CASES[name]
     bijection = constructor().double()

@@ -1,0 +1,65 @@
+"""A trained reconstruction network as one program for one operator, without flowprox.
+
+    program = export_program(model, physics, y)       torch.export.ExportedProgram,   x_hat = program.module()(y)
+
+The weights are fixed: matrices are inverted and scales folded beforehand, and the operator's constants (mask, kernel) are part
+of the program. What ``torch.export.save`` writes is read by ``torch.export.load`` wherever PyTorch runs, and is what
+ahead-of-time compilers take. Saving warns that a constant is not a "complete tensor" since the weights are channels-last;
+what is loaded is the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from deepinv.models import Reconstructor
+from deepinv.physics import Physics
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from flowprox.flows import frozen
+
+__all__ = ["export_program"]
+
+
+class _Reconstruction(nn.Module):
+    """y -> x_hat for one operator, whose tensors become constants."""
+
+    def __init__(self, model: Reconstructor, physics: Physics) -> None:
+        super().__init__()
+        self.model = model
+        self.physics = physics
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.model(y, self.physics)
+
+
+def export_program(model: Reconstructor, physics: Physics, y: Tensor) -> ExportedProgram:
+    """Export a reconstruction network for measurements like y.
+
+    Arguments:
+        model: for example an ``UnfoldedPGD``, whose flows are initialised.
+        physics: the operator that measured y.
+        y: an example (B, ...), B at least 2. The program takes any batch size and measurements of this shape otherwise.
+
+    Returns:
+        a program whose ``module()`` maps y to x_hat (B, C, H, W), as ``model(y, physics)`` in evaluation mode does.
+
+    Raises:
+        ValueError: y holds a single measurement, for which the batch size cannot be left open.
+
+    Example:
+        >>> import flowprox
+        >>> model = flowprox.load_model("unfolded-denoising-faces64")
+        >>> physics = flowprox.make_physics("denoising", (3, 32, 32), sigma=0.2)
+        >>> y = physics(torch.rand(3, 3, 32, 32))
+        >>> program = export_program(model, physics, y[:2])
+        >>> with torch.no_grad():
+        ...     bool((program.module()(y) - model(y, physics)).abs().max() < 1e-5)
+        True
+    """
+    if len(y) < 2:
+        raise ValueError("y must hold at least two measurements, so that the batch size can be left open; repeat it")
+    with torch.no_grad(), frozen(model):
+        model(y, physics)  # whatever is computed once and kept is not to be part of the program
+        batch = Dim("batch", min=1)
+        return torch.export.export(_Reconstruction(model, physics), (y,), dynamic_shapes=({0: batch},), strict=False)

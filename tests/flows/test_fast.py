@@ -1,0 +1,268 @@
+"""The fast path against the plain one: exactness in each precision, chunks, what is kept, what ``frozen`` does with it.
+
+That its gradients are those of plain autograd in float64, however it is called, is in ``test_reversible.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from flow_cases import FAST_MODES, chain, decode_loss, every_loss, gradients, log_prob_loss, pair
+from torch import Tensor, nn
+
+from flowprox.flows import FastSteps, Flow, Glow, GlowStep, RealNVP, Reversible, Sequential, fast, frozen
+from flowprox.flows.glow import FAST_WIDTH
+from flowprox.networks import CouplingNet, CouplingUNet
+from flowprox.operators import make_physics
+from flowprox.prox import FlowProx
+from flowprox.unfolded import UnfoldedPGD
+
+every_fast_mode = pytest.mark.parametrize("mode", FAST_MODES)
+every_coupling = pytest.mark.parametrize("coupling", ["conv", "conv-actnorm"])
+
+
+def flows(mode: str, coupling: str) -> tuple[Flow, Flow, Flow, Tensor]:
+    """Plain in float64, plain and fast in float32, with the same weights; float32 images."""
+    exact, plain, quick = (Glow((3, 16, 16), 2, 4, 48, coupling, backward=b) for b in ("plain", "plain", mode))
+    x = torch.rand(4, 3, 16, 16)
+    plain.initialize(x)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    for flow in (exact, quick):
+        flow.load_state_dict(plain.state_dict())
+    return exact.double(), plain, quick, x
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    found, exact = found.detach().double(), exact.detach().double()
+    return float((found - exact).norm() / exact.norm())
+
+
+def flat_gradients(flow: Flow, loss: Callable[[Flow, Tensor], Tensor], x: Tensor) -> Tensor:
+    return torch.cat([g.flatten() for g in gradients(flow, loss, x)])
+
+
+@every_fast_mode
+@every_coupling
+def test_float32_values_are_those_of_float64(mode: str, coupling: str) -> None:
+    exact, _, quick, x = flows(mode, coupling)
+    z = torch.randn(4, 768)
+    for found, expected in [(quick(x), exact(x.double())), (quick.inverse(z), exact.inverse(z.double()))]:
+        assert relative(found[0], expected[0]) < 1e-5 and relative(found[1], expected[1]) < 1e-5
+    assert relative(quick.decode(quick.encode(x)), x) < 1e-5
+
+
+@every_fast_mode
+@every_coupling
+@every_loss
+def test_float32_gradients_are_as_good_as_plain_ones(
+    mode: str, coupling: str, loss: Callable[[Flow, Tensor], Tensor]
+) -> None:
+    exact, plain, quick, x = flows(mode, coupling)
+    expected = flat_gradients(exact, loss, x.double())
+    found, plain_found = (relative(flat_gradients(flow, loss, x), expected) for flow in (quick, plain))
+    assert found < 1.5 * plain_found + 1e-7
+
+
+@every_fast_mode
+@every_coupling
+def test_bfloat16_nets_are_as_good_as_plain_ones(mode: str, coupling: str) -> None:
+    """Under autocast: values within 1e-2, gradients within 5e-2 of float64, and not much worse than the plain path."""
+    exact, plain, quick, x = flows(mode, coupling)
+
+    def low(flow: Flow, t: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return log_prob_loss(flow, t)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z, z_plain = quick.encode(x), plain.encode(x)
+    z_exact = exact.encode(x.double())
+    assert z.dtype == torch.float32
+    assert relative(z, z_exact) < min(1e-2, 1.5 * relative(z_plain, z_exact))
+    expected = flat_gradients(exact, log_prob_loss, x.double())
+    found, plain_found = (relative(flat_gradients(flow, low, x), expected) for flow in (quick, plain))
+    assert found < min(5e-2, 2 * plain_found)
+
+
+@every_fast_mode
+@every_loss
+def test_chunks_change_nothing(
+    mode: str, loss: Callable[[Flow, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, quick, x = pair(mode)
+    x = torch.cat([x, 1 - x])[:7]
+    whole = gradients(quick, loss, x)
+    monkeypatch.setattr(fast, "_CHUNK", 3 * 8 * 16)  # three images at the first level, seven at the second
+    for found, expected in zip(gradients(quick, loss, x), whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@every_fast_mode
+@pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
+def test_the_same_twice_to_the_bit(mode: str, low: bool) -> None:
+    _, _, quick, x = flows(mode, "conv-actnorm")
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
+        first, second = (gradients(quick, log_prob_loss, x) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@every_fast_mode
+@pytest.mark.parametrize("kernel_sizes", [(3,), (1, 1), (3, 3), (5, 1, 3), (3, 1, 1, 1)])
+@pytest.mark.parametrize("actnorm", [False, True])
+def test_coupling_nets_of_any_depth_and_kernels(mode: str, kernel_sizes: tuple[int, ...], actnorm: bool) -> None:
+    steps = [GlowStep(6, CouplingNet(3, 6, 5, kernel_sizes, actnorm), 0.7, 2.0).double() for _ in range(2)]
+    plain, quick = (chain(steps, m).eval() for m in ("plain", mode))
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    x = torch.randn(2, 6, 5, 4, dtype=torch.float64, requires_grad=True)
+    for method in ("forward", "inverse"):
+        results = []
+        for steps_of in (plain, quick):
+            value, logdet = getattr(steps_of, method)(x)
+            results.append(torch.autograd.grad(value.pow(3).sum() + logdet.sin().sum(), [x, *plain.parameters()]))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
+
+
+def test_what_is_kept_for_the_backward_pass() -> None:
+    """With "inputs" two small tensors per step, with "invert" matrices only, with "nothing" less than plain autograd."""
+
+    def kept(mode: str, n: int) -> int:
+        steps = chain([GlowStep(4, CouplingNet(2, 4, 32)) for _ in range(n)], mode).eval()
+        held = {p.untyped_storage().data_ptr(): 0 for p in steps.parameters()}
+
+        def pack(t: Tensor) -> Tensor:
+            held.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes())
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            z, logdet = steps(torch.randn(4, 4, 16, 16))
+        del z, logdet
+        return sum(held.values())
+
+    one, growth = 4 * 4 * 16 * 16 * 4, {m: kept(m, 9) - kept(m, 3) for m in ("plain", *FAST_MODES)}
+    assert growth["fast-invert"] < 6 * 0.2 * one
+    assert growth["fast-inputs"] < 6 * 2.2 * one
+    assert 4 * growth["fast-inputs"] < growth["fast-early"] < 0.65 * growth["fast-nothing"]
+    assert growth["fast-nothing"] < growth["plain"]
+
+
+@every_fast_mode
+def test_drift_guard_finds_a_map_that_cannot_be_inverted(mode: str) -> None:
+    """A nearly singular 1x1 convolution: its inverse loses all digits of float32."""
+    steps = chain([GlowStep(4, CouplingNet(2, 4, 4)) for _ in range(3)], mode, check_drift=True).eval()
+    with torch.no_grad():
+        steps.layers[1].mix.lu.diagonal()[0] -= 18.0  # type: ignore[union-attr, operator]
+    z = steps.encode(torch.randn(2, 4, 4, 4)).sum()
+    if mode == "fast-invert":
+        with pytest.raises(ArithmeticError, match=r"layers\.\d \(GlowStep\) .* forward direction"):
+            z.backward()
+    else:
+        z.backward()
+
+
+@every_fast_mode
+def test_non_finite_values_are_named(mode: str) -> None:
+    steps = chain([GlowStep(4, CouplingNet(2, 4, 4)) for _ in range(3)], mode).eval()
+    x = torch.randn(2, 4, 4, 4)
+    x[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ArithmeticError, match=r"layers\.\d \(GlowStep\) .* non-finite"):
+        steps.encode(x).sum().backward()
+
+
+def test_the_rule_of_fast() -> None:
+    """Narrow nets keep their hidden layers, wide ones compute them again."""
+    flow = Glow((3, 8, 8), 2, 1, [FAST_WIDTH, FAST_WIDTH + 1], backward="fast")
+    found = [m.recompute for m in flow.modules() if isinstance(m, FastSteps)]
+    assert found == ["nothing", "inputs"]
+
+
+def test_other_layers_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"got GlowStep with CouplingUNet; use backward="):
+        Glow((3, 8, 8), 1, 1, [[4]], coupling="unet", backward="fast")
+    with pytest.raises(ValueError, match="got Sequential"):
+        FastSteps([Sequential([])])
+    with pytest.raises(ValueError, match="recompute must be"):
+        FastSteps([], "everything")
+
+
+FROZEN = {
+    "plain": lambda: Glow((3, 8, 8), 2, 2, 8, coupling="conv-actnorm"),
+    "inputs": lambda: Glow((3, 8, 8), 2, 2, 8, backward="inputs"),
+    "fast": lambda: Glow((3, 8, 8), 2, 2, 8, backward="fast"),
+    "U-Net": lambda: Glow((3, 8, 8), 2, 2, [[4, 4], [4]], coupling="unet"),
+    "realnvp": lambda: RealNVP((3, 8, 8), 2, 2, 8, 1),
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen_gives_the_same_values_and_image_gradients_and_leaves_no_trace(name: str) -> None:
+    flow, x = FROZEN[name]().double(), torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    flow.initialize(x)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    modules, state = dict(flow.named_modules()), {k: v.clone() for k, v in flow.state_dict().items()}
+
+    def outcome() -> list[Tensor]:
+        point = x.clone().requires_grad_()
+        loss = decode_loss(flow, point) + log_prob_loss(flow, point)
+        return [loss.detach(), *torch.autograd.grad(loss, point)]
+
+    expected = outcome()
+    for _ in range(2):
+        with frozen(flow), frozen(flow):
+            found = outcome() and outcome()  # the second pass meets what the first one kept
+            assert not any(p.requires_grad for p in flow.parameters())
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert dict(flow.named_modules()) == modules and flow.training and all(p.requires_grad for p in flow.parameters())
+    assert all(torch.equal(value, state[key]) for key, value in flow.state_dict().items())
+    with torch.no_grad():
+        next(iter(flow.parameters())).add_(0.5)
+    with frozen(flow):
+        found = outcome()
+    torch.testing.assert_close(found, outcome(), rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(found[0], expected[0])
+
+
+def test_frozen_is_undone_after_an_error() -> None:
+    flow = Glow((3, 8, 8), 1, 1, 4)
+    before = dict(flow.named_modules())
+    with pytest.raises(RuntimeError, match="by hand"), frozen(flow):
+        assert any(isinstance(m, FastSteps) for m in flow.modules())
+        raise RuntimeError("by hand")
+    assert dict(flow.named_modules()) == before and all(p.requires_grad for p in flow.parameters())
+
+
+def test_frozen_keeps_the_memory_mode() -> None:
+    flow = Glow((3, 8, 8), 1, 1, 4, backward="invert")
+    with frozen(flow):
+        assert [m.recompute for m in flow.modules() if isinstance(m, Reversible)] == ["invert"]
+
+
+def test_an_unfolded_network_reconstructs_on_the_fast_path_in_evaluation_mode() -> None:
+    proxes = [FlowProx(Glow((3, 8, 8), 2, 2, 8), channelwise=True) for _ in range(2)]
+    model, physics = UnfoldedPGD(proxes).double(), make_physics("denoising", (3, 8, 8))
+    with torch.no_grad():
+        for parameter in model.proxes.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    y, seen = torch.rand(2, 3, 8, 8, dtype=torch.float64), set()
+    for module in model.modules():
+        if isinstance(module, GlowStep):
+            module.coupling.net.register_forward_hook(lambda m, *_: seen.add(m))
+    expected = model.eval()(y, physics)
+    assert seen  # with gradients: the plain path calls the nets
+    seen.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(model(y, physics), expected.detach(), rtol=1e-10, atol=1e-10)
+    assert not seen
+
+
+def test_nets_with_a_learned_scale_and_none_are_supported() -> None:
+    assert FastSteps.supports(Sequential([GlowStep(4, CouplingNet(2, 4, 4, actnorm=True))]))
+    assert not FastSteps.supports(Sequential([GlowStep(4, CouplingUNet(2, 4, [4]))]))
+    assert not FastSteps.supports(Sequential([])) and not FastSteps.supports(nn.Identity())
