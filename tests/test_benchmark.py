@@ -128,6 +128,31 @@ def test_shares_of_an_interrupted_run_are_taken_up(recipe: EvaluationOptions, tm
     assert not share.exists()
 
 
+def test_devices_do_nothing_twice(recipe: EvaluationOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class HereAndNow:
+        """Fabric's part, in this process: every share one after the other."""
+
+        def __init__(self, accelerator: str, devices: int, strategy: str) -> None:
+            self.n, self.device = devices, accelerator
+
+        def launch(self, function: Callable[..., None]) -> None:
+            for rank in range(self.n):
+                self.global_rank = rank
+                function(self)
+
+    monkeypatch.setattr("flowprox.evaluation.devices.Fabric", HereAndNow)
+    calls = _fail_on(monkeypatch, lambda y: False, ValueError())
+    (tmp_path / "out").mkdir()
+    records = evaluate(recipe, tmp_path / "whole", _run())
+    with (tmp_path / "out/records.jsonl.partial").open("w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records if record["image"] != "p1")
+    calls.clear()
+    again = evaluate(recipe, tmp_path / "out", _run(devices=2))
+    assert [r["id"] for r in again] == [r["id"] for r in records]
+    assert calls == [1] * (len(records) // 3)
+    assert not list((tmp_path / "out").glob("share-*"))
+
+
 def test_figures_are_those_of_the_method_on_the_seeded_measurement(recipe: EvaluationOptions, tmp_path: Path) -> None:
     records = evaluate(recipe, tmp_path / "out", _run())
     images = {i.name: i for i in load_images(recipe.images, 0, None)}
@@ -218,6 +243,18 @@ def test_tuning_chooses_the_best_value_on_its_own_images(recipe: EvaluationOptio
     assert best == {"regularisation": 0.05}
     assert [r["tuned"] for r in records] == [best] and records[0]["options"]["regularisation"] == 0.05
     assert len(read_records(tmp_path / "out/records.jsonl")) == 1
+
+
+def test_a_failed_combination_is_tried_again(
+    recipe: EvaluationOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tv = EvaluatedMethod("tv", options={"n_iterations": 3}, tune={"regularisation": [0.1, 0.2]})
+    images = replace(recipe.images, limit=1)
+    recipe = EvaluationOptions(images, [EvaluatedProblem("denoising")], [tv], ImageOptions(limit=2))
+    with monkeypatch.context() as patch:
+        _fail_on(patch, lambda y: True, RuntimeError("no luck"))
+        assert "failed" in evaluate(recipe, tmp_path / "out", _run())[0]
+    assert "failed" not in evaluate(recipe, tmp_path / "out", _run())[0]
 
 
 def test_a_series_of_a_method_and_published_figures(recipe: EvaluationOptions) -> None:

@@ -45,6 +45,14 @@ def test_an_error_leaves_the_partial_and_the_old_file(path):
     assert read_records(path.with_name("records.jsonl.partial")) == [{"new": True}]
 
 
+def test_a_resumed_run_is_read_as_far_as_it_came(path):
+    write(path, {"a": 1})
+    with pytest.raises(KeyError), RecordWriter(path, resume=True) as writer:
+        writer.write({"b": 2})
+        raise KeyError
+    assert read_records(path) == [{"a": 1}, {"b": 2}]
+
+
 def test_every_cut_of_the_last_line_is_recovered_and_resumed(tmp_path):
     """Wherever the last line ends, the others are read, and a resumed run goes on behind them."""
     first, last = '{"a": 1}\n', json.dumps({"name": "ä", "b": 2}, ensure_ascii=False) + "\n"

@@ -154,7 +154,7 @@ class Evaluation:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with (
             Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True) as progress,
-            RecordWriter(self.out / "tuning.jsonl", resume=True) as tuning,
+            RecordWriter(self.out / "tuning.jsonl", resume=True, keep=is_success) as tuning,
             RecordWriter(self.out / "records.jsonl", resume=True, keep=is_success) as records,
         ):
             self._accept_earlier(records.records)

@@ -38,14 +38,19 @@ def run_on_devices(evaluation: Evaluation) -> list[dict[str, Any]]:
     try:
         if n > 1:
             fabric = Fabric(accelerator=run.device, devices=n, strategy="ddp_spawn")
+            _give_what_is_known(out, n)
             shares, quiet = [left[i::n] for i in range(n)], replace(run, console=None)
             fabric.launch(_Share(evaluation.recipe, shares, out, quiet))
             absorb_shares(out)
         elif n == 1:
             return evaluation.run()
     except KeyboardInterrupt as error:
-        absorb_shares(out)
-        done = {record["id"] for record in read_records(out / "records.jsonl")}
+        # the processes may still be writing; the next run takes the shares up
+        found = [
+            *_read(out / "records.jsonl"),
+            *(r for share in out.glob("share-*") for r in _read(share / "records.jsonl")),
+        ]
+        done = {record["id"] for record in found if is_success(record)}
         n_done, n_units = sum(i in done for i in evaluation.ids()), len(list(evaluation.ids()))
         raise EvaluationInterrupted(
             f"{n_done} of {n_units} reconstructions are recorded in {out}; the same command continues the run"
@@ -71,6 +76,15 @@ def absorb_shares(out: Path) -> None:
             (out / "images").mkdir(exist_ok=True)
             os.replace(picture, out / "images" / picture.name)
         shutil.rmtree(share)
+
+
+def _give_what_is_known(out: Path, n: int) -> None:
+    """Each share begins with the records and tuning of all, so that nothing is done twice."""
+    for rank in range(n):
+        (out / f"share-{rank}").mkdir()
+        for name in _FILES:
+            if (out / name).exists():
+                shutil.copy2(out / name, out / f"share-{rank}" / name)
 
 
 class _Share:

@@ -80,7 +80,7 @@ class RecordWriter:
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """Records of a JSON-lines file, or of its partial where the final one is missing.
+    """Records of a JSON-lines file, or of its partial where a run that has not finished has more.
 
     A last line that was cut short is dropped with a warning.
 
@@ -89,7 +89,9 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
         ValueError: another line is not a JSON object; the message gives file and line.
     """
     path = Path(path)
-    source = path if path.exists() or not _partial(path).exists() else _partial(path)
+    source = path
+    if _partial(path).is_file() and not (path.is_file() and _n_lines(path) >= _n_lines(_partial(path))):
+        source = _partial(path)
     if not source.is_file():
         raise FileNotFoundError(f"no records at {path}; give the file that a run or the demo wrote")
     lines = source.read_bytes().split(b"\n")
@@ -109,6 +111,10 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     elif rest.strip():
         warnings.warn(f"{source}: the last line was cut short and is left out", stacklevel=2)
     return records
+
+
+def _n_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n")
 
 
 def _partial(path: Path) -> Path:

@@ -10,8 +10,10 @@ conditioners) each step keeps its two matrices, and on the CPU the convolutions'
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -22,6 +24,9 @@ from flowprox.flows.layers import GlowStep
 from flowprox.flows.reversible import Reversible
 
 __all__ = ["frozen"]
+
+_LOCK = threading.RLock()
+_HELD: WeakKeyDictionary[nn.Module, tuple[int, ExitStack | None]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -43,6 +48,22 @@ def frozen(flow: nn.Module) -> Iterator[None]:
         >>> z.requires_grad, flow.encode(x).requires_grad
         (False, True)
     """
+    with _LOCK:  # several threads may reconstruct with one model: the first prepares it, the last restores it
+        count, stack = _HELD.get(flow, (0, None))
+        _HELD[flow] = (count + 1, _prepare(flow) if stack is None else stack)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            count, stack = _HELD.pop(flow)
+            if count > 1:
+                _HELD[flow] = (count - 1, stack)
+            elif stack is not None:
+                stack.close()
+
+
+def _prepare(flow: nn.Module) -> ExitStack:
+    """Fix everything; closing the stack undoes it."""
     modules = _modules(flow)
     in_training = [module for module in modules if module.training]
     parameters = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]
@@ -53,7 +74,7 @@ def frozen(flow: nn.Module) -> Iterator[None]:
         for module in in_training:
             module.training = False
         _run_fast(modules, stack)
-        yield
+        return stack.pop_all()
 
 
 def _modules(flow: nn.Module) -> list[nn.Module]:

@@ -21,10 +21,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import deepinv
 import torch
 from deepinv.physics import MRI, Inpainting, Physics
 from torch import Tensor
 
+from flowprox.noise import HeteroscedasticNoise, Noise
 from flowprox.operators import RealMRI
 from flowprox.solvers.optimisers import Optimiser, Trace
 
@@ -32,6 +34,7 @@ __all__ = ["Discrepancy", "noise_energy"]
 
 _SLOPE = 0.2  # of log residual against log gamma near the best image, measured on faces
 _SLOPES = (0.1, 2.0)  # the secant is kept within; 2 is the slope far from the solution of a linear problem
+_DRAWS = 64  # of a noise whose energy has no formula
 _LONGEST = 2.0  # factor of gamma from one stage to the next
 
 Minimise = Callable[[Tensor, Tensor, int], Trace]
@@ -125,23 +128,37 @@ def noise_energy(y: Tensor, physics: Physics) -> tuple[Tensor, Tensor]:
         ValueError: the noise model of the physics has no level.
     """
     noise: Any = getattr(physics, "noise_model", None)
-    sigma, scale = getattr(noise, "sigma", None), getattr(noise, "scale", None)
-    if sigma is None and scale is None:
-        raise ValueError(
-            "gamma='discrepancy' needs the level of the noise, and physics.noise_model has neither sigma nor scale: "
-            "give the operator a noise model, or gamma as a number"
-        )
-    mean = getattr(noise, "mean", 0.0)
-    level, mean = (torch.as_tensor(v).to(y.device, y.real.dtype) for v in (scale if sigma is None else sigma, mean))
-    if sigma is not None:  # one for all images, or one each; a scale is one for all entries of an image, or one each
-        level, mean = (v.view(-1, *[1] * (y.ndim - 1)) if v.ndim <= 1 else v for v in (level, mean))
-    seen = torch.ones_like(y, dtype=level.dtype)
+    energy = _entry_energy(noise, y)
+    seen = torch.ones_like(y, dtype=y.real.dtype)
     if isinstance(physics, Inpainting | MRI | RealMRI):  # their noise is in what the mask lets through
         seen = seen * (physics.get_buffer("mask") != 0)
-    energy = ((level.square() + mean.square()) * seen).flatten(1).sum(dim=1)
+    energy = (energy * seen).flatten(1).sum(dim=1)
     if not bool((energy > 0).all()):
         raise ValueError("gamma='discrepancy' needs noise: its level is 0, so that gamma=0 is what fits")
     return energy, seen.flatten(1).sum(dim=1)
+
+
+def _entry_energy(noise: Any, y: Tensor) -> Tensor:
+    """E n^2 of every entry, broadcasting against y; drawn where no formula is known."""
+    if isinstance(noise, deepinv.physics.GaussianNoise):  # sigma: one for all images, or one each
+        level, mean = (_like(value, y) for value in (noise.sigma, getattr(noise, "mean", 0.0)))
+        ones = (1,) * (y.ndim - 1)
+        level, mean = (v.view(-1, *ones) if v.ndim <= 1 else v for v in (level, mean))
+        return level.square() + mean.square()
+    if isinstance(noise, HeteroscedasticNoise):
+        return _like(noise.scale, y).square() + _like(noise.mean, y).square()
+    if isinstance(noise, Noise):
+        generator = torch.Generator().manual_seed(0)
+        draws = (noise.sample_like(torch.zeros_like(y[:1]), generator) for _ in range(_DRAWS))
+        return torch.stack([draw.abs().square() for draw in draws]).mean(dim=0)
+    raise ValueError(
+        f"gamma='discrepancy' needs the level of the noise, which {type(noise).__name__} does not tell: give the operator a "
+        "GaussianNoise or a noise of flowprox.noise, or gamma as a number"
+    )
+
+
+def _like(value: Any, y: Tensor) -> Tensor:
+    return torch.as_tensor(value).to(y.device, y.real.dtype)
 
 
 def _joined(parts: list[Trace]) -> Trace:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,6 +134,12 @@ def _prepared(study: Study, settings: Mapping[str, Any], options: StudyOptions) 
     needed = min(settings["n_images"], 3)
     if len(x) < needed:
         raise ValueError(f"the study needs {needed} images and {given.source} has {len(x)}; give a folder with more")
+    if len(x) < settings["n_images"] and given.limit is None:
+        print(
+            f"the figure is made of {len(x)} images, {given.source} having no more; the study asks for {settings['n_images']}: "
+            "give a folder with images.source",
+            file=sys.stderr,
+        )
     content = hashlib.blake2b(dataset.images.numpy().tobytes(), digest_size=8).hexdigest()
     names = [Path(name).stem if "[" not in name else Path(name).name for name in dataset.names]
     run = StudyRun(settings, flow.eval(), names, x, options.seed, options.device)

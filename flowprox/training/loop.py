@@ -238,7 +238,10 @@ class _Run:
                 if self.step % _LOG_EVERY == 0:
                     self._log_training(losses)
                 if self.step % self.options.validate_every == 0:
-                    self._validate() if len(self.validation) else self.kept.keep()
+                    if len(self.validation):
+                        self._validate()
+                    elif not self.skipped_in_a_row:
+                        self.kept.keep()
                 if time.monotonic() - saved >= self.options.checkpoint_every:
                     self._save_state()
                     saved = time.monotonic()
@@ -412,7 +415,7 @@ class _Run:
                 for name, values in self.task.evaluate(model, x, self._validation_generator(start)).items():
                     sums[name] = sums.get(name, 0.0) + float(values.double().sum())
         except NonFiniteError as error:  # the run goes on: such a model is never the best one
-            self.error, sums = error, {self.task.figure: math.nan}
+            self.error, sums = error, dict.fromkeys([self.task.figure, *sums], math.nan)
         self.task.train()
         figures = {name: value / len(self.validation) for name, value in self._sum_over_processes(sums).items()}
         self.figures = {**figures, "step": self.step}

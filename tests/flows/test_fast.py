@@ -6,6 +6,7 @@ That its gradients are those of plain autograd in float64, however it is called,
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -227,6 +228,21 @@ def test_frozen_gives_the_same_values_and_image_gradients_and_leaves_no_trace(na
         found = outcome()
     torch.testing.assert_close(found, outcome(), rtol=1e-10, atol=1e-10)
     assert not torch.allclose(found[0], expected[0])
+
+
+def test_threads_share_a_frozen_model() -> None:
+    flow = Glow((3, 8, 8), 2, 2, 8).eval()
+    x = torch.rand(2, 3, 8, 8)
+    expected, names = flow.encode(x).detach(), list(flow.state_dict())
+
+    def encode(i: int) -> float:
+        with torch.no_grad(), frozen(flow):
+            return float((flow.encode(x) - expected).abs().max())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(encode, range(60))) < 1e-5
+    assert list(flow.state_dict()) == names and all(p.requires_grad for p in flow.parameters())
+    assert not any(isinstance(module, FastSteps) for module in flow.modules())
 
 
 def test_frozen_is_undone_after_an_error() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from deepinv.models import Reconstructor
-from deepinv.physics import Denoising, GaussianNoise, Inpainting, LinearPhysics, Physics
+from deepinv.physics import Denoising, GaussianNoise, Inpainting, LinearPhysics, Physics, PoissonGaussianNoise
 from solver_cases import SHAPE, affine, gaussian_flow, matrix, operators, small_glow
 from torch import Tensor
 
 from flowprox.flows import Glow
+from flowprox.noise import FlowNoise, Noise
 from flowprox.operators import make_physics
 from flowprox.solvers import LBFGS, Adam, Discrepancy, LatentMAP, SolverInterrupted, null_space_perturbed
 from flowprox.solvers.discrepancy import noise_energy
@@ -203,6 +206,27 @@ def test_the_discrepancy_principle_leaves_as_much_as_the_noise(name: str, norm: 
     left = (y - physics.A(solution.estimate)).flatten(1).square().sum(1) / (seen * 0.01)
     assert bool(((left - 1).abs() < 0.1).all()), left
     assert solution.gamma is not None and solution.gamma.shape == (4,) and len(set(solution.gamma.tolist())) == 4
+
+
+def test_the_energy_of_a_noise_without_formula_is_drawn() -> None:
+    """Neither an attribute called sigma nor a flow's scale need be its level."""
+
+    class Uniform(Noise):
+        """On [0, 1]; its sigma is something else."""
+
+        sigma = torch.tensor(0.01)
+
+        def sample_like(self, y: Tensor, generator: Any = None) -> Tensor:
+            return torch.rand(y.shape, generator=generator, dtype=y.dtype)
+
+    for noise in (Uniform(), FlowNoise(gaussian_flow(), scale=2.0)):
+        physics = Denoising(noise_model=noise)
+        y = torch.zeros(200, *SHAPE, dtype=torch.float64)
+        drawn = noise.sample_like(y, torch.Generator().manual_seed(1)).square().flatten(1).sum(1).mean()
+        energy, n = noise_energy(y, physics)
+        assert n[0] == 16 and 0.8 < energy[0] / drawn < 1.25
+    with pytest.raises(ValueError, match="PoissonGaussianNoise does not tell"):
+        noise_energy(torch.ones(1, *SHAPE), Denoising(noise_model=PoissonGaussianNoise()))
 
 
 def test_the_discrepancy_principle_stays_near_the_rule_of_bayes() -> None:

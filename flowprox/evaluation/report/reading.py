@@ -103,7 +103,7 @@ def _read(source: Path, published: Published | None) -> Evaluation:
 def _read_folder(folder: Path) -> Evaluation:
     notes: list[str] = []
     records, tuning = (_records(folder / name, notes, optional=True) for name in ("records.jsonl", "tuning.jsonl"))
-    if records and not (folder / "records.jsonl").exists():
+    if records and (folder / "records.jsonl.partial").exists():
         notes.append(f"{folder}: the run has not finished; the same flowprox evaluate command continues it")
     published = Published({}, {})
     if (folder / "recipe.yaml").is_file():
@@ -260,5 +260,5 @@ _COMPARED: tuple[tuple[str, Callable[[Mapping[str, Any]], Any], str], ...] = (
     ("versions of deepinv", lambda r: _version(r, "deepinv"), "operators may have changed in between"),
     ("seeds of the run", lambda r: r.get("run_seed"), "the noise is not the same everywhere"),
     ("scales", lambda r: r.get("scale"), "images and iterations are not the same everywhere"),
-    ("devices", lambda r: r.get("device"), "times and memory do not compare"),
+    ("devices", lambda r: str(r.get("device")).partition(":")[0], "times and memory do not compare"),
 )
