@@ -38,7 +38,7 @@ from flowprox.operators import make_physics
 from flowprox.prox import FlowProx
 from flowprox.unfolded import UnfoldedPGD
 
-MODES = ("plain", "inputs", "invert", "fast", "fast-inputs", "fast-invert")
+MODES = ("plain", "inputs", "invert", "fast-nothing", "fast-inputs", "fast-invert")
 _MIB = 2**20
 
 

@@ -59,7 +59,7 @@ class FastSteps(Reversible):
 
     Example:
         >>> from flowprox.flows import Glow
-        >>> plain, fast = Glow((3, 8, 8), 1, 2, 8), Glow((3, 8, 8), 1, 2, 8, backward="fast")
+        >>> plain, fast = Glow((3, 8, 8), 1, 2, 8), Glow((3, 8, 8), 1, 2, 8, backward="fast-inputs")
         >>> _ = fast.load_state_dict(plain.state_dict())
         >>> x = torch.rand(2, 3, 8, 8)
         >>> bool((fast.encode(x) - plain.encode(x)).abs().max() < 1e-5)

@@ -67,7 +67,7 @@ CASES: dict[str, tuple[Callable[[], Bijection], tuple[int, ...]]] = {
     "glow, invert": (lambda: Glow(SMALL, 2, 2, 4, backward="invert"), SMALL),
     "fast steps": (lambda: FastSteps(steps(), "nothing"), (4, 4, 4)),
     "fast steps, odd channels": (lambda: FastSteps([GlowStep(3, CouplingNet(2, 2, 5))], "invert"), (3, 4, 2)),
-    "glow, fast": (lambda: Glow(SMALL, 2, 2, 4, shift_bound=2.0, squeeze="haar", backward="fast"), SMALL),
+    "glow, fast": (lambda: Glow(SMALL, 2, 2, 4, shift_bound=2.0, squeeze="haar", backward="fast-nothing"), SMALL),
     "glow, fast-inputs": (lambda: Glow(SMALL, 2, 2, 4, coupling="conv-actnorm", backward="fast-inputs"), SMALL),
     "glow, fast-invert": (lambda: Glow(SMALL, 2, 2, 4, coupling="conv-actnorm", backward="fast-invert"), SMALL),
     "glow behind a pixel norm": (lambda: PixelwiseFlow(Glow(SMALL, 2, 1, 4)), SMALL),
