@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,8 +43,8 @@ def _is_empty(field: dataclasses.Field[Any], value: Any) -> bool:
     return value == default and default in (None, {}, [])
 
 
-def read_published(path: Path) -> Published:
-    """The published figures that a recipe names.
+def read_published(path: Path, scales: Collection[str] = ()) -> Published:
+    """The published figures that a recipe names for some scales; for all, if none is given.
 
     Raises:
         FileNotFoundError: no such file.
@@ -57,7 +57,8 @@ def read_published(path: Path) -> Published:
             EvaluatedProblem(**{key: value for key, value in problem.items() if key in known})
             for problem in given["problems"]
         ]
-        planned = planned_problems(problems)
+        used = [p for p in problems if not scales or p.scales is None or set(p.scales) & set(scales)]
+        planned = planned_problems(used)
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} is no recipe of flowprox evaluate ({reason}); mend it or remove it") from error

@@ -73,10 +73,11 @@ def read_evaluations(sources: Sequence[str | Path], recipe: str | Path | None = 
     paths = [Path(source) for source in sources]
     if len({path.resolve() for path in paths}) < len(paths):
         raise ValueError("a results folder is given twice; name each once")
-    published = None if recipe is None else read_published(Path(recipe))
+    if recipe is not None:
+        read_published(Path(recipe))  # is it one?
     chapters: dict[str, list[Evaluation]] = {}
     for path in paths:
-        one = _read(path, published)
+        one = _read(path, recipe)
         chapters.setdefault(one.name, []).append(one)
     merged = [_merged(members) for members in chapters.values()]
     for evaluation in merged:
@@ -84,7 +85,7 @@ def read_evaluations(sources: Sequence[str | Path], recipe: str | Path | None = 
     return merged
 
 
-def _read(source: Path, published: Published | None) -> Evaluation:
+def _read(source: Path, recipe: str | Path | None) -> Evaluation:
     if not source.exists():
         raise FileNotFoundError(f"no results at {source}; give a folder that flowprox evaluate wrote")
     found = _read_folder(source) if source.is_dir() else _read_file(source)
@@ -93,8 +94,8 @@ def _read(source: Path, published: Published | None) -> Evaluation:
     for number, record in enumerate(found.records, start=1):
         _check(record, number, source)
     found.name = next((str(r["recipe"]) for r in found.records if r.get("recipe")), source.resolve().stem)
-    if published is not None and not found.published.psnr:
-        found.published = published
+    if recipe is not None and not found.published.psnr:
+        found.published = read_published(Path(recipe), _scales(found.records))
     if found.records and all(record.get("scale") == SMOKE for record in found.records):
         found.published = Published({}, {})
     return found
@@ -108,11 +109,15 @@ def _read_folder(folder: Path) -> Evaluation:
     published = Published({}, {})
     if (folder / "recipe.yaml").is_file():
         try:
-            published = read_published(folder / "recipe.yaml")
+            published = read_published(folder / "recipe.yaml", _scales(records))
         except ValueError as error:  # the measured figures are worth a report all the same
             notes.append(f"{error}; published figures are left out")
     illustrations = _illustrations(folder / "figures", notes) if (folder / "figures").is_dir() else []
     return Evaluation("", [folder], records, tuning, published, illustrations, notes)
+
+
+def _scales(records: Sequence[Mapping[str, Any]]) -> set[str]:
+    return {str(record["scale"]) for record in records if record.get("scale")}
 
 
 def _read_file(path: Path) -> Evaluation:
