@@ -1,7 +1,7 @@
 """What the machine can do at best: rates of the convolutions a flow is made of, and of a matrix product.
 
 Rates are GFLOP/s (two operations per multiplication), the median of several calls, each long enough to time. Tensors are
-channels-last and as large as one chunk of the fast path.
+channels-last and, at width 512, as large as one chunk of the fast path.
 """
 
 from __future__ import annotations
