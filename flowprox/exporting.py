@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from flowprox.flows import frozen
+from flowprox.unfolded import Unfolded
 
 __all__ = ["export_program"]
 
@@ -37,7 +38,7 @@ def export_program(model: Reconstructor, physics: Physics, y: Tensor) -> Exporte
     """Export a reconstruction network for measurements like y.
 
     Arguments:
-        model: for example an ``UnfoldedPGD``, whose flows are initialised.
+        model: an ``UnfoldedPGD`` or ``UnfoldedHQS``, whose flows are initialised.
         physics: the operator that measured y.
         y: an example (B, ...), B at least 2. The program takes any batch size and measurements of this shape otherwise.
 
@@ -45,7 +46,8 @@ def export_program(model: Reconstructor, physics: Physics, y: Tensor) -> Exporte
         a program whose ``module()`` maps y to x_hat (B, C, H, W), as ``model(y, physics)`` in evaluation mode does.
 
     Raises:
-        ValueError: y holds a single measurement, for which the batch size cannot be left open.
+        ValueError: the model is no unfolded network (solvers decide as they go, which no program can); y holds a single
+            measurement, for which the batch size cannot be left open.
 
     Example:
         >>> import flowprox
@@ -57,6 +59,8 @@ def export_program(model: Reconstructor, physics: Physics, y: Tensor) -> Exporte
         ...     bool((program.module()(y) - model(y, physics)).abs().max() < 1e-5)
         True
     """
+    if not isinstance(model, Unfolded):
+        raise ValueError(f"only unfolded networks can be exported; {type(model).__name__} decides as it goes")
     if len(y) < 2:
         raise ValueError("y must hold at least two measurements, so that the batch size can be left open; repeat it")
     with torch.no_grad(), frozen(model):

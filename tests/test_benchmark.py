@@ -115,7 +115,7 @@ def test_devices_give_what_one_gives(recipe: EvaluationOptions, tmp_path: Path) 
     assert [(r["id"], r["psnr"]) for r in two] == [(r["id"], pytest.approx(r["psnr"])) for r in one]
     files = [{p.relative_to(tmp_path / run) for p in (tmp_path / run).rglob("*.*")} for run in ("one", "two")]
     assert files[0] == files[1]
-    assert {r["id"] for r in read_records(tmp_path / "two/records.jsonl")} == {r["id"] for r in one}
+    assert [r["id"] for r in read_records(tmp_path / "two/records.jsonl")] == [r["id"] for r in one]
 
 
 def test_shares_of_an_interrupted_run_are_taken_up(recipe: EvaluationOptions, tmp_path: Path) -> None:
@@ -126,6 +126,20 @@ def test_shares_of_an_interrupted_run_are_taken_up(recipe: EvaluationOptions, tm
     again = evaluate(recipe, tmp_path / "out", _run())
     assert again[:5] == records[:5] and len(again) == len(records)
     assert not share.exists()
+
+
+def test_results_do_not_become_test_images(recipe: EvaluationOptions, pictures: Path) -> None:
+    for out in (pictures, pictures / "results"):
+        with pytest.raises(ValueError, match="lies in the images' own folder"):
+            evaluate(recipe, out, _run())
+    assert len(list(pictures.rglob("*"))) == 3
+
+
+def test_missing_device_is_refused(recipe: EvaluationOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(ValueError, match="torch sees 0 GPUs"):
+        evaluate(recipe, tmp_path / "out", _run(device="cuda"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_devices_do_nothing_twice(recipe: EvaluationOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

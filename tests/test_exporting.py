@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flowprox.baselines import TotalVariation
 from flowprox.exporting import export_program
 from flowprox.flows import Glow, RealNVP
 from flowprox.operators import make_physics
@@ -64,3 +65,9 @@ def test_model_is_as_it_was() -> None:
 def test_single_measurement_is_refused() -> None:
     with pytest.raises(ValueError, match="at least two measurements"):
         export_program(trained("plain flows"), make_physics("denoising", SHAPE), torch.rand(1, *SHAPE))
+
+
+def test_a_solver_is_refused() -> None:
+    physics = make_physics("denoising", (3, 8, 8))
+    with pytest.raises(ValueError, match="only unfolded networks"):
+        export_program(TotalVariation(), physics, torch.rand(2, 3, 8, 8))

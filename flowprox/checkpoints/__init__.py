@@ -15,7 +15,7 @@ Nothing here imports torch before a model is needed.
 from flowprox.checkpoints.card import CARD, Card
 from flowprox.checkpoints.files import CheckpointError, atomic_write, sha256
 from flowprox.checkpoints.hub import push_to_hub
-from flowprox.checkpoints.loading import list_models, load_card, load_model
+from flowprox.checkpoints.loading import list_models, load_card, load_model, require_device
 from flowprox.checkpoints.saving import save_model
 from flowprox.checkpoints.state import load_training_state, save_training_state
 from flowprox.checkpoints.weights import PREVIOUS, WEIGHTS
@@ -30,6 +30,7 @@ __all__ = [
     "list_models",
     "load_card",
     "load_model",
+    "require_device",
     "load_training_state",
     "push_to_hub",
     "save_model",

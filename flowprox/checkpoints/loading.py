@@ -43,7 +43,7 @@ def load_model(
 
     No code from the folder is run, whoever made it: a card can name registered classes only, weights are numbers.
     """
-    target = _device(device)
+    target = require_device(device)
     float_type = _dtype(dtype)
     folder = _resolve(name, (CARD, WEIGHTS), revision)
     card = read_card(folder / CARD)
@@ -92,7 +92,8 @@ def _resolve(name: str | os.PathLike[str], files: tuple[str, ...], revision: str
     raise CheckpointError(f"no model {name!r}: not a folder, not a shipped model, not a hub id 'org/name'; {hint}")
 
 
-def _device(device: str | torch.device) -> torch.device:
+def require_device(device: str | torch.device) -> torch.device:
+    """The device, if it is there; otherwise ``ValueError`` says what to use."""
     import torch
 
     try:

@@ -19,10 +19,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from flowprox.checkpoints import require_device
 from flowprox.evaluation.comparison import Evaluation, EvaluationInterrupted, RunOptions
 from flowprox.evaluation.devices import absorb_shares, run_on_devices
 from flowprox.evaluation.plan import at_scale, planned
-from flowprox.evaluation_options import EvaluationOptions
+from flowprox.evaluation_options import SAMPLES, EvaluationOptions
 
 __all__ = ["EvaluationInterrupted", "RunOptions", "evaluate"]
 
@@ -45,6 +46,20 @@ def evaluate(recipe: EvaluationOptions, out: str | Path, run: RunOptions | None 
     """
     run = run or RunOptions()
     scaled = at_scale(recipe, run.scale)
+    _check_apart(scaled, Path(out))
+    require_device(run.device)
     evaluation = Evaluation(scaled, planned(scaled), Path(out), run, as_written=recipe)
     absorb_shares(evaluation.out)
     return run_on_devices(evaluation) if run.devices > 1 else evaluation.run()
+
+
+def _check_apart(recipe: EvaluationOptions, out: Path) -> None:
+    """Refuse to write pictures where a later run would read them as test images."""
+    for images in (recipe.images, recipe.tune_images):
+        sources = [] if images is None or images.source == SAMPLES else images.source
+        for source in [sources] if isinstance(sources, str) else sources:
+            folder = Path(source).resolve()
+            if folder.is_dir() and (folder == out.resolve() or folder in out.resolve().parents):
+                raise ValueError(
+                    f"out {str(out)!r} lies in the images' own folder {source!r}; choose one outside of it"
+                )

@@ -55,8 +55,12 @@ def run_on_devices(evaluation: Evaluation) -> list[dict[str, Any]]:
         raise EvaluationInterrupted(
             f"{n_done} of {n_units} reconstructions are recorded in {out}; the same command continues the run"
         ) from error
-    records = {record["id"]: record for record in read_records(out / "records.jsonl")}
-    return [records[i] for i in evaluation.ids()]
+    found = {record["id"]: record for record in read_records(out / "records.jsonl")}
+    ordered = [found.pop(i) for i in evaluation.ids()]
+    with RecordWriter(out / "records.jsonl") as writer:  # in the recipe's order, as one device would have left them
+        for record in [*ordered, *found.values()]:
+            writer.write(record)
+    return ordered
 
 
 def absorb_shares(out: Path) -> None:

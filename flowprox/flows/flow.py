@@ -133,8 +133,10 @@ class Flow(Bijection):
         """n images (n, C, H, W) = g(temperature * z), z ~ N(0, I).
 
         Raises:
-            ValueError: negative temperature, or a size that is not divisible by ``divisor``.
+            ValueError: n below 1, negative temperature, or a size that is not divisible by ``divisor``.
         """
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n}")
         if temperature < 0:
             raise ValueError(f"temperature must be at least 0, got {temperature}")
         height, width = image_size or (self.height, self.width)

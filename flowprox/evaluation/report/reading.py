@@ -112,6 +112,8 @@ def _read_folder(folder: Path) -> Evaluation:
             published = read_published(folder / "recipe.yaml", _scales(records))
         except ValueError as error:  # the measured figures are worth a report all the same
             notes.append(f"{error}; published figures are left out")
+    if any(record.get("scale") == SMOKE for record in _records(folder / "study.jsonl", notes, optional=True)):
+        notes.append(f"{folder}: a study at scale smoke, which shows that it runs and nothing else")
     illustrations = _illustrations(folder / "figures", notes) if (folder / "figures").is_dir() else []
     return Evaluation("", [folder], records, tuning, published, illustrations, notes)
 
