@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from flowprox.checkpoints import list_models, load_model, save_model
     from flowprox.flows import Glow, RealNVP
     from flowprox.operators import make_physics
-    from flowprox.priors import FlowDenoiser, FlowPrior, NoiseFidelity
+    from flowprox.priors import FlowDenoiser, FlowPrior, NoiseFidelity, ReconstructorDenoiser
     from flowprox.prox import FlowProx, ResNetProx, SoftThreshold, UNetProx
     from flowprox.unfolded import UnfoldedHQS, UnfoldedPGD
 
@@ -25,6 +25,7 @@ __all__ = [
     "NoiseFidelity",
     "PlugAndPlay",
     "RealNVP",
+    "ReconstructorDenoiser",
     "ResNetProx",
     "SoftThreshold",
     "UNetProx",
@@ -44,7 +45,7 @@ _HOMES = {
     "flowprox.checkpoints": ("list_models", "load_model", "save_model"),
     "flowprox.flows": ("Glow", "RealNVP"),
     "flowprox.operators": ("make_physics",),
-    "flowprox.priors": ("FlowDenoiser", "FlowPrior", "NoiseFidelity"),
+    "flowprox.priors": ("FlowDenoiser", "FlowPrior", "NoiseFidelity", "ReconstructorDenoiser"),
     "flowprox.prox": ("FlowProx", "ResNetProx", "SoftThreshold", "UNetProx"),
     "flowprox.unfolded": ("UnfoldedHQS", "UnfoldedPGD"),
 }

@@ -70,6 +70,8 @@ class DataOptions:
             folders it trains without validation.
         image_size: height and width in pixels; larger images are cropped and resized.
         channels: 3 for colour, 1 for grey.
+        patches: cut so many random squares out of every image at its own resolution, in place of the whole image resized; 0
+            takes the whole image.
         limit: use only the first so many training images; None uses all.
         skip_corrupt: report and skip unreadable images instead of stopping at the first.
         terms: under which terms the images may be used; written into the model's card.
@@ -79,6 +81,7 @@ class DataOptions:
     validation: str | list[str] | None = None
     image_size: int = 64
     channels: int = 3
+    patches: int = 0
     limit: int | None = None
     skip_corrupt: bool = False
     terms: str | None = None
@@ -86,6 +89,7 @@ class DataOptions:
     def __post_init__(self) -> None:
         _require(self.image_size >= 1, f"image_size must be positive; got {self.image_size}")
         _require(self.channels in (1, 3), f"channels must be 1 or 3; got {self.channels}")
+        _require(self.patches >= 0, f"patches must not be negative; got {self.patches}")
         _require(self.limit is None or self.limit >= 1, f"limit must be positive or null; got {self.limit}")
 
 
@@ -121,11 +125,14 @@ class ProblemOptions:
     Arguments:
         name: a problem of ``flowprox.operators``, such as denoising, inpainting, random-inpainting or deblurring.
         parameters: what differs from the problem's defaults, for example {sigma: 0.25}.
+        ranges: what is drawn anew for every image, uniformly between two ends: {sigma: [0, 0.3]} with any problem,
+            {mask_size: [8, 24]} (the sides of a hidden rectangle anywhere) and {keep: [0.1, 0.9]} with inpainting.
         seed: seed of whatever is drawn once with the operator, such as a random mask.
     """
 
     name: str = "denoising"
     parameters: dict[str, Any] = field(default_factory=dict)
+    ranges: dict[str, list[float]] = field(default_factory=dict)
     seed: int = 0
 
 
@@ -204,7 +211,9 @@ class UnfoldedOptions:
             learned), "resnet" or "unet".
         flow: a pretrained flow (name, hub id or folder), or a preset or specification as in train-flow to start from
             random weights. Needed by "flow" and "plug-and-play".
-        pretrained: a pretrained prox (folder written by train-denoiser) to start "resnet" or "unet" from.
+        pretrained: what to start from: for "resnet" and "unet" a pretrained prox (folder written by train-denoiser), for
+            "flow" an unfolded network (name, hub id or folder) of the same flows and folds, whose scalars hold for all
+            ``levels``.
         prox_arguments: arguments of the ResNet's or U-Net's constructor when it is not pretrained.
         n_folds: K.
         tied: use the same prox, with the same weights, in every fold.
@@ -219,6 +228,8 @@ class UnfoldedOptions:
         iteration: "pgd" (proximal gradient) or "hqs" (half-quadratic splitting, exact data step).
         start: x_0: "flow" (the most likely latent of the flow, decoded) or "adjoint" (A^T y). null takes the flow where
             there is one.
+        levels: rising noise levels, such as [0.01, 0.05, 0.2], at which the scalars are learned; the network is then told the
+            level of a measurement and interpolates. null learns one set for all.
         likelihood_weight: weight in the loss of the clean images' bits per dimension, averaged over the folds' flows.
         learn_operator: learn the blur kernel used in the gradient steps along with the network (Wei et al., Sec. II).
     """
@@ -238,6 +249,7 @@ class UnfoldedOptions:
     channelwise: bool = False
     iteration: Literal["pgd", "hqs"] = "pgd"
     start: Literal["flow", "adjoint"] | None = None
+    levels: list[float] | None = None
     likelihood_weight: float = 0.0
     learn_operator: bool = False
 
@@ -269,8 +281,8 @@ class UnfoldedOptions:
             "plug-and-play learns step sizes and shrinkages only: set channelwise to false",
         )
         _require(
-            not with_flow or self.pretrained is None,
-            f'pretrained is for "resnet" and "unet"; give the flow of prox "{self.prox}" as flow',
+            self.prox != "plug-and-play" or self.pretrained is None,
+            "plug-and-play takes a pretrained flow: give it as flow, and leave out pretrained",
         )
 
 
@@ -280,7 +292,9 @@ class TrainingOptions:
 
     Arguments:
         batch_size: images per step, over all processes.
-        learning_rate: Adam's step size for the weights, at the schedule's peak.
+        optimizer: "adam", or "muon": orthogonalised momentum for the weights of convolutions and Adam for the rest, with the
+            same learning rates.
+        learning_rate: step size for the weights, at the schedule's peak.
         scalar_learning_rate: the same for the few scalars mu and lambda.
         schedule: shape of the learning rates over the run: "constant", "cosine" (to zero) or "one-cycle" (30 % up, 70
             % down). With patience alone there is no progress and the rates stay as they start. Progress is the larger
@@ -315,6 +329,7 @@ class TrainingOptions:
     """
 
     batch_size: int = 16
+    optimizer: Literal["adam", "muon"] = "adam"
     learning_rate: float = 1e-3
     scalar_learning_rate: float = 1e-2
     schedule: Literal["constant", "cosine", "one-cycle"] = "cosine"

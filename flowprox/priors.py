@@ -18,15 +18,16 @@ import math
 from typing import Any, Literal
 
 import torch
-from deepinv.models import Denoiser
+import torch.nn.functional as F
+from deepinv.models import Denoiser, Reconstructor
 from deepinv.optim import DataFidelity, Prior
-from deepinv.physics import LinearPhysics, Physics
+from deepinv.physics import Denoising, GaussianNoise, LinearPhysics, Physics
 from torch import Tensor
 
 from flowprox.flows import Flow, frozen
 from flowprox.prox import FlowProx
 
-__all__ = ["FlowDenoiser", "FlowPrior", "NoiseFidelity"]
+__all__ = ["FlowDenoiser", "FlowPrior", "NoiseFidelity", "ReconstructorDenoiser"]
 
 
 class FlowPrior(Prior):
@@ -250,6 +251,49 @@ class FlowDenoiser(Denoiser):
                 adam.param_groups[0]["lr"] = self.step_size * (1 - k / self.n_steps)
                 adam.step()
         return best
+
+
+class ReconstructorDenoiser(Denoiser):
+    """A network that reconstructs from noisy images at the level it is told, as a ``deepinv.models.Denoiser``: D(x, sigma).
+
+    Images are padded by their mirror image to a size that the network takes, and cropped again.
+
+    Arguments:
+        network: x_hat = network(y, physics), which reads the level in ``physics.noise_model.sigma``, such as an ``Unfolded``
+            network with ``levels``.
+
+    Raises:
+        ValueError: the network is for one level.
+
+    Example:
+        >>> from flowprox import UnfoldedPGD, FlowProx
+        >>> from flowprox.flows import Glow
+        >>> flow = Glow((3, 8, 8), n_levels=1, n_steps=1, hidden_channels=4)
+        >>> levels = [0.05, 0.2]
+        >>> network = UnfoldedPGD([FlowProx(flow, channelwise=True, levels=levels)], start="adjoint", levels=levels)
+        >>> ReconstructorDenoiser(network)(torch.rand(2, 3, 9, 7), 0.1).shape
+        torch.Size([2, 3, 9, 7])
+    """
+
+    def __init__(self, network: Reconstructor) -> None:
+        super().__init__()
+        if getattr(network, "levels", None) is None:
+            raise ValueError(
+                f"{type(network).__name__} is not told a noise level and is no denoiser for many; "
+                "train one with levels and ranges of sigma"
+            )
+        self.network = network
+
+    def forward(  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Tensor, sigma: float | Tensor, **kwargs: Any
+    ) -> Tensor:
+        """Denoise x (B, C, H, W); ``sigma`` is a number or one per image (B,) in units of the image range."""
+        height, width = x.shape[-2:]
+        divisor = int(getattr(self.network, "divisor", 1))
+        padded = F.pad(x, (0, -width % divisor, 0, -height % divisor), mode="reflect")
+        physics = Denoising(GaussianNoise(0.0))
+        physics.noise_model.update_parameters(sigma=torch.as_tensor(sigma, dtype=x.dtype, device=x.device).flatten())
+        return self.network(padded, physics)[..., :height, :width]
 
 
 class NoiseFidelity(DataFidelity):

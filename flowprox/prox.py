@@ -8,15 +8,19 @@ For a flow f with inverse g, Wei et al. 2022 take the prox in the latent space, 
                                  P(z) = sign(z) max(|z| - s w, 0)    Laplace base,  R = sum w |z|
 
 Symbols: v image after the data step (B, C, H, W), x image of the same shape, s >= 0 the step (the fold's shrinkage lambda_k),
-w > 0 weights: 1, or one learned number per latent channel.
+w > 0 weights: 1, or one learned number per latent channel, which may depend on the measurement's noise level sigma
+(``flowprox.levels``).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from flowprox.flows import Flow
+from flowprox.levels import at_level, checked_levels
 from flowprox.networks import ResNet, UNet
 from flowprox.spec import Specified
 
@@ -29,8 +33,14 @@ class Prox(nn.Module):
     divisor: int = 1
     uses_step: bool = True  # whether the output depends on the step
 
-    def forward(self, v: Tensor, step: float | Tensor) -> Tensor:
-        """Map v (B, C, H, W) to an image of the same shape; ``step`` is a scalar, at least 0."""
+    def forward(self, v: Tensor, step: float | Tensor, sigma: Tensor | None = None) -> Tensor:
+        """Map v (B, C, H, W) to an image of the same shape.
+
+        Arguments:
+            v: the image after the data step.
+            step: at least 0, a scalar or one per image (B,).
+            sigma: noise level of the measurement (B,), for a prox that is told.
+        """
         raise NotImplementedError
 
 
@@ -45,8 +55,8 @@ class SoftThreshold(Specified, Prox):
     def __init__(self) -> None:
         super().__init__()
 
-    def forward(self, v: Tensor, step: float | Tensor) -> Tensor:
-        return _soft_threshold(v, step)
+    def forward(self, v: Tensor, step: float | Tensor, sigma: Tensor | None = None) -> Tensor:
+        return _soft_threshold(v, _per_image(step))
 
 
 class FlowProx(Specified, Prox):
@@ -63,9 +73,11 @@ class FlowProx(Specified, Prox):
         flow: image (B, C, H, W) to latent.
         base: "gaussian" (divide) or "laplace" (soft threshold).
         channelwise: learn one weight per latent channel; all are 1 at the start.
+        levels: rising noise levels at which the weights of ``channelwise`` are learned, interpolated between them; None
+            learns one set for all levels.
 
     Raises:
-        ValueError: an unknown base.
+        ValueError: an unknown base, or levels that are not positive and rising, or without ``channelwise``.
 
     Example:
         >>> from flowprox.flows import Glow
@@ -77,13 +89,19 @@ class FlowProx(Specified, Prox):
 
     groups: Tensor
 
-    def __init__(self, flow: Flow, base: str = "gaussian", channelwise: bool = False) -> None:
+    def __init__(
+        self, flow: Flow, base: str = "gaussian", channelwise: bool = False, levels: Sequence[float] | None = None
+    ) -> None:
         super().__init__()
         if base not in ("gaussian", "laplace"):
             raise ValueError(f"base must be 'gaussian' or 'laplace', got {base!r}")
+        if levels is not None and not channelwise:
+            raise ValueError("levels are those of the weights per channel: set channelwise to True, or levels to None")
         self.flow = flow
         self.base = base
-        self.log_weight = nn.Parameter(torch.zeros(flow.n_latent_groups)) if channelwise else None
+        self.levels = checked_levels(levels)
+        shape = (flow.n_latent_groups,) if self.levels is None else (len(self.levels), flow.n_latent_groups)
+        self.log_weight = nn.Parameter(torch.zeros(shape)) if channelwise else None
         self.register_buffer("groups", flow.latent_groups(), persistent=False)
 
     @property
@@ -91,21 +109,36 @@ class FlowProx(Specified, Prox):
         """Height and width must be multiples of this."""
         return self.flow.divisor
 
-    def forward(self, v: Tensor, step: float | Tensor) -> Tensor:
+    def forward(self, v: Tensor, step: float | Tensor, sigma: Tensor | None = None) -> Tensor:
         z = self.flow.encode_image(v)
-        return self.flow.decode_image(self.shrink(z, step))
+        return self.flow.decode_image(self.shrink(z, step, sigma))
 
-    def shrink(self, z: Tensor, step: float | Tensor) -> Tensor:
+    def shrink(self, z: Tensor, step: float | Tensor, sigma: Tensor | None = None) -> Tensor:
         """P(z) for an image-shaped latent (B, C, H, W)."""
+        step = _per_image(step)
         if self.log_weight is not None:
-            step = step * torch.exp(self.log_weight)[self._groups(z)]
+            step = step * torch.exp(self._log_weight(sigma)[..., self._groups(z)])
         return z / (1 + step) if self.base == "gaussian" else _soft_threshold(z, step)
+
+    def _log_weight(self, sigma: Tensor | None) -> Tensor:
+        """(n_groups,), or (B, n_groups) where they depend on the level."""
+        assert self.log_weight is not None
+        if self.levels is None:
+            return self.log_weight
+        if sigma is None:
+            raise ValueError("this prox is told the noise level: pass sigma (B,)")
+        return at_level(self.log_weight, self.levels, sigma)
 
     def _groups(self, z: Tensor) -> Tensor:
         height, width = z.shape[-2:]
         if self.groups.shape[-2:] == (height, width):
             return self.groups
         return self.flow.latent_groups((height, width)).to(z.device)
+
+
+def _per_image(step: float | Tensor) -> float | Tensor:
+    """A scalar as it is, one number per image (B,) against images (B, C, H, W)."""
+    return step.view(-1, 1, 1, 1) if isinstance(step, Tensor) and step.ndim == 1 else step
 
 
 def _soft_threshold(v: Tensor, threshold: float | Tensor) -> Tensor:
@@ -124,7 +157,7 @@ class ResNetProx(Specified, Prox):
         super().__init__()
         self.net = ResNet(n_channels, hidden_channels, n_blocks)
 
-    def forward(self, v: Tensor, step: float | Tensor = 0.0) -> Tensor:
+    def forward(self, v: Tensor, step: float | Tensor = 0.0, sigma: Tensor | None = None) -> Tensor:
         return self.net(v)
 
 
@@ -142,5 +175,5 @@ class UNetProx(Specified, Prox):
         super().__init__()
         self.net = UNet(n_channels, hidden_channels, n_scales, residual)
 
-    def forward(self, v: Tensor, step: float | Tensor = 0.0) -> Tensor:
+    def forward(self, v: Tensor, step: float | Tensor = 0.0, sigma: Tensor | None = None) -> Tensor:
         return self.net(v)

@@ -24,6 +24,7 @@ from deepinv.physics import LinearPhysics
 from torch import Tensor, nn
 
 from flowprox.flows import Flow, frozen
+from flowprox.levels import at_level, checked_levels, noise_level
 from flowprox.operators import data_gradient, data_prox
 from flowprox.prox import FlowProx
 from flowprox.spec import Specified
@@ -44,6 +45,8 @@ class Unfolded(Reconstructor):
             returns the measured pixels, so that the last prox is free to change them.
         operator: a physics of the network's own, used in place of the one passed to ``forward``; its parameters are trained
             along.
+        levels: rising noise levels at which the scalars above are learned, interpolated between them (``flowprox.levels``); the
+            network is then told the level of a measurement, ``physics.noise_model.sigma``. None: one set for all.
 
     Raises:
         ValueError: no proxes, a start value that is not positive, or start "flow" without a ``FlowProx`` in the first fold.
@@ -58,6 +61,7 @@ class Unfolded(Reconstructor):
         shrink_last: bool,
         final_data_step: bool,
         operator: LinearPhysics | None,
+        levels: Sequence[float] | None,
     ) -> None:
         super().__init__()
         if not proxes:
@@ -66,8 +70,9 @@ class Unfolded(Reconstructor):
             raise ValueError(f"start must be 'flow' or 'adjoint', got {start!r}")
         self.proxes = nn.ModuleList(proxes)
         n_data_steps = len(proxes) + int(final_data_step)
-        self.log_data_weight = _log_parameter(data_weight, n_data_steps, "step_size or penalty")
-        self.log_shrinkage = _log_parameter(shrinkage, len(proxes), "shrinkage")
+        self.levels = checked_levels(levels)
+        self.log_data_weight = _log_parameter(data_weight, n_data_steps, "step_size or penalty", self.levels, power=0)
+        self.log_shrinkage = _log_parameter(shrinkage, len(proxes), "shrinkage", self.levels, power=2)
         if not any(getattr(prox, "uses_step", True) for prox in proxes):
             self.log_shrinkage.requires_grad_(False)  # nothing would ever train it
         self.shrink_last = shrink_last
@@ -81,7 +86,7 @@ class Unfolded(Reconstructor):
             self.start_image = nn.Parameter(_most_likely_image(proxes[0].flow, proxes[0].flow.image_shape[1:]))
 
     def data_step(self, x: Tensor, y: Tensor, physics: LinearPhysics, weight: Tensor) -> Tensor:
-        """One data step from x (B, C, H, W); ``weight`` is the fold's learned scalar."""
+        """One data step from x (B, C, H, W); ``weight`` is the fold's learned scalar, or one per image (B,)."""
         raise NotImplementedError
 
     def forward(self, y: Tensor, physics: LinearPhysics) -> Tensor:
@@ -102,16 +107,23 @@ class Unfolded(Reconstructor):
         physics = physics if self.operator is None else self.operator
         x = self.initial_image(y, physics)
         images = [x]
-        weights = torch.exp(self.log_data_weight)
-        steps = torch.exp(self.log_shrinkage)
+        sigma = None if self.levels is None else noise_level(physics, x)
+        weights, steps = self._scalars(self.log_data_weight, sigma), self._scalars(self.log_shrinkage, sigma)
         for k, prox in enumerate(self.proxes):
             v = self.data_step(x, y, physics, weights[k])
             last = k == len(self.proxes) - 1
-            x = prox(v, steps[k] if self.shrink_last or not last else torch.zeros_like(steps[k]))  # type: ignore[operator]
+            step = steps[k] if self.shrink_last or not last else torch.zeros_like(steps[k])
+            x = prox(v, step) if sigma is None else prox(v, step, sigma)  # type: ignore[operator]
             images.append(x)
         if len(weights) > len(self.proxes):
             images[-1] = self.data_step(x, y, physics, weights[-1])
         return images
+
+    def _scalars(self, logarithms: Tensor, sigma: Tensor | None) -> Tensor:
+        """One number per step (n,), or one per step and image (n, B) at the images' noise levels sigma (B,)."""
+        if self.levels is None or sigma is None:
+            return torch.exp(logarithms)
+        return torch.exp(at_level(logarithms.T, self.levels, sigma).T)
 
     def initial_image(self, y: Tensor, physics: LinearPhysics) -> Tensor:
         """x_0 (B, C, H, W): at another size than it was made for, the start image resized."""
@@ -141,7 +153,7 @@ class Unfolded(Reconstructor):
 
     @property
     def shrinkages(self) -> Tensor:
-        """lambda_k, (K,); without ``shrink_last`` the last one is not used."""
+        """lambda_k, (K,), or (K, J) at J levels; without ``shrink_last`` the last one is not used."""
         return torch.exp(self.log_shrinkage.detach())
 
     @property
@@ -180,7 +192,7 @@ class UnfoldedPGD(Specified, Unfolded):
         proxes: one per fold; the same object K times ties the folds.
         step_size: mu at the start; 0.5 with noise-trained flows.
         shrinkage: lambda at the start; large values throw a pretrained flow off the map.
-        start, shrink_last, final_data_step, operator: see ``Unfolded``.
+        start, shrink_last, final_data_step, operator, levels: see ``Unfolded``.
 
     Raises:
         ValueError: no proxes, a start value that is not positive, or start "flow" without a ``FlowProx`` in the first fold.
@@ -204,15 +216,17 @@ class UnfoldedPGD(Specified, Unfolded):
         shrink_last: bool = True,
         final_data_step: bool = False,
         operator: LinearPhysics | None = None,
+        levels: Sequence[float] | None = None,
     ) -> None:
-        Unfolded.__init__(self, proxes, step_size, shrinkage, start, shrink_last, final_data_step, operator)
+        Unfolded.__init__(self, proxes, step_size, shrinkage, start, shrink_last, final_data_step, operator, levels)
 
     def data_step(self, x: Tensor, y: Tensor, physics: LinearPhysics, weight: Tensor) -> Tensor:
+        weight = weight.view(-1, 1, 1, 1) if weight.ndim == 1 else weight
         return x + weight * data_gradient(x, y, physics)
 
     @property
     def step_sizes(self) -> Tensor:
-        """mu_k, (K,), or (K + 1,) with a final data step."""
+        """mu_k, (K,), or (K + 1,) with a final data step; (..., J) at J levels."""
         return torch.exp(self.log_data_weight.detach())
 
 
@@ -222,7 +236,7 @@ class UnfoldedHQS(Specified, Unfolded):
     Arguments:
         proxes: one per fold; the same object K times ties the folds.
         penalty: rho at the start, relative to a data term of weight one.
-        shrinkage, start, shrink_last, final_data_step, operator: see ``Unfolded``.
+        shrinkage, start, shrink_last, final_data_step, operator, levels: see ``Unfolded``.
 
     Raises:
         ValueError: as ``UnfoldedPGD``.
@@ -237,23 +251,31 @@ class UnfoldedHQS(Specified, Unfolded):
         shrink_last: bool = True,
         final_data_step: bool = False,
         operator: LinearPhysics | None = None,
+        levels: Sequence[float] | None = None,
     ) -> None:
-        Unfolded.__init__(self, proxes, penalty, shrinkage, start, shrink_last, final_data_step, operator)
+        Unfolded.__init__(self, proxes, penalty, shrinkage, start, shrink_last, final_data_step, operator, levels)
 
     def data_step(self, x: Tensor, y: Tensor, physics: LinearPhysics, weight: Tensor) -> Tensor:
         return data_prox(x, y, physics, weight)
 
     @property
     def penalties(self) -> Tensor:
-        """rho_k, (K,), or (K + 1,) with a final data step."""
+        """rho_k, (K,), or (K + 1,) with a final data step; (..., J) at J levels."""
         return torch.exp(self.log_data_weight.detach())
 
 
-def _log_parameter(value: float | Sequence[float], n: int, name: str) -> nn.Parameter:
+def _log_parameter(
+    value: float | Sequence[float], n: int, name: str, levels: Sequence[float] | None, power: int
+) -> nn.Parameter:
+    """log of n numbers (n,); at J levels (n, J), growing with that power of the level up to the number at the last one."""
     values = [float(value)] * n if isinstance(value, int | float) else [float(v) for v in value]
     if len(values) != n or any(not v > 0 for v in values):
         raise ValueError(f"{name} must be positive, one number or one per fold ({n}); got {value}")
-    return nn.Parameter(torch.tensor(values).log())
+    logarithms = torch.tensor(values).log()
+    if levels is None:
+        return nn.Parameter(logarithms)
+    relative = torch.tensor(levels) / levels[-1]
+    return nn.Parameter(logarithms[:, None] + power * relative.log())
 
 
 @torch.no_grad()

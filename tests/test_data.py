@@ -94,6 +94,34 @@ def test_crop_and_lanczos(tmp_path: Path, crop: str, columns: slice) -> None:
     assert torch.equal(x, torch.from_numpy(np.array(expected)).permute(2, 0, 1) / 255)
 
 
+def test_patches_are_squares_of_the_image_at_its_own_resolution(tmp_path: Path) -> None:
+    across, down = np.meshgrid(np.arange(40, dtype=np.uint8), np.arange(30, dtype=np.uint8))
+    for name in ("a", "b", "c"):
+        Image.fromarray(np.stack([across, down, 0 * down], -1)).save(tmp_path / f"{name}.png")
+    dataset = ImageDataset(tmp_path, 16, patches=50)
+    assert dataset.images.shape == (150, 3, 16, 16) and len(dataset.names) == 150
+    steps = torch.arange(16, dtype=torch.uint8)
+    lefts, tops = dataset.images[:, 0, 0, 0], dataset.images[:, 1, 0, 0]
+    assert torch.equal(dataset.images[:, 0], (lefts[:, None, None] + steps).expand(150, 16, 16))
+    assert torch.equal(dataset.images[:, 1], (tops[:, None, None] + steps[:, None]).expand(150, 16, 16))
+    assert set(lefts.tolist()) == set(range(25)) and set(tops.tolist()) == set(range(15))
+    assert not torch.equal(lefts[:50], lefts[50:100])
+
+
+def test_few_patches_come_evenly_from_all_images(tmp_path: Path) -> None:
+    for i in range(4):
+        Image.fromarray(np.full((20, 20, 3), i, np.uint8)).save(tmp_path / f"{i}.png")
+    dataset = ImageDataset(tmp_path, 16, patches=50, limit=7)
+    assert dataset.images[:, 0, 0, 0].tolist() == [0, 0, 1, 1, 2, 2, 3]
+    assert len(dataset.names) == 7
+
+
+def test_patches_larger_than_the_image_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((20, 12, 3), np.uint8)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png is 20x12, too small for patches of 16x16"):
+        ImageDataset(tmp_path, 16, patches=2)
+
+
 def test_native_size_must_be_the_same_for_all(tmp_path: Path) -> None:
     folder = _folder(tmp_path / "a", height=6, width=9)
     assert ImageDataset(folder, image_size=None).images.shape == (4, 3, 6, 9)

@@ -41,6 +41,14 @@ def smooth_images() -> Tensor:
     return torch.stack([x, x.flip(-1)])
 
 
+def told_the_level() -> UnfoldedPGD:
+    levels = [0.02, 0.2]
+    prox = FlowProx(tiny_glow(), channelwise=True, levels=levels)
+    assert prox.log_weight is not None
+    prox.log_weight.data[:, :6] = -5.0  # the last channels are details
+    return UnfoldedPGD([prox], start="adjoint", levels=levels).eval()
+
+
 class Blur(deepinv.models.Denoiser):
     """The wider the noisier, and one width per image."""
 
@@ -54,6 +62,7 @@ DENOISERS = {
     "median": MedianFilter,
     "by level": Blur,
     "flow": lambda: FlowDenoiser(tiny_glow(), n_steps=1, n_samples=8),
+    "unfolded network": lambda: told_the_level(),
 }
 PROBLEMS = {
     "denoising": {"sigma": 0.1},

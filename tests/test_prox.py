@@ -116,6 +116,20 @@ def test_channel_weights_act_on_their_own_latents() -> None:
     torch.testing.assert_close(shrunk[~dropped], z[~dropped], rtol=0, atol=1e-12)
 
 
+def test_channel_weights_by_level_are_those_of_the_level() -> None:
+    plain = FlowProx(small_glow().double(), channelwise=True)
+    told = FlowProx(plain.flow, channelwise=True, levels=[0.1, 0.2])
+    assert plain.log_weight is not None and told.log_weight is not None
+    nn.init.normal_(told.log_weight)
+    z = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    at_both = told.shrink(z, 0.3, torch.tensor([0.1, 0.2], dtype=torch.float64))
+    for i in range(2):
+        plain.log_weight.data = told.log_weight.data[i]
+        torch.testing.assert_close(at_both[i : i + 1], plain.shrink(z[i : i + 1], 0.3))
+    with pytest.raises(ValueError, match="pass sigma"):
+        told.shrink(z, 0.3)
+
+
 @pytest.mark.parametrize("base", ["gauss", "student", ""])
 def test_an_unknown_base_names_the_choices(base: str) -> None:
     with pytest.raises(ValueError, match="base must be 'gaussian' or 'laplace'"):

@@ -127,6 +127,7 @@ UNFOLDED: dict[str, dict[str, Any]] = {
     "flow, Laplace, HQS": {"prox": "flow", "base": "laplace", "channelwise": True, "iteration": "hqs"},
     "flow with likelihood": {"prox": "flow", "likelihood_weight": 0.01, "shrink_last": False, "start": "adjoint"},
     "flow with a learned operator": {"prox": "flow", "learn_operator": True},
+    "flow that is told the level": {"prox": "flow", "channelwise": True, "levels": [0.005, 0.02]},
     "plug-and-play": {"prox": "plug-and-play"},
     "resnet": {"prox": "resnet", "prox_arguments": {"hidden_channels": 4}},
     "unet": {"prox": "unet", "prox_arguments": {"hidden_channels": 4, "n_scales": 2}},
@@ -164,6 +165,53 @@ def test_unfolded_network_learns_to_denoise(images: Path, flow: str, tmp_path: P
     recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
     assert TrainingOptions(**recipe["training"]) == training and recipe["model"]["flow"] == flow
     assert result.best["psnr"] == max(figures)
+
+
+RANGES = {
+    "denoising": {"sigma": [0.0, 0.3]},
+    "inpainting": {"mask_size": [2, 4], "keep": [0.3, 0.9]},
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_one_network_learns_many_measurements(name: str, images: Path, flow: str, tmp_path: Path) -> None:
+    model = UnfoldedOptions(flow=flow, n_folds=2, channelwise=True, levels=[0.05, 0.3] if name == "denoising" else None)
+    problem = ProblemOptions(name, ranges=RANGES[name])
+    training = options(max_steps=60, optimizer="muon", learning_rate=3e-3, scalar_learning_rate=3e-2, validate_every=20)
+    train_unfolded(model, problem, data(images), training, str(tmp_path))
+    figures = [row["validation_psnr"] for row in rows(tmp_path) if "validation_psnr" in row]
+    assert figures[-1] > figures[0] + 0.3
+
+
+def test_a_trained_network_starts_one_for_all_levels(images: Path, flow: str, tmp_path: Path) -> None:
+    first = UnfoldedOptions(flow=flow, n_folds=2, channelwise=True)
+    train_unfolded(first, ProblemOptions(), data(images), options(max_steps=3), str(tmp_path))
+    trained = load_model(tmp_path / "model")
+    more = UnfoldedOptions(
+        flow=flow, n_folds=2, channelwise=True, levels=[0.1, 0.2], pretrained=str(tmp_path / "model")
+    )
+    network = reconstruction_task(more, ProblemOptions(), data(images)).model.eval()
+    physics, y = make_physics("denoising", (3, SIZE, SIZE), sigma=0.2), torch.rand(2, 3, SIZE, SIZE)
+    torch.testing.assert_close(network(y, physics), trained(y, physics))  # at the highest level
+    other = UnfoldedOptions(flow=flow, n_folds=3, channelwise=True, pretrained=str(tmp_path / "model"))
+    with pytest.raises(ValueError, match="is another network"):
+        reconstruction_task(other, ProblemOptions(), data(images))
+
+
+def test_muon_moves_convolutions_by_matrices_of_full_rank(images: Path, flow: str, tmp_path: Path) -> None:
+    before = load_model(flow)
+    training = options(max_steps=1, optimizer="muon", learning_rate=1e-2, scalar_learning_rate=0.0, gradient_clip=0.0)
+    train_flow(flow, training, data(images), out=str(tmp_path))
+    moved = {
+        name: (p - q).flatten(1)
+        for (name, p), q in zip(load_model(tmp_path / "model").named_parameters(), before.parameters(), strict=True)
+        if p.ndim == 4
+    }
+    assert moved
+    for name, step in moved.items():
+        singular = torch.linalg.svdvals(step) / (0.2 * max(step.shape) ** 0.5 * 1e-2)
+        assert 0.3 < singular.max() < 1.4, name  # Newton and Schulz's iteration is approximate
+        assert (singular > 0.3).float().mean() > 0.5, name
 
 
 def test_pretrained_denoiser_starts_the_folds(images: Path, tmp_path: Path) -> None:

@@ -23,6 +23,15 @@ def rotation_prox() -> FlowProx:
     return FlowProx(Flow(Sequential([Squeeze(), Conv1x1(12), Unsqueeze()]), SHAPE, n_levels=1, offset=0.0))
 
 
+LEVELS = [0.05, 0.2]
+
+
+def told_the_level(network: type, start: str = "flow"):
+    return network(
+        [glow_prox(channelwise=True, levels=LEVELS) for _ in range(2)], start=start, shrinkage=0.5, levels=LEVELS
+    )
+
+
 NETWORKS = {
     "pgd": lambda: UnfoldedPGD([glow_prox() for _ in range(3)]),
     "pgd, tied": lambda: UnfoldedPGD([glow_prox()] * 3),
@@ -31,6 +40,8 @@ NETWORKS = {
     "pgd, ResNet": lambda: UnfoldedPGD([ResNetProx(hidden_channels=8) for _ in range(2)], start="adjoint"),
     "pgd, final data step": lambda: UnfoldedPGD([glow_prox() for _ in range(2)], final_data_step=True),
     "hqs": lambda: UnfoldedHQS([glow_prox(channelwise=True) for _ in range(2)]),
+    "pgd, told the level": lambda: told_the_level(UnfoldedPGD),
+    "hqs, told the level": lambda: told_the_level(UnfoldedHQS),
 }
 PROBLEMS = {
     "denoising": lambda: make_physics("denoising", SHAPE, sigma=0.1),
@@ -178,6 +189,28 @@ def test_a_learned_operator_is_trained_along_and_found() -> None:
     assert distance() < 0.3 * before
 
 
+def test_each_image_is_reconstructed_at_its_own_level() -> None:
+    model = told_the_level(UnfoldedPGD, start="adjoint").eval()
+    for prox in model.proxes:
+        nn.init.normal_(prox.log_weight)
+    x = torch.rand(1, *SHAPE).expand(3, *SHAPE)
+    physics = make_physics("denoising", SHAPE)
+    alone = []
+    for sigma in (0.03, 0.1, 0.3):
+        physics.noise_model.update_parameters(sigma=torch.tensor(sigma))
+        alone.append(model(x[:1], physics))
+    physics.noise_model.update_parameters(sigma=torch.tensor([0.03, 0.1, 0.3]))
+    torch.testing.assert_close(model(x, physics), torch.cat(alone))
+    distances = [(x_hat - x[:1]).norm() for x_hat in alone]
+    assert distances[0] < distances[1] < distances[2]  # the more noise, the more is shrunk
+
+
+def test_noise_without_a_level_cannot_be_told() -> None:
+    physics = make_physics("denoising", SHAPE, noise="radial", sigma=None)
+    with pytest.raises(ValueError, match="is told the noise level"):
+        told_the_level(UnfoldedPGD)(torch.rand(1, *SHAPE), physics)
+
+
 def make_kernel(physics) -> Tensor:
     """The 5x5 impulse response of a blur."""
     impulse = torch.zeros(1, *SHAPE)
@@ -191,6 +224,8 @@ BAD = {
     "zero shrinkage": (lambda: UnfoldedPGD([glow_prox()], shrinkage=0.0), "shrinkage must be positive"),
     "too few steps": (lambda: UnfoldedPGD([glow_prox()] * 2, step_size=[0.5]), "one per fold"),
     "unknown start": (lambda: UnfoldedPGD([glow_prox()], start="zero"), "start must be"),
+    "levels that fall": (lambda: UnfoldedPGD([glow_prox()], levels=[0.2, 0.1]), "levels must be"),
+    "weights by level for all channels alike": (lambda: glow_prox(levels=LEVELS), "set channelwise"),
     "no flow to start from": (lambda: UnfoldedPGD([SoftThreshold()]), "start='adjoint'"),
 }
 

@@ -21,7 +21,7 @@ from flowprox.baselines._linear import require_count, squared_norm
 from flowprox.baselines._numpy import noise_sigmas, require_measurement
 from flowprox.flows import Flow
 from flowprox.operators import data_prox
-from flowprox.priors import FlowDenoiser
+from flowprox.priors import FlowDenoiser, ReconstructorDenoiser
 from flowprox.prox import FlowProx
 
 __all__ = ["PlugAndPlay"]
@@ -43,7 +43,7 @@ class PlugAndPlay(Reconstructor):
     Arguments:
         denoiser: x_hat = denoiser(x, s), images (B, C, H, W), s a noise level per image (B,): a ``deepinv.models.Denoiser``,
             or a ``ResNetProx`` or ``UNetProx`` trained as a denoiser, which need not be told s. A ``Flow`` stands for
-            ``FlowDenoiser(flow)``.
+            ``FlowDenoiser(flow)``, an unfolded network that is told the level for ``ReconstructorDenoiser(network)``.
         flow: the prior, if no denoiser is given.
         sigma: noise standard deviation in units of the image range; None takes ``physics.noise_model.sigma``. Below 0.01
             it counts as 0.01.
@@ -132,6 +132,8 @@ def _as_denoiser(model: Any) -> nn.Module:
         return FlowDenoiser(model)
     if isinstance(model, FlowProx):
         raise ValueError("a FlowProx shrinks and is no denoiser: pass FlowDenoiser(prox.flow), or the flow itself")
+    if isinstance(model, Reconstructor) and not isinstance(model, Denoiser) and hasattr(model, "levels"):
+        return ReconstructorDenoiser(model)
     if not isinstance(model, nn.Module) or (isinstance(model, Reconstructor) and not isinstance(model, Denoiser)):
         raise ValueError(f"denoiser must map (x, sigma) to an image, got {type(model).__name__}; see deepinv.models")
     return model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -32,9 +34,11 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
         image_size: height and width in pixels; None keeps the images as they are, then all must have one size.
         split: "train", "val", "test", or "all".
         crop: "centre" takes the central square, "stretch" the whole image, distorted where it is not square.
+        patches: in place of that, cut so many squares of image_size at random places out of every image, at its own
+            resolution; the places depend on the image's name alone.
         channels: 3 for colour, 1 for grey.
         skip_corrupt: skip images that cannot be read, warn once and list them in ``skipped``.
-        limit: read only the first so many images.
+        limit: read only the first so many images, or so many patches, evenly from all images.
 
     Attributes:
         images: all images, uint8 (N, C, H, W).
@@ -62,6 +66,7 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
         split: str = "all",
         *,
         crop: str = "centre",
+        patches: int = 0,
         channels: int = 3,
         skip_corrupt: bool = False,
         limit: int | None = None,
@@ -76,10 +81,16 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
             raise ValueError(f"image_size must be a positive number of pixels, got {image_size}")
         if limit is not None and limit < 1:
             raise ValueError(f"limit must be a positive number of images, got {limit}")
-        entries = entries_of_split(source, split)[:limit]
+        if patches < 0 or (patches and image_size is None):
+            raise ValueError(f"patches must be a number of squares of image_size, which must be given; got {patches}")
+        entries = entries_of_split(source, split)
+        if patches and limit is not None:
+            patches = min(patches, math.ceil(limit / len(entries)))
+        entries = entries[:limit]
         self.skipped: list[str] = []
         self.names: list[str] = []
-        self.images = self._decode_all(entries, image_size, crop, channels, skip_corrupt)
+        self.images = self._decode_all(entries, image_size, crop, patches, channels, skip_corrupt)[:limit]
+        del self.names[len(self.images) :]
         if self.skipped:
             warnings.warn(
                 f"skipped {len(self.skipped)} of {len(entries)} images, which cannot be read: {few(self.skipped)}",
@@ -87,26 +98,35 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
             )
 
     def _decode_all(
-        self, entries: Sequence[Entry], image_size: int | None, crop: str, channels: int, skip_corrupt: bool
+        self,
+        entries: Sequence[Entry],
+        image_size: int | None,
+        crop: str,
+        patches: int,
+        channels: int,
+        skip_corrupt: bool,
     ) -> Tensor:
         images: np.ndarray | None = None
+        per_image = max(1, patches)
         for entry in entries:
             try:
-                image = fitted(entry.read(), entry.name, image_size, crop, channels)
+                image = fitted(entry.read(), entry.name, None if patches else image_size, crop, channels)[None]
+                if patches:
+                    image = _squares(image[0], entry, image_size or 1, patches)
             except ValueError as error:
                 if not skip_corrupt:
                     raise ValueError(f"{error}; remove it or set skip_corrupt=True") from error
                 self.skipped.append(entry.name)
                 continue
             if images is None:
-                images = np.empty((len(entries), *image.shape), dtype=np.uint8)
-            if image.shape != images.shape[1:]:
+                images = np.empty((len(entries) * per_image, *image.shape[1:]), dtype=np.uint8)
+            if image.shape[1:] != images.shape[1:]:
                 raise ValueError(
-                    f"{entry.name} is {image.shape[1]}x{image.shape[2]} but {self.names[0]} is "
+                    f"{entry.name} is {image.shape[2]}x{image.shape[3]} but {self.names[0]} is "
                     f"{images.shape[2]}x{images.shape[3]}; give an image_size"
                 )
-            images[len(self.names)] = image
-            self.names.append(entry.name)
+            images[len(self.names) : len(self.names) + per_image] = image
+            self.names += [entry.name] if not patches else [f"{entry.name}[{i}]" for i in range(patches)]
         if images is None:
             raise ValueError(f"none of the {len(entries)} images can be read, the first is {entries[0].name}")
         return torch.from_numpy(images[: len(self.names)])
@@ -120,3 +140,13 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
     def batch(self, indices: Sequence[int] | Tensor) -> dict[str, Tensor]:
         """Several items at once: ``{"x": (B, C, H, W)}``, without a loop over images."""
         return {"x": as_float(self.images[torch.as_tensor(indices)])}
+
+
+def _squares(image: np.ndarray, entry: Entry, size: int, n: int) -> np.ndarray:
+    """n squares (n, C, size, size) of an image (C, H, W), at places that follow from the image's key."""
+    _, height, width = image.shape
+    if min(height, width) < size:
+        raise ValueError(f"{entry.name} is {height}x{width}, too small for patches of {size}x{size}")
+    random = np.random.default_rng(list(hashlib.sha256(entry.key.encode()).digest()))
+    tops, lefts = random.integers(height - size + 1, size=n), random.integers(width - size + 1, size=n)
+    return np.stack([image[:, i : i + size, j : j + size] for i, j in zip(tops, lefts, strict=True)])

@@ -21,6 +21,7 @@ from flowprox.operators.measuring import measure, measure_each
 from flowprox.operators.noise import SeededGaussianNoise
 from flowprox.operators.problems import Problem, make_physics
 from flowprox.operators.sensing import DenseSensing, OneBitSensing, StructuredSensing
+from flowprox.operators.varied import VariedProblem
 
 __all__ = [
     "BOUNDARIES",
@@ -38,6 +39,7 @@ __all__ = [
     "SeededGaussianNoise",
     "StructuredSensing",
     "SuperResolution",
+    "VariedProblem",
     "cartesian_mask",
     "centre_mask",
     "check_adjoint",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from flowprox.checkpoints import load_model
 from flowprox.flows import Flow, Glow
@@ -61,7 +61,8 @@ def make_net_prox(kind: str, arguments: dict[str, Any], data: DataOptions) -> nn
 def _make_prox(options: UnfoldedOptions, data: DataOptions) -> nn.Module:
     if options.prox in ("flow", "plug-and-play"):
         assert options.flow is not None
-        return FlowProx(make_flow(options.flow, data), base=options.base, channelwise=options.channelwise)
+        levels = options.levels if options.channelwise else None
+        return FlowProx(make_flow(options.flow, data), options.base, options.channelwise, levels)
     if options.pretrained is None:
         return make_net_prox(options.prox, options.prox_arguments, data)
     prox = load_model(options.pretrained)
@@ -86,6 +87,7 @@ def make_unfolded(options: UnfoldedOptions, problem: ProblemOptions, data: DataO
         "shrink_last": options.shrink_last,
         "final_data_step": options.final_data_step,
         "operator": _learned_blur(problem) if options.learn_operator else None,
+        "levels": options.levels,
     }
     if options.iteration == "hqs":
         model: Unfolded = UnfoldedHQS(penalty=options.penalty, **common)
@@ -95,7 +97,34 @@ def make_unfolded(options: UnfoldedOptions, problem: ProblemOptions, data: DataO
         model.freeze_proxes()
     if not isinstance(first, FlowProx):
         model.log_shrinkage.requires_grad_(False)  # these proxes ignore it
+    elif options.pretrained is not None:
+        _start_from(model, options.pretrained)
     return model
+
+
+def _start_from(model: Unfolded, name: str) -> None:
+    """Copy the weights of a trained network; its scalars stand for every level, shrinkages with their growth."""
+    trained = load_model(name)
+    if not isinstance(trained, Unfolded):
+        raise ValueError(f"pretrained {name!r} is a {type(trained).__name__}, not an unfolded network")
+    own, given = model.state_dict(), trained.state_dict()
+    unlike = sorted(own.keys() ^ given.keys())
+    unlike += [key for key in own.keys() & given.keys() if not _fits(own[key], given[key])]
+    if unlike:
+        raise ValueError(
+            f"pretrained {name!r} is another network: {', '.join(unlike[:3])} differ; use its own model options"
+        )
+    for key, value in given.items():
+        if own[key].shape == value.shape:
+            own[key].copy_(value)
+        elif key.endswith("log_weight"):  # (J, n_groups)
+            own[key].copy_(value.expand_as(own[key]))
+        else:  # (n, J), which already grows with the level
+            own[key].add_((value - own[key][:, -1])[:, None])
+
+
+def _fits(own: Tensor, given: Tensor) -> bool:
+    return own.shape == given.shape or (given.ndim == 1 and own.ndim == 2 and given.shape[0] in own.shape)
 
 
 def _learned_blur(problem: ProblemOptions) -> LearnedBlur:

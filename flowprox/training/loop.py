@@ -34,6 +34,7 @@ from flowprox.flows import NonFiniteError
 from flowprox.options import DataOptions, NoiseOptions, TrainingOptions, parse_duration
 from flowprox.training.averages import BatchStatistics, KeptWeights, WeightAverage
 from flowprox.training.entry import TrainingResult
+from flowprox.training.optimisers import make_optimizer
 from flowprox.training.process import mixed_seed, seed_global_generators, stop_signals
 from flowprox.training.run_log import RunLog
 from flowprox.training.schedule import schedule_factor
@@ -213,12 +214,10 @@ class _Run:
                 ) from error
         self.task.train()
 
-    def _make_optimizer(self) -> tuple[torch.optim.Adam, list[float]]:
-        groups = self.task.parameter_groups(self.options)
-        groups = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
-        groups = [group for group in groups if group["params"]]
+    def _make_optimizer(self) -> tuple[torch.optim.Optimizer, list[float]]:
         fused = self.device.type in ("cpu", "cuda")
-        return torch.optim.Adam(groups, fused=fused or None), [group["lr"] for group in groups]
+        optimizer = make_optimizer(self.options.optimizer, self.task.parameter_groups(self.options), fused)
+        return optimizer, [group["lr"] for group in optimizer.param_groups]
 
     def _make_log(self) -> RunLog:
         out, options = self.job.out, self.options
@@ -531,6 +530,7 @@ def _images(data: DataOptions, source: str | list[str], split: str, limit: int |
         source,
         image_size=data.image_size,
         split=split,
+        patches=data.patches,
         channels=data.channels,
         skip_corrupt=data.skip_corrupt,
         limit=limit,

@@ -1,7 +1,8 @@
 r"""What is trained, on what, and how well it does: the contract between a model and the training loop, and its members.
 
     likelihood       min E[-log p(x~) / (D ln 2)] + b        bits per dimension of dequantised images x~
-    reconstruction   min E||x_hat(y, A) - x||^2              y = A x + noise made on the fly (Wei et al. 2022, Sec. V)
+    reconstruction   min E||x_hat(y, A) - x||^2              y = A x + noise made on the fly (Wei et al. 2022, Sec. V),
+                                                             A and the noise's level fixed, or drawn per image
     denoising        min E||prox(x + n) - x||^2              n Gaussian, its level drawn per image
     noise            min E[-log p(n)] / D                    n drawn anew for every batch (Whang et al. 2021, Sec. 3)
 
@@ -10,6 +11,7 @@ Symbols: x clean image (B, C, H, W) in [0, 1], D = C H W, b bit depth, y measure
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from flowprox.flows import Flow
 from flowprox.noise import FlowNoise, Noise, make_noise
-from flowprox.operators import make_physics, measure
+from flowprox.operators import VariedProblem, make_physics, measure
 from flowprox.options import (
     DataOptions,
     DenoiserOptions,
@@ -58,7 +60,7 @@ class Task(nn.Module):
         super().__init__()
         self.model = model
 
-    def batch(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def batch(self, x: Tensor, generator: torch.Generator) -> tuple[Any, ...]:
         """The loss's inputs for clean images x (B, C, H, W) in [0, 1]; all randomness comes from ``generator``."""
         raise NotImplementedError
 
@@ -200,11 +202,13 @@ class ReconstructionTask(Task):
 
     Arguments:
         model: deepinv ``Reconstructor`` with ``parameter_groups``; ``x_hat = model(y, physics)``.
-        physics: the operator with its noise model.
+        physics: the operator with its noise model, or a problem that draws one for every batch.
         likelihood_weight: weight of the bits per dimension of the clean images, averaged over the flows of the folds.
     """
 
-    def __init__(self, model: nn.Module, physics: LinearPhysics, likelihood_weight: float = 0.0) -> None:
+    def __init__(
+        self, model: nn.Module, physics: LinearPhysics | VariedProblem, likelihood_weight: float = 0.0
+    ) -> None:
         super().__init__(model)
         self._physics = [physics]  # in a list it is no submodule: neither trained nor part of the state
         self.likelihood_weight = likelihood_weight
@@ -212,8 +216,8 @@ class ReconstructionTask(Task):
             raise ValueError("likelihood_weight needs a network whose proxes are flows; set it to 0")
 
     @property
-    def physics(self) -> LinearPhysics:
-        """The operator."""
+    def physics(self) -> LinearPhysics | VariedProblem:
+        """The operator, or what draws it."""
         return self._physics[0]
 
     def to(self, *args: Any, **kwargs: Any) -> ReconstructionTask:
@@ -221,23 +225,28 @@ class ReconstructionTask(Task):
         self.physics.to(*args, **kwargs)
         return super().to(*args, **kwargs)
 
-    def batch(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            y = measure(x, self.physics, generator=generator)
-        return (x, y, dequantise(x, 8, generator)) if self.likelihood_weight else (x, y)
+    def batch(self, x: Tensor, generator: torch.Generator) -> tuple[Any, ...]:
+        y, physics = self._measured(x, generator)
+        inputs = x, y, physics
+        return (*inputs, dequantise(x, 8, generator)) if self.likelihood_weight else inputs
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        x, y = inputs[:2]
-        loss = nn.functional.mse_loss(self.model(y, self.physics), x)
+    @torch.no_grad()
+    def _measured(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, LinearPhysics]:
+        physics = self.physics
+        drawn = physics.draw(len(x), generator) if isinstance(physics, VariedProblem) else physics
+        return measure(x, drawn, generator=generator), drawn
+
+    def forward(self, *inputs: Any) -> Tensor:
+        x, y, physics = inputs[:3]
+        loss = nn.functional.mse_loss(self.model(y, physics), x)
         if self.likelihood_weight:
             flows = self.model.flows()  # type: ignore[operator]
-            bits = sum(flow.bits_per_dimension(inputs[2]).mean() for flow in flows) / len(flows)
+            bits = sum(flow.bits_per_dimension(inputs[3]).mean() for flow in flows) / len(flows)
             loss = loss + self.likelihood_weight * bits
         return loss
 
     def evaluate(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        y = measure(x, self.physics, generator=generator)
-        return {"psnr": _psnr(model(y, self.physics), x)}
+        return {"psnr": _psnr(model(*self._measured(x, generator)), x)}
 
     def initialize(self, x: Tensor) -> None:
         flows = self.model.flows()  # type: ignore[operator]
@@ -251,9 +260,8 @@ class ReconstructionTask(Task):
         return self.model.parameter_groups(*rates)  # type: ignore[operator]
 
     def pictures(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> list[Tensor]:
-        y = measure(x, self.physics, generator=generator)
-        back = self.physics.A_adjoint(y)  # type: ignore[operator]
-        return [x, back, model(y, self.physics)]
+        y, physics = self._measured(x, generator)
+        return [x, physics.A_adjoint(y), model(y, physics)]
 
 
 class DenoisingTask(Task):
@@ -332,5 +340,6 @@ def denoising_task(options: DenoiserOptions, data: DataOptions) -> DenoisingTask
 
 def reconstruction_task(options: UnfoldedOptions, problem: ProblemOptions, data: DataOptions) -> ReconstructionTask:
     """The task of ``train_unfolded``."""
-    physics = make_physics(problem.name, image_shape(data), seed=problem.seed, **problem.parameters)
+    make = functools.partial(VariedProblem, ranges=problem.ranges) if problem.ranges else make_physics
+    physics = make(problem.name, image_shape(data), seed=problem.seed, **problem.parameters)
     return ReconstructionTask(make_unfolded(options, problem, data), physics, options.likelihood_weight)
