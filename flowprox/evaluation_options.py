@@ -43,8 +43,8 @@ class ImageOptions:
     Arguments:
         source: a folder of images, an .npz shard, a glob of either, a list of these, or "samples" for the pictures that
             ship with the package.
-        image_size: height and width in pixels; the central square is taken and resized. null keeps images of one size
-            as they are.
+        image_size: height and width in pixels; the central square is taken and resized. null keeps images as
+            they are, each of its own size.
         channels: 3 for colour, 1 for grey.
         split: "train", "val" or "test" for a part of the images, see ``flowprox.data.ImageDataset``; "all" for all.
         limit: use only the first so many.

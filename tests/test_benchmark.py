@@ -18,6 +18,7 @@ from deepinv.physics import Physics
 from rich.console import Console
 from torch import Tensor
 
+from flowprox.checkpoints import save_model
 from flowprox.cli import main, make_parser
 from flowprox.data import save_image
 from flowprox.evaluation import comparison
@@ -35,8 +36,11 @@ from flowprox.evaluation_options import (
     ImageOptions,
     ScaleOptions,
 )
+from flowprox.flows import Glow
 from flowprox.methods import Outcome, run_method
 from flowprox.operators import make_physics, measure_each
+from flowprox.prox import FlowProx
+from flowprox.unfolded import UnfoldedPGD
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes" / "evaluate").glob("*.yaml"))
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*:DeprecationWarning")
@@ -177,6 +181,28 @@ def test_figures_are_those_of_the_method_on_the_seeded_measurement(recipe: Evalu
             assert record["psnr"] == pytest.approx(float(psnr(y, x)))
             assert record["psnr_unclipped"] == pytest.approx(float(psnr(y, x, clip=False)))
             assert record["residual"] == pytest.approx(0.0)
+
+
+def test_photographs_keep_their_sizes_and_networks_get_what_they_take(tmp_path: Path) -> None:
+    folder, levels = tmp_path / "photographs", [0.05, 0.2]
+    folder.mkdir()
+    for i, size in enumerate([(16, 16), (18, 21), (16, 16)]):
+        save_image(torch.rand(3, *size), folder / f"p{i}.png")
+    prox = FlowProx(Glow((3, 16, 16), n_levels=2, n_steps=1, hidden_channels=4), channelwise=True, levels=levels)
+    save_model(UnfoldedPGD([prox], start="adjoint", levels=levels), tmp_path / "model", {"name": "made"})
+    problems = [
+        EvaluatedProblem("denoising", {"sigma": 0.1}),
+        EvaluatedProblem("inpainting", {"mask_size": 4}),
+        EvaluatedProblem("deblurring", {"kernel_size": 5}),
+    ]
+    methods = [EvaluatedMethod("adjoint"), EvaluatedMethod("unfolded", model=str(tmp_path / "model"), batch_size=2)]
+    recipe = EvaluationOptions(ImageOptions(str(folder), image_size=None), problems, methods, name="sizes")
+    records = evaluate(recipe, tmp_path / "out", _run())
+    assert len(records) == 18 and not any("failed" in record for record in records)
+    sizes = {record["image"]: (record["height"], record["width"]) for record in records}
+    assert sizes == {"p0": (16, 16), "p1": (18, 21), "p2": (16, 16)}
+    assert {record["batch"] for record in records if record["image"] == "p2" and record["method"] == "unfolded"} == {2}
+    assert evaluate(recipe, tmp_path / "out", _run()) == records
 
 
 def test_noise_depends_on_seed_and_name_only(recipe: EvaluationOptions, tmp_path: Path) -> None:

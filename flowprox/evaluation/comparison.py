@@ -33,6 +33,7 @@ from flowprox.evaluation_options import EvaluationOptions
 from flowprox.methods import make_method, run_method
 from flowprox.noise import NOISES
 from flowprox.operators import make_physics, measure_each, measurement_shape
+from flowprox.reconstruction.sizes import fit_to_divisor
 
 __all__ = ["Evaluation", "EvaluationInterrupted", "RunOptions", "is_success"]
 
@@ -94,7 +95,7 @@ class Evaluation:
         self.recipe, self.cases, self.out, self.options, self.as_written = recipe, cases, out, run, as_written
         self.console = run.console or Console(stderr=True)
         self.models: dict[str, Any] = {}
-        self._last: tuple[str, Physics] | None = None
+        self._last: tuple[str, tuple[int, ...], Physics] | None = None
         self.hashes: dict[str, str] = {}
         for case in cases:
             for name in (case.method.flow, case.method.model, case.method.noise):
@@ -196,9 +197,8 @@ class Evaluation:
         advance(len(self.images) - len(missing))
         if not missing:
             return
-        physics = self._physics(case, missing[0])
         try:
-            chosen = self._tuned(case, physics, tuning)
+            chosen = self._tuned(case, tuning)
             method = self._make(case, chosen)
         except Exception as error:  # one method must not end the others' run; the message is recorded
             failures = [self._record(case, identity, image, {}) | _failure(error) for image in missing]
@@ -206,9 +206,8 @@ class Evaluation:
                 records.write(record)
                 done[record["id"]] = record
             return advance(len(missing))
-        for start in range(0, len(missing), case.method.batch_size):
-            batch = missing[start : start + case.method.batch_size]
-            for image, facts, x_hat in self._attempt(method, physics, batch):
+        for batch in _batches(missing, case.method.batch_size):
+            for image, facts, x_hat in self._attempt(case, method, batch):
                 record = self._record(case, identity, image, chosen) | facts
                 if x_hat is not None and image.name in self._pictured():
                     self._write_picture(case, image, x_hat)
@@ -217,18 +216,19 @@ class Evaluation:
                 advance(1)
 
     def _attempt(
-        self, method: Reconstructor, physics: Physics, batch: Sequence[EvaluatedImage]
+        self, case: Case, method: Reconstructor, batch: Sequence[EvaluatedImage]
     ) -> list[tuple[EvaluatedImage, dict[str, Any], Tensor | None]]:
-        """The estimates and their figures; a batch that fails is repeated image by image."""
+        """The estimates and their figures, of images of one size; a batch that fails is repeated image by image."""
         x = torch.stack([image.x for image in batch]).to(self.options.device)
-        y = measure_each(x, physics, [image.seed for image in batch])
         try:
+            physics = self._physics(case, batch[0])
+            y = measure_each(x, physics, [image.seed for image in batch])
             with measured_cost(self.options.device) as cost:
-                x_hat, facts, _ = run_method(method, y, physics)
+                x_hat, facts = _estimate(method, y, physics, x.shape)
             found = figures(x_hat, x, y, physics)
         except Exception as error:  # recorded, and the run ends with status 1
             if len(batch) > 1:
-                return [one for image in batch for one in self._attempt(method, physics, [image])]
+                return [one for image in batch for one in self._attempt(case, method, [image])]
             return [(batch[0], _failure(error), None)]
         shared = {
             "seconds": cost.seconds / len(batch),
@@ -241,7 +241,7 @@ class Evaluation:
             for image, figure, fact, estimate in zip(batch, found, facts, x_hat.cpu(), strict=True)
         ]
 
-    def _tuned(self, case: Case, physics: Physics, tuning: RecordWriter) -> dict[str, Any]:
+    def _tuned(self, case: Case, tuning: RecordWriter) -> dict[str, Any]:
         """The combination with the highest mean PSNR on the images for tuning; every one is recorded."""
         grid = combinations(case.method.tune)
         if len(grid) == 1:
@@ -252,7 +252,7 @@ class Evaluation:
             identity = self._identity(case) | {"combination": values, "images": [i.hash for i in self.tune_images]}
             record = known.get(_hash(identity))
             if record is None:
-                record = self._score(case, physics, values) | {"id": _hash(identity)}
+                record = self._score(case, values) | {"id": _hash(identity)}
                 tuning.write(record)
             scores.append(-math.inf if record["psnr"] is None else float(record["psnr"]))
         best = max(range(len(grid)), key=scores.__getitem__)
@@ -261,11 +261,11 @@ class Evaluation:
         self._warn_at_end(case, grid[best])
         return grid[best]
 
-    def _score(self, case: Case, physics: Physics, values: Mapping[str, Any]) -> dict[str, Any]:
+    def _score(self, case: Case, values: Mapping[str, Any]) -> dict[str, Any]:
         method = self._make(case, values)
         found: list[tuple[EvaluatedImage, dict[str, Any], Tensor | None]] = []
-        for start in range(0, len(self.tune_images), case.method.batch_size):
-            found += self._attempt(method, physics, self.tune_images[start : start + case.method.batch_size])
+        for batch in _batches(self.tune_images, case.method.batch_size):
+            found += self._attempt(case, method, batch)
         failures = [facts["failed"] for _, facts, _ in found if "failed" in facts]
         known = [facts["psnr"] for _, facts, _ in found if facts.get("psnr") is not None]
         return {
@@ -290,12 +290,12 @@ class Evaluation:
     # Parts ------------------------------------------------------------------------------------------------------------
 
     def _physics(self, case: Case, image: EvaluatedImage) -> Physics:
-        """The operator of a problem; the last one is kept, for a sensing matrix takes seconds to draw."""
-        if self._last is None or self._last[0] != case.problem.label:
-            shape = (image.x.shape[0], image.x.shape[1], image.x.shape[2])
+        """The operator of a problem for an image's size; the last one is kept, for a sensing matrix takes seconds to draw."""
+        shape = (image.x.shape[0], image.x.shape[1], image.x.shape[2])
+        if self._last is None or self._last[:2] != (case.problem.label, shape):
             physics = make_physics(case.problem.problem, shape, seed=case.problem.seed, device=self.options.device)
-            self._last = (case.problem.label, physics)
-        return self._last[1]
+            self._last = (case.problem.label, shape, physics)
+        return self._last[2]
 
     def _make(self, case: Case, chosen: Mapping[str, Any]) -> Reconstructor:
         method = case.method
@@ -381,6 +381,27 @@ class Evaluation:
 
     def _write_picture(self, case: Case, image: EvaluatedImage, x_hat: Tensor) -> None:
         save_image(x_hat, picture_path(self.out, case.problem.label, image.name, case.method.label))
+
+
+def _batches(images: Sequence[EvaluatedImage], size: int) -> Iterator[list[EvaluatedImage]]:
+    """At most ``size`` images of one shape at a time."""
+    shapes = dict.fromkeys(image.x.shape for image in images)
+    for shape in shapes:
+        alike = [image for image in images if image.x.shape == shape]
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))
+
+
+def _estimate(
+    method: Reconstructor, y: Tensor, physics: Physics, shape: Sequence[int]
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Estimates of images of that shape (B, C, H, W), and what the method says of each; a network that does not take their sides
+    gets an extended measurement."""
+    divisor = int(getattr(method, "divisor", 1))
+    if not any(side % divisor for side in shape[-2:]):
+        return run_method(method, y, physics)[:2]
+    extended = fit_to_divisor(y, physics, divisor)  # type: ignore[arg-type]
+    x_hat, facts, _ = run_method(method, extended.y, extended.physics)
+    return x_hat[..., extended.rows, extended.columns], facts
 
 
 def _is_model(name: Any) -> TypeGuard[str]:

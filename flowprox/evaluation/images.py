@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from deepinv.physics import Physics
 from torch import Tensor
 
 from flowprox.data import ImageDataset
+from flowprox.data.decoding import fitted
+from flowprox.data.sources import entries_of_split
 from flowprox.evaluation.metrics import best_scaled, psnr, ssim
 from flowprox.evaluation_options import SAMPLES, ImageOptions
 from flowprox.operators import OneBitSensing
@@ -34,12 +37,23 @@ def load_images(options: ImageOptions, seed: int, limit: int | None) -> list[Eva
     """The images that options describe, at most ``limit``; each with the seed of its noise under the run's ``seed``."""
     source = [SAMPLES_FOLDER / "*.png"] if options.source == SAMPLES else options.source
     n = min((n for n in (options.limit, limit) if n is not None), default=None)
-    dataset = ImageDataset(source, options.image_size, options.split, channels=options.channels, limit=n)
+    names, pixels = _as_they_are(source, options, n) if options.image_size is None else _of_one_size(source, options, n)
     images = []
-    for i, name in enumerate(_short_names(dataset.names)):
-        content = hashlib.blake2b(dataset.images[i].numpy().tobytes(), digest_size=8).hexdigest()
-        images.append(EvaluatedImage(name, dataset[i]["x"], image_seed(seed, name), content))
+    for name, values in zip(_short_names(names), pixels, strict=True):
+        content = hashlib.blake2b(values.tobytes(), digest_size=8).hexdigest()
+        x = torch.from_numpy(values).float() / 255
+        images.append(EvaluatedImage(name, x, image_seed(seed, name), content))
     return images
+
+
+def _of_one_size(source: Any, options: ImageOptions, n: int | None) -> tuple[list[str], list[np.ndarray]]:
+    dataset = ImageDataset(source, options.image_size, options.split, channels=options.channels, limit=n)
+    return dataset.names, list(dataset.images.numpy())
+
+
+def _as_they_are(source: Any, options: ImageOptions, n: int | None) -> tuple[list[str], list[np.ndarray]]:
+    entries = entries_of_split(source, options.split)[:n]
+    return [e.name for e in entries], [fitted(e.read(), e.name, None, "centre", options.channels) for e in entries]
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
