@@ -26,7 +26,14 @@ from flowprox.training.tasks import denoising_task, likelihood_task, noise_task,
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
-SCRIPTS = {"ablation": [], "ablation paper": ["paper"], "paper": [], "plug-and-play": []}
+SLICES = subprocess.run(["sh", FOLDER / "gpu" / "train.sh"], capture_output=True, text=True, check=True).stdout.split()
+SCRIPTS: dict[str, list[list[str]]] = {  # the arguments of every call
+    "ablation": [[]],
+    "ablation paper": [["paper"]],
+    "gpu": [[name] for name in SLICES],
+    "paper": [[]],
+    "plug-and-play": [[]],
+}
 COMMANDS = {"flow": "train-flow", "model": "train-unfolded", "denoiser": "train-denoiser", "gan": "train-gan"}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*:DeprecationWarning")
@@ -148,7 +155,8 @@ def _commands(script: str, folder: Path) -> Iterator[list[str]]:
     stub.chmod(0o755)
     path = FOLDER / script.split()[0] / "train.sh"
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
-    subprocess.run(["sh", str(path), *SCRIPTS[script]], env=environment, check=True, timeout=60)
+    for arguments in SCRIPTS[script]:
+        subprocess.run(["sh", str(path), *arguments], env=environment, check=True, timeout=60)
     return (shlex.split(line) for line in log.read_text().splitlines())
 
 
