@@ -183,6 +183,12 @@ def test_figures_are_those_of_the_method_on_the_seeded_measurement(recipe: Evalu
             assert record["residual"] == pytest.approx(0.0)
 
 
+def test_images_that_are_not_there_name_the_remedy(recipe: EvaluationOptions, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"images\.source '.*nowhere'.*--images\.source.*--scale smoke"):
+        evaluate(replace(recipe, images=ImageOptions(str(tmp_path / "nowhere"))), tmp_path / "out", _run())
+    assert not (tmp_path / "out").exists()
+
+
 def test_photographs_keep_their_sizes_and_networks_get_what_they_take(tmp_path: Path) -> None:
     folder, levels = tmp_path / "photographs", [0.05, 0.2]
     folder.mkdir()

@@ -29,7 +29,7 @@ from flowprox.evaluation.recipe_file import write_recipe
 from flowprox.evaluation.records import RecordWriter
 from flowprox.evaluation.report import picture_path, truth_path
 from flowprox.evaluation.resources import measured_cost
-from flowprox.evaluation_options import EvaluationOptions
+from flowprox.evaluation_options import EvaluationOptions, ImageOptions
 from flowprox.methods import make_method, run_method
 from flowprox.noise import NOISES
 from flowprox.operators import make_physics, measure_each, measurement_shape
@@ -102,8 +102,10 @@ class Evaluation:
                 if _is_model(name) and name not in self.hashes:
                     self.hashes[name] = load_card(name).sha256[:16]
         tuned = any(case.method.tune for case in cases)
-        self.images = load_images(recipe.images, run.seed, run.limit)
-        self.tune_images = load_images(recipe.tune_images, run.seed, None) if tuned and recipe.tune_images else []
+        self.images = _images_of("images", recipe.images, run.seed, run.limit)
+        self.tune_images = []
+        if tuned and recipe.tune_images:
+            self.tune_images = _images_of("tune_images", recipe.tune_images, run.seed, None)
         self._check_methods()
 
     def _check_methods(self) -> None:
@@ -381,6 +383,15 @@ class Evaluation:
 
     def _write_picture(self, case: Case, image: EvaluatedImage, x_hat: Tensor) -> None:
         save_image(x_hat, picture_path(self.out, case.problem.label, image.name, case.method.label))
+
+
+def _images_of(part: str, options: ImageOptions, seed: int, limit: int | None) -> list[EvaluatedImage]:
+    try:
+        return load_images(options, seed, limit)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{part}.{error}; give your own images with --{part}.source, or run --scale smoke on the pictures that ship"
+        ) from error
 
 
 def _batches(images: Sequence[EvaluatedImage], size: int) -> Iterator[list[EvaluatedImage]]:

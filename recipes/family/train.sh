@@ -1,0 +1,18 @@
+#!/bin/sh
+# Train every network of the family, one after the other, into runs/family; the same command continues where it was stopped.
+set -eu
+here=$(dirname "$0")
+
+train() {  # name, recipes
+    name=$1
+    shift
+    flowprox train-unfolded --config "$here/base.yaml" "$@" --name "$name" --out "runs/family/$name" --resume
+}
+
+train base
+for name in unet one-fold coarse tied small unet-small four-folds; do
+    train "$name" --config "$here/$name.yaml"
+done
+for name in unet unet-small; do
+    train "$name-slow" --config "$here/$name.yaml" --config "$here/slow.yaml"
+done
