@@ -13,8 +13,9 @@ and pixels. The inverse direction is u_1 = (z_1 - t) / e^s, x = N u + n with N =
 
 The reference is the plain path, ``Sequential`` of ``GlowStep``, which computes the same from the same parameters. This one is
 faster since tensors stay channels-last, every matrix of a level is inverted in one batched call, relu is in place, the hidden
-layers, wide as they are, are computed for a chunk of images that fits the cache, and data gradients run as forward
-convolutions. Under autocast the nets run in its precision, sums over pixels and the bijection itself in the dtype of x.
+layers, wide as they are, are computed for a chunk of images that fits the cache, and weights and their gradients, which
+outweigh the images at coarse levels, are passed over few times. Under autocast the nets run in its precision, sums over pixels
+and the bijection itself in the dtype of x.
 """
 
 from __future__ import annotations
@@ -199,6 +200,9 @@ def _net_parts(net: CouplingNet) -> list[list[Tensor]]:
     return [*layers, [last.weight, last.bias, *([] if last.log_scale is None else [last.log_scale])]]  # type: ignore[list-item]
 
 
+_NetSums = list[Any]  # per convolution [dV, dv], None before the first chunk
+
+
 class _Net:
     """The convolutions of one coupling net with the scales folded in, in the precision they run in."""
 
@@ -206,7 +210,6 @@ class _Net:
         self.parts = parts
         self.rates = [1.0] * (len(parts) - 1) + [3.0]  # of the exponent of the log-scale, see ``ZeroConv2d``
         self.layers = [_folded(layer, rate, dtype) for layer, rate in zip(parts, self.rates, strict=True)]
-        self._transposed: list[Tensor] = []
 
     def hidden(self, h: Tensor, n: int | None = None) -> list[Tensor]:
         """h_0 to h_n from h_0; by default to the last hidden layer."""
@@ -219,42 +222,37 @@ class _Net:
         """raw from h_{n-1}."""
         return _convolve(h, *self.layers[-1])
 
-    def backward(self, hidden: Sequence[Tensor], grad: Tensor, sums: list[list[Tensor]] | None) -> Tensor:
+    def backward(self, hidden: Sequence[Tensor], grad: Tensor, sums: _NetSums | None) -> Tensor:
         """dh_0 from draw; dV_j and dv_j are added to ``sums``."""
-        if not self._transposed:
-            self._transposed = [_transposed(weight) for weight, _ in self.layers]
         for j in reversed(range(len(self.layers))):
             if sums is not None:
-                sums[j][0] += _weight_gradient(grad, hidden[j], self.layers[j][0].shape[-1])
-                sums[j][1] += grad.sum((0, 2, 3))
-            grad = _data_gradient(grad, self.layers[j][0], self._transposed[j])
+                found = _weight_gradient(grad, hidden[j], self.layers[j][0].shape[-1]), grad.sum((0, 2, 3))
+                found = [f.to(part.dtype) for f, part in zip(found, self.parts[j], strict=False)]
+                sums[j] = found if sums[j] is None else [s.add_(f) for s, f in zip(sums[j], found, strict=True)]
+            grad = _data_gradient(grad, self.layers[j][0], hidden[j])
             if j:
                 torch.ops.aten.threshold_backward.grad_input(grad, hidden[j], 0, grad_input=grad)
         return grad
 
-    def parameter_gradients(self, sums: list[list[Tensor]]) -> list[Tensor]:
+    def parameter_gradients(self, sums: _NetSums) -> list[Tensor]:
         """From gradients of the folded weights to those of the parameters: V = e^{r c} K, v = e^{r c} k + d."""
         found = []
         for (weight, bias, *affine), rate, (d_weight, d_bias) in zip(self.parts, self.rates, sums, strict=True):
-            if affine:
-                scale = torch.exp(rate * affine[0])
-                unscaled = (d_weight * weight).sum((1, 2, 3)) + d_bias * bias
-                found += [d_weight * scale[:, None, None, None], d_bias * scale, rate * unscaled * scale]
-                found += [d_bias] if len(affine) > 1 else []
-            else:
+            if not affine:
                 found += [d_weight, d_bias]
+                continue
+            scale = torch.exp(rate * affine[0])
+            d_weight, d_shift, d_bias = d_weight.mul_(scale.view(-1, 1, 1, 1)), d_bias, d_bias * scale
+            d_scale = (d_weight * weight).sum((1, 2, 3)) + d_bias * bias
+            found += [d_weight, d_bias, rate * d_scale, d_shift][: 2 + len(affine)]
         return found
-
-    def zero_sums(self) -> list[list[Tensor]]:
-        """Room for the gradients of the folded weights, in the parameters' dtype."""
-        return [[torch.zeros_like(weight), torch.zeros_like(bias)] for weight, bias, *_ in self.parts]
 
 
 def _folded(layer: Sequence[Tensor], rate: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     weight, bias, *affine = layer
     if affine:
         scale = torch.exp(rate * affine[0])
-        weight, bias = weight * scale[:, None, None, None], bias * scale
+        weight, bias = weight * scale.view(-1, 1, 1, 1), bias * scale
     if len(affine) > 1:
         bias = bias + affine[1]
     return weight.to(dtype).contiguous(memory_format=torch.channels_last), bias.to(dtype)
@@ -264,19 +262,17 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
 
 
-def _transposed(weight: Tensor) -> Tensor:
-    """The kernel whose convolution is the adjoint of that of ``weight``."""
-    return weight.transpose(0, 1).flip(2, 3).contiguous(memory_format=torch.channels_last)
-
-
-def _data_gradient(grad: Tensor, weight: Tensor, transposed: Tensor) -> Tensor:
-    """The adjoint of the convolution with ``weight``, applied to grad (B, O, H, W).
+def _data_gradient(grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """The adjoint of the convolution with ``weight``, applied to grad (B, O, H, W); of x only the shape counts.
 
     A CPU computes 16 output channels at a time at the least: for fewer, a matrix product whose columns are added up is faster.
     """
     size = weight.shape[-1]
     if grad.device.type != "cpu" or size == 1 or weight.shape[1] > _FEW_CHANNELS:
-        return _convolve(grad, transposed)
+        padding = [size // 2] * 2
+        return torch.ops.aten.convolution_backward(
+            grad, x, weight, None, [1, 1], padding, [1, 1], False, [0, 0], 1, [True, False, False]
+        )[0]
     columns = weight.flatten(1).T @ grad.flatten(2)
     folded = F.fold(columns, (grad.shape[-2], grad.shape[-1]), size, padding=size // 2)
     return folded.contiguous(memory_format=torch.channels_last)
@@ -340,7 +336,7 @@ class _Sums:
 
     matrix: Tensor | None
     bias: Tensor | None
-    net: list[list[Tensor]] | None
+    net: _NetSums | None
 
     def add_linear(self, grad: Tensor, x: Tensor) -> None:
         """dM, dm of u = M x + m."""
@@ -517,7 +513,7 @@ class _Chain:
             sums = _Sums(
                 None if d_matrix is None else d_matrix[i],
                 None if d_bias is None else d_bias[i],
-                step.net.zero_sums() if wanted else None,
+                [None] * len(step.net.layers) if wanted else None,
             )
             grads, inputs = [], []
             for j, part in enumerate(self.chunks(i, grad)):

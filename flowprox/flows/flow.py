@@ -64,7 +64,7 @@ class Flow(Bijection):
             NonFiniteError: the latent is not finite.
         """
         self._check_image(x)
-        z, logdet = self.bijection(x - self.offset)
+        z, logdet = self.bijection(_laid_out(x) - self.offset)
         return check_finite(z.flatten(1), type(self).__name__, "forward"), logdet
 
     def inverse(self, z: Tensor, image_size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
@@ -78,7 +78,7 @@ class Flow(Bijection):
             ValueError: D does not fit ``image_size``.
             NonFiniteError: the image is not finite.
         """
-        x, logdet = self.bijection.inverse(self._unflatten(z, image_size))
+        x, logdet = self.bijection.inverse(_laid_out(self._unflatten(z, image_size)))
         return check_finite(x + self.offset, type(self).__name__, "inverse"), logdet
 
     def encode(self, x: Tensor) -> Tensor:
@@ -92,21 +92,21 @@ class Flow(Bijection):
     def encode_image(self, x: Tensor) -> Tensor:
         """f(x) with the latent arranged as an image (B, C, H, W), not checked to be finite (no synchronisation)."""
         self._check_image(x)
-        return self.bijection.encode(x - self.offset)
+        return self.bijection.encode(_laid_out(x) - self.offset)
 
     def decode_image(self, z: Tensor) -> Tensor:
         """g of a latent arranged as an image (B, C, H, W), unchecked."""
-        return self.bijection.decode(z) + self.offset
+        return self.bijection.decode(_laid_out(z)) + self.offset
 
     def inverse_image(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(g(z), log|det Dg(z)|) of a latent arranged as an image (B, C, H, W), unchecked."""
-        x, logdet = self.bijection.inverse(z)
+        x, logdet = self.bijection.inverse(_laid_out(z))
         return x + self.offset, logdet
 
     def unchecked_log_prob(self, x: Tensor) -> Tensor:
         """log p(x) without a look at whether it is finite: no synchronisation, and an image that overflows stays alone."""
         self._check_image(x)
-        z, logdet = self.bijection(x - self.offset)
+        z, logdet = self.bijection(_laid_out(x) - self.offset)
         return self.base_log_prob(z.flatten(1)) + logdet
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -194,6 +194,11 @@ class Flow(Bijection):
             raise ValueError(
                 f"{name} has size {height}x{width}; height and width must be divisible by {self.divisor}: pad or crop"
             )
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """Channels-last, in which the layers then stay: convolutions are faster so, those of narrow nets by a third."""
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _groups(n_channels: int, height: int, width: int, n_levels: int, first: int = 0) -> Tensor:

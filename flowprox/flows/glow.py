@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from flowprox.flows.bijection import Bijection, Sequential
@@ -91,6 +92,7 @@ class Glow(Specified, Flow):
 
         channels, height, width = image_shape
         Flow.__init__(self, level(0, channels), (channels, height, width), n_levels)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the layout of the nets' convolutions
 
     @classmethod
     def paper(cls, image_shape: Sequence[int] = (3, 64, 64), backward: str = "plain") -> Glow:
