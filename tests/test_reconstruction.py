@@ -161,6 +161,22 @@ def test_a_measured_array_needs_its_random_mask(model: str, pictures: Path) -> N
     assert not (pictures / "rec").exists()
 
 
+def test_a_network_that_is_told_the_level_asks_for_it(pictures: Path) -> None:
+    levels = [0.05, 0.2]
+    prox = FlowProx(Glow((3, 8, 8), n_levels=2, n_steps=1, hidden_channels=4), channelwise=True, levels=levels)
+    card = {
+        "name": "told",
+        "problem": {"name": "denoising", "parameters": {}, "ranges": {"sigma": [0, 0.2]}, "seed": 0},
+    }
+    save_model(UnfoldedPGD([prox], start="adjoint", levels=levels), pictures / "told", card)
+    job = ReconstructionJob(str(pictures / "told"), measured=True)
+    with pytest.raises(ValueError, match="told the noise level of a measurement: give parameter sigma"):
+        reconstruct_files(job, [pictures / "two"], pictures / "out")
+    for measured in (True, False):  # a clean picture gets noise of a level that is known
+        job = replace(job, measured=measured, parameters={"sigma": 0.1} if measured else None)
+        assert len(reconstruct_files(job, [pictures / "two"], pictures / f"out-{measured}")) == 2
+
+
 def test_a_run_folder_stands_for_its_model(model: str, pictures: Path) -> None:
     (pictures / "run").mkdir()
     shutil.copytree(model, pictures / "run/model")

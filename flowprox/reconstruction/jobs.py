@@ -149,6 +149,7 @@ def reconstruct_files(job: ReconstructionJob, inputs: Sequence[str | Path], out:
     images = list_inputs(inputs, job.measured, lambda path: _load_batch(path, job, operators, engine))
     if any(image.is_measurement for image in images):
         _check_operator_is_known(job, operators)
+        _check_level_is_known(job, engine)
     for image in images:
         _check(image, job, operators, engine)
     interrupted, failure = False, None
@@ -261,6 +262,17 @@ def _check_operator_is_known(job: ReconstructionJob, operators: _Operators) -> N
         raise ValueError(
             f"measurements of {name} need the {parameter} they were made with: give parameter {what}, "
             "or the operator_seed it was drawn with"
+        )
+
+
+def _check_level_is_known(job: ReconstructionJob, engine: _Engine) -> None:
+    """A network that is told the level reconstructs at any other one too, and wrongly."""
+    if getattr(engine.parts["model"], "levels", None) is None:
+        return
+    if not {"sigma", "noise_norm"} & {*(job.parameters or {}), *engine.trained.get("parameters", {})}:
+        raise ValueError(
+            f"{engine.label} is told the noise level of a measurement: give parameter sigma, its standard deviation "
+            "where images lie in [0, 1]"
         )
 
 
