@@ -405,8 +405,10 @@ def _batches(images: Sequence[EvaluatedImage], size: int) -> Iterator[list[Evalu
 def _estimate(
     method: Reconstructor, y: Tensor, physics: Physics, shape: Sequence[int]
 ) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Estimates of images of that shape (B, C, H, W), and what the method says of each; a network that does not take their sides
-    gets an extended measurement."""
+    """Estimates of images of that shape (B, C, H, W), and what the method says of each.
+
+    A network that does not take their sides gets an extended measurement.
+    """
     divisor = int(getattr(method, "divisor", 1))
     if not any(side % divisor for side in shape[-2:]):
         return run_method(method, y, physics)[:2]
