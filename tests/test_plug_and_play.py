@@ -14,7 +14,7 @@ from deepinv.optim import L2, PGD
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from flowprox.baselines import PlugAndPlay, TotalVariation
+from flowprox.baselines import Biharmonic, PlugAndPlay, TotalVariation
 from flowprox.evaluation.metrics import psnr
 from flowprox.flows import Glow
 from flowprox.noise import GaussianNoise
@@ -90,6 +90,19 @@ def test_contract(denoiser: str, problem: str, iteration: str) -> None:
     assert torch.equal(method(y, physics), x_hat)
     torch.testing.assert_close(method(y[1:], physics), x_hat[1:], rtol=0, atol=2e-3)
     assert {key: value for key, value in vars(physics).items() if isinstance(value, int | float | str)} == before
+
+
+def test_inpainting_starts_from_the_smoothest_filling() -> None:
+    class Identity(deepinv.models.Denoiser):
+        def forward(self, x: Tensor, sigma: float | Tensor, **kwargs: object) -> Tensor:
+            return x
+
+    physics = make_physics("random-inpainting", SHAPE, keep=0.5)
+    y = physics(smooth_images(), seed=0)
+    x_hat = PlugAndPlay(Identity(), start="biharmonic")(y, physics)
+    torch.testing.assert_close(x_hat, Biharmonic()(y, physics), rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="start must be"):
+        PlugAndPlay(Identity(), start="zero")  # type: ignore[arg-type]
 
 
 def test_a_perfect_denoiser_gives_the_image_back() -> None:

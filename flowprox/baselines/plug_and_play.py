@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from flowprox.baselines._linear import require_count, squared_norm
 from flowprox.baselines._numpy import noise_sigmas, require_measurement
+from flowprox.baselines.inpainting import Biharmonic
 from flowprox.flows import Flow
 from flowprox.operators import data_prox
 from flowprox.priors import FlowDenoiser, ReconstructorDenoiser
@@ -32,7 +33,7 @@ _SMALLEST_SIGMA = 0.01  # the floor of Zhang et al., below which the schedule wo
 class PlugAndPlay(Reconstructor):
     """Any denoiser as the prior of a linear problem, by deepinv's half-quadratic splitting or proximal gradient.
 
-    A fixed number of iterations is run from A^T y, and nothing is written to the physics. An image's estimate does not
+    A fixed number of iterations is run, and nothing is written to the physics. An image's estimate does not
     depend on the others in its batch, but for the tolerance (1e-6) of the conjugate gradient that "hqs" runs on operators
     without a closed form. Several noise levels in one batch are each treated by their own.
 
@@ -51,6 +52,8 @@ class PlugAndPlay(Reconstructor):
         sigma_start: s_1; a sigma above it is used throughout.
         weight: of closeness to the denoised image in the data step of "hqs".
         iteration: "hqs" (the data step is solved exactly) or "pgd" (a gradient step).
+        start: x before the first step: "adjoint" (A^T y), or for inpainting "biharmonic" (``Biharmonic``): a denoiser takes holes
+            that are black for content.
 
     Raises:
         ValueError: neither or both of denoiser and flow, a ``FlowProx`` (which is no denoiser), a number out of range; on
@@ -75,6 +78,7 @@ class PlugAndPlay(Reconstructor):
         sigma_start: float = 49 / 255,
         weight: float = 0.23,
         iteration: Literal["hqs", "pgd"] = "hqs",
+        start: Literal["adjoint", "biharmonic"] = "adjoint",
     ) -> None:
         super().__init__()
         if (denoiser is None) == (flow is None):
@@ -87,18 +91,22 @@ class PlugAndPlay(Reconstructor):
             raise ValueError(f"sigma must be finite and >= 0, got {sigma}")
         if iteration not in ("hqs", "pgd"):
             raise ValueError(f"iteration must be 'hqs' or 'pgd', got {iteration!r}")
+        if start not in ("adjoint", "biharmonic"):
+            raise ValueError(f"start must be 'adjoint' or 'biharmonic', got {start!r}")
         self.denoiser = _as_denoiser(flow if denoiser is None else denoiser)
         self.sigma = sigma
         self.n_iterations = n_iterations
         self.sigma_start = sigma_start
         self.weight = weight
         self.iteration = iteration
+        self.start = start
 
     @torch.no_grad()
     def forward(self, y: Tensor, physics: Physics) -> Tensor:  # type: ignore[override]
         if not isinstance(physics, LinearPhysics):
             raise ValueError("PlugAndPlay needs a linear operator (deepinv.physics.LinearPhysics)")
-        start = physics.A_adjoint(require_measurement(y))
+        y = require_measurement(y)
+        start = physics.A_adjoint(y) if self.start == "adjoint" else Biharmonic()(y, physics)
         levels, sigma = self.schedule(start, physics)
         settings: dict[str, Any] = {
             "data_fidelity": _DataStep(),
