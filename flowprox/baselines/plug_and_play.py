@@ -52,8 +52,8 @@ class PlugAndPlay(Reconstructor):
         sigma_start: s_1; a sigma above it is used throughout.
         weight: of closeness to the denoised image in the data step of "hqs".
         iteration: "hqs" (the data step is solved exactly) or "pgd" (a gradient step).
-        start: x before the first step: "adjoint" (A^T y), or for inpainting "biharmonic" (``Biharmonic``): a denoiser takes holes
-            that are black for content.
+        start: x before the first step: "adjoint" (A^T y), or for inpainting "biharmonic" (``Biharmonic``): a denoiser takes
+            black holes for content.
 
     Raises:
         ValueError: neither or both of denoiser and flow, a ``FlowProx`` (which is no denoiser), a number out of range; on
