@@ -432,7 +432,11 @@ BAD_OPTIONS: dict[str, tuple[type, dict[str, Any], str]] = {
     "no flow": (UnfoldedOptions, {}, "needs flow"),
     "start": (UnfoldedOptions, {"prox": "unet", "start": "flow"}, "start"),
     "likelihood of a U-Net": (UnfoldedOptions, {"prox": "unet", "likelihood_weight": 1.0}, "likelihood_weight"),
-    "pretrained flow prox": (UnfoldedOptions, {"flow": "a", "pretrained": "b"}, "pretrained"),
+    "pretrained plug-and-play": (
+        UnfoldedOptions,
+        {"prox": "plug-and-play", "flow": "a", "pretrained": "b"},
+        "pretrained",
+    ),
     "channels": (DataOptions, {"train": "a", "channels": 2}, "channels"),
 }
 
@@ -496,10 +500,10 @@ class OneBadBatch(ReconstructionTask):
 
     n_batches = 0
 
-    def batch(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        x, y = super().batch(x, generator)
+    def batch(self, x: Tensor, generator: torch.Generator) -> tuple[Any, ...]:
+        x, y, physics = super().batch(x, generator)
         self.n_batches += 1
-        return x, torch.full_like(y, math.nan) if self.n_batches == 2 else y
+        return x, torch.full_like(y, math.nan) if self.n_batches == 2 else y, physics
 
 
 @pytest.mark.parametrize("backward", ["plain", "inputs", "invert", "fast-inputs"])
