@@ -111,6 +111,11 @@ def test_models_lists_shipped_models_and_prints_a_card(
     assert json.loads(capsys.readouterr().out)["metrics"] == {"bits_per_dimension": 3.5}
 
 
+def test_a_network_for_many_measurements_says_which() -> None:
+    problem = {"name": "inpainting", "parameters": {"sigma": 0.1}, "ranges": {"mask_size": [8, 28], "keep": [0.1, 0.9]}}
+    assert _problem(problem) == "inpainting (sigma 0.1, mask_size 8 to 28, keep 0.1 to 0.9)"
+
+
 def test_reconstruct_prints_a_table(world: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["reconstruct", str(world / "a.png"), "--no-measured", "--model", str(world / "network"), "--out", "rec"]
     assert main([*words, "--parameters", "sigma=1e-2"]) == 0

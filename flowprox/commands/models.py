@@ -95,8 +95,9 @@ def models(name: str | None = None) -> None:
 def _problem(problem: Mapping[str, Any] | None) -> str:
     if not problem:
         return "–"
-    given = ", ".join(f"{key} {value}" for key, value in problem.get("parameters", {}).items() if value is not None)
-    return f"{problem.get('name')}" + (f" ({given})" if given else "")
+    given = [f"{key} {value}" for key, value in problem.get("parameters", {}).items() if value is not None]
+    given += [f"{key} {low:g} to {high:g}" for key, (low, high) in problem.get("ranges", {}).items()]
+    return f"{problem.get('name')}" + (f" ({', '.join(given)})" if given else "")
 
 
 def _trained(card: Any) -> str:
