@@ -19,6 +19,7 @@ from PIL import Image
 
 from flowprox import FlowProx, Glow, UnfoldedPGD, __version__, checkpoints, save_model
 from flowprox.cli import main
+from flowprox.commands.models import _problem
 from flowprox.evaluation.records import read_records
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*:DeprecationWarning")
