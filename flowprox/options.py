@@ -135,6 +135,10 @@ class ProblemOptions:
     ranges: dict[str, list[float]] = field(default_factory=dict)
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name, ends in self.ranges.items():
+            _check_range(f"ranges.{name}", ends)
+
 
 @dataclass
 class LikelihoodOptions:

@@ -256,7 +256,8 @@ class FlowDenoiser(Denoiser):
 class ReconstructorDenoiser(Denoiser):
     """A network that reconstructs from noisy images at the level it is told, as a ``deepinv.models.Denoiser``: D(x, sigma).
 
-    Images are padded by their mirror image to a size that the network takes, and cropped again.
+    Images are continued by their mirror image, where too small for that by their last pixels, to a size that the network takes,
+    and the result is cropped.
 
     Arguments:
         network: x_hat = network(y, physics), which reads the level in ``physics.noise_model.sigma``, such as an ``Unfolded``
@@ -290,7 +291,9 @@ class ReconstructorDenoiser(Denoiser):
         """Denoise x (B, C, H, W); ``sigma`` is a number or one per image (B,) in units of the image range."""
         height, width = x.shape[-2:]
         divisor = int(getattr(self.network, "divisor", 1))
-        padded = F.pad(x, (0, -width % divisor, 0, -height % divisor), mode="reflect")
+        right, below = -width % divisor, -height % divisor
+        mode = "reflect" if right < width and below < height else "replicate"
+        padded = F.pad(x, (0, right, 0, below), mode=mode)
         physics = Denoising(GaussianNoise(0.0))
         physics.noise_model.update_parameters(sigma=torch.as_tensor(sigma, dtype=x.dtype, device=x.device).flatten())
         return self.network(padded, physics)[..., :height, :width]

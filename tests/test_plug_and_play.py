@@ -19,7 +19,7 @@ from flowprox.evaluation.metrics import psnr
 from flowprox.flows import Glow
 from flowprox.noise import GaussianNoise
 from flowprox.operators import make_physics, measure_each
-from flowprox.priors import FlowDenoiser, FlowPrior
+from flowprox.priors import FlowDenoiser, FlowPrior, ReconstructorDenoiser
 from flowprox.prox import FlowProx, ResNetProx, UNetProx
 from flowprox.solvers import Adam, LatentMAP, NoiseMAP, PosteriorSampling
 from flowprox.unfolded import UnfoldedPGD
@@ -93,6 +93,17 @@ def test_contract(denoiser: str, problem: str, iteration: str) -> None:
     )  # an untrained network enlarges the tolerance of conjugate gradient
     torch.testing.assert_close(method(y[1:], physics), x_hat[1:], rtol=0, atol=atol)
     assert {key: value for key, value in vars(physics).items() if isinstance(value, int | float | str)} == before
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 13), (1, 3)])
+def test_a_network_that_is_told_the_level_denoises_any_size(size: tuple[int, int]) -> None:
+    x, network = torch.rand(2, 3, *size), told_the_level()
+    denoiser = ReconstructorDenoiser(network)
+    assert denoiser(x, 0.1).shape == x.shape
+    alone = torch.cat([denoiser(x[i : i + 1], sigma) for i, sigma in enumerate((0.03, 0.2))])
+    torch.testing.assert_close(denoiser(x, torch.tensor([0.03, 0.2])), alone, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="not told a noise level"):
+        ReconstructorDenoiser(UnfoldedPGD([FlowProx(tiny_glow())]))
 
 
 def test_inpainting_starts_from_the_smoothest_filling() -> None:

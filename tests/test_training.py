@@ -437,6 +437,7 @@ BAD_OPTIONS: dict[str, tuple[type, dict[str, Any], str]] = {
         {"prox": "plug-and-play", "flow": "a", "pretrained": "b"},
         "pretrained",
     ),
+    "a range the wrong way": (ProblemOptions, {"ranges": {"sigma": [0.3, 0.0]}}, "ranges.sigma"),
     "channels": (DataOptions, {"train": "a", "channels": 2}, "channels"),
 }
 

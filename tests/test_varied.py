@@ -60,6 +60,7 @@ BAD = {
     "unknown problem": (("denoise", {"sigma": (0, 1)}, {}), "denois"),
     "what cannot vary": (("deblurring", {"sigma_blur": (1, 2)}, {}), "sigma_blur cannot vary in deblurring"),
     "given twice": (("denoising", {"sigma": (0, 1)}, {"sigma": 0.1}), "in parameters and in ranges"),
+    "a mask besides": (("inpainting", {"keep": (0.1, 0.5)}, {"mask": "a.npy"}), "leave the mask out"),
     "ends the wrong way": (("denoising", {"sigma": (1, 0)}, {}), "low <= high"),
     "one number": (("denoising", {"sigma": 0.1}, {}), "two numbers"),
     "a hole larger than the image": (("inpainting", {"mask_size": (4, 16)}, {}), "mask_size must lie between"),

@@ -13,7 +13,7 @@ from deepinv.physics import Physics
 from torch import Tensor
 
 from flowprox.data import ImageDataset
-from flowprox.data.decoding import fitted
+from flowprox.data.decoding import as_float, fitted
 from flowprox.data.sources import entries_of_split
 from flowprox.evaluation.metrics import best_scaled, psnr, ssim
 from flowprox.evaluation_options import SAMPLES, ImageOptions
@@ -41,8 +41,7 @@ def load_images(options: ImageOptions, seed: int, limit: int | None) -> list[Eva
     images = []
     for name, values in zip(_short_names(names), pixels, strict=True):
         content = hashlib.blake2b(values.tobytes(), digest_size=8).hexdigest()
-        x = torch.from_numpy(values).float() / 255
-        images.append(EvaluatedImage(name, x, image_seed(seed, name), content))
+        images.append(EvaluatedImage(name, as_float(torch.from_numpy(values)), image_seed(seed, name), content))
     return images
 
 

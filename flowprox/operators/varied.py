@@ -59,8 +59,10 @@ class VariedProblem:
         for key in self.ranges:
             if key not in known:
                 raise ValueError(f"{key} cannot vary in {name}; what can: {', '.join(known)}")
-            if key in parameters or (key != "sigma" and "mask" in parameters):
-                raise ValueError(f"{key} or a mask is both in parameters and in ranges; give it once")
+            if key in parameters:
+                raise ValueError(f"{key} is both in parameters and in ranges; give it once")
+            if key != "sigma" and "mask" in parameters:
+                raise ValueError(f"{key} in ranges draws a mask for every image: leave the mask out of the parameters")
         if "noise" in parameters and "sigma" in self.ranges:
             raise ValueError("ranges of sigma are for white noise: leave out noise")
         _check_masks(self.ranges, self.image_shape)
@@ -78,7 +80,7 @@ class VariedProblem:
         return "mask_size" in self.ranges or "keep" in self.ranges
 
     def draw(self, n: int, generator: torch.Generator) -> LinearPhysics:
-        """A physics for n images, on the generator's device; it shares its fixed part with the others that are drawn."""
+        """A physics for n images, on the generator's device, valid until the next is drawn: they share their fixed part."""
         physics = self._fixed
         if self._masks_vary:
             mask = self._masks(n, generator).expand(n, *self.image_shape).contiguous()
