@@ -244,12 +244,16 @@ def test_runs_in_deepinv_test(name: str) -> None:
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL) if PAGE.exists() else []
 
 
+def _tiny_model(name: str) -> nn.Module:
+    return told_the_level() if name.startswith("unfolded") else tiny_glow()
+
+
 def test_every_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks run one after the other, with a tiny flow in the place of the shipped one."""
+    """The blocks run one after the other, with a tiny flow and network in the place of the shipped ones."""
     assert len(BLOCKS) >= 5
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    monkeypatch.setattr("flowprox.checkpoints.load_model", lambda name: tiny_glow())
-    monkeypatch.setattr("flowprox.load_model", lambda name: tiny_glow(), raising=False)
+    for home in ("flowprox.checkpoints", "flowprox"):
+        monkeypatch.setattr(f"{home}.load_model", _tiny_model, raising=False)
     for block in BLOCKS:
         exec(compile(block.replace("64", "16"), str(PAGE), "exec"), names)
