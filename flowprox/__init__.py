@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from flowprox.baselines import PlugAndPlay
     from flowprox.checkpoints import list_models, load_model, save_model
     from flowprox.flows import Glow, RealNVP
+    from flowprox.latent_mean import LatentMeanNet
     from flowprox.operators import make_physics
     from flowprox.priors import FlowDenoiser, FlowPrior, NoiseFidelity, ReconstructorDenoiser
     from flowprox.prox import FlowProx, ResNetProx, SoftThreshold, UNetProx
@@ -22,6 +23,7 @@ __all__ = [
     "FlowPrior",
     "FlowProx",
     "Glow",
+    "LatentMeanNet",
     "NoiseFidelity",
     "PlugAndPlay",
     "RealNVP",
@@ -44,6 +46,7 @@ _HOMES = {
     "flowprox.baselines": ("PlugAndPlay",),
     "flowprox.checkpoints": ("list_models", "load_model", "save_model"),
     "flowprox.flows": ("Glow", "RealNVP"),
+    "flowprox.latent_mean": ("LatentMeanNet",),
     "flowprox.operators": ("make_physics",),
     "flowprox.priors": ("FlowDenoiser", "FlowPrior", "NoiseFidelity", "ReconstructorDenoiser"),
     "flowprox.prox": ("FlowProx", "ResNetProx", "SoftThreshold", "UNetProx"),

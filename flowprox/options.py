@@ -234,6 +234,8 @@ class UnfoldedOptions:
             there is one.
         levels: rising noise levels, such as [0.01, 0.05, 0.2], at which the scalars are learned; the network is then told the
             level of a measurement and interpolates. null learns one set for all.
+        latent_mean: widths and depths of a network that predicts from the measurement what the latents are shrunk towards,
+            {hidden_channels: [64, 128, 128], n_blocks: 1} with one width per level of the flow. null shrinks towards 0.
         likelihood_weight: weight in the loss of the clean images' bits per dimension, averaged over the folds' flows.
         learn_operator: learn the blur kernel used in the gradient steps along with the network (Wei et al., Sec. II).
     """
@@ -254,6 +256,7 @@ class UnfoldedOptions:
     iteration: Literal["pgd", "hqs"] = "pgd"
     start: Literal["flow", "adjoint"] | None = None
     levels: list[float] | None = None
+    latent_mean: dict[str, Any] | None = None
     likelihood_weight: float = 0.0
     learn_operator: bool = False
 
@@ -283,6 +286,10 @@ class UnfoldedOptions:
         _require(
             self.prox != "plug-and-play" or not self.channelwise,
             "plug-and-play learns step sizes and shrinkages only: set channelwise to false",
+        )
+        _require(
+            self.prox == "flow" or self.latent_mean is None,
+            f'prox "{self.prox}" trains no latent that could be shrunk towards a mean: leave out latent_mean',
         )
         _require(
             self.prox != "plug-and-play" or self.pretrained is None,

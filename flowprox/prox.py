@@ -9,7 +9,7 @@ For a flow f with inverse g, Wei et al. 2022 take the prox in the latent space, 
 
 Symbols: v image after the data step (B, C, H, W), x image of the same shape, s >= 0 the step (the fold's shrinkage lambda_k),
 w > 0 weights: 1, or one learned number per latent channel, which may depend on the measurement's noise level sigma
-(``flowprox.levels``).
+(``flowprox.levels``). A base density with mean mu(y) (``flowprox.latent_mean``) shrinks towards it: mu + P(z - mu).
 """
 
 from __future__ import annotations
@@ -33,13 +33,16 @@ class Prox(nn.Module):
     divisor: int = 1
     uses_step: bool = True  # whether the output depends on the step
 
-    def forward(self, v: Tensor, step: float | Tensor, sigma: Tensor | None = None) -> Tensor:
+    def forward(
+        self, v: Tensor, step: float | Tensor, sigma: Tensor | None = None, mean: Tensor | None = None
+    ) -> Tensor:
         """Map v (B, C, H, W) to an image of the same shape.
 
         Arguments:
             v: the image after the data step.
             step: at least 0, a scalar or one per image (B,).
             sigma: noise level of the measurement (B,), for a prox that is told.
+            mean: image-shaped latent (B, C, H, W) to shrink towards, for a prox in a latent space; None is 0.
         """
         raise NotImplementedError
 
@@ -55,7 +58,9 @@ class SoftThreshold(Specified, Prox):
     def __init__(self) -> None:
         super().__init__()
 
-    def forward(self, v: Tensor, step: float | Tensor, sigma: Tensor | None = None) -> Tensor:
+    def forward(
+        self, v: Tensor, step: float | Tensor, sigma: Tensor | None = None, mean: Tensor | None = None
+    ) -> Tensor:
         return _soft_threshold(v, _per_image(step))
 
 
@@ -109,9 +114,12 @@ class FlowProx(Specified, Prox):
         """Height and width must be multiples of this."""
         return self.flow.divisor
 
-    def forward(self, v: Tensor, step: float | Tensor, sigma: Tensor | None = None) -> Tensor:
+    def forward(
+        self, v: Tensor, step: float | Tensor, sigma: Tensor | None = None, mean: Tensor | None = None
+    ) -> Tensor:
         z = self.flow.encode_image(v)
-        return self.flow.decode_image(self.shrink(z, step, sigma))
+        z = self.shrink(z, step, sigma) if mean is None else mean + self.shrink(z - mean, step, sigma)
+        return self.flow.decode_image(z)
 
     def shrink(self, z: Tensor, step: float | Tensor, sigma: Tensor | None = None) -> Tensor:
         """P(z) for an image-shaped latent (B, C, H, W)."""
@@ -157,7 +165,9 @@ class ResNetProx(Specified, Prox):
         super().__init__()
         self.net = ResNet(n_channels, hidden_channels, n_blocks)
 
-    def forward(self, v: Tensor, step: float | Tensor = 0.0, sigma: Tensor | None = None) -> Tensor:
+    def forward(
+        self, v: Tensor, step: float | Tensor = 0.0, sigma: Tensor | None = None, mean: Tensor | None = None
+    ) -> Tensor:
         return self.net(v)
 
 
@@ -175,5 +185,7 @@ class UNetProx(Specified, Prox):
         super().__init__()
         self.net = UNet(n_channels, hidden_channels, n_scales, residual)
 
-    def forward(self, v: Tensor, step: float | Tensor = 0.0, sigma: Tensor | None = None) -> Tensor:
+    def forward(
+        self, v: Tensor, step: float | Tensor = 0.0, sigma: Tensor | None = None, mean: Tensor | None = None
+    ) -> Tensor:
         return self.net(v)

@@ -24,6 +24,7 @@ from deepinv.physics import LinearPhysics
 from torch import Tensor, nn
 
 from flowprox.flows import Flow, frozen
+from flowprox.latent_mean import LatentMeanNet
 from flowprox.levels import at_level, checked_levels, noise_level
 from flowprox.operators import data_gradient, data_prox
 from flowprox.prox import FlowProx
@@ -47,9 +48,13 @@ class Unfolded(Reconstructor):
             along.
         levels: rising noise levels at which the scalars above are learned, interpolated between them (``flowprox.levels``); the
             network is then told the level of a measurement, ``physics.noise_model.sigma``. None: one set for all.
+        latent_mean: network that predicts what each fold shrinks towards (``flowprox.latent_mean``) from the first fold's v,
+            the rate A^T A 1 at which each pixel was measured and, with ``levels``, the noise level: C + 1 or C + 2
+            channels. None shrinks towards 0.
 
     Raises:
-        ValueError: no proxes, a start value that is not positive, or start "flow" without a ``FlowProx`` in the first fold.
+        ValueError: no proxes, a start value that is not positive, start "flow" without a ``FlowProx`` in the first fold, or a
+            ``latent_mean`` that does not fit the proxes.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class Unfolded(Reconstructor):
         final_data_step: bool,
         operator: LinearPhysics | None,
         levels: Sequence[float] | None,
+        latent_mean: LatentMeanNet | None,
     ) -> None:
         super().__init__()
         if not proxes:
@@ -77,6 +83,9 @@ class Unfolded(Reconstructor):
             self.log_shrinkage.requires_grad_(False)  # nothing would ever train it
         self.shrink_last = shrink_last
         self.operator = operator
+        self.latent_mean = latent_mean
+        if latent_mean is not None:
+            _check_latent_mean(latent_mean, proxes, with_level=levels is not None)
         self.start_image = None
         if start == "flow":
             if not isinstance(proxes[0], FlowProx):
@@ -109,15 +118,29 @@ class Unfolded(Reconstructor):
         images = [x]
         sigma = None if self.levels is None else noise_level(physics, x)
         weights, steps = self._scalars(self.log_data_weight, sigma), self._scalars(self.log_shrinkage, sigma)
+        means: Sequence[Tensor | None] = [None] * len(self.proxes)
         for k, prox in enumerate(self.proxes):
             v = self.data_step(x, y, physics, weights[k])
+            if k == 0 and self.latent_mean is not None:
+                means = self._latent_means(v, physics, sigma)
             last = k == len(self.proxes) - 1
             step = steps[k] if self.shrink_last or not last else torch.zeros_like(steps[k])
-            x = prox(v, step) if sigma is None else prox(v, step, sigma)  # type: ignore[operator]
+            told = {"sigma": sigma, "mean": means[k]}
+            x = prox(v, step, **{name: value for name, value in told.items() if value is not None})
             images.append(x)
         if len(weights) > len(self.proxes):
             images[-1] = self.data_step(x, y, physics, weights[-1])
         return images
+
+    def _latent_means(self, v: Tensor, physics: LinearPhysics, sigma: Tensor | None) -> list[Tensor]:
+        """mu(y) of each fold, (B, C, H, W)."""
+        assert self.latent_mean is not None
+        with torch.no_grad():
+            rate = physics.A_adjoint(physics.A(torch.ones_like(v))).mean(dim=1, keepdim=True)
+        given = [v - 0.5, rate.expand(len(v), -1, -1, -1)]
+        if sigma is not None:
+            given.append(sigma.view(-1, 1, 1, 1).expand(-1, 1, *v.shape[-2:]))
+        return self.latent_mean(torch.cat(given, dim=1))
 
     def _scalars(self, logarithms: Tensor, sigma: Tensor | None) -> Tensor:
         """One number per step (n,), or one per step and image (n, B) at the images' noise levels sigma (B,)."""
@@ -192,7 +215,7 @@ class UnfoldedPGD(Specified, Unfolded):
         proxes: one per fold; the same object K times ties the folds.
         step_size: mu at the start; 0.5 with noise-trained flows.
         shrinkage: lambda at the start; large values throw a pretrained flow off the map.
-        start, shrink_last, final_data_step, operator, levels: see ``Unfolded``.
+        start, shrink_last, final_data_step, operator, levels, latent_mean: see ``Unfolded``.
 
     Raises:
         ValueError: no proxes, a start value that is not positive, or start "flow" without a ``FlowProx`` in the first fold.
@@ -217,8 +240,11 @@ class UnfoldedPGD(Specified, Unfolded):
         final_data_step: bool = False,
         operator: LinearPhysics | None = None,
         levels: Sequence[float] | None = None,
+        latent_mean: LatentMeanNet | None = None,
     ) -> None:
-        Unfolded.__init__(self, proxes, step_size, shrinkage, start, shrink_last, final_data_step, operator, levels)
+        Unfolded.__init__(
+            self, proxes, step_size, shrinkage, start, shrink_last, final_data_step, operator, levels, latent_mean
+        )
 
     def data_step(self, x: Tensor, y: Tensor, physics: LinearPhysics, weight: Tensor) -> Tensor:
         weight = weight.view(-1, 1, 1, 1) if weight.ndim == 1 else weight
@@ -236,7 +262,7 @@ class UnfoldedHQS(Specified, Unfolded):
     Arguments:
         proxes: one per fold; the same object K times ties the folds.
         penalty: rho at the start, relative to a data term of weight one.
-        shrinkage, start, shrink_last, final_data_step, operator, levels: see ``Unfolded``.
+        shrinkage, start, shrink_last, final_data_step, operator, levels, latent_mean: see ``Unfolded``.
 
     Raises:
         ValueError: as ``UnfoldedPGD``.
@@ -252,8 +278,11 @@ class UnfoldedHQS(Specified, Unfolded):
         final_data_step: bool = False,
         operator: LinearPhysics | None = None,
         levels: Sequence[float] | None = None,
+        latent_mean: LatentMeanNet | None = None,
     ) -> None:
-        Unfolded.__init__(self, proxes, penalty, shrinkage, start, shrink_last, final_data_step, operator, levels)
+        Unfolded.__init__(
+            self, proxes, penalty, shrinkage, start, shrink_last, final_data_step, operator, levels, latent_mean
+        )
 
     def data_step(self, x: Tensor, y: Tensor, physics: LinearPhysics, weight: Tensor) -> Tensor:
         return data_prox(x, y, physics, weight)
@@ -262,6 +291,22 @@ class UnfoldedHQS(Specified, Unfolded):
     def penalties(self) -> Tensor:
         """rho_k, (K,), or (K + 1,) with a final data step; (..., J) at J levels."""
         return torch.exp(self.log_data_weight.detach())
+
+
+def _check_latent_mean(net: LatentMeanNet, proxes: Sequence[nn.Module], with_level: bool) -> None:
+    flows = [prox.flow for prox in proxes if isinstance(prox, FlowProx)]
+    if len(flows) != len(proxes):
+        raise ValueError("latent_mean needs a FlowProx in every fold: only these have a latent")
+    needed = {
+        "n_inputs": {flow.n_channels + 1 + int(with_level) for flow in flows},
+        "n_channels": {flow.n_channels for flow in flows},
+        "n_levels": {flow.n_levels for flow in flows},
+        "n_folds": {len(proxes)},
+    }
+    for name, values in needed.items():
+        if values != {getattr(net, name)}:
+            wanted = " or ".join(map(str, sorted(values)))
+            raise ValueError(f"latent_mean has {name} {getattr(net, name)} and the proxes need {wanted}")
 
 
 def _log_parameter(

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "flowprox"
 LAYERS = [
-    {"spec", "levels", "options", "evaluation_options", "operators", "noise", "networks"},
+    {"spec", "levels", "latent_mean", "options", "evaluation_options", "operators", "noise", "networks"},
     {"flows"},
     {"prox", "priors"},
     {"unfolded", "solvers", "baselines"},

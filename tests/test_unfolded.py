@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flowprox.flows import Conv1x1, Flow, Glow, Sequential, Squeeze, Unsqueeze
+from flowprox.latent_mean import LatentMeanNet
 from flowprox.operators import LearnedBlur, make_physics
 from flowprox.prox import FlowProx, ResNetProx, SoftThreshold
 from flowprox.spec import build
@@ -42,6 +43,10 @@ NETWORKS = {
     "hqs": lambda: UnfoldedHQS([glow_prox(channelwise=True) for _ in range(2)]),
     "pgd, told the level": lambda: told_the_level(UnfoldedPGD),
     "hqs, told the level": lambda: told_the_level(UnfoldedHQS),
+    "pgd, latent mean": lambda: UnfoldedPGD([glow_prox(), glow_prox()], latent_mean=LatentMeanNet(4, 3, 2, [8])),
+    "hqs, latent mean, told the level": lambda: UnfoldedHQS(
+        [glow_prox(channelwise=True, levels=LEVELS)], levels=LEVELS, latent_mean=LatentMeanNet(5, 3, 1, [8], n_blocks=2)
+    ),
 }
 PROBLEMS = {
     "denoising": lambda: make_physics("denoising", SHAPE, sigma=0.1),

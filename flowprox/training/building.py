@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from flowprox.checkpoints import load_model
 from flowprox.flows import Flow, Glow
+from flowprox.latent_mean import LatentMeanNet
 from flowprox.noise import FlowNoise
 from flowprox.operators import LearnedBlur
 from flowprox.options import DataOptions, NoiseOptions, ProblemOptions, UnfoldedOptions
@@ -88,6 +89,7 @@ def make_unfolded(options: UnfoldedOptions, problem: ProblemOptions, data: DataO
         "final_data_step": options.final_data_step,
         "operator": _learned_blur(problem) if options.learn_operator else None,
         "levels": options.levels,
+        "latent_mean": _latent_mean(options, data),
     }
     if options.iteration == "hqs":
         model: Unfolded = UnfoldedHQS(penalty=options.penalty, **common)
@@ -100,6 +102,16 @@ def make_unfolded(options: UnfoldedOptions, problem: ProblemOptions, data: DataO
     elif options.pretrained is not None:
         _start_from(model, options.pretrained)
     return model
+
+
+def _latent_mean(options: UnfoldedOptions, data: DataOptions) -> LatentMeanNet | None:
+    if options.latent_mean is None:
+        return None
+    n_inputs = data.channels + 1 + int(options.levels is not None)
+    try:
+        return LatentMeanNet(n_inputs, data.channels, options.n_folds, **options.latent_mean)
+    except TypeError as error:
+        raise ValueError(f"latent_mean takes hidden_channels and n_blocks; got {options.latent_mean}") from error
 
 
 def _start_from(model: Unfolded, name: str) -> None:

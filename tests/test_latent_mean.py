@@ -1,0 +1,148 @@
+"""Predicted latent means: where they lie in the latent, what a prox does with them, and what does not fit together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_prox
+from torch import Tensor, nn
+
+from flowprox.flows import Conv1x1, Flow, Glow, RealNVP, Sequential, Squeeze, Unsqueeze
+from flowprox.latent_mean import LatentMeanNet
+from flowprox.operators import make_physics
+from flowprox.prox import FlowProx, ResNetProx, UNetProx
+from flowprox.unfolded import UnfoldedPGD
+
+SHAPE = (3, 16, 16)
+
+
+def mean_net(**options) -> LatentMeanNet:
+    arguments = {"n_inputs": 4, "n_channels": 3, "n_folds": 1, "hidden_channels": [4, 8]}
+    return LatentMeanNet(**{**arguments, **options})
+
+
+def glow_prox(**options) -> FlowProx:
+    return FlowProx(Glow(image_shape=SHAPE, n_levels=2, n_steps=1, hidden_channels=4), **options)
+
+
+@pytest.mark.parametrize("flow", [Glow, RealNVP])
+@pytest.mark.parametrize("n_levels", [1, 2, 3])
+def test_a_level_of_the_net_is_a_level_of_the_flows_latent(flow: type, n_levels: int) -> None:
+    latent_groups = flow((3, 16, 16), n_levels=n_levels).latent_groups()
+    net = mean_net(hidden_channels=[4] * n_levels)
+    seen: list[int] = []
+    for convolution in net.means:
+        for other in net.means:
+            nn.init.zeros_(other.bias)  # type: ignore[arg-type]
+        nn.init.ones_(convolution.bias)  # type: ignore[arg-type]
+        with torch.no_grad():
+            marked = net(torch.rand(1, 4, 16, 16))[0][0] == 1
+        groups = latent_groups[marked].unique()
+        assert len(groups) == convolution.out_channels
+        assert torch.equal(marked, torch.isin(latent_groups, groups))  # whole channels of one level, and nothing else
+        assert len({int((latent_groups == group).sum()) for group in groups}) == 1
+        seen += groups.tolist()
+    assert sorted(seen) == latent_groups.unique().tolist()
+
+
+@pytest.mark.parametrize("base", ["gaussian", "laplace"])
+@pytest.mark.parametrize("step", [0.0, 0.1, 2.0])
+def test_the_prox_minimises_the_functional_around_the_mean(base: str, step: float) -> None:
+    rotation = Flow(Sequential([Squeeze(), Conv1x1(12), Unsqueeze()]), (3, 4, 4), n_levels=1, offset=0.0).double()
+    prox = FlowProx(rotation, base=base)
+    mean = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+
+    def functional(x: Tensor) -> Tensor:
+        z = rotation.encode_image(x) - mean[: len(x)]
+        values = 0.5 * z.square() if base == "gaussian" else z.abs()
+        return values.flatten(1).sum(1)
+
+    with torch.no_grad():
+        v = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+        assert_prox(lambda v, s: prox(v, s, mean=mean[: len(v)]), functional, v, step)
+
+
+def test_step_zero_is_the_identity_and_a_large_one_gives_the_mean() -> None:
+    prox, v, mean = glow_prox().double(), torch.rand(2, *SHAPE).double(), torch.randn(2, *SHAPE).double()
+    with torch.no_grad():
+        torch.testing.assert_close(prox(v, 0.0, mean=mean), v)
+        torch.testing.assert_close(prox(v, 1e12, mean=mean), prox.flow.decode_image(mean))
+        assert torch.equal(prox(v, 0.5), prox(v, 0.5, mean=torch.zeros_like(v)))
+
+
+def test_a_fresh_network_is_the_one_without_a_mean() -> None:
+    physics, proxes = make_physics("inpainting", SHAPE, mask_size=5), [glow_prox(), glow_prox()]
+    y = physics(torch.rand(2, *SHAPE))
+    with_mean = UnfoldedPGD(proxes, latent_mean=mean_net(n_folds=2)).eval()
+    torch.testing.assert_close(with_mean(y, physics), UnfoldedPGD(proxes).eval()(y, physics))
+
+
+@pytest.mark.parametrize("problem", ["denoising", "inpainting", "deblurring"])
+def test_the_mean_depends_on_the_measurement_alone_image_by_image(problem: str) -> None:
+    parameters: dict[str, Any] = {"mask_size": 5} if problem == "inpainting" else {}
+    physics = make_physics(problem, SHAPE, **parameters)
+    model = UnfoldedPGD([glow_prox()], latent_mean=mean_net(), start="adjoint").eval()
+    for convolution in model.latent_mean.means:  # type: ignore[union-attr]
+        nn.init.normal_(convolution.weight, std=0.1)  # type: ignore[arg-type]
+    y = physics(torch.rand(3, *SHAPE))
+    both, single = model(y, physics), model(y[1:2], physics)
+    torch.testing.assert_close(both[1:2], single, rtol=1e-4, atol=1e-5)
+    changed = y.clone()
+    changed[0] += 0.1
+    assert not torch.allclose(model(changed, physics)[0], both[0] + 0.1, atol=1e-3)
+    torch.testing.assert_close(model(changed, physics)[1:], both[1:], rtol=1e-4, atol=1e-5)
+
+
+def test_the_net_is_told_what_was_measured_and_the_level() -> None:
+    levels = [0.05, 0.2]
+    prox = glow_prox(channelwise=True, levels=levels)
+    model = UnfoldedPGD([prox], levels=levels, start="adjoint", latent_mean=mean_net(n_inputs=5))
+    seen: list[Tensor] = []
+    model.latent_mean.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))  # type: ignore[union-attr]
+    physics = make_physics("inpainting", SHAPE, mask_size=5, sigma=0.1)
+    model(physics(torch.rand(2, *SHAPE)), physics)
+    ones = torch.ones(1, *SHAPE)
+    torch.testing.assert_close(seen[0][:1, 3], physics.A_adjoint(physics.A(ones))[:, 0])
+    assert bool((seen[0][:, 4] == 0.1).all())
+
+
+def test_takes_other_sizes_and_names_those_it_cannot() -> None:
+    assert mean_net()(torch.rand(1, 4, 12, 20))[0].shape == (1, 3, 12, 20)
+    with pytest.raises(ValueError, match="divisible by 4"):
+        mean_net()(torch.rand(1, 4, 12, 18))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden_channels": []}, "one width per level"),
+        ({"n_blocks": [1]}, "one width per level"),
+        ({"n_folds": 0}, "must be at least 1"),
+        ({"hidden_channels": [4, 0]}, "must be at least 1"),
+    ],
+)
+def test_impossible_nets_are_named(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mean_net(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_inputs": 5}, "n_inputs 5 and the proxes need 4"),
+        ({"n_folds": 2}, "n_folds 2 and the proxes need 1"),
+        ({"n_channels": 1}, "n_channels 1 and the proxes need 3"),
+        ({"hidden_channels": [4]}, "n_levels 1 and the proxes need 2"),
+    ],
+)
+def test_a_net_for_other_proxes_is_named(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        UnfoldedPGD([glow_prox()], latent_mean=mean_net(**options))
+
+
+@pytest.mark.parametrize("prox", [ResNetProx(hidden_channels=4), UNetProx(hidden_channels=4, n_scales=2)])
+def test_a_prox_without_a_latent_has_no_mean(prox: nn.Module) -> None:
+    with pytest.raises(ValueError, match="needs a FlowProx in every fold"):
+        UnfoldedPGD([glow_prox(), prox], latent_mean=mean_net(n_folds=2))
