@@ -236,6 +236,8 @@ class UnfoldedOptions:
             level of a measurement and interpolates. null learns one set for all.
         latent_mean: widths and depths of a network that predicts from the measurement what the latents are shrunk towards,
             {hidden_channels: [64, 128, 128], n_blocks: 1} with one width per level of the flow. null shrinks towards 0.
+        loss: "mse", or "log-mse": the logarithm of each image's error, for problems drawn from ``ranges``, where the hardest
+            images make up most of a mean squared error. Its gradients are some hundred times larger: so must gradient_clip be.
         likelihood_weight: weight in the loss of the clean images' bits per dimension, averaged over the folds' flows.
         learn_operator: learn the blur kernel used in the gradient steps along with the network (Wei et al., Sec. II).
     """
@@ -257,6 +259,7 @@ class UnfoldedOptions:
     start: Literal["flow", "adjoint"] | None = None
     levels: list[float] | None = None
     latent_mean: dict[str, Any] | None = None
+    loss: Literal["mse", "log-mse"] = "mse"
     likelihood_weight: float = 0.0
     learn_operator: bool = False
 

@@ -128,6 +128,12 @@ UNFOLDED: dict[str, dict[str, Any]] = {
     "flow with likelihood": {"prox": "flow", "likelihood_weight": 0.01, "shrink_last": False, "start": "adjoint"},
     "flow with a learned operator": {"prox": "flow", "learn_operator": True},
     "flow that is told the level": {"prox": "flow", "channelwise": True, "levels": [0.005, 0.02]},
+    "flow that shrinks towards a mean": {
+        "prox": "flow",
+        "flow": FLOW,
+        "latent_mean": {"hidden_channels": [4]},
+        "loss": "log-mse",
+    },
     "plug-and-play": {"prox": "plug-and-play"},
     "resnet": {"prox": "resnet", "prox_arguments": {"hidden_channels": 4}},
     "unet": {"prox": "unet", "prox_arguments": {"hidden_channels": 4, "n_scales": 2}},
@@ -181,6 +187,33 @@ def test_one_network_learns_many_measurements(name: str, images: Path, flow: str
     train_unfolded(model, problem, data(images), training, str(tmp_path))
     figures = [row["validation_psnr"] for row in rows(tmp_path) if "validation_psnr" in row]
     assert figures[-1] > figures[0] + 0.3
+
+
+class Shift(nn.Module):
+    """The measurement plus a learned number per image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.tensor([0.01, 0.1]))
+
+    def forward(self, y: torch.Tensor, physics: Any) -> torch.Tensor:
+        return y + self.shift.view(-1, 1, 1, 1)
+
+
+def test_the_logarithm_weighs_easy_and_hard_images_alike() -> None:
+    physics = make_physics("denoising", (3, SIZE, SIZE), sigma=0.0)
+    x = torch.rand(2, 3, SIZE, SIZE)
+    relative = {}
+    for loss in ("mse", "log-mse"):
+        model = Shift()
+        value = ReconstructionTask(model, physics, loss=loss)(x, x, physics)
+        value.backward()
+        assert model.shift.grad is not None
+        relative[loss] = (model.shift.grad * model.shift).detach()
+    torch.testing.assert_close(relative["mse"][1] / relative["mse"][0], torch.tensor(100.0), rtol=1e-3, atol=0)
+    torch.testing.assert_close(relative["log-mse"], torch.ones(2), rtol=0.02, atol=0)
+    psnr = -10 * torch.log10(torch.tensor([1e-4, 1e-2]))
+    torch.testing.assert_close(value.item(), -psnr.mean().item() * math.log(10) / 10, rtol=0.01, atol=0)
 
 
 def test_a_trained_network_starts_one_for_all_levels(images: Path, flow: str, tmp_path: Path) -> None:
@@ -432,6 +465,11 @@ BAD_OPTIONS: dict[str, tuple[type, dict[str, Any], str]] = {
     "no flow": (UnfoldedOptions, {}, "needs flow"),
     "start": (UnfoldedOptions, {"prox": "unet", "start": "flow"}, "start"),
     "likelihood of a U-Net": (UnfoldedOptions, {"prox": "unet", "likelihood_weight": 1.0}, "likelihood_weight"),
+    "latent mean of a U-Net": (
+        UnfoldedOptions,
+        {"prox": "unet", "latent_mean": {"hidden_channels": [8]}},
+        "latent_mean",
+    ),
     "pretrained plug-and-play": (
         UnfoldedOptions,
         {"prox": "plug-and-play", "flow": "a", "pretrained": "b"},
@@ -469,6 +507,12 @@ def test_misfits_name_the_remedy(images: Path, flow: str) -> None:
         make_flow("compact", data(images, image_size=12))
     with pytest.raises(ValueError, match="deblurring"):
         reconstruction_task(UnfoldedOptions(flow=flow, learn_operator=True), ProblemOptions(), data(images))
+    for latent_mean, message in (
+        ({"widths": [4]}, "latent_mean takes"),
+        ({"hidden_channels": [4, 4, 4]}, "n_levels 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reconstruction_task(UnfoldedOptions(flow=flow, latent_mean=latent_mean), ProblemOptions(), data(images))
     with pytest.raises(ValueError, match="unknown kind"):
         LikelihoodTask(make_flow({"kind": "Glov"}, data(images)))
 

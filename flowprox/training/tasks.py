@@ -198,18 +198,28 @@ def _nats_per_dimension(model: nn.Module, n: Tensor) -> Tensor:
 
 
 class ReconstructionTask(Task):
-    """Mean squared error of a reconstruction network on measurements made on the fly.
+    """Error of a reconstruction network on measurements made on the fly.
+
+        "mse"       mean over the batch of e_i = ||x_hat_i - x_i||^2 / D
+        "log-mse"   mean over the batch of ln(e_i + 1e-6), which is what an average of PSNRs counts: images that are easy to
+                    restore weigh as much as hard ones (1e-6 is 60 dB, beyond which nothing is gained)
 
     Arguments:
         model: deepinv ``Reconstructor`` with ``parameter_groups``; ``x_hat = model(y, physics)``.
         physics: the operator with its noise model, or a problem that draws one for every batch.
         likelihood_weight: weight of the bits per dimension of the clean images, averaged over the flows of the folds.
+        loss: "mse" or "log-mse".
     """
 
     def __init__(
-        self, model: nn.Module, physics: LinearPhysics | VariedProblem, likelihood_weight: float = 0.0
+        self,
+        model: nn.Module,
+        physics: LinearPhysics | VariedProblem,
+        likelihood_weight: float = 0.0,
+        loss: str = "mse",
     ) -> None:
         super().__init__(model)
+        self.loss = loss
         self._physics = [physics]  # in a list it is no submodule: neither trained nor part of the state
         self.likelihood_weight = likelihood_weight
         if likelihood_weight and not model.flows():  # type: ignore[operator]
@@ -238,7 +248,8 @@ class ReconstructionTask(Task):
 
     def forward(self, *inputs: Any) -> Tensor:
         x, y, physics = inputs[:3]
-        loss = nn.functional.mse_loss(self.model(y, physics), x)
+        loss = nn.functional.mse_loss(self.model(y, physics), x, reduction="none").flatten(1).mean(1)
+        loss = (torch.log(loss + _NO_ERROR) if self.loss == "log-mse" else loss).mean()
         if self.likelihood_weight:
             flows = self.model.flows()  # type: ignore[operator]
             bits = sum(flow.bits_per_dimension(inputs[3]).mean() for flow in flows) / len(flows)
@@ -289,6 +300,9 @@ class DenoisingTask(Task):
     def pictures(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> list[Tensor]:
         v = _add_noise(x, self.noise_range, generator)
         return [x, v, model(v, 1.0)]
+
+
+_NO_ERROR = 1e-6
 
 
 def dequantise(x: Tensor, bit_depth: int, generator: torch.Generator | None = None) -> Tensor:
@@ -342,4 +356,4 @@ def reconstruction_task(options: UnfoldedOptions, problem: ProblemOptions, data:
     """The task of ``train_unfolded``."""
     make = functools.partial(VariedProblem, ranges=problem.ranges) if problem.ranges else make_physics
     physics = make(problem.name, image_shape(data), seed=problem.seed, **problem.parameters)
-    return ReconstructionTask(make_unfolded(options, problem, data), physics, options.likelihood_weight)
+    return ReconstructionTask(make_unfolded(options, problem, data), physics, options.likelihood_weight, options.loss)
