@@ -10,9 +10,12 @@ train() {  # name, recipes
 }
 
 train base
-for name in unet one-fold coarse tied small unet-small four-folds; do
+for name in unet mean mean-no-flow mean-deep mean-two-folds one-fold coarse tied small unet-small mean-small four-folds; do
     train "$name" --config "$here/$name.yaml"
 done
 for name in unet unet-small; do
     train "$name-slow" --config "$here/$name.yaml" --config "$here/slow.yaml"
+done
+for name in unet mean; do
+    train "$name-fast" --config "$here/$name.yaml" --config "$here/fast.yaml"
 done
