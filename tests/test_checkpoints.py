@@ -35,6 +35,7 @@ from flowprox.checkpoints import (
     save_model,
     save_training_state,
     sha256,
+    sole_writer,
 )
 from flowprox.spec import Specified
 
@@ -672,3 +673,24 @@ def test_public_names_exist() -> None:
         assert getattr(flowprox, name)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = flowprox.nothing
+
+
+def test_a_folder_has_one_writer(tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "a"
+    with sole_writer(out):
+        with pytest.raises(ValueError, match="another process is writing to"), sole_writer(out):
+            pass
+        with sole_writer(tmp_path / "runs" / "b"):
+            pass
+        (out / "result").touch()
+    with sole_writer(out):
+        pass
+    assert [path.name for path in out.iterdir()] == ["result"]
+    assert not (tmp_path / "runs" / "b").exists()  # nothing was written there
+
+
+def test_a_folder_is_free_after_its_writer_was_killed(tmp_path: Path) -> None:
+    code = f"import os\nfrom flowprox.checkpoints import sole_writer\nwith sole_writer({str(tmp_path / 'a')!r}): os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    with sole_writer(tmp_path / "a"):
+        pass

@@ -13,7 +13,7 @@ Nothing here imports torch before a model is needed.
 """
 
 from flowprox.checkpoints.card import CARD, Card
-from flowprox.checkpoints.files import CheckpointError, atomic_write, sha256
+from flowprox.checkpoints.files import CheckpointError, atomic_write, sha256, sole_writer
 from flowprox.checkpoints.hub import push_to_hub
 from flowprox.checkpoints.loading import list_models, load_card, load_model, require_device
 from flowprox.checkpoints.saving import save_model
@@ -36,4 +36,5 @@ __all__ = [
     "save_model",
     "save_training_state",
     "sha256",
+    "sole_writer",
 ]

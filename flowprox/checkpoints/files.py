@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["CheckpointError", "atomic_write", "sha256"]
+from filelock import FileLock, Timeout
+
+__all__ = ["CheckpointError", "atomic_write", "sha256", "sole_writer"]
 
 PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin", ".th", ".tar"}
 
@@ -61,6 +63,39 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(target.parent)
+
+
+@contextmanager
+def sole_writer(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Make a folder of results and keep other processes from writing to it within the block.
+
+    The lock is the system's, on a file ``.lock`` in the folder: it ends with the process, however that ends. A folder in which
+    nothing was written is gone afterwards.
+
+    Arguments:
+        folder: made if it does not exist.
+
+    Raises:
+        ValueError: another process (or thread) is writing to the folder.
+        OSError: the folder cannot be made or written.
+    """
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"another process is writing to {os.fspath(folder)}; wait for it, stop it, or choose another out"
+        ) from error
+    try:
+        yield
+    finally:
+        if os.name == "posix":  # elsewhere releasing removes it
+            (path / ".lock").unlink(missing_ok=True)
+        lock.release()
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
 
 
 def force_to_disk(file: IO[Any]) -> None:

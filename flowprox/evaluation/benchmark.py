@@ -19,7 +19,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flowprox.checkpoints import require_device
+from flowprox.checkpoints import require_device, sole_writer
 from flowprox.evaluation.comparison import Evaluation, EvaluationInterrupted, RunOptions
 from flowprox.evaluation.devices import absorb_shares, run_on_devices
 from flowprox.evaluation.plan import at_scale, planned
@@ -41,7 +41,8 @@ def evaluate(recipe: EvaluationOptions, out: str | Path, run: RunOptions | None 
         one with the key failed in the place of the figures.
 
     Raises:
-        ValueError, OSError: before anything runs: something in the recipe does not fit, or images cannot be read.
+        ValueError, OSError: before anything runs: something in the recipe does not fit, images cannot be read, or another
+            process is writing to ``out``.
         EvaluationInterrupted: on Ctrl-C; the message says how far it came.
     """
     run = run or RunOptions()
@@ -49,8 +50,9 @@ def evaluate(recipe: EvaluationOptions, out: str | Path, run: RunOptions | None 
     _check_apart(scaled, Path(out))
     require_device(run.device)
     evaluation = Evaluation(scaled, planned(scaled), Path(out), run, as_written=recipe)
-    absorb_shares(evaluation.out)
-    return run_on_devices(evaluation) if run.devices > 1 else evaluation.run()
+    with sole_writer(evaluation.out):
+        absorb_shares(evaluation.out)
+        return run_on_devices(evaluation) if run.devices > 1 else evaluation.run()
 
 
 def _check_apart(recipe: EvaluationOptions, out: Path) -> None:

@@ -13,10 +13,11 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from lightning.fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from flowprox.checkpoints import load_training_state, save_model, save_training_state
+from flowprox.checkpoints import load_training_state, save_model, save_training_state, sole_writer
 from flowprox.data import ImageDataset, ResumableSampler, save_image
 from flowprox.flows import NonFiniteError
 from flowprox.options import DataOptions, NoiseOptions, TrainingOptions, parse_duration
@@ -84,7 +85,8 @@ def fit(
 
     Raises:
         FileExistsError: ``out`` holds a run and ``resume`` is false.
-        ValueError: the run in ``out`` was made with other data, batch size, seed or model.
+        ValueError: the run in ``out`` was made with other data, batch size, seed or model, or another process is training
+            there.
         NonFiniteError: twenty steps in a row were skipped, and that once more often than ``n_rollbacks``; with several
             processes, also when a reversible flow finds in backward that it cannot invert, since the others already wait
             for that gradient.
@@ -99,7 +101,9 @@ def fit(
         strategy=_strategy(training),
     )
     job = _Job(make_task, data, training, folder, recipe or {}, resume, name)
-    return fabric.launch(functools.partial(_run_job, job=job))
+    is_first = "LOCAL_RANK" not in os.environ  # "ddp" runs the command again, with this set, for each further process
+    with sole_writer(folder) if is_first else nullcontext():
+        return fabric.launch(functools.partial(_run_job, job=job))
 
 
 def _strategy(training: TrainingOptions) -> DDPStrategy | str:
