@@ -319,9 +319,9 @@ class TrainingOptions:
         skip_above: skip a step whose gradient norm is more than so many times its running average; 0 skips only what is
             not finite. A flow's inverse may amplify an image that falls off its map without bound: such a batch is
             finite, yet one step on it can end a run.
-        n_rollbacks: after twenty skipped steps in a row the run goes back to its best weights (without validation images: to
-            those of the last whole ``validate_every`` steps), at half the learning rates; so many times, then it ends with an
-            error.
+        n_rollbacks: after twenty skipped steps in a row, or a validation far below the best (1 dB; 0.5 bits or nats per
+            dimension), the run goes back to its best weights (without validation images: to those of the last whole
+            ``validate_every`` steps), at half the learning rates; so many times, then skipped steps end it with an error.
         ema_decay: decay per step of the running average of the weights, which is what is validated and saved; 0 is off.
         max_steps: stop after so many steps.
         max_epochs: stop after so many passes over the training images.

@@ -425,6 +425,25 @@ def test_a_run_that_lost_its_way_goes_back_to_its_best_weights(images: Path, tmp
         fit(partial(_Scripted, bad, figures), data(images), training, tmp_path / "none")
 
 
+class _ScriptedDecibels(_Scripted):
+    lost = 1.0
+
+
+@pytest.mark.parametrize(("figure", "is_lost"), [(2.1, False), (1.9, True), (math.nan, True)])
+def test_a_validation_far_below_the_best_sends_a_run_back(
+    figure: float, is_lost: bool, images: Path, tmp_path: Path
+) -> None:
+    """The best one, 3.0, is at step 4."""
+    training = options(max_steps=6, validate_every=2, schedule="constant")
+    fit(partial(_ScriptedDecibels, {}, [1.0, 3.0, figure]), data(images), training, tmp_path / "run")
+    fit(partial(_Scripted, {}), data(images), options(max_steps=4, schedule="constant"), tmp_path / "to the best")
+    state, best = (load_training_state(tmp_path / name / "state.pt") for name in ("run", "to the best"))
+    assert state["counters"]["rollbacks"] == is_lost
+    same = all(torch.equal(state["model"][name], value) for name, value in best["model"].items())
+    assert same == is_lost
+    assert bool(state["optimizer"]["state"]) != is_lost
+
+
 def test_early_stopping_keeps_the_best(images: Path, tmp_path: Path) -> None:
     figures = [1.0, 3.0, 2.0, math.nan, 2.5, 9.0]
     training = options(max_steps=100, validate_every=2, patience=3)

@@ -370,7 +370,10 @@ class _Run:
                 + "; lower learning_rate or gradient_clip, or tighten the flow's scale_bound"
             )
 
-        # most often the weights have come to a place from which no step leads on: back to the best ones, more slowly
+        self._go_back()
+
+    def _go_back(self) -> None:
+        """To the best weights, more slowly: the run has come to a place from which no step leads on."""
         self.rollbacks += 1
         self.skipped_in_a_row, self.typical_norm = 0, 0.0
         self.kept.put_back()
@@ -444,6 +447,11 @@ class _Run:
             self.best, self.stale = dict(self.figures), 0
             self.kept.keep()
             self._save_model()
+        elif before is not None and self._is_lost(value, before) and self.rollbacks < self.options.n_rollbacks:
+            self._go_back()
+
+    def _is_lost(self, value: float, best: float) -> bool:
+        return math.isfinite(self.task.lost) and not abs(value - best) < self.task.lost  # NaN is lost too
 
     # -- what is written
 

@@ -51,10 +51,16 @@ class Task(nn.Module):
 
     Arguments:
         model: the network to train; the task itself has no other parameters.
+
+    Attributes:
+        figure: what decides which model is the best.
+        higher_is_better: whether more of it is better.
+        lost: a run that validates so much worse than its best has lost its way and goes back.
     """
 
     figure: str = "psnr"
     higher_is_better: bool = True
+    lost: float = float("inf")
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -98,6 +104,7 @@ class LikelihoodTask(Task):
 
     figure = "bits_per_dimension"
     higher_is_better = False
+    lost = 0.5
 
     def __init__(self, flow: Flow, options: LikelihoodOptions | None = None) -> None:
         super().__init__(flow)
@@ -150,6 +157,7 @@ class NoiseTask(Task):
 
     figure = "nats_per_dimension"
     higher_is_better = False
+    lost = 0.5
 
     def __init__(self, flow: Flow, noise: Noise, validation: Noise | None = None) -> None:
         super().__init__(FlowNoise(flow))
@@ -210,6 +218,8 @@ class ReconstructionTask(Task):
         likelihood_weight: weight of the bits per dimension of the clean images, averaged over the flows of the folds.
         loss: "mse" or "log-mse".
     """
+
+    lost = 1.0  # dB
 
     def __init__(
         self,
@@ -282,6 +292,8 @@ class DenoisingTask(Task):
         prox: ``x_hat = prox(v, step)``; the step is 1.
         noise_range: lowest and highest standard deviation, drawn uniformly per image.
     """
+
+    lost = 1.0  # dB
 
     def __init__(self, prox: nn.Module, noise_range: list[float]) -> None:
         super().__init__(prox)
