@@ -173,7 +173,9 @@ def test_script_gives_commands_that_can_be_read_and_built(script: str, tmp_path:
         outs.append(options.out)
         if words[0] == "train-unfolded":
             small = {"kind": "Glow", "arguments": {"n_levels": 1, "n_steps": 1, "hidden_channels": 8}}
-            options.model.flow, options.model.pretrained = (small if options.model.flow else None), None
+            if options.model.flow and options.model.latent_mean is None:
+                options.model.flow = small
+            options.model.pretrained = None
             options.model.n_folds = 1
             options.model.prox_arguments = {key: 2 for key in options.model.prox_arguments}
             reconstruction_task(options.model, options.problem, options.data)

@@ -5,6 +5,7 @@
 #     sh recipes/gpu/train.sh glow [SECONDS]                   first: the prior
 #     sh recipes/gpu/train.sh flow-denoising [SECONDS]         then: flow, resnet or unet, with -pre from the denoiser's weights, for
 #                                                              denoising, inpainting, deblurring or deblurring-noise
+#     sh recipes/gpu/train.sh mean-denoising [SECONDS]         or compact-...: flows that shrink towards a predicted mean; no prior is needed
 #     sh recipes/gpu/train.sh denoiser-unet [SECONDS]          pre-training of resnet or unet
 #
 # Without arguments: the names, in an order that respects what needs what.
@@ -12,6 +13,9 @@ set -eu
 here=$(dirname "$0")
 names="glow"
 for problem in denoising inpainting deblurring deblurring-noise; do names="$names flow-$problem"; done
+for net in mean compact; do
+    for problem in denoising inpainting deblurring deblurring-noise; do names="$names $net-$problem"; done
+done
 for net in resnet unet; do
     names="$names denoiser-$net"
     for problem in denoising inpainting deblurring deblurring-noise; do names="$names $net-$problem $net-pre-$problem"; done
