@@ -8,14 +8,15 @@ unchanged. With large s the network's estimate is g(mu(y)), with s = 0 the image
 decide for each latent channel which of the two to believe.
 
 References:
-    Lu and Huang 2020, Structured output learning with conditional generative flows, https://arxiv.org/abs/1905.13288, Sec. 3
-    (a base density that depends on the condition)
+    Winkler et al. 2019, Learning likelihoods with conditional normalizing flows, https://arxiv.org/abs/1912.00042 (a base
+    density that depends on the condition, there beside coupling nets that do)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ class LatentMeanNet(Specified, nn.Module):
         n_blocks: residual blocks per scale and direction, one number or one per level.
 
     Raises:
-        ValueError: no widths, a number below 1, or lists of different lengths.
+        ValueError: no widths, numbers that are not whole or below 1, or lists of different lengths.
 
     Example:
         >>> net = LatentMeanNet(n_inputs=4, n_channels=3, n_folds=2, hidden_channels=[8, 16])
@@ -58,17 +59,13 @@ class LatentMeanNet(Specified, nn.Module):
         n_blocks: int | Sequence[int] = 1,
     ) -> None:
         super().__init__()
-        widths = list(hidden_channels)
-        depths = [n_blocks] * len(widths) if isinstance(n_blocks, int) else list(n_blocks)
-        if not widths or len(depths) != len(widths):
+        widths = _whole_numbers("hidden_channels", hidden_channels)
+        depths = _whole_numbers("n_blocks", [n_blocks] * len(widths) if isinstance(n_blocks, int) else n_blocks)
+        if len(depths) != len(widths):
             raise ValueError(
-                f"hidden_channels needs one width per level and n_blocks as many numbers, or one; got {widths} and {n_blocks}"
+                f"n_blocks must be one number, or one per entry of hidden_channels, {len(widths)}; got {n_blocks}"
             )
-        if min(*widths, *depths, n_inputs, n_channels, n_folds) < 1:
-            raise ValueError(
-                f"n_inputs, n_channels, n_folds, hidden_channels and n_blocks must be at least 1; got {n_inputs}, "
-                f"{n_channels}, {n_folds}, {widths}, {depths}"
-            )
+        _whole_numbers("n_inputs, n_channels and n_folds", [n_inputs, n_channels, n_folds])
         self.n_inputs, self.n_channels, self.n_folds = n_inputs, n_channels, n_folds
         self.first = nn.Conv2d(4 * n_inputs, widths[0], 3, padding=1)
         self.contract = nn.ModuleList(_blocks(w, n) for w, n in zip(widths, depths, strict=True))
@@ -105,7 +102,8 @@ class LatentMeanNet(Specified, nn.Module):
         for i in reversed(range(len(self.up))):
             h = self.expand[i](self.up[i](h) + features[i])
             features[i] = h
-        levels = [mean(F.relu(h)).to(x.dtype) for mean, h in zip(self.means, features, strict=True)]
+        with torch.autocast(x.device.type, enabled=False):  # what becomes part of the image is not rounded to bfloat16
+            levels = [mean(F.relu(h).to(x.dtype)) for mean, h in zip(self.means, features, strict=True)]
         return [_assembled(parts) for parts in zip(*(level.chunk(self.n_folds, 1) for level in levels), strict=True)]
 
 
@@ -117,6 +115,13 @@ class _Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.second(F.relu(self.first(x)))
+
+
+def _whole_numbers(name: str, values: Any) -> list[int]:
+    found = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else []
+    if not found or not all(isinstance(value, int) and value >= 1 for value in found):
+        raise ValueError(f"{name} must be whole numbers, at least 1; got {values}")
+    return found
 
 
 def _blocks(width: int, n: int) -> nn.Module:

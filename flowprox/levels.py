@@ -58,6 +58,7 @@ def noise_level(physics: Physics, like: Tensor) -> Tensor:
             f"this network is told the noise level, which {name} does not have; give the physics a GaussianNoise(sigma)"
         )
     sigma = torch.as_tensor(sigma, dtype=like.dtype, device=like.device).flatten()
-    if len(sigma) not in (1, len(like)):
-        raise ValueError(f"the noise model has {len(sigma)} levels for {len(like)} images; give one, or one per image")
-    return sigma.expand(len(like))
+    n = like.shape[0]  # not len(like), which would fix the batch size of an exported program
+    if len(sigma) not in (1, n):
+        raise ValueError(f"the noise model has {len(sigma)} levels for {n} images; give one, or one per image")
+    return sigma.expand(n)

@@ -42,7 +42,7 @@ class Prox(nn.Module):
             v: the image after the data step.
             step: at least 0, a scalar or one per image (B,).
             sigma: noise level of the measurement (B,), for a prox that is told.
-            mean: image-shaped latent (B, C, H, W) to shrink towards, for a prox in a latent space; None is 0.
+            mean: what to shrink towards (B, C, H, W), for a prox that shrinks: a flow's in its latent space; None is 0.
         """
         raise NotImplementedError
 
@@ -61,7 +61,9 @@ class SoftThreshold(Specified, Prox):
     def forward(
         self, v: Tensor, step: float | Tensor, sigma: Tensor | None = None, mean: Tensor | None = None
     ) -> Tensor:
-        return _soft_threshold(v, _per_image(step))
+        if mean is None:
+            return _soft_threshold(v, _per_image(step))
+        return mean + _soft_threshold(v - mean, _per_image(step))
 
 
 class FlowProx(Specified, Prox):
@@ -144,6 +146,11 @@ class FlowProx(Specified, Prox):
         return self.flow.latent_groups((height, width)).to(z.device)
 
 
+def _refuse_mean(mean: Tensor | None) -> None:
+    if mean is not None:
+        raise ValueError("a plain network has no latent that could be shrunk towards a mean: leave out mean")
+
+
 def _per_image(step: float | Tensor) -> float | Tensor:
     """A scalar as it is, one number per image (B,) against images (B, C, H, W)."""
     return step.view(-1, 1, 1, 1) if isinstance(step, Tensor) and step.ndim == 1 else step
@@ -168,6 +175,7 @@ class ResNetProx(Specified, Prox):
     def forward(
         self, v: Tensor, step: float | Tensor = 0.0, sigma: Tensor | None = None, mean: Tensor | None = None
     ) -> Tensor:
+        _refuse_mean(mean)
         return self.net(v)
 
 
@@ -188,4 +196,5 @@ class UNetProx(Specified, Prox):
     def forward(
         self, v: Tensor, step: float | Tensor = 0.0, sigma: Tensor | None = None, mean: Tensor | None = None
     ) -> Tensor:
+        _refuse_mean(mean)
         return self.net(v)

@@ -49,8 +49,8 @@ class Unfolded(Reconstructor):
         levels: rising noise levels at which the scalars above are learned, interpolated between them (``flowprox.levels``); the
             network is then told the level of a measurement, ``physics.noise_model.sigma``. None: one set for all.
         latent_mean: network that predicts what each fold shrinks towards (``flowprox.latent_mean``) from the first fold's v,
-            the rate A^T A 1 at which each pixel was measured and, with ``levels``, the noise level: C + 1 or C + 2
-            channels. None shrinks towards 0.
+            A^T A 1 averaged over the channels and, with ``levels``, the noise level: C + 1 or C + 2 channels. A^T A 1 shows
+            where a mask is open; it is constant for blurs, and noise for random matrices. None shrinks towards 0.
 
     Raises:
         ValueError: no proxes, a start value that is not positive, start "flow" without a ``FlowProx`` in the first fold, or a
@@ -86,6 +86,8 @@ class Unfolded(Reconstructor):
         self.latent_mean = latent_mean
         if latent_mean is not None:
             _check_latent_mean(latent_mean, proxes, with_level=levels is not None)
+            if not shrink_last:
+                raise ValueError("shrink_last=False leaves the last fold's latent_mean untrained; set it to True")
         self.start_image = None
         if start == "flow":
             if not isinstance(proxes[0], FlowProx):
@@ -136,10 +138,11 @@ class Unfolded(Reconstructor):
         """mu(y) of each fold, (B, C, H, W)."""
         assert self.latent_mean is not None
         with torch.no_grad():
-            rate = physics.A_adjoint(physics.A(torch.ones_like(v))).mean(dim=1, keepdim=True)
-        given = [v - 0.5, rate.expand(len(v), -1, -1, -1)]
-        if sigma is not None:
-            given.append(sigma.view(-1, 1, 1, 1).expand(-1, 1, *v.shape[-2:]))
+            seen = physics.A_adjoint(physics.A(torch.ones_like(v[:1]))).mean(dim=1, keepdim=True)
+        given = [v - 0.5, seen.expand(v.shape[0], -1, -1, -1)]
+        if sigma is not None and self.levels is not None:
+            known = sigma.clamp(max=self.levels[-1])  # no level beyond the last was seen in training
+            given.append(known.view(-1, 1, 1, 1).expand(-1, 1, *v.shape[-2:]))
         return self.latent_mean(torch.cat(given, dim=1))
 
     def _scalars(self, logarithms: Tensor, sigma: Tensor | None) -> Tensor:
@@ -202,7 +205,8 @@ class Unfolded(Reconstructor):
 
     def freeze_proxes(self) -> None:
         """Train mu and lambda only: with one pretrained flow in every fold, the plug-and-play of Wei et al., Table II."""
-        for parameter in self.proxes.parameters():
+        frozen_parts = [self.proxes] if self.latent_mean is None else [self.proxes, self.latent_mean]
+        for parameter in (p for part in frozen_parts for p in part.parameters()):
             parameter.requires_grad_(False)
         if self.start_image is not None:
             self.start_image.requires_grad_(False)
@@ -306,7 +310,8 @@ def _check_latent_mean(net: LatentMeanNet, proxes: Sequence[nn.Module], with_lev
     for name, values in needed.items():
         if values != {getattr(net, name)}:
             wanted = " or ".join(map(str, sorted(values)))
-            raise ValueError(f"latent_mean has {name} {getattr(net, name)} and the proxes need {wanted}")
+            hint = ", one entry of hidden_channels for each" if name == "n_levels" else ""
+            raise ValueError(f"latent_mean has {name} {getattr(net, name)} and the proxes need {wanted}{hint}")
 
 
 def _log_parameter(

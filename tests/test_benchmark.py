@@ -18,7 +18,7 @@ from deepinv.physics import Physics
 from rich.console import Console
 from torch import Tensor
 
-from flowprox.checkpoints import save_model
+from flowprox.checkpoints import save_model, sole_writer
 from flowprox.cli import main, make_parser
 from flowprox.data import save_image
 from flowprox.evaluation import comparison
@@ -128,6 +128,8 @@ def test_shares_of_an_interrupted_run_are_taken_up(recipe: EvaluationOptions, tm
     share = tmp_path / "out/share-1"
     share.mkdir(parents=True)
     (share / "records.jsonl.partial").write_text("".join(json.dumps(record) + "\n" for record in records[:5]))
+    with sole_writer(tmp_path / "out"), pytest.raises(ValueError, match="another process is writing to"):
+        evaluate(recipe, tmp_path / "out", _run())
     again = evaluate(recipe, tmp_path / "out", _run())
     assert again[:5] == records[:5] and len(again) == len(records)
     assert not share.exists()

@@ -10,6 +10,7 @@ import torch
 from flowprox.baselines import TotalVariation
 from flowprox.exporting import export_program
 from flowprox.flows import Glow, RealNVP
+from flowprox.latent_mean import LatentMeanNet
 from flowprox.operators import make_physics
 from flowprox.prox import FlowProx, ResNetProx
 from flowprox.unfolded import Unfolded, UnfoldedHQS, UnfoldedPGD
@@ -24,6 +25,12 @@ MODELS = {
     "exact data steps": lambda: UnfoldedHQS([FlowProx(Glow(**GLOW, shift_bound=4.0, squeeze="haar"))]),
     "realnvp": lambda: UnfoldedPGD([FlowProx(RealNVP(SHAPE, 2, 2, 8, 1))]),
     "resnet": lambda: UnfoldedPGD([ResNetProx(3, 8, 1)], start="adjoint"),
+    "predicted mean": lambda: UnfoldedPGD([FlowProx(Glow(**GLOW))], latent_mean=LatentMeanNet(4, 3, 1, [8, 8])),
+    "predicted mean, told the level": lambda: UnfoldedPGD(
+        [FlowProx(Glow(**GLOW), channelwise=True, levels=[0.1, 0.3])],
+        levels=[0.1, 0.3],
+        latent_mean=LatentMeanNet(5, 3, 1, [8, 8]),
+    ),
 }
 PROBLEMS = {"denoising": {"sigma": 0.2}, "inpainting": {"mask_size": 5}, "deblurring": {}}
 
@@ -33,7 +40,7 @@ def trained(name: str) -> Unfolded:
     for flow in model.flows():
         flow.initialize(torch.rand(4, *SHAPE))
     with torch.no_grad():
-        for parameter in model.proxes.parameters():
+        for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model
 
@@ -43,7 +50,7 @@ def trained(name: str) -> Unfolded:
 )  # constants are channels-last; see the docstring
 @pytest.mark.parametrize("name", MODELS)
 def test_exported_program_is_the_model(name: str, tmp_path: Path) -> None:
-    problem = dict(zip(MODELS, 2 * list(PROBLEMS), strict=False))[name]
+    problem = dict(zip(MODELS, 3 * list(PROBLEMS), strict=False))[name]
     model, physics = trained(name), make_physics(problem, SHAPE, **PROBLEMS[problem])
     y = physics(torch.rand(5, *SHAPE))
     torch.export.save(export_program(model, physics, y[:2]), tmp_path / "model.pt2")

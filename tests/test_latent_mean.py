@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from flowprox.flows import Conv1x1, Flow, Glow, RealNVP, Sequential, Squeeze, Unsqueeze
 from flowprox.latent_mean import LatentMeanNet
-from flowprox.operators import make_physics
-from flowprox.prox import FlowProx, ResNetProx, UNetProx
+from flowprox.operators import VariedProblem, make_physics
+from flowprox.prox import FlowProx, ResNetProx, SoftThreshold, UNetProx
 from flowprox.unfolded import UnfoldedPGD
 
 SHAPE = (3, 16, 16)
@@ -25,6 +25,22 @@ def mean_net(**options) -> LatentMeanNet:
 
 def glow_prox(**options) -> FlowProx:
     return FlowProx(Glow(image_shape=SHAPE, n_levels=2, n_steps=1, hidden_channels=4), **options)
+
+
+def with_means(net: LatentMeanNet | None) -> LatentMeanNet:
+    """The net with means that are not 0."""
+    assert net is not None
+    for convolution in net.means:
+        nn.init.normal_(convolution.weight, std=0.1)  # type: ignore[arg-type]
+    return net
+
+
+def seen_inputs(model: UnfoldedPGD) -> list[Tensor]:
+    """What the model will have given its net."""
+    seen: list[Tensor] = []
+    assert model.latent_mean is not None
+    model.latent_mean.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    return seen
 
 
 @pytest.mark.parametrize("flow", [Glow, RealNVP])
@@ -84,28 +100,63 @@ def test_the_mean_depends_on_the_measurement_alone_image_by_image(problem: str) 
     parameters: dict[str, Any] = {"mask_size": 5} if problem == "inpainting" else {}
     physics = make_physics(problem, SHAPE, **parameters)
     model = UnfoldedPGD([glow_prox()], latent_mean=mean_net(), start="adjoint").eval()
-    for convolution in model.latent_mean.means:  # type: ignore[union-attr]
-        nn.init.normal_(convolution.weight, std=0.1)  # type: ignore[arg-type]
     y = physics(torch.rand(3, *SHAPE))
+    without = model(y, physics)  # a fresh net predicts 0
+    with_means(model.latent_mean)
     both, single = model(y, physics), model(y[1:2], physics)
     torch.testing.assert_close(both[1:2], single, rtol=1e-4, atol=1e-5)
+    assert bool(((both - without).abs().amax(dim=(1, 2, 3)) > 1e-4).all())
     changed = y.clone()
     changed[0] += 0.1
-    assert not torch.allclose(model(changed, physics)[0], both[0] + 0.1, atol=1e-3)
     torch.testing.assert_close(model(changed, physics)[1:], both[1:], rtol=1e-4, atol=1e-5)
+
+
+def test_every_fold_shrinks_towards_its_own_mean() -> None:
+    physics = make_physics("denoising", SHAPE)
+    proxes = [glow_prox(), glow_prox()]
+    model = UnfoldedPGD(proxes, latent_mean=mean_net(n_folds=2), start="adjoint", shrinkage=0.5).eval()
+    with_means(model.latent_mean)
+    y = physics(torch.rand(2, *SHAPE))
+    given = torch.cat([y - 0.5, torch.ones(2, 1, 16, 16)], dim=1)  # v of the first fold is y
+    first, second = model.latent_mean(given)  # type: ignore[misc]
+    x = proxes[0](y, model.shrinkages[0], mean=first)
+    x = proxes[1](model.data_step(x, y, physics, model.step_sizes[1]), model.shrinkages[1], mean=second)
+    assert not torch.allclose(first, second)
+    torch.testing.assert_close(model(y, physics), x, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_per_image_reaches_the_net() -> None:
+    problem = VariedProblem("inpainting", SHAPE, ranges={"mask_size": [4, 8]})
+    physics = problem.draw(3, torch.Generator().manual_seed(0))
+    model = UnfoldedPGD([glow_prox()], latent_mean=mean_net())
+    seen = seen_inputs(model)
+    model(physics(torch.rand(3, *SHAPE)), physics)
+    torch.testing.assert_close(seen[0][:, 3], physics.mask[:, 0])  # type: ignore[index]
+
+
+def test_grey_images_in_double_precision_with_tied_proxes() -> None:
+    shape = (1, 16, 16)
+    prox = FlowProx(Glow(image_shape=shape, n_levels=2, n_steps=1, hidden_channels=4))
+    net = with_means(mean_net(n_inputs=2, n_channels=1, n_folds=3))
+    model = UnfoldedPGD([prox] * 3, latent_mean=net, final_data_step=True).double().eval()
+    physics = make_physics("inpainting", shape, mask_size=5, sigma=0.0)
+    x = torch.rand(2, *shape, dtype=torch.float64)
+    assert model(physics.A(x), physics).dtype == torch.float64
 
 
 def test_the_net_is_told_what_was_measured_and_the_level() -> None:
     levels = [0.05, 0.2]
     prox = glow_prox(channelwise=True, levels=levels)
     model = UnfoldedPGD([prox], levels=levels, start="adjoint", latent_mean=mean_net(n_inputs=5))
-    seen: list[Tensor] = []
-    model.latent_mean.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))  # type: ignore[union-attr]
+    seen = seen_inputs(model)
     physics = make_physics("inpainting", SHAPE, mask_size=5, sigma=0.1)
     model(physics(torch.rand(2, *SHAPE)), physics)
     ones = torch.ones(1, *SHAPE)
     torch.testing.assert_close(seen[0][:1, 3], physics.A_adjoint(physics.A(ones))[:, 0])
     assert bool((seen[0][:, 4] == 0.1).all())
+    louder = make_physics("denoising", SHAPE, sigma=1.0)
+    model(louder(torch.rand(2, *SHAPE)), louder)
+    assert bool((seen[1][:, 4] == 0.2).all())  # a level beyond the last was never seen
 
 
 def test_takes_other_sizes_and_names_those_it_cannot() -> None:
@@ -117,10 +168,13 @@ def test_takes_other_sizes_and_names_those_it_cannot() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hidden_channels": []}, "one width per level"),
-        ({"n_blocks": [1]}, "one width per level"),
-        ({"n_folds": 0}, "must be at least 1"),
-        ({"hidden_channels": [4, 0]}, "must be at least 1"),
+        ({"hidden_channels": []}, "hidden_channels must be whole numbers"),
+        ({"hidden_channels": 8}, "hidden_channels must be whole numbers"),
+        ({"hidden_channels": [4, 0]}, "hidden_channels must be whole numbers"),
+        ({"hidden_channels": [4.5, 8]}, "hidden_channels must be whole numbers"),
+        ({"n_blocks": [1]}, "one per entry of hidden_channels, 2"),
+        ({"n_blocks": 1.5}, "n_blocks must be whole numbers"),
+        ({"n_folds": 0}, "must be whole numbers, at least 1"),
     ],
 )
 def test_impossible_nets_are_named(options: dict, message: str) -> None:
@@ -134,7 +188,7 @@ def test_impossible_nets_are_named(options: dict, message: str) -> None:
         ({"n_inputs": 5}, "n_inputs 5 and the proxes need 4"),
         ({"n_folds": 2}, "n_folds 2 and the proxes need 1"),
         ({"n_channels": 1}, "n_channels 1 and the proxes need 3"),
-        ({"hidden_channels": [4]}, "n_levels 1 and the proxes need 2"),
+        ({"hidden_channels": [4]}, "n_levels 1 and the proxes need 2, one entry of hidden_channels for each"),
     ],
 )
 def test_a_net_for_other_proxes_is_named(options: dict, message: str) -> None:
@@ -146,3 +200,21 @@ def test_a_net_for_other_proxes_is_named(options: dict, message: str) -> None:
 def test_a_prox_without_a_latent_has_no_mean(prox: nn.Module) -> None:
     with pytest.raises(ValueError, match="needs a FlowProx in every fold"):
         UnfoldedPGD([glow_prox(), prox], latent_mean=mean_net(n_folds=2))
+    with pytest.raises(ValueError, match="no latent"):
+        prox(torch.rand(1, *SHAPE), 0.1, mean=torch.rand(1, *SHAPE))
+
+
+def test_an_exact_prox_shrinks_towards_a_mean_too() -> None:
+    v, mean = torch.randn(2, *SHAPE), torch.randn(2, *SHAPE)
+    torch.testing.assert_close(SoftThreshold()(v, 0.3, mean=mean), mean + SoftThreshold()(v - mean, 0.3))
+
+
+def test_a_mean_that_nothing_would_train_is_refused() -> None:
+    with pytest.raises(ValueError, match="shrink_last=False"):
+        UnfoldedPGD([glow_prox()], latent_mean=mean_net(), shrink_last=False)
+
+
+def test_frozen_proxes_have_frozen_means() -> None:
+    model = UnfoldedPGD([glow_prox()], latent_mean=mean_net())
+    model.freeze_proxes()
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"log_data_weight", "log_shrinkage"}

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import yaml
 from helpers import terminated_while_validating
 from torch import Tensor, nn
 
-from flowprox.checkpoints import load_card, load_model, load_training_state
+from flowprox.checkpoints import load_card, load_model, load_training_state, sole_writer
 from flowprox.data import save_image
 from flowprox.flows import NonFiniteError
 from flowprox.operators import make_physics
@@ -38,7 +38,7 @@ from flowprox.prox import FlowProx
 from flowprox.spec import Specified
 from flowprox.training import train_denoiser, train_flow, train_unfolded
 from flowprox.training.building import make_flow
-from flowprox.training.loop import fit
+from flowprox.training.loop import _only_run, fit
 from flowprox.training.tasks import LikelihoodTask, ReconstructionTask, Task, dequantise, reconstruction_task
 from flowprox.unfolded import UnfoldedPGD
 
@@ -154,6 +154,7 @@ def test_unfolded_networks_train_and_are_saved(kind: str, images: Path, flow: st
     state = reconstruction_task(model, problem, data(images)).model.state_dict()
     moved = {name for name in state if not torch.equal(trained[name], state[name])}
     assert "log_data_weight" in moved
+    assert {name for name in state if name.startswith("latent_mean.means")} <= moved
     if kind == "plug-and-play":
         assert moved == {"log_data_weight", "log_shrinkage"}
     if kind == "flow with a learned operator":
@@ -225,10 +226,28 @@ def test_a_trained_network_starts_one_for_all_levels(images: Path, flow: str, tm
     )
     network = reconstruction_task(more, ProblemOptions(), data(images)).model.eval()
     physics, y = make_physics("denoising", (3, SIZE, SIZE), sigma=0.2), torch.rand(2, 3, SIZE, SIZE)
-    torch.testing.assert_close(network(y, physics), trained(y, physics))  # at the highest level
+    x_hat = trained(y, physics)
+    torch.testing.assert_close(network(y, physics), x_hat)  # at the highest level
+    told = replace(more, latent_mean={"hidden_channels": [4]})  # which the other has not; a fresh one predicts 0
+    torch.testing.assert_close(
+        reconstruction_task(told, ProblemOptions(), data(images)).model.eval()(y, physics), x_hat
+    )
     other = UnfoldedOptions(flow=flow, n_folds=3, channelwise=True, pretrained=str(tmp_path / "model"))
     with pytest.raises(ValueError, match="is another network"):
         reconstruction_task(other, ProblemOptions(), data(images))
+
+
+def test_a_mean_that_was_not_told_the_level_starts_one_that_is(images: Path, tmp_path: Path) -> None:
+    first = UnfoldedOptions(flow=FLOW, n_folds=1, channelwise=True, latent_mean={"hidden_channels": [4]})
+    train_unfolded(first, ProblemOptions(), data(images), options(max_steps=3), str(tmp_path))
+    trained = load_model(tmp_path / "model")
+    more = replace(first, levels=[0.1, 0.2], pretrained=str(tmp_path / "model"))
+    network = reconstruction_task(more, ProblemOptions(), data(images)).model.eval()
+    physics, y = make_physics("denoising", (3, SIZE, SIZE), sigma=0.2), torch.rand(2, 3, SIZE, SIZE)
+    torch.testing.assert_close(network(y, physics), trained(y, physics))
+    wider = replace(more, latent_mean={"hidden_channels": [8]})
+    with pytest.raises(ValueError, match="is another network"):
+        reconstruction_task(wider, ProblemOptions(), data(images))
 
 
 def test_muon_moves_convolutions_by_matrices_of_full_rank(images: Path, flow: str, tmp_path: Path) -> None:
@@ -462,6 +481,32 @@ def test_time_and_epochs_limit_a_run(images: Path, tmp_path: Path) -> None:
     assert result.reason == "max_epochs" and result.steps == 10
 
 
+def test_a_folder_is_trained_in_by_one_run_at_a_time(images: Path, tmp_path: Path) -> None:
+    with sole_writer(tmp_path), pytest.raises(ValueError, match="another process is writing to"):
+        fit(partial(_Scripted, {}), data(images), options(max_steps=1), tmp_path)
+    fit(partial(_Scripted, {}), data(images), options(max_steps=1), tmp_path)
+
+
+class _Rank:
+    """What a process knows of its run: its rank, and what the first one told it."""
+
+    def __init__(self, is_global_zero: bool, told: str = "") -> None:
+        self.is_global_zero, self.told = is_global_zero, told
+
+    def broadcast(self, message: str) -> str:
+        return message if self.is_global_zero else self.told
+
+
+def test_all_processes_of_a_run_share_the_lock_of_the_first(tmp_path: Path) -> None:
+    first, second, third = (_Rank(True), _Rank(False), _Rank(False, "another process is writing"))
+    with _only_run(first, tmp_path):  # type: ignore[arg-type]
+        with _only_run(second, tmp_path):  # type: ignore[arg-type]
+            pass
+        for rank in (first, third):
+            with pytest.raises(ValueError, match="another process"), _only_run(rank, tmp_path):  # type: ignore[arg-type]
+                pass
+
+
 def test_the_gradient_is_clipped(images: Path, tmp_path: Path) -> None:
     for clip in (1e-4, 0.0):
         training = options(max_steps=1, gradient_clip=clip)
@@ -484,6 +529,22 @@ BAD_OPTIONS: dict[str, tuple[type, dict[str, Any], str]] = {
     "no flow": (UnfoldedOptions, {}, "needs flow"),
     "start": (UnfoldedOptions, {"prox": "unet", "start": "flow"}, "start"),
     "likelihood of a U-Net": (UnfoldedOptions, {"prox": "unet", "likelihood_weight": 1.0}, "likelihood_weight"),
+    "loss": (UnfoldedOptions, {"flow": "a", "loss": "log_mse"}, "loss must be"),
+    "a misspelt key of latent_mean": (
+        UnfoldedOptions,
+        {"flow": "a", "latent_mean": {"widths": [4]}},
+        "hidden_channels and",
+    ),
+    "latent mean and likelihood": (
+        UnfoldedOptions,
+        {"flow": "a", "latent_mean": {"hidden_channels": [4]}, "likelihood_weight": 0.1},
+        "likelihood_weight pulls",
+    ),
+    "latent mean and no last shrinkage": (
+        UnfoldedOptions,
+        {"flow": "a", "latent_mean": {"hidden_channels": [4]}, "shrink_last": False},
+        "shrink_last",
+    ),
     "latent mean of a U-Net": (
         UnfoldedOptions,
         {"prox": "unet", "latent_mean": {"hidden_channels": [8]}},
@@ -526,12 +587,10 @@ def test_misfits_name_the_remedy(images: Path, flow: str) -> None:
         make_flow("compact", data(images, image_size=12))
     with pytest.raises(ValueError, match="deblurring"):
         reconstruction_task(UnfoldedOptions(flow=flow, learn_operator=True), ProblemOptions(), data(images))
-    for latent_mean, message in (
-        ({"widths": [4]}, "latent_mean takes"),
-        ({"hidden_channels": [4, 4, 4]}, "n_levels 3"),
-    ):
+    for widths, message in (([4, 4.5], "whole numbers"), ([4, 4, 4], "n_levels 3")):
+        model = UnfoldedOptions(flow=flow, latent_mean={"hidden_channels": widths})
         with pytest.raises(ValueError, match=message):
-            reconstruction_task(UnfoldedOptions(flow=flow, latent_mean=latent_mean), ProblemOptions(), data(images))
+            reconstruction_task(model, ProblemOptions(), data(images))
     with pytest.raises(ValueError, match="unknown kind"):
         LikelihoodTask(make_flow({"kind": "Glov"}, data(images)))
 

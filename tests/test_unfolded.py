@@ -63,6 +63,9 @@ def test_gradients_reach_every_parameter(name: str, problem: str) -> None:
     for module in model.modules():
         if hasattr(module, "last") and isinstance(module.last, nn.Conv2d):
             nn.init.normal_(module.last.weight, std=0.1)
+        if isinstance(module, LatentMeanNet):
+            for convolution in module.means:
+                nn.init.normal_(convolution.weight, std=0.1)  # type: ignore[arg-type]
     x_hat = model(physics(x), physics)
     assert x_hat.shape == x.shape
     (x_hat - x).square().sum().backward()

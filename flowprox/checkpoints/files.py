@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,21 +68,21 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
 
 @contextmanager
 def sole_writer(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Make a folder of results and keep other processes from writing to it within the block.
+    """Keep other processes of this machine and user from writing to a folder of results within the block.
 
-    The lock is the system's, on a file ``.lock`` in the folder: it ends with the process, however that ends. A folder in which
-    nothing was written is gone afterwards.
+    The lock is the system's, on a file in the folder of temporary files: the results stay as they are, and it ends with the
+    process, however that ends.
 
     Arguments:
-        folder: made if it does not exist.
+        folder: need not exist yet.
 
     Raises:
         ValueError: another process (or thread) is writing to the folder.
-        OSError: the folder cannot be made or written.
+        OSError: no temporary file can be made.
     """
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path / ".lock", timeout=0)
+    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
+    digest = hashlib.sha256(f"{user} {Path(folder).resolve()}".encode()).hexdigest()
+    lock = FileLock(Path(tempfile.gettempdir()) / f"flowprox-{digest[:32]}.lock", timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
@@ -91,11 +92,7 @@ def sole_writer(folder: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        if os.name == "posix":  # elsewhere releasing removes it
-            (path / ".lock").unlink(missing_ok=True)
         lock.release()
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
 
 
 def force_to_disk(file: IO[Any]) -> None:

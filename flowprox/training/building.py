@@ -108,20 +108,21 @@ def _latent_mean(options: UnfoldedOptions, data: DataOptions) -> LatentMeanNet |
     if options.latent_mean is None:
         return None
     n_inputs = data.channels + 1 + int(options.levels is not None)
-    try:
-        return LatentMeanNet(n_inputs, data.channels, options.n_folds, **options.latent_mean)
-    except TypeError as error:
-        raise ValueError(f"latent_mean takes hidden_channels and n_blocks; got {options.latent_mean}") from error
+    return LatentMeanNet(n_inputs, data.channels, options.n_folds, **options.latent_mean)
 
 
 def _start_from(model: Unfolded, name: str) -> None:
-    """Copy the weights of a trained network; its scalars stand for every level, shrinkages with their growth."""
+    """Copy the weights of a trained network; its scalars stand for every level, shrinkages with their growth.
+
+    Of what it was not given, a level or a predicted mean, it is told nothing at the start.
+    """
     trained = load_model(name)
     if not isinstance(trained, Unfolded):
         raise ValueError(f"pretrained {name!r} is a {type(trained).__name__}, not an unfolded network")
     own, given = model.state_dict(), trained.state_dict()
-    unlike = sorted(own.keys() ^ given.keys())
-    unlike += [key for key in own.keys() & given.keys() if not _fits(own[key], given[key])]
+    missing = {key for key in own.keys() - given.keys() if not key.startswith("latent_mean.")}
+    unlike = sorted(missing | (given.keys() - own.keys()))
+    unlike += [key for key in own.keys() & given.keys() if not _fits(key, own[key], given[key])]
     if unlike:
         raise ValueError(
             f"pretrained {name!r} is another network: {', '.join(unlike[:3])} differ; use its own model options"
@@ -129,13 +130,20 @@ def _start_from(model: Unfolded, name: str) -> None:
     for key, value in given.items():
         if own[key].shape == value.shape:
             own[key].copy_(value)
+        elif key == _FIRST:  # the level is the last input, which pixels of 2x2 blocks come from
+            own[key].zero_()[:, : value.shape[1]].copy_(value)
         elif key.endswith("log_weight"):  # (J, n_groups)
             own[key].copy_(value.expand_as(own[key]))
         else:  # (n, J), which already grows with the level
             own[key].add_((value - own[key][:, -1])[:, None])
 
 
-def _fits(own: Tensor, given: Tensor) -> bool:
+_FIRST = "latent_mean.first.weight"
+
+
+def _fits(key: str, own: Tensor, given: Tensor) -> bool:
+    if key == _FIRST:
+        return own.shape[0] == given.shape[0] and own.shape[1] in (given.shape[1], given.shape[1] + 4)
     return own.shape == given.shape or (given.ndim == 1 and own.ndim == 2 and given.shape[0] in own.shape)
 
 

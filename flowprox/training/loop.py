@@ -13,11 +13,10 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -101,9 +100,7 @@ def fit(
         strategy=_strategy(training),
     )
     job = _Job(make_task, data, training, folder, recipe or {}, resume, name)
-    is_first = "LOCAL_RANK" not in os.environ  # "ddp" runs the command again, with this set, for each further process
-    with sole_writer(folder) if is_first else nullcontext():
-        return fabric.launch(functools.partial(_run_job, job=job))
+    return fabric.launch(functools.partial(_run_job, job=job))
 
 
 def _strategy(training: TrainingOptions) -> DDPStrategy | str:
@@ -117,8 +114,27 @@ def _strategy(training: TrainingOptions) -> DDPStrategy | str:
 
 
 def _run_job(fabric: Fabric, job: _Job) -> TrainingResult:
-    with torch.random.fork_rng(devices=[]), _threads(job.training.num_threads), stop_signals() as stop:
-        return _Run(fabric, job, stop).train()
+    with _only_run(fabric, job.out), torch.random.fork_rng(devices=[]):
+        with _threads(job.training.num_threads), stop_signals() as stop:
+            return _Run(fabric, job, stop).train()
+
+
+@contextmanager
+def _only_run(fabric: Fabric, folder: Path) -> Iterator[None]:
+    """The first process locks the run's folder; if it cannot, all of them end."""
+    with ExitStack() as stack:
+        error: Exception | None = None
+        if fabric.is_global_zero:
+            try:
+                stack.enter_context(sole_writer(folder))
+            except (ValueError, OSError) as refusal:
+                error = refusal
+        message = fabric.broadcast(str(error) if error else "")
+        if error is not None:
+            raise error
+        if message:
+            raise ValueError(message)
+        yield
 
 
 @contextmanager

@@ -95,13 +95,14 @@ class RunLog:
         picture = Figure(figsize=(7, 3.5), layout="constrained")
         axes = picture.add_subplot()
         axes.set_xlabel("step")
-        axes.plot(*self._columns("loss"), color="C0", alpha=0.7, label="training")
+        steps, losses = self._columns("loss")
+        axes.plot(steps, losses, color="C0", alpha=0.7, label="training")
         other = axes
         if figure.endswith("_per_dimension"):  # the loss itself
             axes.set_ylabel(figure.replace("_", " "))
         else:
             axes.set_ylabel("training loss")
-            axes.set_yscale("log")
+            axes.set_yscale("log" if all(loss > 0 for loss in losses) else "linear")
             other = axes.twinx()
             other.set_ylabel(f"validation {figure}")
         other.plot(*self._columns(f"validation_{figure}"), "o-", color="C1", label="validation")

@@ -210,7 +210,7 @@ class ReconstructionTask(Task):
 
         "mse"       mean over the batch of e_i = ||x_hat_i - x_i||^2 / D
         "log-mse"   mean over the batch of ln(e_i + 1e-6), which is what an average of PSNRs counts: images that are easy to
-                    restore weigh as much as hard ones (1e-6 is 60 dB, beyond which nothing is gained)
+                    restore weigh as much as hard ones (1e-6 is 60 dB, beyond which little is gained)
 
     Arguments:
         model: deepinv ``Reconstructor`` with ``parameter_groups``; ``x_hat = model(y, physics)``.
@@ -229,6 +229,8 @@ class ReconstructionTask(Task):
         loss: str = "mse",
     ) -> None:
         super().__init__(model)
+        if loss not in ("mse", "log-mse"):
+            raise ValueError(f"loss must be 'mse' or 'log-mse', got {loss!r}")
         self.loss = loss
         self._physics = [physics]  # in a list it is no submodule: neither trained nor part of the state
         self.likelihood_weight = likelihood_weight
