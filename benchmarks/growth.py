@@ -63,7 +63,12 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
             chosen = [r for r in rows if (r["task"], r["contender"], r[fixed]) == (task, name, value)]
             if chosen:
                 axis.plot(*zip(*sorted((r[against], r[key]) for r in chosen), strict=True), marker=marker, label=name)
-        axis.set(xlabel=against.replace("_", " "), ylabel=label, xscale="log", yscale="log")
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel=against.replace("_", " "), ylabel=label, yscale="log")
+        values = sorted({r[against] for r in rows if r[fixed] == value})
+        axis.set_xticks(values, [str(v) for v in values])
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     with atomic_write(path) as file:
