@@ -16,6 +16,6 @@ done
 for name in unet unet-small; do
     train "$name-slow" --config "$here/$name.yaml" --config "$here/slow.yaml"
 done
-for name in unet mean; do
+for name in unet unet-small mean; do
     train "$name-fast" --config "$here/$name.yaml" --config "$here/fast.yaml"
 done
