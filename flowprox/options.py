@@ -221,6 +221,8 @@ class UnfoldedOptions:
         prox_arguments: arguments of the ResNet's or U-Net's constructor when it is not pretrained.
         n_folds: K.
         tied: use the same prox, with the same weights, in every fold.
+        adaptation_rank: the folds' flows share the weights of their coupling nets but for a correction of this rank in each
+            fold; null leaves every fold its own weights. For "flow" and two folds or more.
         step_size: mu at the start, learned; for "pgd".
         penalty: rho at the start, learned; for "hqs".
         shrinkage: lambda at the start, learned.
@@ -237,8 +239,11 @@ class UnfoldedOptions:
         latent_mean: widths and depths of a network that predicts from the measurement what the latents are shrunk towards,
             {hidden_channels: [64, 128, 128], n_blocks: 1} with one width per level of the flow. null shrinks towards 0.
         loss: "mse", or "log-mse": the logarithm of each image's error, for problems drawn from ``ranges``, where the hardest
-            images make up most of a mean squared error. Its gradients are larger by 1 / error, 300 times at 25 dB and 10,000 at
+            images make up most of a mean squared error. Its gradients are larger by 1 / error, 300 times at 25 dB and 5,000 at
             40: give gradient_clip and skip_above room.
+        teacher: an unfolded network (name, hub id or folder) whose estimates from the same measurements are imitated, besides
+            the images themselves (distillation). null imitates none.
+        teacher_weight: how much of the target the teacher's estimate makes up, between 0 and 1.
         likelihood_weight: weight in the loss of the clean images' bits per dimension, averaged over the folds' flows.
         learn_operator: learn the blur kernel used in the gradient steps along with the network (Wei et al., Sec. II).
     """
@@ -249,6 +254,7 @@ class UnfoldedOptions:
     prox_arguments: dict[str, Any] = field(default_factory=dict)
     n_folds: int = 4
     tied: bool = False
+    adaptation_rank: int | None = None
     step_size: float = 0.5
     penalty: float = 0.1
     shrinkage: float = 0.05
@@ -261,6 +267,8 @@ class UnfoldedOptions:
     levels: list[float] | None = None
     latent_mean: dict[str, Any] | None = None
     loss: Literal["mse", "log-mse"] = "mse"
+    teacher: str | None = None
+    teacher_weight: float = 0.5
     likelihood_weight: float = 0.0
     learn_operator: bool = False
 
@@ -292,6 +300,15 @@ class UnfoldedOptions:
             "plug-and-play learns step sizes and shrinkages only: set channelwise to false",
         )
         _require(self.loss in ("mse", "log-mse"), f'loss must be "mse" or "log-mse"; got {self.loss!r}')
+        _require(
+            self.adaptation_rank is None or (self.prox == "flow" and self.n_folds >= 2 and not self.tied),
+            'adaptation_rank is for prox "flow" with n_folds of 2 or more and tied: false; leave it out',
+        )
+        _require(
+            self.adaptation_rank is None or self.adaptation_rank >= 1,
+            f"adaptation_rank must be at least 1; got {self.adaptation_rank}",
+        )
+        _require(0 < self.teacher_weight <= 1, f"teacher_weight must lie in (0, 1]; got {self.teacher_weight}")
         unknown = sorted((self.latent_mean or {}).keys() - {"hidden_channels", "n_blocks"})
         _require(
             not unknown and (self.latent_mean is None or "hidden_channels" in self.latent_mean),

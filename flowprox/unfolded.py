@@ -23,6 +23,7 @@ from deepinv.models import Reconstructor
 from deepinv.physics import LinearPhysics
 from torch import Tensor, nn
 
+from flowprox.adaptation import adapt
 from flowprox.flows import Flow, frozen
 from flowprox.latent_mean import LatentMeanNet
 from flowprox.levels import at_level, checked_levels, noise_level
@@ -51,10 +52,12 @@ class Unfolded(Reconstructor):
         latent_mean: network that predicts what each fold shrinks towards (``flowprox.latent_mean``) from the first fold's v,
             A^T A 1 averaged over the channels and, with ``levels``, the noise level: C + 1 or C + 2 channels. A^T A 1 shows
             where a mask is open; it is constant for blurs, and noise for random matrices. None shrinks towards 0.
+        adaptation_rank: the folds' flows share the weights of their coupling nets but for a correction of this rank in each
+            fold (``flowprox.adaptation``). None: every fold has its own.
 
     Raises:
         ValueError: no proxes, a start value that is not positive, start "flow" without a ``FlowProx`` in the first fold, or a
-            ``latent_mean`` that does not fit the proxes.
+            ``latent_mean`` or ``adaptation_rank`` that does not fit the proxes.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Unfolded(Reconstructor):
         operator: LinearPhysics | None,
         levels: Sequence[float] | None,
         latent_mean: LatentMeanNet | None,
+        adaptation_rank: int | None,
     ) -> None:
         super().__init__()
         if not proxes:
@@ -75,6 +79,8 @@ class Unfolded(Reconstructor):
         if start not in ("flow", "adjoint"):
             raise ValueError(f"start must be 'flow' or 'adjoint', got {start!r}")
         self.proxes = nn.ModuleList(proxes)
+        if adaptation_rank is not None:
+            adapt(self.flows(), adaptation_rank)
         n_data_steps = len(proxes) + int(final_data_step)
         self.levels = checked_levels(levels)
         self.log_data_weight = _log_parameter(data_weight, n_data_steps, "step_size or penalty", self.levels, power=0)
@@ -219,7 +225,7 @@ class UnfoldedPGD(Specified, Unfolded):
         proxes: one per fold; the same object K times ties the folds.
         step_size: mu at the start; 0.5 with noise-trained flows.
         shrinkage: lambda at the start; large values throw a pretrained flow off the map.
-        start, shrink_last, final_data_step, operator, levels, latent_mean: see ``Unfolded``.
+        start, shrink_last, final_data_step, operator, levels, latent_mean, adaptation_rank: see ``Unfolded``.
 
     Raises:
         ValueError: no proxes, a start value that is not positive, or start "flow" without a ``FlowProx`` in the first fold.
@@ -245,9 +251,20 @@ class UnfoldedPGD(Specified, Unfolded):
         operator: LinearPhysics | None = None,
         levels: Sequence[float] | None = None,
         latent_mean: LatentMeanNet | None = None,
+        adaptation_rank: int | None = None,
     ) -> None:
         Unfolded.__init__(
-            self, proxes, step_size, shrinkage, start, shrink_last, final_data_step, operator, levels, latent_mean
+            self,
+            proxes,
+            step_size,
+            shrinkage,
+            start,
+            shrink_last,
+            final_data_step,
+            operator,
+            levels,
+            latent_mean,
+            adaptation_rank,
         )
 
     def data_step(self, x: Tensor, y: Tensor, physics: LinearPhysics, weight: Tensor) -> Tensor:
@@ -266,7 +283,7 @@ class UnfoldedHQS(Specified, Unfolded):
     Arguments:
         proxes: one per fold; the same object K times ties the folds.
         penalty: rho at the start, relative to a data term of weight one.
-        shrinkage, start, shrink_last, final_data_step, operator, levels, latent_mean: see ``Unfolded``.
+        shrinkage, start, shrink_last, final_data_step, operator, levels, latent_mean, adaptation_rank: see ``Unfolded``.
 
     Raises:
         ValueError: as ``UnfoldedPGD``.
@@ -283,9 +300,20 @@ class UnfoldedHQS(Specified, Unfolded):
         operator: LinearPhysics | None = None,
         levels: Sequence[float] | None = None,
         latent_mean: LatentMeanNet | None = None,
+        adaptation_rank: int | None = None,
     ) -> None:
         Unfolded.__init__(
-            self, proxes, penalty, shrinkage, start, shrink_last, final_data_step, operator, levels, latent_mean
+            self,
+            proxes,
+            penalty,
+            shrinkage,
+            start,
+            shrink_last,
+            final_data_step,
+            operator,
+            levels,
+            latent_mean,
+            adaptation_rank,
         )
 
     def data_step(self, x: Tensor, y: Tensor, physics: LinearPhysics, weight: Tensor) -> Tensor:

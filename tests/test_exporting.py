@@ -31,6 +31,7 @@ MODELS = {
         levels=[0.1, 0.3],
         latent_mean=LatentMeanNet(5, 3, 1, [8, 8]),
     ),
+    "adapted folds": lambda: UnfoldedPGD([FlowProx(Glow(**GLOW)) for _ in range(2)], adaptation_rank=2),
 }
 PROBLEMS = {"denoising": {"sigma": 0.2}, "inpainting": {"mask_size": 5}, "deblurring": {}}
 

@@ -9,9 +9,19 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "flowprox"
 LAYERS = [
-    {"spec", "levels", "latent_mean", "options", "evaluation_options", "operators", "noise", "networks"},
+    {
+        "spec",
+        "levels",
+        "latent_mean",
+        "options",
+        "evaluation_options",
+        "operators",
+        "noise",
+        "networks",
+        "coupling_nets",
+    },
     {"flows"},
-    {"prox", "priors"},
+    {"prox", "priors", "adaptation"},
     {"unfolded", "solvers", "baselines"},
     {"data", "checkpoints", "samples", "exporting"},
     {"training", "reconstruction", "methods", "evaluation", "studies"},

@@ -29,10 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from flowprox.coupling_nets import CouplingNet
 from flowprox.flows.bijection import Bijection, Sequential
 from flowprox.flows.layers import AffineCoupling, GlowStep, mixing_parts, soft_bound, unmixing_parts
 from flowprox.flows.reversible import AutocastState, Reversible, StepChain
-from flowprox.networks import CouplingNet
 
 __all__ = ["FastSteps"]
 

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from flowprox.coupling_nets import CouplingAttention, CouplingNet, CouplingResNet, CouplingUNet
 from flowprox.flows.bijection import Bijection, Sequential
 from flowprox.flows.fast import FastSteps
 from flowprox.flows.flow import Flow
 from flowprox.flows.layers import GlowStep, HaarSqueeze, Split, Squeeze, Unsqueeze
 from flowprox.flows.reversible import Reversible
-from flowprox.networks import CouplingNet, CouplingUNet
 from flowprox.spec import Specified
 
 __all__ = ["Glow"]
@@ -40,9 +40,9 @@ class Glow(Specified, Flow):
         n_levels: L; H and W must be divisible by 2^L.
         n_steps: steps of flow per level, one number or one per level.
         hidden_channels: width of the coupling nets, one number or one per level.
-        coupling: "conv" (3x3, 1x1, 3x3), "conv-actnorm" (the same with ActNorm after the hidden convolutions, as
-            published) or "unet" (``CouplingUNet``; an entry of ``hidden_channels`` is then a list of widths, finest
-            scale first).
+        coupling: the conditioners (``flowprox.coupling_nets``), one kind or one per level: "conv" (3x3, 1x1, 3x3),
+            "conv-actnorm" (the same with ActNorm after the hidden convolutions, as published), "residual", "attention", for
+            coarse levels, or "unet" (its entry of ``hidden_channels`` is a list of widths, finest scale first).
         scale_bound: bound of the log-scales.
         shift_bound: bound of the shifts, None for none; 4 keeps the inverse from blowing up when a flow is trained as a
             prox.
@@ -50,7 +50,7 @@ class Glow(Specified, Flow):
         backward: "plain" autograd, the reference; "inputs" keeps each step's input and recomputes the coupling nets; "invert"
             keeps only a level's output and recomputes everything from it (memory flat in depth). With "fast" (see
             ``FAST_WIDTH``), "fast-nothing", "fast-early", "fast-inputs" and "fast-invert" both directions run on the fast
-            path, and what follows the dash is recomputed, see ``FastSteps``; not for coupling "unet".
+            path, and what follows the dash is recomputed, see ``FastSteps``; for coupling "conv" and "conv-actnorm".
 
     Raises:
         ValueError: lists whose length is not n_levels, an image size not divisible by 2^L, an unknown option.
@@ -66,7 +66,7 @@ class Glow(Specified, Flow):
         n_levels: int = 3,
         n_steps: int | Sequence[int] = 6,
         hidden_channels: int | Sequence[int | Sequence[int]] = 64,
-        coupling: str = "conv",
+        coupling: str | Sequence[str] = "conv",
         scale_bound: float = 0.5,
         shift_bound: float | None = None,
         squeeze: str = "pixels",
@@ -74,14 +74,16 @@ class Glow(Specified, Flow):
     ) -> None:
         steps = _per_level(n_steps, n_levels, "n_steps")
         widths = _per_level(hidden_channels, n_levels, "hidden_channels")
-        _check_choice("coupling", coupling, ("conv", "conv-actnorm", "unet"))
+        couplings = _per_level(coupling, n_levels, "coupling")
+        for kind in couplings:
+            _check_choice("coupling", kind, ("conv", "conv-actnorm", "residual", "attention", "unet"))
         _check_choice("squeeze", squeeze, ("pixels", "haar"))
         _check_choice("backward", backward, BACKWARD)
 
         def level(index: int, channels: int) -> Bijection:
             channels = 4 * channels
             flow_steps = [
-                GlowStep(channels, _coupling_net(coupling, channels, widths[index]), scale_bound, shift_bound)
+                GlowStep(channels, _coupling_net(couplings[index], channels, widths[index]), scale_bound, shift_bound)
                 for _ in range(steps[index])
             ]
             body = _chain(flow_steps, backward, widths[index])
@@ -121,11 +123,13 @@ def _coupling_net(kind: str, channels: int, width: int | Sequence[int]) -> nn.Mo
         return CouplingUNet(passes, 2 * transformed, [width] if isinstance(width, int) else width)
     if not isinstance(width, int):
         raise ValueError(f"hidden_channels must hold one width per level for coupling {kind!r}, got {width}")
+    if kind in ("residual", "attention"):
+        return {"residual": CouplingResNet, "attention": CouplingAttention}[kind](passes, 2 * transformed, width)
     return CouplingNet(passes, 2 * transformed, width, actnorm=kind == "conv-actnorm")
 
 
 def _per_level(value, n_levels: int, name: str) -> list:
-    values = [value] * n_levels if isinstance(value, int) else list(value)
+    values = [value] * n_levels if isinstance(value, int | str) else list(value)
     if n_levels < 1 or len(values) != n_levels:
         raise ValueError(f"{name} has {len(values)} entries for n_levels={n_levels}; give one number or one per level")
     return values

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowprox.coupling_nets import ChannelAffine
 from flowprox.flows.bijection import Bijection
-from flowprox.networks import ChannelAffine
 
 __all__ = [
     "ActNorm",

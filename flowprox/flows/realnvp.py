@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from flowprox.coupling_nets import ZeroConv2d
 from flowprox.flows.bijection import Bijection, Sequential
 from flowprox.flows.flow import Flow
 from flowprox.flows.glow import _check_choice, _per_level
 from flowprox.flows.layers import ActNorm, AffineCoupling, Split, Squeeze, Unsqueeze
 from flowprox.flows.reversible import Reversible
-from flowprox.networks import ZeroConv2d
 from flowprox.spec import Specified
 
 __all__ = ["ChannelFlip", "CheckerboardCoupling", "RealNVP", "ResidualConditioner"]

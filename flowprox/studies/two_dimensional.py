@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from flowprox.coupling_nets import ZeroConv2d
 from flowprox.flows import Flow, GlowStep, Sequential, frozen
-from flowprox.networks import ZeroConv2d
 from flowprox.studies.contract import Drawn, Record, Study, StudyRun
 from flowprox.studies.drawing import rounded
 

@@ -90,6 +90,7 @@ def make_unfolded(options: UnfoldedOptions, problem: ProblemOptions, data: DataO
         "operator": _learned_blur(problem) if options.learn_operator else None,
         "levels": options.levels,
         "latent_mean": _latent_mean(options, data),
+        "adaptation_rank": options.adaptation_rank,
     }
     if options.iteration == "hqs":
         model: Unfolded = UnfoldedHQS(penalty=options.penalty, **common)

@@ -18,6 +18,7 @@ import torch
 from deepinv.physics import LinearPhysics
 from torch import Tensor, nn
 
+from flowprox.checkpoints import load_model
 from flowprox.flows import Flow
 from flowprox.noise import FlowNoise, Noise, make_noise
 from flowprox.operators import VariedProblem, make_physics, measure
@@ -31,6 +32,7 @@ from flowprox.options import (
     UnfoldedOptions,
 )
 from flowprox.training.building import image_shape, make_flow, make_net_prox, make_unfolded
+from flowprox.unfolded import Unfolded
 
 __all__ = [
     "DenoisingTask",
@@ -209,14 +211,22 @@ class ReconstructionTask(Task):
     """Error of a reconstruction network on measurements made on the fly.
 
         "mse"       mean over the batch of e_i = ||x_hat_i - x_i||^2 / D
-        "log-mse"   mean over the batch of ln(e_i + 1e-6), which is what an average of PSNRs counts: images that are easy to
-                    restore weigh as much as hard ones (1e-6 is 60 dB, beyond which little is gained)
+        "log-mse"   mean over the batch of ln(e_i + 1e-4), which is what an average of PSNRs counts: images that are easy to
+                    restore weigh as much as hard ones, up to 40 dB, beyond which little is gained. Above e_i = 0.01, 20 dB, the
+                    tangent continues it: an image that has gone astray is not to lose its weight
+
+    With a teacher x_i is replaced by (1 - w) x_i + w teacher(y_i), clipped to [0, 1], in e_i: its estimate lacks what no
+    network can know about the image, so that it is a target of less variance (distillation; Hinton et al. 2015,
+    https://arxiv.org/abs/1503.02531). With "mse" that is, up to a constant, (1 - w) of the error and w of the distance to the
+    teacher.
 
     Arguments:
         model: deepinv ``Reconstructor`` with ``parameter_groups``; ``x_hat = model(y, physics)``.
         physics: the operator with its noise model, or a problem that draws one for every batch.
         likelihood_weight: weight of the bits per dimension of the clean images, averaged over the flows of the folds.
         loss: "mse" or "log-mse".
+        teacher: a trained ``Reconstructor`` to imitate; it is not trained.
+        teacher_weight: w, in (0, 1].
     """
 
     lost = 1.0  # dB
@@ -227,12 +237,16 @@ class ReconstructionTask(Task):
         physics: LinearPhysics | VariedProblem,
         likelihood_weight: float = 0.0,
         loss: str = "mse",
+        teacher: nn.Module | None = None,
+        teacher_weight: float = 0.5,
     ) -> None:
         super().__init__(model)
         if loss not in ("mse", "log-mse"):
             raise ValueError(f"loss must be 'mse' or 'log-mse', got {loss!r}")
         self.loss = loss
         self._physics = [physics]  # in a list it is no submodule: neither trained nor part of the state
+        self._teacher = [] if teacher is None else [teacher.eval()]
+        self.teacher_weight = teacher_weight
         self.likelihood_weight = likelihood_weight
         if likelihood_weight and not model.flows():  # type: ignore[operator]
             raise ValueError("likelihood_weight needs a network whose proxes are flows; set it to 0")
@@ -245,6 +259,8 @@ class ReconstructionTask(Task):
     def to(self, *args: Any, **kwargs: Any) -> ReconstructionTask:
         """As ``nn.Module.to``; the operator moves along."""
         self.physics.to(*args, **kwargs)
+        for teacher in self._teacher:
+            teacher.to(*args, **kwargs)
         return super().to(*args, **kwargs)
 
     def batch(self, x: Tensor, generator: torch.Generator) -> tuple[Any, ...]:
@@ -260,8 +276,11 @@ class ReconstructionTask(Task):
 
     def forward(self, *inputs: Any) -> Tensor:
         x, y, physics = inputs[:3]
+        for teacher in self._teacher:
+            with torch.no_grad():
+                x = torch.lerp(x, teacher(y, physics).clamp(0, 1), self.teacher_weight)
         loss = nn.functional.mse_loss(self.model(y, physics), x, reduction="none").flatten(1).mean(1)
-        loss = (torch.log(loss + _NO_ERROR) if self.loss == "log-mse" else loss).mean()
+        loss = (_logarithm(loss) if self.loss == "log-mse" else loss).mean()
         if self.likelihood_weight:
             flows = self.model.flows()  # type: ignore[operator]
             bits = sum(flow.bits_per_dimension(inputs[3]).mean() for flow in flows) / len(flows)
@@ -316,7 +335,13 @@ class DenoisingTask(Task):
         return [x, v, model(v, 1.0)]
 
 
-_NO_ERROR = 1e-6
+_SMALL_ERROR, _LARGE_ERROR = 1e-4, 1e-2
+
+
+def _logarithm(error: Tensor) -> Tensor:
+    """ln(e + 1e-4), above e = 0.01 its tangent there."""
+    beyond = (error - _LARGE_ERROR).clamp(min=0) / (_LARGE_ERROR + _SMALL_ERROR)
+    return torch.log(error.clamp(max=_LARGE_ERROR) + _SMALL_ERROR) + beyond
 
 
 def dequantise(x: Tensor, bit_depth: int, generator: torch.Generator | None = None) -> Tensor:
@@ -370,4 +395,13 @@ def reconstruction_task(options: UnfoldedOptions, problem: ProblemOptions, data:
     """The task of ``train_unfolded``."""
     make = functools.partial(VariedProblem, ranges=problem.ranges) if problem.ranges else make_physics
     physics = make(problem.name, image_shape(data), seed=problem.seed, **problem.parameters)
-    return ReconstructionTask(make_unfolded(options, problem, data), physics, options.likelihood_weight, options.loss)
+    model = make_unfolded(options, problem, data)
+    teacher = None if options.teacher is None else _make_teacher(options.teacher)
+    return ReconstructionTask(model, physics, options.likelihood_weight, options.loss, teacher, options.teacher_weight)
+
+
+def _make_teacher(name: str) -> nn.Module:
+    teacher = load_model(name)
+    if not isinstance(teacher, Unfolded):
+        raise ValueError(f"teacher {name!r} is a {type(teacher).__name__}, not an unfolded network")
+    return teacher

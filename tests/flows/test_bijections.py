@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from flowprox.coupling_nets import CouplingAttention, CouplingNet, CouplingResNet, CouplingUNet, ZeroConv2d
 from flowprox.flows import (
     ActNorm,
     AffineCoupling,
@@ -28,7 +29,6 @@ from flowprox.flows import (
     Unsqueeze,
 )
 from flowprox.flows.realnvp import ChannelFlip, CheckerboardCoupling, ResidualConditioner
-from flowprox.networks import CouplingNet, CouplingUNet, ZeroConv2d
 
 SMALL = (3, 4, 4)
 
@@ -46,6 +46,8 @@ CASES: dict[str, tuple[Callable[[], Bijection], tuple[int, ...]]] = {
     "coupling, odd channels": (lambda: AffineCoupling(CouplingNet(2, 2, 5)), (3, 4, 4)),
     "coupling, bounded shift": (lambda: AffineCoupling(CouplingNet(2, 4, 5), 2.0, 1.0), (4, 4, 4)),
     "coupling, U-Net": (lambda: AffineCoupling(CouplingUNet(2, 4, [4, 6])), (4, 5, 3)),
+    "coupling, residual": (lambda: AffineCoupling(CouplingResNet(2, 4, 5, 2)), (4, 3, 4)),
+    "coupling, attention": (lambda: AffineCoupling(CouplingAttention(2, 4, 4, 2)), (4, 3, 4)),
     "checkerboard, even": (lambda: CheckerboardCoupling(ResidualConditioner(2, 4, 4, 1), 0), (2, 4, 3)),
     "checkerboard, odd": (lambda: CheckerboardCoupling(ResidualConditioner(2, 4, 4, 1), 1), (2, 3, 4)),
     "flip": (lambda: ChannelFlip(), SMALL),
@@ -62,6 +64,7 @@ CASES: dict[str, tuple[Callable[[], Bijection], tuple[int, ...]]] = {
     "glow": (lambda: Glow(SMALL, 2, 2, 4), SMALL),
     "glow, one channel": (lambda: Glow((1, 4, 4), 2, [1, 2], [8, 16]), (1, 4, 8)),
     "glow, Haar, U-Net": (lambda: Glow(SMALL, 1, 2, [[4, 4]], coupling="unet", squeeze="haar"), SMALL),
+    "glow, a kind per level": (lambda: Glow(SMALL, 2, 1, 4, coupling=["residual", "attention"]), SMALL),
     "glow, as published": (lambda: Glow(SMALL, 2, 1, 4, coupling="conv-actnorm"), SMALL),
     "glow, inputs": (lambda: Glow(SMALL, 2, 2, 4, backward="inputs"), SMALL),
     "glow, invert": (lambda: Glow(SMALL, 2, 2, 4, backward="invert"), SMALL),

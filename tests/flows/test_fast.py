@@ -13,9 +13,9 @@ import torch
 from flow_cases import FAST_MODES, chain, decode_loss, every_loss, gradients, log_prob_loss, pair
 from torch import Tensor, nn
 
+from flowprox.coupling_nets import CouplingNet, CouplingUNet
 from flowprox.flows import FastSteps, Flow, Glow, GlowStep, RealNVP, Reversible, Sequential, fast, frozen
 from flowprox.flows.glow import FAST_WIDTH
-from flowprox.networks import CouplingNet, CouplingUNet
 from flowprox.operators import make_physics
 from flowprox.prox import FlowProx
 from flowprox.unfolded import UnfoldedPGD

@@ -22,8 +22,8 @@ from flow_cases import (
 )
 from torch import Tensor, nn
 
+from flowprox.coupling_nets import CouplingNet
 from flowprox.flows import Bijection, DriftError, Flow, Glow, GlowStep, NonFiniteError, RealNVP, Reversible, Sequential
-from flowprox.networks import CouplingNet
 
 
 @every_mode

@@ -1,0 +1,218 @@
+"""Conditioners: the nets inside coupling layers, from the half that passes to (log-scale, shift) of the other half.
+
+    conv       3x3, 1x1, 3x3                                     Glow's, the only one on the fast path
+    residual   3x3, blocks of two 3x3 around a skip, 3x3         stronger per step
+    attention  3x3, self-attention over all pixels, 1x1, 3x3     sees the whole image; for coarse levels
+    unet       a small U-Net                                     sees the whole image; any level
+
+All are zero at the start, so that a coupling layer starts as the identity. Shapes: x (B, C_in, H, W) to (B, C_out, H, W), any H
+and W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["ChannelAffine", "CouplingAttention", "CouplingNet", "CouplingResNet", "CouplingUNet", "ZeroConv2d"]
+
+
+class ZeroConv2d(nn.Conv2d):
+    """Convolution that starts at zero, so that a coupling layer starts as the identity (Kingma and Dhariwal 2018).
+
+    Arguments:
+        in_channels, out_channels, kernel_size: as in ``torch.nn.Conv2d``; padding keeps the size.
+        learn_scale: multiply the output by exp(3 * scale) with a learned scale per channel, as Glow does.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, learn_scale: bool = False) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)  # type: ignore[arg-type]
+        self.log_scale = nn.Parameter(torch.zeros(out_channels)) if learn_scale else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return out if self.log_scale is None else out * torch.exp(3 * self.log_scale).view(1, -1, 1, 1)
+
+
+class ChannelAffine(nn.Module):
+    """Learned scale and shift per channel, set from the first training batch so that each channel has mean 0, variance 1."""
+
+    initialized: Tensor
+
+    def __init__(self, n_channels: int) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(n_channels))
+        self.bias = nn.Parameter(torch.zeros(n_channels))
+        self.register_buffer("initialized", torch.tensor(False))
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Set scale and shift from x (B, C, H, W)."""
+        std, mean = torch.std_mean(x.float(), dim=(0, 2, 3), correction=0)
+        self.log_scale.copy_(-torch.log(std + 1e-6))
+        self.bias.copy_(-mean * torch.exp(self.log_scale))
+        self.initialized.fill_(True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.exp(self.log_scale).to(x.dtype).view(1, -1, 1, 1)
+        return x * scale + self.bias.to(x.dtype).view(1, -1, 1, 1)
+
+
+class CouplingNet(nn.Module):
+    """Conditioner of an affine coupling layer: a stack of convolutions with ReLU, the last one zero at the start.
+
+    Arguments:
+        in_channels, out_channels: channels of the conditioning half, and of (log-scale, shift) together.
+        hidden_channels: width.
+        kernel_sizes: one per convolution; (3, 1, 3) is Glow's.
+        actnorm: a learned scale and shift, initialised from data, after each hidden convolution, and a learned output scale
+            (the form of Kingma and Dhariwal 2018, which GlowIP uses too).
+
+    Example:
+        >>> CouplingNet(6, 12, 32)(torch.rand(2, 6, 8, 8)).abs().max().item()
+        0.0
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        hidden_channels: int,
+        kernel_sizes: Sequence[int] = (3, 1, 3),
+        actnorm: bool = False,
+    ) -> None:
+        super().__init__()
+        widths = [in_channels] + [hidden_channels] * (len(kernel_sizes) - 1)
+        self.hidden = nn.ModuleList(
+            nn.Conv2d(c_in, hidden_channels, size, padding=size // 2)
+            for c_in, size in zip(widths, kernel_sizes[:-1], strict=False)
+        )
+        self.norms = nn.ModuleList(ChannelAffine(hidden_channels) for _ in self.hidden) if actnorm else None
+        self.last = ZeroConv2d(widths[-1], out_channels, kernel_sizes[-1], learn_scale=actnorm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, convolution in enumerate(self.hidden):
+            x = convolution(x)
+            if self.norms is not None:
+                x = self.norms[i](x)
+            x = F.relu(x)
+        return self.last(x)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Data-dependent initialisation of the inner scales from the conditioning half x (B, C, H, W)."""
+        for i, convolution in enumerate(self.hidden):
+            x = convolution(x)
+            if self.norms is not None:
+                self.norms[i].initialize(x)  # type: ignore[operator]
+                x = self.norms[i](x)
+            x = F.relu(x)
+
+
+class CouplingResNet(nn.Module):
+    """Conditioner of residual blocks: 3x3, then x + 3x3(relu(3x3(relu(x)))) n_blocks times, relu, 3x3.
+
+    References:
+        Dinh et al. 2017, Density estimation using Real NVP, https://arxiv.org/abs/1605.08803, Sec. 3.2 (residual conditioners)
+
+    Arguments:
+        in_channels, out_channels: channels of the conditioning half, and of (log-scale, shift) together.
+        hidden_channels: width.
+        n_blocks: residual blocks.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, hidden_channels: int, n_blocks: int = 1) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(in_channels, hidden_channels, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(nn.Conv2d(hidden_channels, hidden_channels, 3, padding=1) for _ in range(2))
+            for _ in range(n_blocks)
+        )
+        self.last = ZeroConv2d(hidden_channels, out_channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        for first, second in self.blocks:  # type: ignore[misc]
+            h = h + second(F.relu(first(F.relu(h))))
+        return self.last(F.relu(h))
+
+
+class CouplingAttention(nn.Module):
+    """Conditioner that sees the whole image: 3x3, x + attention(x), relu, 1x1, relu, 3x3.
+
+    Its cost grows with the square of the number of pixels, so it is meant for coarse levels (8x8 of a 64x64 image).
+
+    References:
+        Vaswani et al. 2017, Attention is all you need, https://arxiv.org/abs/1706.03762, Eq. (1)
+        Ho et al. 2019, Flow++, https://arxiv.org/abs/1902.00275, Sec. 3.3 (self-attention in conditioners)
+
+    Arguments:
+        in_channels, out_channels: channels of the conditioning half, and of (log-scale, shift) together.
+        hidden_channels: width, a multiple of n_heads.
+        n_heads: attention heads.
+
+    Raises:
+        ValueError: a width that the heads do not divide.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, hidden_channels: int, n_heads: int = 4) -> None:
+        super().__init__()
+        if hidden_channels % n_heads:
+            raise ValueError(f"hidden_channels must be a multiple of {n_heads} for attention, got {hidden_channels}")
+        self.n_heads = n_heads
+        self.first = nn.Conv2d(in_channels, hidden_channels, 3, padding=1)
+        self.norm = nn.GroupNorm(1, hidden_channels)
+        self.projections = nn.Conv2d(hidden_channels, 3 * hidden_channels, 1)
+        self.mix = ZeroConv2d(hidden_channels, hidden_channels, 1)
+        self.hidden = nn.Conv2d(hidden_channels, hidden_channels, 1)
+        self.last = ZeroConv2d(hidden_channels, out_channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h = h + self.mix(self._attention(self.norm(h)))
+        return self.last(F.relu(self.hidden(F.relu(h))))
+
+    def _attention(self, h: Tensor) -> Tensor:
+        n, _, height, width = h.shape
+        projected = self.projections(h).reshape(n, 3, self.n_heads, -1, height * width)
+        query, key, value = projected.transpose(-1, -2).unbind(1)  # (B, heads, pixels, channels of a head)
+        seen = F.scaled_dot_product_attention(query, key, value)
+        return seen.transpose(-1, -2).reshape(n, -1, height, width)
+
+
+class CouplingUNet(nn.Module):
+    """Conditioner with a wide view: a small U-Net whose every scale is one residual 3x3 block.
+
+    Few coupling steps with such nets see the whole of a 64x64 image, which a stack of 3x3 convolutions in few steps cannot.
+
+    Arguments:
+        in_channels, out_channels: channels of the conditioning half, and of (log-scale, shift) together.
+        hidden_channels: one width per scale, finest first.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, hidden_channels: Sequence[int]) -> None:
+        super().__init__()
+        widths = list(hidden_channels)
+        self.first = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths))
+        self.blocks = nn.ModuleList(nn.Conv2d(w, w, 3, padding=1) for w in widths[1:])
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in pairwise(widths))
+        self.last = ZeroConv2d(widths[0], out_channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        skips = []
+        for down, block in zip(self.down, self.blocks, strict=True):
+            skips.append(x)
+            height, width = x.shape[-2:]
+            x = F.relu(down(F.pad(x, (0, width % 2, 0, height % 2), mode="replicate")))
+            x = x + F.relu(block(x))
+        for up, skip in zip(reversed(self.up), reversed(skips), strict=True):
+            x = F.relu(up(x)[..., : skip.shape[-2], : skip.shape[-1]] + skip)
+        return self.last(x)
