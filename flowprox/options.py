@@ -342,6 +342,7 @@ class TrainingOptions:
             same learning rates.
         learning_rate: step size for the weights, at the schedule's peak.
         scalar_learning_rate: the same for the few scalars mu and lambda.
+        weight_decay: every step shrinks the weights, but not those scalars, by 1 - rate * weight_decay.
         schedule: shape of the learning rates over the run: "constant", "cosine" (to zero) or "one-cycle" (30 % up, 70
             % down). With patience alone there is no progress and the rates stay as they start. Progress is the larger
             of step / max_steps and elapsed / max_time. With max_time the rates may follow the clock, and then no two
@@ -376,6 +377,7 @@ class TrainingOptions:
 
     batch_size: int = 16
     optimizer: Literal["adam", "muon"] = "adam"
+    weight_decay: float = 0.0
     learning_rate: float = 1e-3
     scalar_learning_rate: float = 1e-2
     schedule: Literal["constant", "cosine", "one-cycle"] = "cosine"
@@ -410,6 +412,7 @@ class TrainingOptions:
             _require(value is None or value > 0, f"{name} must be positive; got {value}")
         not_negative = (
             "scalar_learning_rate",
+            "weight_decay",
             "warmup_steps",
             "gradient_clip",
             "skip_above",

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -360,6 +361,6 @@ def _log_parameter(
 def _most_likely_image(flow: Flow, image_size: Sequence[int]) -> Tensor:
     """g(0), (1, C, H, W): the image of the most likely latent (Wei et al. 2022, Sec. III-C)."""
     height, width = image_size
-    like = next(flow.parameters())
+    like = next(chain(flow.parameters(), flow.buffers()), torch.empty(()))  # a flow may have no step, only squeezes
     zeros = torch.zeros(1, flow.n_channels * height * width, dtype=like.dtype, device=like.device)
     return flow.decode(zeros, (height, width))

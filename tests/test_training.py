@@ -39,6 +39,7 @@ from flowprox.spec import Specified
 from flowprox.training import train_denoiser, train_flow, train_unfolded
 from flowprox.training.building import make_flow
 from flowprox.training.loop import _only_run, fit
+from flowprox.training.optimisers import make_optimizer
 from flowprox.training.tasks import LikelihoodTask, ReconstructionTask, Task, dequantise, reconstruction_task
 from flowprox.unfolded import UnfoldedPGD
 
@@ -671,6 +672,21 @@ def test_processes_skip_a_step_together(images: Path, tmp_path: Path) -> None:
     result = fit(job, data(images), options(max_steps=5, devices=2, strategy="ddp_spawn", num_threads=1), tmp_path)
     assert result.skipped == 2 and result.steps == 5
     assert load_training_state(tmp_path / "state.pt")["optimizer"]["state"][0]["step"] == 3
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_weights_decay_and_scalars_do_not(optimizer: str, images: Path) -> None:
+    model = UnfoldedOptions(flow=FLOW, n_folds=2, channelwise=True)
+    task = reconstruction_task(model, ProblemOptions(), data(images))
+    groups = task.parameter_groups(options(max_steps=1, learning_rate=0.1, scalar_learning_rate=0.1))
+    before = {name: p.detach().clone() for name, p in task.named_parameters()}
+    steps = make_optimizer(optimizer, groups, fused=False, weight_decay=0.5)
+    for parameter in task.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # so that nothing but the decay is left
+    steps.step()
+    for name, parameter in task.named_parameters():
+        scalar = name.endswith(("log_data_weight", "log_shrinkage", "log_weight"))
+        torch.testing.assert_close(parameter, before[name] * (1.0 if scalar else 1 - 0.1 * 0.5))
 
 
 class OneBadBatch(ReconstructionTask):

@@ -236,7 +236,8 @@ class _Run:
 
     def _make_optimizer(self) -> tuple[torch.optim.Optimizer, list[float]]:
         fused = self.device.type in ("cpu", "cuda")
-        optimizer = make_optimizer(self.options.optimizer, self.task.parameter_groups(self.options), fused)
+        groups = self.task.parameter_groups(self.options)
+        optimizer = make_optimizer(self.options.optimizer, groups, fused, self.options.weight_decay)
         return optimizer, [group["lr"] for group in optimizer.param_groups]
 
     def _make_log(self) -> RunLog:

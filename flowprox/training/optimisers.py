@@ -5,6 +5,9 @@ muon   W <- W - 0.2 sqrt(max(m, n)) lr U V^T,   U S V^T the momentum of a convol
        (output channels, the rest), by Newton and Schulz's iteration; Adam for everything else. Jordan et al. (2024),
        https://kellerjordan.github.io/posts/muon; scale of Liu et al. (2025), https://arxiv.org/abs/2502.16982, Eq. (4),
        with which Adam's learning rates fit
+
+Both shrink the weights by 1 - lr decay in every step (Loshchilov and Hutter (2019), https://arxiv.org/abs/1711.05101), if asked
+to: not those of groups called "scalars", which have no scale to lose.
 """
 
 from __future__ import annotations
@@ -20,18 +23,28 @@ __all__ = ["make_optimizer"]
 _ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 
-def make_optimizer(kind: str, groups: list[dict[str, Any]], fused: bool) -> torch.optim.Optimizer:
+def make_optimizer(
+    kind: str, groups: list[dict[str, Any]], fused: bool, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
     """Adam or Muon over the parameters that ask for gradients.
 
     Arguments:
         kind: "adam" or "muon".
         groups: each with ``params`` and its learning rate ``lr``; Muon splits them in two, all rates stay theirs.
         fused: run Adam as one kernel.
+        weight_decay: at least 0.
     """
-    groups = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
+    groups = [
+        {
+            **group,
+            "params": [p for p in group["params"] if p.requires_grad],
+            "weight_decay": 0.0 if group.get("name") == "scalars" else weight_decay,
+        }
+        for group in groups
+    ]
     if kind == "muon":
         return Muon(_nonempty([part for group in groups for part in _split(group)]))
-    return torch.optim.Adam(_nonempty(groups), fused=fused or None, **_ADAM)
+    return torch.optim.AdamW(_nonempty(groups), fused=fused or None, **_ADAM)  # Adam where nothing decays
 
 
 def _split(group: dict[str, Any]) -> list[dict[str, Any]]:

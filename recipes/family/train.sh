@@ -10,7 +10,8 @@ train() {  # name, recipes
 }
 
 train base
-for name in unet mean mean-no-flow mean-deep mean-two-folds one-fold coarse tied small unet-small mean-small four-folds; do
+for name in unet mean mean-no-flow mean-deep mean-two-folds mean-residual mean-unet mean-attention mean-weak \
+    one-fold coarse tied low-rank small unet-small mean-small four-folds; do
     train "$name" --config "$here/$name.yaml"
 done
 for name in unet unet-small; do
@@ -18,4 +19,15 @@ for name in unet unet-small; do
 done
 for name in unet unet-small mean; do
     train "$name-fast" --config "$here/$name.yaml" --config "$here/fast.yaml"
+done
+for name in mean mean-small; do
+    train "$name-taught" --config "$here/$name.yaml" --config "$here/taught.yaml"
+done
+for problem in inpainting deblurring; do
+    train "$problem-base" --config "$here/$problem.yaml"
+    for name in mean mean-no-flow unet; do
+        train "$problem-$name" --config "$here/$name.yaml" --config "$here/$problem.yaml"
+    done
+    train "$problem-unet-fast" --config "$here/unet.yaml" --config "$here/$problem.yaml" --config "$here/fast.yaml"
+    train "$problem-mean-fast" --config "$here/mean.yaml" --config "$here/$problem.yaml" --config "$here/fast.yaml"
 done
