@@ -32,6 +32,7 @@ from torch.autograd.function import once_differentiable
 from flowprox.coupling_nets import CouplingNet
 from flowprox.flows.bijection import Bijection, Sequential
 from flowprox.flows.layers import AffineCoupling, GlowStep, mixing_parts, soft_bound, unmixing_parts
+from flowprox.flows.packed import PackedConvolution
 from flowprox.flows.reversible import AutocastState, Reversible, StepChain
 
 __all__ = ["FastSteps"]
@@ -156,7 +157,9 @@ class FastSteps(Reversible):
         if dtype not in self._constants.nets:
             steps: list[Any] = list(self.layers)
             with torch.no_grad():
-                self._constants.nets[dtype] = [_Net(_net_parts(step.coupling.net), dtype) for step in steps]
+                self._constants.nets[dtype] = [
+                    _Net(_net_parts(step.coupling.net), dtype, packed=True) for step in steps
+                ]
         nets = self._constants.nets[dtype]
         return nets[::-1] if backwards else nets
 
@@ -206,21 +209,25 @@ _NetSums = list[Any]  # per convolution [dV, dv], None before the first chunk
 class _Net:
     """The convolutions of one coupling net with the scales folded in, in the precision they run in."""
 
-    def __init__(self, parts: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> None:
+    def __init__(self, parts: Sequence[Sequence[Tensor]], dtype: torch.dtype, packed: bool = False) -> None:
         self.parts = parts
         self.rates = [1.0] * (len(parts) - 1) + [3.0]  # of the exponent of the log-scale, see ``ZeroConv2d``
         self.layers = [_folded(layer, rate, dtype) for layer, rate in zip(parts, self.rates, strict=True)]
+        self.packed = [PackedConvolution(*layer) for layer in self.layers] if packed else None
 
     def hidden(self, h: Tensor, n: int | None = None) -> list[Tensor]:
         """h_0 to h_n from h_0; by default to the last hidden layer."""
         values = [h]
-        for weight, bias in self.layers[: len(self.layers) - 1 if n is None else n]:
-            values.append(_convolve(values[-1], weight, bias).relu_())
+        for j in range(len(self.layers) - 1 if n is None else n):
+            if self.packed is None:
+                values.append(_convolve(values[-1], *self.layers[j]).relu_())
+            else:
+                values.append(self.packed[j](values[-1], relu=True))
         return values
 
     def last(self, h: Tensor) -> Tensor:
         """raw from h_{n-1}."""
-        return _convolve(h, *self.layers[-1])
+        return _convolve(h, *self.layers[-1]) if self.packed is None else self.packed[-1](h)
 
     def backward(self, hidden: Sequence[Tensor], grad: Tensor, sums: _NetSums | None) -> Tensor:
         """dh_0 from draw; dV_j and dv_j are added to ``sums``."""

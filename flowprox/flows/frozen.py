@@ -34,7 +34,7 @@ def frozen(flow: nn.Module) -> Iterator[None]:
     """Hold the weights of a flow, or of a model with flows, fixed within the block; everything is as before when it ends.
 
     Blocks may be nested. Gradients with respect to images and latents flow as usual, second derivatives do not. The block keeps
-    a second copy of the coupling nets' weights.
+    a second copy of the coupling nets' weights and, on the CPU, a third and a fourth for the shapes of the last two batches.
 
     Arguments:
         flow: any module. Its weights must not be changed inside the block.
