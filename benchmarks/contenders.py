@@ -139,6 +139,9 @@ class Contender:
     bfloat16: bool = False
     channels_last: bool = False
     is_peer: bool = False
+    captured: bool = (
+        False  # its kernels are recorded once as a CUDA graph and replayed; tasks without gradients, on a GPU
+    )
 
     @property
     def is_fast(self) -> bool:
@@ -146,7 +149,9 @@ class Contender:
         return self.name.startswith("fast")
 
     def precision(self, device_type: str) -> AbstractContextManager[Any]:
-        return torch.autocast(device_type, torch.bfloat16) if self.bfloat16 else nullcontext()
+        if not self.bfloat16:
+            return nullcontext()
+        return torch.autocast(device_type, torch.bfloat16, cache_enabled=not self.captured)
 
 
 def _glow(backward: str) -> Callable[[Architecture, int], nn.Module]:
@@ -205,6 +210,8 @@ CONTENDERS = {
         Contender("plain, bf16", _glow("plain"), bfloat16=True, channels_last=True),
         Contender("fast", _glow("fast")),
         Contender("fast, bf16", _glow("fast"), bfloat16=True),
+        Contender("fast, graph", _glow("fast"), captured=True),
+        Contender("fast, bf16, graph", _glow("fast"), bfloat16=True, captured=True),
         Contender("fast-early", _glow("fast-early")),
         Contender("fast-early, bf16", _glow("fast-early"), bfloat16=True),
         Contender("fast-nothing", _glow("fast-nothing")),

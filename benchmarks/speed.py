@@ -9,7 +9,7 @@ contender (``contenders.py``: ours plain and fast, normflows, FrEIA), in turns w
 machine does meets all of them alike; medians are reported. Tasks: "forward" and "inverse" with log-determinant and "prox"
 (there and back), "likelihood step" (forward, backward), "four-fold step" (training step of a network of four flows),
 "reconstruction, one image" and "reconstruction, batch" of that network. Without gradients our fast path runs inside
-``frozen``, as in our solvers.
+``frozen``, as in our solvers; on a GPU also replayed as a captured graph ("graph").
 
 Operations are those of the convolutions, nominally three passes for a training step: what is recomputed counts as time, not
 as work. "of ceiling" is the rate over that of the 1x1 convolution in the same precision. Memory is the peak of a training
@@ -148,7 +148,24 @@ def n_images(task: str, batch_size: int) -> int:
 
 
 def contenders_of(task: str, names: Sequence[str]) -> list[str]:
-    return [name for name in names if task in TRAINING or name not in TRAINING_ONLY]
+    def takes_part(name: str) -> bool:
+        return not CONTENDERS[name].captured if task in TRAINING else name not in TRAINING_ONLY
+
+    return [name for name in names if takes_part(name)]
+
+
+def captured(call: Callable[[], Any]) -> Callable[[], None]:
+    """The kernels of a call as one CUDA graph: a single launch in the place of thousands."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what is computed once, and the libraries' plans, are not to be part of it
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def time_all(options: argparse.Namespace, device: torch.device) -> dict[tuple[str, str], dict[str, Any]]:
@@ -168,6 +185,8 @@ def time_all(options: argparse.Namespace, device: torch.device) -> dict[tuple[st
                 bench = benches[name]
                 with bench.prepared(task):
                     call = bench.task(task)
+                    if CONTENDERS[name].captured:
+                        call = captured(call)
                     if repeat == 0 or (CONTENDERS[name].is_fast and task not in TRAINING):
                         call()  # the first one warms up; inside ``frozen`` each fills what that keeps
                     if repeat:
@@ -202,7 +221,12 @@ def peak_memory(arguments: tuple[str, str, argparse.Namespace]) -> int:
 
 def all_peaks(options: argparse.Namespace) -> dict[tuple[str, str], int]:
     """Peak of every training task of every contender, each in a process of its own."""
-    jobs = [(task, name, options) for task in options.only if task in TRAINING for name in options.contenders]
+    jobs = [
+        (task, name, options)
+        for task in options.only
+        if task in TRAINING
+        for name in contenders_of(task, options.contenders)
+    ]
     if torch.device(options.device).type != "cpu":
         return {job[:2]: peak_memory(job) for job in jobs}
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
@@ -259,6 +283,12 @@ def run(options: argparse.Namespace) -> None:
     """Measure, write, print."""
     warnings.filterwarnings("ignore", message="torch.lu is deprecated")  # normflows
     out, device = Path(options.out), torch.device(options.device)
+    graphs = [name for name, contender in CONTENDERS.items() if contender.captured]
+    if device.type != "cuda" and set(options.contenders or []) & set(graphs):
+        raise ValueError(
+            f"graphs are captured on a GPU: leave {', '.join(graphs)} out of --contenders, or use --device cuda"
+        )
+    options.contenders = options.contenders or [n for n in CONTENDERS if device.type == "cuda" or n not in graphs]
     out.mkdir(parents=True, exist_ok=True)
     rows = records(options, device)
     text = table(rows)
@@ -279,7 +309,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch-size", type=int, default=4)
     p.add_argument("--image-size", type=int, default=64)
     p.add_argument("--only", nargs="+", choices=list(TASKS), default=list(TASKS), help="tasks")
-    p.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    p.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), help="by default all that the device can run")
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--clock", choices=CLOCKS, default="wall", help="process: CPU seconds over threads")
     p.add_argument("--no-memory", action="store_true", help="skip the peaks of memory")

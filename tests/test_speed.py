@@ -38,6 +38,35 @@ def test_command_writes_records_table_and_picture(tmp_path: Path) -> None:
     ).read_text()
 
 
+def test_graphs_are_for_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from speed import contenders_of, main
+
+    assert main(["--preset", "tiny", "--contenders", "fast, graph", "--out", str(tmp_path / "out")]) == 2
+    assert "leave fast, graph, fast, bf16, graph out of --contenders" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert contenders_of("likelihood step", ["fast", "fast, graph", "fast-early"]) == ["fast", "fast-early"]
+    assert contenders_of("prox", ["fast", "fast, graph", "fast-early"]) == ["fast", "fast, graph"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are captured on a GPU")
+def test_a_captured_graph_computes_what_was_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from contenders import CONTENDERS, PRESETS
+    from speed import Bench, captured
+
+    for name in ("fast, graph", "fast, bf16, graph"):
+        bench = Bench(CONTENDERS[name], PRESETS["tiny"], 16, 2, 4, torch.device("cuda"))
+        with bench.prepared("reconstruction, batch"):
+            found: list[torch.Tensor] = []
+            replay = captured(lambda bench=bench, found=found: found.append(bench.task("reconstruction, batch")()))
+            bench.x.copy_(torch.rand_like(bench.x))
+            replay()
+            torch.testing.assert_close(found[-1], bench.task("reconstruction, batch")())
+
+
 def test_operations_are_those_pytorch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     from contenders import PRESETS
