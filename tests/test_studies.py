@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from flowprox.cli import main
 from flowprox.data import save_image
 from flowprox.evaluation.records import read_records
 from flowprox.evaluation_options import ImageOptions
+from flowprox.flows import Glow
 from flowprox.studies import STUDIES, StudyOptions, StudyRun, run_study, running
 from flowprox.studies.two_dimensional import bimodal_points, two_dimensional_flow
 
@@ -65,6 +67,22 @@ def test_noise_lengthens_the_latent(records: dict[str, list[dict[str, Any]]]) ->
     clean, noisy = records["noisy-norms"]
     assert len(clean["norms"]) == 3
     assert all(after > before for before, after in zip(clean["norms"], noisy["norms"], strict=True))
+
+
+def test_statistics_of_uniform_noise_under_the_identity_are_known() -> None:
+    identity = Glow((3, 16, 16), n_levels=2, n_steps=[0, 0], hidden_channels=8)
+    study, n = STUDIES["latent-statistics"], 100
+    run = StudyRun({}, identity, [str(i) for i in range(n)], torch.rand(n, 3, 16, 16))
+    (unit,) = study.units(run)
+    record = study.measure(run, unit)
+    assert record["levels"] == [1] * 6 + [2] * 24
+    assert record["means"] == pytest.approx([0] * 30, abs=0.02)  # x - 1/2
+    assert record["deviations"] == pytest.approx([12**-0.5] * 30, abs=0.02)
+    assert record["kurtoses"] == pytest.approx([-1.2] * 30, abs=0.15)
+    bits = 8 + (0.5 * math.log(2 * math.pi) + 1 / 24) / math.log(2)
+    assert record["bits_per_dimension"] == pytest.approx(bits, abs=0.01)
+    assert record["density"][40] == pytest.approx(1.0, abs=0.05) and record["beyond"] == 0
+    assert record["norms"] == pytest.approx([(768 / 12) ** 0.5] * n, rel=0.1)
 
 
 def test_no_step_changes_nothing(records: dict[str, list[dict[str, Any]]]) -> None:

@@ -34,6 +34,7 @@ from flowprox.samples import SAMPLES_FOLDER
 from flowprox.studies.contract import Study, StudyRun
 from flowprox.studies.landscapes import LANDSCAPES
 from flowprox.studies.latent_norms import LATENT_NORMS
+from flowprox.studies.latent_statistics import LATENT_STATISTICS
 from flowprox.studies.noisy_norms import NOISY_NORMS
 from flowprox.studies.perturbations import PERTURBATIONS
 from flowprox.studies.solver_curves import SOLVER_CURVES
@@ -45,6 +46,7 @@ __all__ = ["STUDIES", "StudyOptions", "run_study"]
 STUDIES: dict[str, Study] = {
     "latent-norms": LATENT_NORMS,
     "solver-curves": SOLVER_CURVES,
+    "latent-statistics": LATENT_STATISTICS,
     "noisy-norms": NOISY_NORMS,
     "perturbations": PERTURBATIONS,
     "landscapes": LANDSCAPES,
