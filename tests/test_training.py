@@ -285,6 +285,19 @@ def test_a_trained_network_starts_one_for_all_levels(images: Path, flow: str, tm
         reconstruction_task(other, ProblemOptions(), data(images))
 
 
+def test_a_network_for_some_levels_starts_one_for_others(images: Path, tmp_path: Path) -> None:
+    first = UnfoldedOptions(flow=FLOW, n_folds=2, channelwise=True, levels=[0.1, 0.3])
+    training = options(max_steps=5, scalar_learning_rate=0.1)
+    train_unfolded(first, ProblemOptions(ranges={"sigma": [0.0, 0.3]}), data(images), training, str(tmp_path))
+    trained = load_model(tmp_path / "model")
+    more = replace(first, levels=[0.05, 0.1, 0.2, 0.3], pretrained=str(tmp_path / "model"))
+    network = reconstruction_task(more, ProblemOptions(), data(images)).model.eval()
+    y = torch.rand(2, 3, SIZE, SIZE)
+    for sigma in (0.02, 0.1, 0.15, 0.25, 0.3):  # a knot more changes nothing between its neighbours
+        physics = make_physics("denoising", (3, SIZE, SIZE), sigma=sigma)
+        torch.testing.assert_close(network(y, physics), trained(y, physics))
+
+
 def test_a_mean_that_was_not_told_the_level_starts_one_that_is(images: Path, tmp_path: Path) -> None:
     first = UnfoldedOptions(flow=FLOW, n_folds=1, channelwise=True, latent_mean={"hidden_channels": [4]})
     train_unfolded(first, ProblemOptions(), data(images), options(max_steps=3), str(tmp_path))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flowprox.checkpoints import load_model
 from flowprox.flows import Flow, Glow
 from flowprox.latent_mean import LatentMeanNet
+from flowprox.levels import at_level
 from flowprox.noise import FlowNoise
 from flowprox.operators import LearnedBlur
 from flowprox.options import DataOptions, NoiseOptions, ProblemOptions, UnfoldedOptions
@@ -113,14 +116,15 @@ def _latent_mean(options: UnfoldedOptions, data: DataOptions) -> LatentMeanNet |
 
 
 def _start_from(model: Unfolded, name: str) -> None:
-    """Copy the weights of a trained network; its scalars stand for every level, shrinkages with their growth.
+    """Copy the weights of a trained network; its scalars stand for every level, shrinkages with their growth, or are
+    interpolated between its levels.
 
     Of what it was not given, a level or a predicted mean, it is told nothing at the start.
     """
     trained = load_model(name)
     if not isinstance(trained, Unfolded):
         raise ValueError(f"pretrained {name!r} is a {type(trained).__name__}, not an unfolded network")
-    own, given = model.state_dict(), trained.state_dict()
+    own, given = model.state_dict(), _at_levels(trained, model.levels)
     missing = {key for key in own.keys() - given.keys() if not key.startswith("latent_mean.")}
     unlike = sorted(missing | (given.keys() - own.keys()))
     unlike += [key for key in own.keys() & given.keys() if not _fits(key, own[key], given[key])]
@@ -137,6 +141,20 @@ def _start_from(model: Unfolded, name: str) -> None:
             own[key].copy_(value.expand_as(own[key]))
         else:  # (n, J), which already grows with the level
             own[key].add_((value - own[key][:, -1])[:, None])
+
+
+def _at_levels(trained: Unfolded, levels: Sequence[float] | None) -> dict[str, Tensor]:
+    """Its state, with the scalars of other levels than its own interpolated; beyond its last level they stay."""
+    state = trained.state_dict()
+    if trained.levels is None or levels is None or tuple(trained.levels) == tuple(levels):
+        return state
+    sigma = torch.tensor(levels)
+    for key, value in state.items():
+        if key.endswith("log_weight"):  # (J, n_groups)
+            state[key] = at_level(value, trained.levels, sigma)
+        elif key in ("log_data_weight", "log_shrinkage"):  # (n, J)
+            state[key] = at_level(value.T, trained.levels, sigma).T
+    return state
 
 
 _FIRST = "latent_mean.first.weight"
