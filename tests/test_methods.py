@@ -34,7 +34,7 @@ def _flow() -> Flow:
 
 def _parts(name: str) -> dict[str, Any]:
     needs = METHODS[name].needs
-    if name == "unfolded":
+    if name in ("unfolded", "self-ensemble"):
         return {"model": UnfoldedPGD([UNetProx(hidden_channels=4)], start="adjoint").eval()}
     if name == "gan":
         return {"model": DCGANGenerator(SHAPE, latent_size=2, hidden_channels=4, n_scales=2)}
@@ -56,6 +56,17 @@ def test_every_method_reconstructs_from_every_problem_it_is_for(case: tuple[str,
     outcome = run_method(method, y, physics)
     assert outcome.estimate.shape == (2, *shape) and bool(outcome.estimate.isfinite().all())
     assert len(outcome.facts) == 2
+
+
+def test_a_self_ensemble_commutes_with_the_mirror() -> None:
+    method = make_method("self-ensemble", "denoising", **_parts("self-ensemble"))
+    physics, y = make_physics("denoising", SHAPE, sigma=0.1), torch.rand(2, *SHAPE)
+    x_hat = method(y, physics)
+    torch.testing.assert_close(method(y.flip(-1), physics), x_hat.flip(-1))
+    network = _parts("unfolded")["model"]
+    assert not torch.allclose(network(y.flip(-1), physics), network(y, physics).flip(-1))
+    with pytest.raises(ValueError, match="a self-ensemble is for denoising"):
+        method(y, make_physics("inpainting", SHAPE, mask_size=3))
 
 
 def test_default_options_are_options_of_the_class() -> None:

@@ -60,6 +60,12 @@ _STRAIGHT_THROUGH = {"optimiser": "adam", "n_iterations": 150, "learning_rate": 
 METHODS: dict[str, MethodKind] = {
     "adjoint": MethodKind("flowprox.methods.running:Adjoint", "A^T y: the measurement carried back", problems=_LINEAR),
     "unfolded": MethodKind("", "a network trained for the operator", needs=("model",), problems=_LINEAR),
+    "self-ensemble": MethodKind(
+        "flowprox.methods.running:SelfEnsemble",
+        "a network trained to denoise, averaged over the image and its mirror image",
+        needs=("model",),
+        problems=("denoising",),
+    ),
     "latent-map": MethodKind(
         "flowprox.solvers:LatentMAP",
         "MAP in the latent space of a flow (Asim et al. 2020)",

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 from deepinv.models import Reconstructor
-from deepinv.physics import LinearPhysics, Physics
+from deepinv.physics import Denoising, LinearPhysics, Physics
 from torch import Tensor
 
 from flowprox.solvers import Solution
 
-__all__ = ["Adjoint", "Outcome", "outcome_of", "run_method"]
+__all__ = ["Adjoint", "Outcome", "SelfEnsemble", "outcome_of", "run_method"]
 
 
 class Adjoint(Reconstructor):
@@ -31,6 +31,38 @@ class Adjoint(Reconstructor):
         if not isinstance(physics, LinearPhysics):
             raise ValueError(f"{type(physics).__name__} is not linear and has no adjoint; use another method")
         return physics.A_adjoint(y)
+
+
+class SelfEnsemble(Reconstructor):
+    """x_hat = (D(y) + M D(M y)) / 2: a denoising network D averaged over the image and its mirror image, M left to right.
+
+    What a network does differently to the two is its own error, at twice the time.
+
+    References:
+        Lim et al. 2017, Enhanced deep residual networks for single image super-resolution,
+        https://arxiv.org/abs/1707.02921, Sec. 3.4 (there over eight transforms)
+
+    Arguments:
+        model: ``x_hat = model(y, physics)`` for a denoising physics, which knows nothing of left and right.
+
+    Example:
+        >>> from flowprox.operators import make_physics
+        >>> y = torch.rand(1, 3, 4, 4)
+        >>> x_hat = SelfEnsemble(Adjoint())(y, make_physics("denoising", (3, 4, 4)))
+        >>> torch.allclose(x_hat, y)
+        True
+    """
+
+    def __init__(self, model: Reconstructor) -> None:
+        super().__init__()
+        if not isinstance(model, Reconstructor):
+            raise ValueError(f"model must be a trained network that reconstructs, got {type(model).__name__}")
+        self.model = model
+
+    def forward(self, y: Tensor, physics: Physics) -> Tensor:  # type: ignore[override]
+        if not isinstance(physics, Denoising):
+            raise ValueError(f"{type(physics).__name__} has another mirror image; a self-ensemble is for denoising")
+        return (self.model(y, physics) + self.model(y.flip(-1), physics).flip(-1)) / 2
 
 
 class Outcome(NamedTuple):
