@@ -154,17 +154,18 @@ def contenders_of(task: str, names: Sequence[str]) -> list[str]:
     return [name for name in names if takes_part(name)]
 
 
-def captured(call: Callable[[], Any]) -> Callable[[], None]:
+def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], None]:
     """The kernels of a call as one CUDA graph: a single launch in the place of thousands."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # what is computed once, and the libraries' plans, are not to be part of it
-        for _ in range(3):
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # what is computed once, and the libraries' plans, are not to be part of it
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
     return graph.replay
 
 
@@ -186,7 +187,7 @@ def time_all(options: argparse.Namespace, device: torch.device) -> dict[tuple[st
                 with bench.prepared(task):
                     call = bench.task(task)
                     if CONTENDERS[name].captured:
-                        call = captured(call)
+                        call = captured(call, device)
                     if repeat == 0 or (CONTENDERS[name].is_fast and task not in TRAINING):
                         call()  # the first one warms up; inside ``frozen`` each fills what that keeps
                     if repeat:
@@ -285,9 +286,7 @@ def run(options: argparse.Namespace) -> None:
     out, device = Path(options.out), torch.device(options.device)
     graphs = [name for name, contender in CONTENDERS.items() if contender.captured]
     if device.type != "cuda" and set(options.contenders or []) & set(graphs):
-        raise ValueError(
-            f"graphs are captured on a GPU: leave {', '.join(graphs)} out of --contenders, or use --device cuda"
-        )
+        raise ValueError(f"graphs are captured on a GPU: leave {graphs} out of --contenders, or use --device cuda")
     options.contenders = options.contenders or [n for n in CONTENDERS if device.type == "cuda" or n not in graphs]
     out.mkdir(parents=True, exist_ok=True)
     rows = records(options, device)

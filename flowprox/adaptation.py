@@ -1,9 +1,9 @@
 r"""Low-rank adaptation: folds that share the coupling nets of one flow, each with a small correction of its own.
 
-    W_k = W + B_k A_k          W a convolution's weight read as an (out, in * h * w) matrix, A_k (r, in * h * w), B_k (out, r)
+    W_k = W + B_k A_k      W a convolution's weight read as an (m, n) matrix, m its first dimension; A_k (r, n), B_k (m, r)
 
-B_k is 0 at the start, so that all folds begin as the same flow. What is left of a step, ActNorm, 1x1 matrix and biases, is
-small and stays each fold's own.
+B_k is 0 at the start, so that the folds begin with the same convolutions: copies of one flow as the same flow. Unlike in LoRA
+W is trained along. What is left of a step, ActNorm, 1x1 matrix and biases, is small and stays each fold's own.
 
 References:
     Hu et al. 2021, LoRA: Low-rank adaptation of large language models, https://arxiv.org/abs/2106.09685, Eq. (3)
@@ -43,11 +43,11 @@ def adapt(flows: Sequence[Flow], rank: int) -> None:
 
     Arguments:
         flows: distinct flows, changed in place; the weights of the later ones' convolutions are given up.
-        rank: r, at least 1; a weight of lower rank than that gets a full one.
+        rank: r, at least 1; a weight whose smaller side is below that gets a correction of full rank.
 
     Raises:
         ValueError: a rank that is not positive, fewer than two flows, flows without coupling nets or of different
-            architectures, or flows that have been adapted already.
+            architectures, or convolutions that are parametrised already (RealNVP's by weight normalisation).
     """
     convolutions = [_convolutions(flow) for flow in flows]
     shapes = {tuple(tuple(c.weight.shape) for c in found) for found in convolutions}
@@ -58,7 +58,10 @@ def adapt(flows: Sequence[Flow], rank: int) -> None:
     if len(shapes) > 1 or shapes == {()}:
         raise ValueError("adaptation needs flows with the same coupling nets of convolutions in every fold")
     if any(parametrize.is_parametrized(c) for found in convolutions for c in found):
-        raise ValueError("these flows share weights already; build new ones")
+        raise ValueError(
+            "these convolutions are parametrised already, by weight normalisation (RealNVP) or an earlier adaptation; "
+            "adapt fresh Glows"
+        )
     for same in zip(*convolutions, strict=True):
         for convolution in same:
             correction = _LowRankCorrection(convolution.weight, rank)

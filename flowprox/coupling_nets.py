@@ -119,7 +119,7 @@ class CouplingResNet(nn.Module):
     """Conditioner of residual blocks: 3x3, then x + 3x3(relu(3x3(relu(x)))) n_blocks times, relu, 3x3.
 
     References:
-        Dinh et al. 2017, Density estimation using Real NVP, https://arxiv.org/abs/1605.08803, Sec. 3.2 (residual conditioners)
+        Dinh et al. 2017, Density estimation using Real NVP, https://arxiv.org/abs/1605.08803, Sec. 3.7 (residual conditioners)
 
     Arguments:
         in_channels, out_channels: channels of the conditioning half, and of (log-scale, shift) together.
@@ -150,7 +150,7 @@ class CouplingAttention(nn.Module):
 
     References:
         Vaswani et al. 2017, Attention is all you need, https://arxiv.org/abs/1706.03762, Eq. (1)
-        Ho et al. 2019, Flow++, https://arxiv.org/abs/1902.00275, Sec. 3.3 (self-attention in conditioners)
+        Ho et al. 2019, Flow++, https://arxiv.org/abs/1902.00275, Sec. 3.2.2 (self-attention in conditioners)
 
     Arguments:
         in_channels, out_channels: channels of the conditioning half, and of (log-scale, shift) together.
@@ -179,11 +179,12 @@ class CouplingAttention(nn.Module):
         return self.last(F.relu(self.hidden(F.relu(h))))
 
     def _attention(self, h: Tensor) -> Tensor:
-        n, _, height, width = h.shape
-        projected = self.projections(h).reshape(n, 3, self.n_heads, -1, height * width)
+        n, n_channels, height, width = h.shape
+        of_head = n_channels // self.n_heads
+        projected = self.projections(h).reshape(n, 3, self.n_heads, of_head, height * width)
         query, key, value = projected.transpose(-1, -2).unbind(1)  # (B, heads, pixels, channels of a head)
         seen = F.scaled_dot_product_attention(query, key, value)
-        return seen.transpose(-1, -2).reshape(n, -1, height, width)
+        return seen.transpose(-1, -2).reshape(n, n_channels, height, width)
 
 
 class CouplingUNet(nn.Module):

@@ -342,7 +342,8 @@ class TrainingOptions:
             same learning rates.
         learning_rate: step size for the weights, at the schedule's peak.
         scalar_learning_rate: the same for the few scalars mu and lambda.
-        weight_decay: every step shrinks the weights, but not those scalars, by 1 - rate * weight_decay.
+        weight_decay: every step shrinks all weights, biases and scales, but not those scalars nor a start image, by
+            1 - rate * weight_decay.
         schedule: shape of the learning rates over the run: "constant", "cosine" (to zero) or "one-cycle" (30 % up, 70
             % down). With patience alone there is no progress and the rates stay as they start. Progress is the larger
             of step / max_steps and elapsed / max_time. With max_time the rates may follow the clock, and then no two

@@ -53,8 +53,8 @@ class Unfolded(Reconstructor):
         latent_mean: network that predicts what each fold shrinks towards (``flowprox.latent_mean``) from the first fold's v,
             A^T A 1 averaged over the channels and, with ``levels``, the noise level: C + 1 or C + 2 channels. A^T A 1 shows
             where a mask is open; it is constant for blurs, and noise for random matrices. None shrinks towards 0.
-        adaptation_rank: the folds' flows share the weights of their coupling nets but for a correction of this rank in each
-            fold (``flowprox.adaptation``). None: every fold has its own.
+        adaptation_rank: the folds' flows share the weights of the first one's coupling nets but for a correction of this rank
+            in each fold (``flowprox.adaptation``; the later flows' own are given up). None: every fold has its own.
 
     Raises:
         ValueError: no proxes, a start value that is not positive, start "flow" without a ``FlowProx`` in the first fold, or a
@@ -200,13 +200,15 @@ class Unfolded(Reconstructor):
         return list(dict.fromkeys(flows))
 
     def parameter_groups(self, learning_rate: float, scalar_learning_rate: float) -> list[dict]:
-        """Groups for an optimiser: networks, and the scalars (mu or rho, lambda, latent weights), which Wei et al. train with
-        1e-2 beside 1e-5 for the flows."""
+        """Groups for an optimiser: networks, the start image, and the scalars (mu or rho, lambda, latent weights), which Wei et
+        al. train with 1e-2 beside 1e-5 for the flows."""
         scalars = [self.log_data_weight, self.log_shrinkage]
         scalars += [prox.log_weight for prox in self.proxes if getattr(prox, "log_weight", None) is not None]
-        seen = {id(p) for p in scalars}
+        start = [] if self.start_image is None else [self.start_image]
+        seen = {id(p) for p in (*scalars, *start)}
         others = [p for p in self.parameters() if id(p) not in seen and p.requires_grad]
-        groups = [{"params": others, "lr": learning_rate, "name": "networks"}] if others else []
+        named = (("networks", others), ("start", [p for p in start if p.requires_grad]))
+        groups = [{"params": found, "lr": learning_rate, "name": name} for name, found in named if found]
         unique = [p for p in dict.fromkeys(scalars) if p.requires_grad]
         return [*groups, {"params": unique, "lr": scalar_learning_rate, "name": "scalars"}]
 

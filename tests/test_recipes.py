@@ -176,7 +176,7 @@ def test_script_gives_commands_that_can_be_read_and_built(script: str, tmp_path:
             if options.model.flow and options.model.latent_mean is None:
                 options.model.flow = small
             options.model.pretrained = None
-            options.model.n_folds, options.model.adaptation_rank = 1, None
+            options.model.n_folds = 1 if options.model.adaptation_rank is None else 2
             options.model.prox_arguments = {key: 2 for key in options.model.prox_arguments}
             reconstruction_task(options.model, options.problem, options.data)
     assert len(set(outs)) == len(outs)

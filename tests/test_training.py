@@ -687,6 +687,15 @@ def test_processes_skip_a_step_together(images: Path, tmp_path: Path) -> None:
     assert load_training_state(tmp_path / "state.pt")["optimizer"]["state"][0]["step"] == 3
 
 
+def test_a_resumed_run_decays_as_it_is_told(images: Path, tmp_path: Path) -> None:
+    model = UnfoldedOptions(flow=FLOW, n_folds=1)
+    for steps, decay in ((1, 0.0), (2, 0.5)):
+        training = options(max_steps=steps, weight_decay=decay)
+        train_unfolded(model, ProblemOptions(), data(images), training, str(tmp_path), resume=True)
+    groups = load_training_state(tmp_path / "state.pt")["optimizer"]["param_groups"]
+    assert {group["name"]: group["weight_decay"] for group in groups} == {"networks": 0.5, "start": 0.0, "scalars": 0.0}
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_weights_decay_and_scalars_do_not(optimizer: str, images: Path) -> None:
     model = UnfoldedOptions(flow=FLOW, n_folds=2, channelwise=True)
@@ -698,7 +707,7 @@ def test_weights_decay_and_scalars_do_not(optimizer: str, images: Path) -> None:
         parameter.grad = torch.zeros_like(parameter)  # so that nothing but the decay is left
     steps.step()
     for name, parameter in task.named_parameters():
-        scalar = name.endswith(("log_data_weight", "log_shrinkage", "log_weight"))
+        scalar = name.endswith(("log_data_weight", "log_shrinkage", "log_weight", "start_image"))
         torch.testing.assert_close(parameter, before[name] * (1.0 if scalar else 1 - 0.1 * 0.5))
 
 

@@ -163,9 +163,10 @@ def test_tied_folds_share_weights_but_not_scalars() -> None:
 
 def test_parameter_groups_cover_everything_once_with_two_rates() -> None:
     model = UnfoldedPGD([glow_prox(channelwise=True) for _ in range(2)])
-    networks, scalars = model.parameter_groups(1e-5, 1e-2)
-    assert (networks["lr"], scalars["lr"]) == (1e-5, 1e-2)
-    ids = [id(p) for group in (networks, scalars) for p in group["params"]]
+    networks, start, scalars = model.parameter_groups(1e-5, 1e-2)
+    assert (networks["lr"], start["lr"], scalars["lr"]) == (1e-5, 1e-5, 1e-2)
+    assert start["params"] == [model.start_image]
+    ids = [id(p) for group in (networks, start, scalars) for p in group["params"]]
     assert sorted(ids) == sorted(id(p) for p in model.parameters())
     assert {id(model.log_data_weight), id(model.log_shrinkage)} <= {id(p) for p in scalars["params"]}
 

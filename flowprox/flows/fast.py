@@ -122,21 +122,22 @@ class FastSteps(Reversible):
         """One pass, and the tensors it may have to differentiate: matrices, their biases, parameters of the nets."""
         backwards = method in ("inverse", "decode")
         steps: list[Any] = list(reversed(self.layers)) if backwards else list(self.layers)
-        parts = [_net_parts(step.coupling.net) for step in steps]
+        autocast = AutocastState.current(x.device.type)
+        dtype = (autocast.dtype if autocast.enabled else None) or x.dtype
+        nets = self._held_nets(backwards, dtype)
+        parts = [_net_parts(step.coupling.net) for step in steps] if nets is None else [net.parts for net in nets]
         tensors = [*self._linear_parts(steps, backwards), *(p for step in parts for layer in step for p in layer)]
         recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
         invert = recorded and self.recompute == "invert"
-        autocast = AutocastState.current(x.device.type)
         guarded = recorded and bool(self.check_drift) and self._n_recorded % self.check_drift == 0
         self._n_recorded += int(recorded)
-        dtype = (autocast.dtype if autocast.enabled else None) or x.dtype
         chain = _Chain(
             couplings=[step.coupling for step in steps],
             layout=[[len(layer) for layer in step] for step in parts],
             backwards=backwards,
             keep=self.recompute if recorded else None,
             undo=self._linear_parts(steps, backwards, undo=True) if invert else None,
-            nets=self._held_nets(backwards, dtype),
+            nets=nets,
             dtype=dtype,
             plain=StepChain(steps, [], method, 0, invert, guarded, autocast),
         )
@@ -480,7 +481,7 @@ class _Chain:
         """Images whose hidden layers fit the cache; on an accelerator, and in an exported program, the whole batch."""
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return [slice(None)]
-        n = max(1, _CHUNK // (self.couplings[i].net.last.weight.shape[1] * x.shape[-2] * x.shape[-1]))
+        n = max(1, _CHUNK // (self.couplings[i].net.last.in_channels * x.shape[-2] * x.shape[-1]))
         return [slice(start, start + n) for start in range(0, len(x), n)]
 
     def run(self, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[_Memory]]:

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from flowprox.flows.bijection import Sequential
 from flowprox.flows.fast import FastSteps
@@ -121,6 +122,8 @@ def _fix_the_rest(modules: list[nn.Module], stack: ExitStack) -> None:
             stack.callback(setattr, module, "fixed", None)
             with torch.no_grad():
                 module.fixed = module.matrices()
-        if isinstance(module, nn.Conv2d) and module.weight.device.type == "cpu":
+        # a parametrised weight is made anew by every access
+        is_plain = isinstance(module, nn.Conv2d) and not parametrize.is_parametrized(module)
+        if is_plain and module.weight.device.type == "cpu":
             stack.callback(setattr, module.weight, "data", module.weight.data)
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)

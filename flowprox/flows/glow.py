@@ -131,7 +131,7 @@ def _coupling_net(kind: str, channels: int, width: int | Sequence[int]) -> nn.Mo
 def _per_level(value, n_levels: int, name: str) -> list:
     values = [value] * n_levels if isinstance(value, int | str) else list(value)
     if n_levels < 1 or len(values) != n_levels:
-        raise ValueError(f"{name} has {len(values)} entries for n_levels={n_levels}; give one number or one per level")
+        raise ValueError(f"{name} has {len(values)} entries for n_levels={n_levels}; give one, or one per level")
     return values
 
 

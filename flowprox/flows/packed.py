@@ -9,9 +9,12 @@ are missing nothing is packed.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = ["PackedConvolution"]
 
@@ -21,8 +24,8 @@ _DTYPES = (torch.float32, torch.bfloat16)
 class PackedConvolution:
     """x -> V x + v with constant weights, same size, stride 1; no gradients.
 
-    The best blocks depend on the shape of x, and others are slower by an order of magnitude: those for the last two shapes are
-    kept, a whole batch and the rest of one.
+    The best blocks depend on the shape of x, and others are slower by an order of magnitude: those for two shapes are kept, a
+    whole batch and the rest of one. Where a derivative is asked for, by reverse or forward mode, ``conv2d`` computes.
 
     Arguments:
         weight: V (O, I, h, w) with odd h = w.
@@ -43,7 +46,7 @@ class PackedConvolution:
 
     def __call__(self, x: Tensor, relu: bool = False) -> Tensor:
         """(B, O, H, W) from x (B, I, H, W)."""
-        if not self._packs or torch.compiler.is_compiling():
+        if not self._packs or torch.compiler.is_compiling() or _is_differentiated(x):
             y = F.conv2d(x, self.weight, self.bias, padding=self.padding)
             return y.relu_() if relu else y
         blocks = self._blocks.get(x.shape)
@@ -54,6 +57,14 @@ class PackedConvolution:
         return torch.ops.mkldnn._convolution_pointwise(
             x, blocks, self.bias, self.padding, [1, 1], [1, 1], 1, after, [], ""
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the blocks, which are opaque: a copy packs again."""
+        return {**self.__dict__, "_blocks": {}}
+
+
+def _is_differentiated(x: Tensor) -> bool:
+    return (torch.is_grad_enabled() and x.requires_grad) or forward_ad.unpack_dual(x).tangent is not None
 
 
 def _can_pack(weight: Tensor) -> bool:

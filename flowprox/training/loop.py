@@ -546,7 +546,10 @@ class _Run:
     def _restore(self, state: dict[str, Any]) -> None:
         for name in _COUNTERS:
             setattr(self, name, state["counters"].get(name, 0))
+        decays = [group.get("weight_decay", 0.0) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay  # like the rates it is the present options'
         self.average.load_state_dict(state["average"])
         self.kept.state = state.get("kept", self.kept.state)
 

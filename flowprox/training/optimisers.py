@@ -6,8 +6,9 @@ muon   W <- W - 0.2 sqrt(max(m, n)) lr U V^T,   U S V^T the momentum of a convol
        https://kellerjordan.github.io/posts/muon; scale of Liu et al. (2025), https://arxiv.org/abs/2502.16982, Eq. (4),
        with which Adam's learning rates fit
 
-Both shrink the weights by 1 - lr decay in every step (Loshchilov and Hutter (2019), https://arxiv.org/abs/1711.05101), if asked
-to: not those of groups called "scalars", which have no scale to lose.
+Both shrink the weights by 1 - lr decay in every step (Loshchilov and Hutter (2019), https://arxiv.org/abs/1711.05101), if
+asked to: convolutions, biases, and the scales and 1x1 matrices of flows, whose gain has no other bound. Groups called
+"scalars" or "start" do not decay: for step sizes, shrinkages and a start image 0 is no natural end.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 __all__ = ["make_optimizer"]
 
+_KEPT = ("scalars", "start")
 _ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 
@@ -38,7 +40,7 @@ def make_optimizer(
         {
             **group,
             "params": [p for p in group["params"] if p.requires_grad],
-            "weight_decay": 0.0 if group.get("name") == "scalars" else weight_decay,
+            "weight_decay": 0.0 if group.get("name") in _KEPT else weight_decay,
         }
         for group in groups
     ]
@@ -52,7 +54,7 @@ def _split(group: dict[str, Any]) -> list[dict[str, Any]]:
     others = [p for p in group["params"] if not _is_matrix(p)]
     return [
         {**group, "params": matrices, "use_muon": True, "use_adjusted_lr": True},
-        {**group, "params": others, "use_muon": False, **_ADAM},
+        {**_ADAM, **group, "params": others, "use_muon": False},
     ]
 
 

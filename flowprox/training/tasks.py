@@ -215,17 +215,17 @@ class ReconstructionTask(Task):
                     restore weigh as much as hard ones, up to 40 dB, beyond which little is gained. Above e_i = 0.01, 20 dB, the
                     tangent continues it: an image that has gone astray is not to lose its weight
 
-    With a teacher x_i is replaced by (1 - w) x_i + w teacher(y_i), clipped to [0, 1], in e_i: its estimate lacks what no
-    network can know about the image, so that it is a target of less variance (distillation; Hinton et al. 2015,
-    https://arxiv.org/abs/1503.02531). With "mse" that is, up to a constant, (1 - w) of the error and w of the distance to the
-    teacher.
+    With a teacher x_i is replaced by (1 - w) x_i + w t_i in e_i, t_i = teacher(y_i) clipped to [0, 1]: its estimate lacks
+    what no network can know about the image, so that it is a target of less variance (distillation; Hinton et al. 2015,
+    https://arxiv.org/abs/1503.02531). With "mse" that is, up to a constant, (1 - w) of the error and w of the distance to
+    the teacher.
 
     Arguments:
         model: deepinv ``Reconstructor`` with ``parameter_groups``; ``x_hat = model(y, physics)``.
         physics: the operator with its noise model, or a problem that draws one for every batch.
         likelihood_weight: weight of the bits per dimension of the clean images, averaged over the flows of the folds.
         loss: "mse" or "log-mse".
-        teacher: a trained ``Reconstructor`` to imitate; it is not trained.
+        teacher: a trained ``Reconstructor`` to imitate, of the same measurements; it is put in evaluation mode and not trained.
         teacher_weight: w, in (0, 1].
     """
 
@@ -278,7 +278,7 @@ class ReconstructionTask(Task):
         x, y, physics = inputs[:3]
         for teacher in self._teacher:
             with torch.no_grad():
-                x = torch.lerp(x, teacher(y, physics).clamp(0, 1), self.teacher_weight)
+                x = torch.lerp(x, teacher(y, physics).to(x.dtype).clamp(0, 1), self.teacher_weight)
         loss = nn.functional.mse_loss(self.model(y, physics), x, reduction="none").flatten(1).mean(1)
         loss = (_logarithm(loss) if self.loss == "log-mse" else loss).mean()
         if self.likelihood_weight:

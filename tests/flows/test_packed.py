@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flowprox.flows import Glow, frozen
 from flowprox.flows.packed import PackedConvolution
@@ -57,6 +60,37 @@ def test_without_onednn_the_plain_convolution_serves(monkeypatch: pytest.MonkeyP
     convolve = PackedConvolution(weight, bias)
     assert_close(convolve(x), reference(x, weight, bias, False), torch.float32)
     assert not convolve._blocks
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_derivatives_are_not_lost(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not packed:
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    weight, bias = torch.randn(4, 3, 3, 3), torch.randn(4)
+    convolve = PackedConvolution(weight, bias)
+    x, direction = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    expected = F.conv2d(direction, weight, padding=1)
+    torch.testing.assert_close(torch.func.jvp(convolve, (x,), (direction,))[1], expected)
+    with forward_ad.dual_level(), torch.no_grad():
+        tangent = forward_ad.unpack_dual(convolve(forward_ad.make_dual(x, direction))).tangent
+    torch.testing.assert_close(tangent, expected)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(convolve(x), x, direction[:, :1].expand(-1, 4, -1, -1))
+    assert gradient.any()
+
+
+def test_a_frozen_flow_can_be_copied_and_differentiated_forwards() -> None:
+    flow = Glow((3, 8, 8), 1, 2, 8)
+    flow.initialize(torch.rand(8, 3, 8, 8))
+    flow.eval()
+    x, direction = torch.rand(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    expected = torch.func.jvp(flow.encode, (x,), (direction,))[1]
+    with frozen(flow):
+        z = flow.encode(x)
+        again = copy.deepcopy(flow)
+        torch.testing.assert_close(torch.func.jvp(flow.encode, (x,), (direction,))[1], expected, rtol=1e-4, atol=1e-4)
+        pickle.loads(pickle.dumps(PackedConvolution(torch.randn(4, 3, 1, 1), torch.randn(4))))
+    torch.testing.assert_close(again.encode(x), z)
 
 
 def test_threads_share_one_convolution() -> None:
