@@ -29,6 +29,7 @@ from flowprox.checkpoints import load_model
 from flowprox.data import ImageDataset
 from flowprox.evaluation.metrics import psnr, ssim
 from flowprox.evaluation.records import RecordWriter
+from flowprox.methods.running import SelfEnsemble
 from flowprox.operators import PROBLEMS, make_physics, measure_each
 
 
@@ -144,13 +145,18 @@ def evaluate(method: Reconstructor, images: Images, physics: LinearPhysics, batc
 
 
 def models(names: list[str], problem: str) -> dict[str, Candidate]:
-    """The trained models among ``names`` whose card names this problem."""
+    """The trained models among ``names`` whose card names this problem; denoisers also averaged over the mirror image."""
     loaded = {name: load_model(name) for name in names}
-    return {
-        name: Candidate(lambda model=model: model)
-        for name, model in loaded.items()
-        if (model.card.problem or {}).get("name") == problem
-    }
+    found = {name: model for name, model in loaded.items() if (model.card.problem or {}).get("name") == problem}
+    candidates = {name: Candidate(lambda model=model: model) for name, model in found.items()}
+    if problem == "denoising":
+        candidates |= {
+            f"{name}{_ENSEMBLE}": Candidate(lambda m=model: SelfEnsemble(m)) for name, model in found.items()
+        }
+    return candidates
+
+
+_ENSEMBLE = ", self-ensemble"
 
 
 def run(options: argparse.Namespace) -> None:
@@ -161,7 +167,8 @@ def run(options: argparse.Namespace) -> None:
             validation = load(options.data, "val", options.n_validation, physics, options.seed)
             test = load(options.data, "test", options.n_images, physics, options.seed)
             for name, candidate in {**CANDIDATES[problem], **models(options.models, problem)}.items():
-                if options.methods and name not in options.methods and name not in options.models:
+                of_models = name.removesuffix(_ENSEMBLE) in options.models
+                if options.methods and name not in options.methods and not of_models:
                     continue
                 arguments, tried = dict(candidate.arguments), {}
                 if candidate.start is not None:
