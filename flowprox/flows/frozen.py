@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -122,8 +123,11 @@ def _fix_the_rest(modules: list[nn.Module], stack: ExitStack) -> None:
             stack.callback(setattr, module, "fixed", None)
             with torch.no_grad():
                 module.fixed = module.matrices()
-        # a parametrised weight is made anew by every access
-        is_plain = isinstance(module, nn.Conv2d) and not parametrize.is_parametrized(module)
-        if is_plain and module.weight.device.type == "cpu":
+        if _has_own_weight(module) and module.weight.device.type == "cpu":
             stack.callback(setattr, module.weight, "data", module.weight.data)
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def _has_own_weight(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether it is a convolution whose weight is not made anew by every access, as a parametrised one is."""
+    return isinstance(module, nn.Conv2d) and not parametrize.is_parametrized(module)

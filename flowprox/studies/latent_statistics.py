@@ -39,7 +39,7 @@ def _measure(run: StudyRun, unit: Record) -> Record:
             latents.append(flow.encode_image(x).double().cpu())
             bits += flow.bits_per_dimension(x).tolist()
     z = torch.cat(latents)
-    groups = flow.latent_groups(tuple(z.shape[-2:])).cpu()
+    groups = flow.latent_groups((z.shape[-2], z.shape[-1])).cpu()
     channels = [z[:, groups == group] for group in groups.unique().tolist()]
     inside = torch.histogram(z.flatten().float(), _EDGES).hist
     return {
