@@ -10,7 +10,7 @@ train() {  # name, recipes
 }
 
 train base
-for name in unet mean mean-no-flow mean-deep mean-two-folds mean-residual mean-unet mean-attention mean-weak \
+for name in unet mean mean-no-flow mean-deep mean-two-folds mean-residual mean-unet mean-attention mean-weak mean-two-levels mean-four-levels \
     one-fold coarse tied low-rank small unet-small mean-small four-folds; do
     train "$name" --config "$here/$name.yaml"
 done
