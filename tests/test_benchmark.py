@@ -42,7 +42,7 @@ from flowprox.operators import make_physics, measure_each
 from flowprox.prox import FlowProx
 from flowprox.unfolded import UnfoldedPGD
 
-OWN_TABLES = ("family", "levels", "natural", "readme")  # which no paper has
+OWN_TABLES = ("family", "family-deblurring", "family-inpainting", "levels", "natural", "readme")
 RECIPES = sorted((Path(__file__).parents[1] / "recipes" / "evaluate").glob("*.yaml"))
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*:DeprecationWarning")
 
