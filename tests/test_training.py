@@ -696,6 +696,16 @@ def test_a_resumed_run_decays_as_it_is_told(images: Path, tmp_path: Path) -> Non
     assert {group["name"]: group["weight_decay"] for group in groups} == {"networks": 0.5, "start": 0.0, "scalars": 0.0}
 
 
+def test_a_run_whose_parameters_were_grouped_otherwise_is_refused(images: Path, tmp_path: Path) -> None:
+    model = UnfoldedOptions(flow=FLOW, n_folds=1)
+    run = partial(train_unfolded, model, ProblemOptions(), data(images), out=str(tmp_path), resume=True)
+    run(training=options(max_steps=1))
+    state = (tmp_path / "state.pt").read_bytes()
+    with pytest.raises(ValueError, match="start another run"):
+        run(training=options(max_steps=2, optimizer="muon"))
+    assert (tmp_path / "state.pt").read_bytes() == state
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_weights_decay_and_scalars_do_not(optimizer: str, images: Path) -> None:
     model = UnfoldedOptions(flow=FLOW, n_folds=2, channelwise=True)

@@ -544,6 +544,13 @@ class _Run:
         return identity | ({"noise": asdict(self.job.data)} if isinstance(self.job.data, NoiseOptions) else {})
 
     def _restore(self, state: dict[str, Any]) -> None:
+        both = state["optimizer"], self.optimizer.state_dict()
+        groups = [[len(group["params"]) for group in part["param_groups"]] for part in both]
+        if groups[0] != groups[1]:
+            raise ValueError(
+                f"the run in {self.job.out} divides its parameters in groups of {groups[0]}, this version with these options "
+                f"in {groups[1]}: resume it with its own model, optimizer and version of flowprox, or start another run"
+            )
         for name in _COUNTERS:
             setattr(self, name, state["counters"].get(name, 0))
         decays = [group.get("weight_decay", 0.0) for group in self.optimizer.param_groups]
