@@ -217,7 +217,8 @@ class UnfoldedOptions:
             random weights. Needed by "flow" and "plug-and-play".
         pretrained: what to start from: for "resnet" and "unet" a pretrained prox (folder written by train-denoiser), for
             "flow" an unfolded network (name, hub id or folder) of the same flows and folds, whose scalars hold for all
-            ``levels``, or are interpolated between its own.
+            ``levels``, or are interpolated between its own. It may have been trained for another problem: where its data
+            steps are of another kind or number their weights are not taken.
         prox_arguments: arguments of the ResNet's or U-Net's constructor when it is not pretrained.
         n_folds: K.
         tied: use the same prox, with the same weights, in every fold.

@@ -298,6 +298,22 @@ def test_a_network_for_some_levels_starts_one_for_others(images: Path, tmp_path:
         torch.testing.assert_close(network(y, physics), trained(y, physics))
 
 
+def test_a_denoiser_starts_what_deblurs_and_fills_in(images: Path, tmp_path: Path) -> None:
+    first = UnfoldedOptions(
+        flow=FLOW, n_folds=1, channelwise=True, latent_mean={"hidden_channels": [4]}, start="adjoint"
+    )
+    train_unfolded(first, ProblemOptions(), data(images), options(max_steps=5), str(tmp_path))
+    trained = load_model(tmp_path / "model")
+    more = replace(first, pretrained=str(tmp_path / "model"), start=None)
+    holes = ProblemOptions(name="inpainting", parameters={"mask_size": 4})
+    for changed in (replace(more, iteration="hqs", penalty=0.03), replace(more, step_size=1.0, final_data_step=True)):
+        network = reconstruction_task(changed, holes, data(images)).model
+        fresh = reconstruction_task(replace(changed, pretrained=None), holes, data(images)).model
+        for name, value in network.state_dict().items():
+            own = name in ("log_data_weight", "start_image")  # another data step, another start
+            assert_same({name: value}, {name: (fresh if own else trained).state_dict()[name]})
+
+
 def test_a_mean_that_was_not_told_the_level_starts_one_that_is(images: Path, tmp_path: Path) -> None:
     first = UnfoldedOptions(flow=FLOW, n_folds=1, channelwise=True, latent_mean={"hidden_channels": [4]})
     train_unfolded(first, ProblemOptions(), data(images), options(max_steps=3), str(tmp_path))

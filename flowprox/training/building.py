@@ -119,13 +119,16 @@ def _start_from(model: Unfolded, name: str) -> None:
     """Copy the weights of a trained network; its scalars stand for every level, shrinkages with their growth, or are
     interpolated between its levels.
 
-    Of what it was not given, a level or a predicted mean, it is told nothing at the start.
+    Of what it was not given, a level or a predicted mean, it is told nothing at the start. Where the data steps are of another
+    kind or number their weights are not taken, so that a denoiser can start what deblurs; a start image of its own stays.
     """
     trained = load_model(name)
     if not isinstance(trained, Unfolded):
         raise ValueError(f"pretrained {name!r} is a {type(trained).__name__}, not an unfolded network")
     own, given = model.state_dict(), _at_levels(trained, model.levels)
-    missing = {key for key in own.keys() - given.keys() if not key.startswith("latent_mean.")}
+    if type(trained) is not type(model) or len(own["log_data_weight"]) != len(given["log_data_weight"]):
+        given["log_data_weight"] = own["log_data_weight"]
+    missing = {key for key in own.keys() - given.keys() if not key.startswith(("latent_mean.", "start_image"))}
     unlike = sorted(missing | (given.keys() - own.keys()))
     unlike += [key for key in own.keys() & given.keys() if not _fits(key, own[key], given[key])]
     if unlike:

@@ -29,11 +29,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flowprox.checkpoints import load_training_state, save_model, save_training_state, sole_writer
-from flowprox.data import ImageDataset, ResumableSampler, save_image
+from flowprox.data import save_image
 from flowprox.flows import NonFiniteError
 from flowprox.options import DataOptions, NoiseOptions, TrainingOptions, parse_duration
 from flowprox.training.averages import BatchStatistics, KeptWeights, WeightAverage
 from flowprox.training.entry import TrainingResult
+from flowprox.training.images import TrainingImages
 from flowprox.training.optimisers import make_optimizer
 from flowprox.training.process import mixed_seed, seed_global_generators, stop_signals
 from flowprox.training.run_log import RunLog
@@ -45,7 +46,6 @@ __all__ = ["fit"]
 _LOG_EVERY = 20  # steps between two readings of the loss, each of which waits for the device
 _MOST_SKIPPED = 20  # in a row
 _VALIDATION_CHUNK = 64  # images
-_ON_DEVICE = 4 * 2**30  # bytes of training images up to which they are kept on the accelerator
 
 
 @dataclass
@@ -156,8 +156,7 @@ class _Run:
     def __init__(self, fabric: Fabric, job: _Job, stop: threading.Event) -> None:
         self.fabric, self.job, self.stop, self.options = fabric, job, stop, job.training
         self.device, self.distributed = fabric.device, fabric.world_size > 1
-        self.images, self.validation = self._load_images()
-        self.sampler = self._make_sampler(fabric.global_rank, fabric.world_size)
+        self.images = TrainingImages(job.data, job.training, self.device, fabric.global_rank, fabric.world_size)
         self.limit = self._step_limit()
         self.max_time = math.inf if self.options.max_time is None else parse_duration(self.options.max_time)
         self.step, self.skipped, self.skipped_in_a_row, self.typical_norm = 0, 0, 0, 0.0
@@ -181,49 +180,22 @@ class _Run:
         self.kept = KeptWeights(self.task.model, self.average)
         if state is not None:
             self._restore(state)
-        self.batches = self._endless_batches()
+        self.batches = self.images.batches(self.step)
         self.log = self._make_log() if fabric.is_global_zero else None
 
     # -- before the first step
-
-    def _load_images(self) -> tuple[Tensor, Tensor]:
-        """Training and validation images, uint8 (N, C, H, W); there may be none to validate on."""
-        data, n = self.job.data, self.options.n_validation_images
-        if isinstance(data, NoiseOptions):  # blank images that take no memory: the task draws what is on them
-            blank = torch.zeros((), dtype=torch.uint8)
-            shape = data.channels, data.image_size, data.image_size
-            return blank.expand(self.options.batch_size, *shape), blank.expand(n, *shape)
-        sources = [data.train] if isinstance(data.train, str) else data.train
-        if data.validation is not None:
-            train, validation = _images(data, sources, "all", data.limit), _images(data, data.validation, "all", n)
-        elif all(Path(source).is_dir() for source in sources):
-            train, validation = _images(data, sources, "train", data.limit), _images(data, sources, "val", n)
-        else:
-            train = _images(data, sources, "all", data.limit)
-            validation = train[:0]
-        return (train.to(self.device) if train.nbytes <= _ON_DEVICE else train), validation
-
-    def _make_sampler(self, rank: int, world_size: int) -> ResumableSampler:
-        n, batch_size, seed = len(self.images), self.options.batch_size, self.options.seed
-        return ResumableSampler(n, batch_size, seed, rank=rank, world_size=world_size, drop_last=n >= batch_size)
-
-    def _endless_batches(self) -> Iterator[list[int]]:
-        self.sampler.seek(self.step)
-        while True:
-            yield from self.sampler
 
     def _step_limit(self) -> float:
         epochs = self.options.max_epochs
         if epochs is not None and isinstance(self.job.data, NoiseOptions):
             raise ValueError("noise is drawn anew for every batch and has no epochs: set max_steps or max_time")
-        by_epochs = math.inf if epochs is None else max(1, round(epochs * len(self.sampler)))
+        by_epochs = math.inf if epochs is None else max(1, round(epochs * len(self.images.sampler)))
         return min(self.options.max_steps or math.inf, by_epochs)
 
     def _initialize_model(self, state: dict[str, Any] | None) -> None:
         if state is None:  # from the same images in every process; the data-parallel wrapper then sends process 0's
-            first = next(iter(self._make_sampler(0, 1)))[:256]
             with torch.no_grad():
-                self.task.initialize(self._clean(first))
+                self.task.initialize(self.images.first(256))
         else:
             try:
                 self.task.model.load_state_dict(state["model"])
@@ -258,7 +230,7 @@ class _Run:
                 if self.step % _LOG_EVERY == 0:
                     self._log_training(losses)
                 if self.step % self.options.validate_every == 0:
-                    if len(self.validation):
+                    if len(self.images.validation):
                         self._validate()
                     elif not self.skipped_in_a_row:
                         self.kept.keep()
@@ -287,10 +259,10 @@ class _Run:
         return bool(self.reason)
 
     def _finish(self) -> None:
-        if len(self.validation) and self.reason != "signal" and self.figures.get("step") != self.step:
+        if len(self.images.validation) and self.reason != "signal" and self.figures.get("step") != self.step:
             self._validate()
         self._save_state()
-        if not len(self.validation):
+        if not len(self.images.validation):
             self._save_model()
         if self.log is not None:
             self.log.draw_loss(self.task.figure)
@@ -303,7 +275,7 @@ class _Run:
 
     def _take_step(self, losses: Tensor) -> None:
         generator = self._seed_step()
-        inputs = self.task.batch(self._flip(self._clean(next(self.batches)), generator), generator)
+        inputs = self.task.batch(self.images.flip(next(self.batches), generator), generator)
         self.batch_statistics.keep()
         self.optimizer.zero_grad(set_to_none=True)
         loss, applied = None, False
@@ -409,21 +381,6 @@ class _Run:
         seed_global_generators(seed, self.device)
         return torch.Generator(self.device).manual_seed(seed)
 
-    # -- images
-
-    def _clean(self, indices: list[int]) -> Tensor:
-        return self._to_float(self.images[torch.tensor(indices, device=self.images.device)])
-
-    def _to_float(self, images: Tensor) -> Tensor:
-        x = images.to(self.device).float().div_(255)
-        return x.contiguous(memory_format=torch.channels_last) if self.options.channels_last else x
-
-    def _flip(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        if not self.options.horizontal_flip:
-            return x
-        mirrored = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) < 0.5
-        return torch.where(mirrored, x.flip(-1), x)
-
     # -- validation
 
     @torch.no_grad()
@@ -432,15 +389,15 @@ class _Run:
         sums: dict[str, float] = {}
         model = self.average.current(self.distributed).eval()
         try:
-            chunks = range(0, len(self.validation), _VALIDATION_CHUNK)
+            chunks = range(0, len(self.images.validation), _VALIDATION_CHUNK)
             for start in chunks[self.fabric.global_rank :: self.fabric.world_size]:
-                x = self._to_float(self.validation[start : start + _VALIDATION_CHUNK])
+                x = self.images.to_float(self.images.validation[start : start + _VALIDATION_CHUNK])
                 for name, values in self.task.evaluate(model, x, self._validation_generator(start)).items():
                     sums[name] = sums.get(name, 0.0) + float(values.double().sum())
         except NonFiniteError as error:  # the run goes on: such a model is never the best one
             self.error, sums = error, dict.fromkeys([self.task.figure, *sums], math.nan)
         self.task.train()
-        figures = {name: value / len(self.validation) for name, value in self._sum_over_processes(sums).items()}
+        figures = {name: value / len(self.images.validation) for name, value in self._sum_over_processes(sums).items()}
         self.figures = {**figures, "step": self.step}
         if self.log is not None:
             self.log.validation(self.step, self.elapsed, figures, time.monotonic() - started)
@@ -503,10 +460,10 @@ class _Run:
 
     @torch.no_grad()
     def _draw_samples(self) -> None:
-        shown = self.validation if len(self.validation) else self.images
+        shown = self.images.validation if len(self.images.validation) else self.images.train
         model = self.average.current().eval()
         try:
-            rows = self.task.pictures(model, self._to_float(shown[:8]), self._validation_generator(0))
+            rows = self.task.pictures(model, self.images.to_float(shown[:8]), self._validation_generator(0))
         except NonFiniteError as error:
             print(f"no samples.png: {error}")
             return
@@ -562,16 +519,3 @@ class _Run:
 
 
 _COUNTERS = ("step", "skipped", "skipped_in_a_row", "rollbacks", "typical_norm", "elapsed", "figures", "best", "stale")
-
-
-def _images(data: DataOptions, source: str | list[str], split: str, limit: int | None) -> Tensor:
-    dataset = ImageDataset(
-        source,
-        image_size=data.image_size,
-        split=split,
-        patches=data.patches,
-        channels=data.channels,
-        skip_corrupt=data.skip_corrupt,
-        limit=limit,
-    )
-    return dataset.images

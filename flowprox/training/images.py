@@ -1,0 +1,106 @@
+"""The images of a training run: which are trained on, which validated on, and in what order they come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flowprox.data import ImageDataset, ResumableSampler
+from flowprox.options import DataOptions, NoiseOptions, TrainingOptions
+
+__all__ = ["TrainingImages"]
+
+_ON_DEVICE = 4 * 2**30  # bytes of training images up to which they are kept on the accelerator
+
+
+class TrainingImages:
+    """Training and validation images of one process, uint8 (N, C, H, W), and its batches; there may be none to validate on.
+
+    Of noise, which the task draws, they are blank images that take no memory.
+
+    Arguments:
+        data: where they are; of noise, only the size is used.
+        options: batch size, seed, number of validation images, mirroring and memory format.
+        device: where batches are wanted.
+        rank, world_size: which of how many processes this is.
+    """
+
+    def __init__(
+        self,
+        data: DataOptions | NoiseOptions,
+        options: TrainingOptions,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.options, self.device = options, device
+        if isinstance(data, NoiseOptions):
+            blank = torch.zeros((), dtype=torch.uint8)
+            shape = data.channels, data.image_size, data.image_size
+            train, self.validation = (
+                blank.expand(n, *shape) for n in (options.batch_size, options.n_validation_images)
+            )
+        else:
+            train, self.validation = _read(data, options.n_validation_images)
+        self.train = train.to(device) if train.nbytes <= _ON_DEVICE else train
+        self.sampler = self._make_sampler(rank, world_size)
+
+    def __len__(self) -> int:
+        return len(self.train)
+
+    def _make_sampler(self, rank: int, world_size: int) -> ResumableSampler:
+        n, batch_size = len(self.train), self.options.batch_size
+        return ResumableSampler(
+            n, batch_size, self.options.seed, rank=rank, world_size=world_size, drop_last=n >= batch_size
+        )
+
+    def batches(self, step: int) -> Iterator[Tensor]:
+        """Clean batches (B, C, H, W) in [0, 1] without end, from that of ``step`` on."""
+        self.sampler.seek(step)
+        while True:
+            yield from map(self._clean, self.sampler)
+
+    def first(self, n: int) -> Tensor:
+        """At most n images of the first batch of all processes together, the same in each."""
+        return self._clean(next(iter(self._make_sampler(0, 1)))[:n])
+
+    def _clean(self, indices: list[int]) -> Tensor:
+        return self.to_float(self.train[torch.tensor(indices, device=self.train.device)])
+
+    def to_float(self, images: Tensor) -> Tensor:
+        """uint8 images as floats in [0, 1] on the device."""
+        x = images.to(self.device).float().div_(255)
+        return x.contiguous(memory_format=torch.channels_last) if self.options.channels_last else x
+
+    def flip(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Half of the images mirrored, if the options ask for it."""
+        if not self.options.horizontal_flip:
+            return x
+        mirrored = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) < 0.5
+        return torch.where(mirrored, x.flip(-1), x)
+
+
+def _read(data: DataOptions, n_validation: int) -> tuple[Tensor, Tensor]:
+    sources = [data.train] if isinstance(data.train, str) else data.train
+    if data.validation is not None:
+        return _images(data, sources, "all", data.limit), _images(data, data.validation, "all", n_validation)
+    if all(Path(source).is_dir() for source in sources):
+        return _images(data, sources, "train", data.limit), _images(data, sources, "val", n_validation)
+    train = _images(data, sources, "all", data.limit)
+    return train, train[:0]
+
+
+def _images(data: DataOptions, source: str | list[str], split: str, limit: int | None) -> Tensor:
+    dataset = ImageDataset(
+        source,
+        image_size=data.image_size,
+        split=split,
+        patches=data.patches,
+        channels=data.channels,
+        skip_corrupt=data.skip_corrupt,
+        limit=limit,
+    )
+    return dataset.images
