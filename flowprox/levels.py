@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-from deepinv.physics import Physics
+from deepinv.physics import Physics, ZeroNoise
 from torch import Tensor
 
 __all__ = ["at_level", "checked_levels", "noise_level"]
@@ -48,10 +48,13 @@ def at_level(values: Tensor, levels: Sequence[float], sigma: Tensor) -> Tensor:
 def noise_level(physics: Physics, like: Tensor) -> Tensor:
     """The standard deviation of the white noise of ``physics``, one per image of ``like`` (B, ...): (B,).
 
+    deepinv's ``ZeroNoise``, which a physics has that was given no noise, is level 0.
+
     Raises:
         ValueError: the noise of ``physics`` has no level ``sigma``, or another number of them.
     """
-    sigma = getattr(physics.noise_model, "sigma", None)
+    exact = isinstance(physics.noise_model, ZeroNoise)
+    sigma = 0.0 if exact else getattr(physics.noise_model, "sigma", None)
     if sigma is None:
         name = type(physics.noise_model).__name__
         raise ValueError(
