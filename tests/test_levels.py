@@ -32,7 +32,7 @@ def test_the_level_is_that_of_the_noise_model() -> None:
     assert noise_level(physics, torch.zeros(3, 3, 8, 8)).tolist() == pytest.approx([0.1] * 3)
     physics.noise_model.update_parameters(sigma=torch.tensor([0.1, 0.2, 0.3]))
     assert noise_level(physics, torch.zeros(3, 3, 8, 8)).tolist() == pytest.approx([0.1, 0.2, 0.3])
-    exact = deepinv.physics.Inpainting(img_size=(3, 8, 8), mask=0.5)
+    exact = deepinv.physics.Denoising(deepinv.physics.ZeroNoise())
     assert noise_level(exact, torch.zeros(2, 3, 8, 8)).tolist() == [0.0, 0.0]
 
 
