@@ -23,6 +23,7 @@ done
 for name in mean unet mean-small unet-small; do
     train "$name-fast-decay" --config "$here/$name.yaml" --config "$here/fast.yaml" --config "$here/decay.yaml"
 done
+train unet-faster-decay --config "$here/unet.yaml" --config "$here/decay.yaml" --config "$here/faster.yaml"
 for name in mean mean-small; do
     train "$name-taught" --config "$here/$name.yaml" --config "$here/taught.yaml"
 done
@@ -38,4 +39,6 @@ for problem in inpainting deblurring; do
         train "$problem-$name-fast-decay" --config "$here/$name.yaml" --config "$here/$problem.yaml" --config "$here/fast.yaml" \
             --config "$here/decay.yaml"
     done
+    train "$problem-unet-faster-decay" --config "$here/unet.yaml" --config "$here/$problem.yaml" --config "$here/decay.yaml" \
+        --config "$here/faster.yaml"
 done
