@@ -20,10 +20,11 @@ done
 for name in unet unet-small mean; do
     train "$name-fast" --config "$here/$name.yaml" --config "$here/fast.yaml"
 done
-for name in mean unet mean-small unet-small; do
-    train "$name-fast-decay" --config "$here/$name.yaml" --config "$here/fast.yaml" --config "$here/decay.yaml"
+for rate in fast faster fastest; do
+    for name in mean unet mean-small unet-small; do
+        train "$name-$rate-decay" --config "$here/$name.yaml" --config "$here/decay.yaml" --config "$here/$rate.yaml"
+    done
 done
-train unet-faster-decay --config "$here/unet.yaml" --config "$here/decay.yaml" --config "$here/faster.yaml"
 for name in mean mean-small; do
     train "$name-taught" --config "$here/$name.yaml" --config "$here/taught.yaml"
 done
@@ -35,10 +36,10 @@ for problem in inpainting deblurring; do
     train "$problem-unet-fast" --config "$here/unet.yaml" --config "$here/$problem.yaml" --config "$here/fast.yaml"
     train "$problem-mean-fast" --config "$here/mean.yaml" --config "$here/$problem.yaml" --config "$here/fast.yaml"
     train "$problem-mean-decay" --config "$here/mean.yaml" --config "$here/$problem.yaml" --config "$here/decay.yaml"
-    for name in mean unet; do
-        train "$problem-$name-fast-decay" --config "$here/$name.yaml" --config "$here/$problem.yaml" --config "$here/fast.yaml" \
-            --config "$here/decay.yaml"
+    for rate in fast faster fastest; do
+        for name in mean unet; do
+            train "$problem-$name-$rate-decay" --config "$here/$name.yaml" --config "$here/$problem.yaml" --config "$here/decay.yaml" \
+                --config "$here/$rate.yaml"
+        done
     done
-    train "$problem-unet-faster-decay" --config "$here/unet.yaml" --config "$here/$problem.yaml" --config "$here/decay.yaml" \
-        --config "$here/faster.yaml"
 done
