@@ -14,9 +14,12 @@ import inspect
 import itertools
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
 from typing import Any
 
@@ -82,11 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after ``flowprox``; by default those of the process.
 
     Returns:
-        0 on success, 2 after bad input, 130 when interrupted.
+        0 on success, 2 after bad input, 130 when interrupted or terminated.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(words)
+        with _terminated_as_interrupted():
+            return _run(words)
     except SystemExit as end:  # argparse, after --help or --version
         return end.code if isinstance(end.code, int) else 2
     except KeyboardInterrupt as end:
@@ -99,6 +103,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"flowprox: {_one_line(error)}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Within the block SIGTERM, which ``timeout`` and batch systems send, ends a command as Ctrl-C does: what is half-written
+    is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt("terminated")
+
+    before = signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(words: list[str]) -> int:

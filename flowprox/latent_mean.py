@@ -93,7 +93,9 @@ class LatentMeanNet(Specified, nn.Module):
         """
         divisor = 2**self.n_levels
         if x.shape[-2] % divisor or x.shape[-1] % divisor:
-            raise ValueError(f"x has size {tuple(x.shape[-2:])}; height and width must be divisible by {divisor}")
+            raise ValueError(
+                f"x has size {tuple(x.shape[-2:])}; height and width must be divisible by {divisor}: pad or crop"
+            )
         h = self.first(F.pixel_unshuffle(x.contiguous(memory_format=torch.channels_last), 2))
         features: list[Tensor] = []
         for i, block in enumerate(self.contract):

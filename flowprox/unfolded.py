@@ -180,7 +180,7 @@ class Unfolded(Reconstructor):
         if adjoint.ndim != 4 or n_channels not in ("C", adjoint.shape[1]):
             raise ValueError(
                 f"y of shape {tuple(y.shape)} measures an image {tuple(adjoint.shape)}; the model takes batches "
-                f"(B, {n_channels}, H, W): add or convert the missing dimensions"
+                f"(B, {n_channels}, H, W): add the missing dimensions, or repeat a grey channel with expand"
             )
         return adjoint
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -132,6 +135,28 @@ def test_recipe_is_overridden_wherever_the_option_stands_and_can_be_resumed(worl
     assert main(["train-flow", "--config=run/recipe.yaml", "--resume", "--training.max_steps", "3"]) == 0
     assert checkpoints.load_training_state("run/state.pt")["counters"]["step"] == 3
     assert main(["sample", "--model", "run/model", "-n", "1"]) == 0
+
+
+def test_termination_ends_a_command_as_interruption_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    started = tmp_path / "half written"
+
+    def killed(words: list[str]) -> int:
+        started.touch()
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+            return 0
+        finally:
+            started.unlink()
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("flowprox.cli._run", killed)
+    assert main(["models"]) == 130
+    assert "interrupted: terminated" in capsys.readouterr().err
+    assert not started.exists()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_interruption_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,7 +89,7 @@ def models(name: str | None = None) -> None:
         print("no models are shipped with this installation")
         return
     rows = [[card.name, card.model["kind"], _problem(card.problem), _trained(card)] for card in cards]
-    print_table(["model", "kind", "problem", "parameters, file, figures"], rows, justify="left")
+    print_table(["model", "kind", "problem", "parameters, file, validation"], rows, justify="left")
 
 
 def _problem(problem: Mapping[str, Any] | None) -> str:

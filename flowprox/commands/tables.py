@@ -24,7 +24,7 @@ def print_table(head: list[str], rows: list[list[str]], justify: Literal["left",
 
     drawn = Table()
     for i, name in enumerate(head):
-        drawn.add_column(name, justify=justify if i else "left", overflow="fold")
+        drawn.add_column(name, justify=justify if i else "left", overflow="fold", no_wrap=i == 0)  # names stay whole
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row))
     Console().print(drawn)
