@@ -8,6 +8,8 @@
 #     sh recipes/gpu/train.sh mean-denoising [SECONDS]         or compact-...: flows that shrink towards a predicted mean; no prior is needed
 #     sh recipes/gpu/train.sh denoiser-unet [SECONDS]          pre-training of resnet or unet
 #
+# Afterwards: flowprox evaluate --config recipes/evaluate/wei-gpu.yaml, with --scale paper when flow, resnet and unet are trained too.
+#
 # Without arguments: the names, in an order that respects what needs what.
 set -eu
 here=$(dirname "$0")
