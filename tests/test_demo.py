@@ -49,6 +49,13 @@ def models():
     return {problem: StandIn() for problem in DEMO_PROBLEMS}
 
 
+@pytest.mark.parametrize("method", ["tv", "bm3d"])
+def test_a_missing_bm3d_is_said(tmp_path, console, no_figures, monkeypatch, method):
+    monkeypatch.setattr(demo, "classical_method", lambda problem: (method, StandIn()))
+    run_demo(tmp_path / "demo", models(), console=console)
+    assert ("bm3d is not installed" in console.file.getvalue()) == (method == "tv")
+
+
 def test_everything_is_written(tmp_path, console):
     out = tmp_path / "new" / "demo"
     assert run_demo(out, models(), console=console) == out / "report.html"
