@@ -2,7 +2,7 @@
 
     python benchmarks/classical_baselines.py --data "../shared/data/faces64" --problem deblurring --n-images 48
 
-A baseline's free number (``regularisation``) is chosen on images of the split ``val`` only: a grid with a factor 2
+A baseline's free number (``regularization``) is chosen on images of the split ``val`` only: a grid with a factor 2
 between values, extended while the best lies at an end, then a finer one around the best. The test images are touched
 once per method, with the chosen number. One JSON line per method: what was chosen, every point of the grid, mean PSNR
 and SSIM.
@@ -103,13 +103,13 @@ def mean_psnr(method: Reconstructor, images: Images, physics: LinearPhysics, bat
 def tune(
     candidate: Candidate, images: Images, physics: LinearPhysics, batch_size: int
 ) -> tuple[float, dict[float, float]]:
-    """The regularisation with the highest mean PSNR on ``images``, and every value tried with its PSNR in dB."""
+    """The regularization with the highest mean PSNR on ``images``, and every value tried with its PSNR in dB."""
     assert candidate.start is not None
     tried: dict[float, float] = {}
 
     def score(value: float) -> float:
         if value not in tried:
-            method = candidate.make(regularisation=value, **candidate.arguments)
+            method = candidate.make(regularization=value, **candidate.arguments)
             tried[value] = mean_psnr(method, images, physics, batch_size)
         return tried[value]
 
@@ -172,10 +172,10 @@ def run(options: argparse.Namespace) -> None:
                     continue
                 arguments, tried = dict(candidate.arguments), {}
                 if candidate.start is not None:
-                    arguments["regularisation"], tried = tune(candidate, validation, physics, options.batch_size)
+                    arguments["regularization"], tried = tune(candidate, validation, physics, options.batch_size)
                 method = candidate.make(**arguments)
                 scores = evaluate(method, test, physics, options.batch_size)
-                tuning = [{"regularisation": value, "psnr": tried[value]} for value in sorted(tried)]
+                tuning = [{"regularization": value, "psnr": tried[value]} for value in sorted(tried)]
                 writer.write(
                     {
                         "problem": problem,
@@ -204,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="*", default=[], help="only these; all by default")
     parser.add_argument("--models", nargs="*", default=[], help="trained models to measure on the same measurements")
     parser.add_argument("--n-images", type=int, default=48, help="test images")
-    parser.add_argument("--n-validation", type=int, default=48, help="validation images the regularisation is tuned on")
+    parser.add_argument("--n-validation", type=int, default=48, help="validation images the regularization is tuned on")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="classical_baselines.jsonl", help="JSON lines file to write")

@@ -30,7 +30,7 @@ from flowprox.evaluation.metrics import psnr
 from flowprox.flows import Flow, frozen
 from flowprox.operators import make_physics, measure_each
 from flowprox.solvers import LBFGS, LatentMAP
-from flowprox.solvers.optimisers import Evaluate
+from flowprox.solvers.optimizers import Evaluate
 from flowprox.solvers.problem import LatentProblem
 
 Record = tuple[int, float, float]  # evaluations, seconds, mean PSNR
@@ -96,7 +96,7 @@ def published(clock: Clock, z: Tensor, n_steps: int) -> None:
 
 def ours(clock: Clock, z: Tensor, n_evaluations: int) -> None:
     """L-BFGS of LatentMAP, every image by itself; a trial point of the line search stands in for the iterate."""
-    trace = LBFGS(n_iterations=n_evaluations, max_evaluations=n_evaluations).minimise(clock.evaluate, z)
+    trace = LBFGS(n_iterations=n_evaluations, max_evaluations=n_evaluations).minimize(clock.evaluate, z)
     clock.pause(trace.z)
 
 

@@ -4,7 +4,7 @@
     python benchmarks/memory.py --device cuda --image-size 64 --hidden-channels 512 --batch-size 16 --out runs/memory-gpu
 
 "depth": one likelihood step of a one-level Glow of K steps. "folds": one MSE step of an unfolded network of untied
-flows. Each configuration runs in a process of its own. A first step initialises and allocates the gradients; in the second the
+flows. Each configuration runs in a process of its own. A first step initializes and allocates the gradients; in the second the
 peak above the memory held before it is taken: activations, and gradients on their way to the parameters, without weights
 and their gradients. On the CPU it is the running sum of PyTorch's own allocation events (temporary buffers of oneDNN are
 not among them; the process's peak resident set stands beside it), on a GPU ``torch.cuda.max_memory_allocated``.

@@ -83,7 +83,7 @@ class Bench:
             self.flows.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         with torch.no_grad(), contender.precision(device.type):
             for flow in self.flows:
-                flow(self.x)  # ActNorm initialises itself
+                flow(self.x)  # ActNorm initializes itself
                 _shake(flow)
             self.z = self.flows[0](self.x)[0]
 

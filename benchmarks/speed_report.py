@@ -74,7 +74,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def figure(rows: list[dict[str, Any]], path: Path) -> None:
-    """One panel per task: bars of images per second, peers in another colour."""
+    """One panel per task: bars of images per second, peers in another color."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -85,8 +85,8 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
     fig, axes = plt.subplots(1, len(tasks), figsize=(2.6 * len(tasks) + 1.2, 3.4), squeeze=False, layout="constrained")
     for axis, task in zip(axes[0], tasks, strict=True):
         group = [row for row in results if row["task"] == task][::-1]
-        colours = [_colour(row) for row in group]
-        axis.barh([row["contender"] for row in group], [1 / row["seconds_per_image"] for row in group], color=colours)
+        colors = [_color(row) for row in group]
+        axis.barh([row["contender"] for row in group], [1 / row["seconds_per_image"] for row in group], color=colors)
         axis.set_title(task, fontsize=9)
         axis.set_xlabel("images per second", fontsize=8)
         axis.tick_params(labelsize=7)
@@ -97,7 +97,7 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(fig)
 
 
-def _colour(row: dict[str, Any]) -> str:
+def _color(row: dict[str, Any]) -> str:
     if row["is_peer"]:
-        return "tab:grey"
+        return "tab:gray"
     return "tab:orange" if row["contender"].startswith("plain") else "tab:blue"

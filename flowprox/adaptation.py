@@ -47,7 +47,7 @@ def adapt(flows: Sequence[Flow], rank: int) -> None:
 
     Raises:
         ValueError: a rank that is not positive, fewer than two flows, flows without coupling nets or of different
-            architectures, or convolutions that are parametrised already (RealNVP's by weight normalisation).
+            architectures, or convolutions that are parametrized already (RealNVP's by weight normalization).
     """
     convolutions = [_convolutions(flow) for flow in flows]
     shapes = {tuple(tuple(c.weight.shape) for c in found) for found in convolutions}
@@ -59,7 +59,7 @@ def adapt(flows: Sequence[Flow], rank: int) -> None:
         raise ValueError("adaptation needs flows with the same coupling nets of convolutions in every fold")
     if any(parametrize.is_parametrized(c) for found in convolutions for c in found):
         raise ValueError(
-            "these convolutions are parametrised already, by weight normalisation (RealNVP) or an earlier adaptation; "
+            "these convolutions are parametrized already, by weight normalization (RealNVP) or an earlier adaptation; "
             "adapt fresh Glows"
         )
     for same in zip(*convolutions, strict=True):

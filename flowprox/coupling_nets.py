@@ -71,7 +71,7 @@ class CouplingNet(nn.Module):
         in_channels, out_channels: channels of the conditioning half, and of (log-scale, shift) together.
         hidden_channels: width.
         kernel_sizes: one per convolution; (3, 1, 3) is Glow's.
-        actnorm: a learned scale and shift, initialised from data, after each hidden convolution, and a learned output scale
+        actnorm: a learned scale and shift, initialized from data, after each hidden convolution, and a learned output scale
             (the form of Kingma and Dhariwal 2018, which GlowIP uses too).
 
     Example:
@@ -106,7 +106,7 @@ class CouplingNet(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Data-dependent initialisation of the inner scales from the conditioning half x (B, C, H, W)."""
+        """Data-dependent initialization of the inner scales from the conditioning half x (B, C, H, W)."""
         for i, convolution in enumerate(self.hidden):
             x = convolution(x)
             if self.norms is not None:

@@ -45,7 +45,7 @@ class ImageOptions:
             ship with the package.
         image_size: height and width in pixels; the central square is taken and resized. null keeps images as
             they are, each of its own size.
-        channels: 3 for colour, 1 for grey.
+        channels: 3 for color, 1 for gray.
         split: "train", "val" or "test" for a part of the images, see ``flowprox.data.ImageDataset``; "all" for all.
         limit: use only the first so many.
     """

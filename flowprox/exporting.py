@@ -38,7 +38,7 @@ def export_program(model: Reconstructor, physics: Physics, y: Tensor) -> Exporte
     """Export a reconstruction network for measurements like y.
 
     Arguments:
-        model: an ``UnfoldedPGD`` or ``UnfoldedHQS``, whose flows are initialised.
+        model: an ``UnfoldedPGD`` or ``UnfoldedHQS``, whose flows are initialized.
         physics: the operator that measured y.
         y: an example (B, ...), B at least 2. The program takes any batch size and measurements of this shape otherwise.
 

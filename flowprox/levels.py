@@ -3,7 +3,7 @@ r"""Learned numbers that depend on the noise level of a measurement.
     c(sigma) = exp(sum_j h_j(log sigma) v_j)      piecewise linear in log sigma between levels sigma_1 < ... < sigma_J,
                                                   constant beyond them
 
-v_j the learned logarithms at the levels, h_j the hat function that is 1 at log sigma_j and 0 at its neighbours.
+v_j the learned logarithms at the levels, h_j the hat function that is 1 at log sigma_j and 0 at its neighbors.
 """
 
 from __future__ import annotations

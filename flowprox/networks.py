@@ -21,7 +21,7 @@ __all__ = ["DCGANDiscriminator", "DCGANGenerator", "ResNet", "UNet"]
 class ResNet(nn.Module):
     """Residual network of Mardani et al. 2018 as Wei et al. 2022, Sec. V-C, describe it.
 
-    Residual blocks of two 3x3 convolutions with batch normalisation and ReLU, then three 1x1 convolutions; the output is
+    Residual blocks of two 3x3 convolutions with batch normalization and ReLU, then three 1x1 convolutions; the output is
     added to the input, a skip that the papers do not mention. Width 128 gives 0.63 M parameters in all; the paper counts
     0.16 M, which width 64 gives.
 
@@ -61,7 +61,7 @@ def _residual_block(width: int) -> nn.Sequential:
 
 
 class UNet(nn.Module):
-    """The standard U-Net of Ronneberger et al. 2015 with batch normalisation; widths 64 to 1024 give 31.04 M parameters.
+    """The standard U-Net of Ronneberger et al. 2015 with batch normalization; widths 64 to 1024 give 31.04 M parameters.
 
     References:
         Ronneberger et al. 2015, U-Net: convolutional networks for biomedical image segmentation,
@@ -113,7 +113,7 @@ class DCGANGenerator(Specified, nn.Module):
 
         z (B, latent_size)  ->  x (B, C, H, W) in [0, 1]
 
-    Transposed 4x4 convolutions with batch normalisation and ReLU; a sigmoid at the end, which is the paper's tanh moved to
+    Transposed 4x4 convolutions with batch normalization and ReLU; a sigmoid at the end, which is the paper's tanh moved to
     [0, 1]. With the defaults 3,576,707 parameters.
 
     References:
@@ -169,7 +169,7 @@ class DCGANGenerator(Specified, nn.Module):
 
 
 class DCGANDiscriminator(nn.Module):
-    """Discriminator of Radford et al. with spectral normalisation in the place of batch normalisation.
+    """Discriminator of Radford et al. with spectral normalization in the place of batch normalization.
 
     It maps x (B, C, H, W) in [0, 1] to one logit per image (B,), above zero for "real". No layer mixes images.
 

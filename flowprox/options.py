@@ -69,7 +69,7 @@ class DataOptions:
         validation: the same for validation. null takes the validation part of a folder's own split; with anything but
             folders it trains without validation.
         image_size: height and width in pixels; larger images are cropped and resized.
-        channels: 3 for colour, 1 for grey.
+        channels: 3 for color, 1 for gray.
         patches: cut so many random squares out of every image at its own resolution, in place of the whole image resized; 0
             takes the whole image.
         limit: use only the first so many training images; None uses all.
@@ -102,7 +102,7 @@ class NoiseOptions:
         parameters: what differs from the noise's defaults, for example {sigma: 0.5}.
         validation: parameters that differ again for validation, for example {split: validation}.
         image_size: height and width of the noise in pixels.
-        channels: 3 for colour, 1 for grey.
+        channels: 3 for color, 1 for gray.
         terms: under which terms what the noise is made of may be used; written into the model's card.
     """
 
@@ -142,10 +142,10 @@ class ProblemOptions:
 
 @dataclass
 class LikelihoodOptions:
-    """How images become continuous before their likelihood is maximised.
+    """How images become continuous before their likelihood is maximized.
 
     Arguments:
-        bit_depth: b; images are quantised to 2^b levels and dequantised, x = (floor(x 2^b) + u) / 2^b, u uniform in
+        bit_depth: b; images are quantized to 2^b levels and dequantized, x = (floor(x 2^b) + u) / 2^b, u uniform in
             [0, 1).
         noise_range: lowest and highest standard deviation of Gaussian noise added to each image, drawn uniformly per
             image; [0, 0] adds none. A flow meant for unfolding should see images as noisy as its folds will.
@@ -179,7 +179,7 @@ class DenoiserOptions:
 
 @dataclass
 class GANOptions:
-    """A generative adversarial network: a DCGAN whose discriminator has spectral normalisation.
+    """A generative adversarial network: a DCGAN whose discriminator has spectral normalization.
 
     Arguments:
         latent_size: length of the generator's latent.
@@ -339,7 +339,7 @@ class TrainingOptions:
 
     Arguments:
         batch_size: images per step, over all processes.
-        optimizer: "adam", or "muon": orthogonalised momentum for the weights of convolutions and Adam for the rest, with the
+        optimizer: "adam", or "muon": orthogonalized momentum for the weights of convolutions and Adam for the rest, with the
             same learning rates.
         learning_rate: step size for the weights, at the schedule's peak.
         scalar_learning_rate: the same for the few scalars mu and lambda.

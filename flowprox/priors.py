@@ -199,7 +199,7 @@ class FlowDenoiser(Denoiser):
         return torch.where(variance > 0, x_hat, v)
 
     def objective(self, x: Tensor, v: Tensor, sigma: float | Tensor) -> Tensor:
-        """1/2 ||x - v||^2 + sigma^2/2 ||f(x)||^2, (B,): what is minimised, times sigma^2."""
+        """1/2 ||x - v||^2 + sigma^2/2 ||f(x)||^2, (B,): what is minimized, times sigma^2."""
         variance = self._handle_sigma(sigma, reference_tensor=v).square().flatten()
         return 0.5 * _squared_length(x - v) + 0.5 * variance * _squared_length(self.flow.encode_image(x))
 
@@ -209,10 +209,10 @@ class FlowDenoiser(Denoiser):
         key = size, v.dtype, v.device
         if key not in self._spectra:
             self._spectra[key] = self._spectrum(v)
-        mean, power, colours = self._spectra[key]
+        mean, power, colors = self._spectra[key]
         coefficients = torch.fft.rfft2(v - mean, norm="ortho").permute(0, 2, 3, 1).unsqueeze(-1)
         gain = (power / (power + variance)).unsqueeze(-1)
-        filtered = colours @ (gain * (colours.mH @ coefficients))
+        filtered = colors @ (gain * (colors.mH @ coefficients))
         return mean + torch.fft.irfft2(filtered.squeeze(-1).permute(0, 3, 1, 2), s=size, norm="ortho")
 
     def reset(self) -> None:
@@ -227,8 +227,8 @@ class FlowDenoiser(Denoiser):
         images = self.flow.decode(z, (v.shape[-2], v.shape[-1]))
         mean = images.mean(dim=0, keepdim=True)
         coefficients = torch.fft.rfft2(images - mean, norm="ortho").permute(2, 3, 1, 0)
-        power, colours = torch.linalg.eigh(coefficients @ coefficients.mH / (self.n_samples - 1))
-        return mean, power.clamp_min(1e-8), colours
+        power, colors = torch.linalg.eigh(coefficients @ coefficients.mH / (self.n_samples - 1))
+        return mean, power.clamp_min(1e-8), colors
 
     def _descend(self, z: Tensor, best: Tensor, v: Tensor, variance: Tensor) -> Tensor:
         """The image of the best of ``n_steps`` + 1 latents, per image; ``best`` where none is finite."""

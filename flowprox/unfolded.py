@@ -180,7 +180,7 @@ class Unfolded(Reconstructor):
         if adjoint.ndim != 4 or n_channels not in ("C", adjoint.shape[1]):
             raise ValueError(
                 f"y of shape {tuple(y.shape)} measures an image {tuple(adjoint.shape)}; the model takes batches "
-                f"(B, {n_channels}, H, W): add the missing dimensions, or repeat a grey channel with expand"
+                f"(B, {n_channels}, H, W): add the missing dimensions, or repeat a gray channel with expand"
             )
         return adjoint
 
@@ -200,7 +200,7 @@ class Unfolded(Reconstructor):
         return list(dict.fromkeys(flows))
 
     def parameter_groups(self, learning_rate: float, scalar_learning_rate: float) -> list[dict]:
-        """Groups for an optimiser: networks, the start image, and the scalars (mu or rho, lambda, latent weights), which Wei et
+        """Groups for an optimizer: networks, the start image, and the scalars (mu or rho, lambda, latent weights), which Wei et
         al. train with 1e-2 beside 1e-5 for the flows."""
         scalars = [self.log_data_weight, self.log_shrinkage]
         scalars += [prox.log_weight for prox in self.proxes if getattr(prox, "log_weight", None) is not None]

@@ -1,4 +1,4 @@
-"""Checks that every member of a kind passes: operators are linear and have their adjoint, proxes minimise. A killed task.
+"""Checks that every member of a kind passes: operators are linear and have their adjoint, proxes minimize. A killed task.
 
 Meant for float64; shapes are (B, C, H, W).
 """
@@ -51,7 +51,7 @@ def assert_prox(
     scales: tuple[float, ...] = (1e-3, 1e-2, 0.1, 1.0),
     n_directions: int = 32,
 ) -> None:
-    """x = prox(v, step) minimises 1/2 ||x - v||^2 + step * functional(x), which maps (B, ...) to (B,).
+    """x = prox(v, step) minimizes 1/2 ||x - v||^2 + step * functional(x), which maps (B, ...) to (B,).
 
     No random direction, no direction along one coordinate and not the way to v leads lower, at any scale. For a convex
     functional that is the minimum.

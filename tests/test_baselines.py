@@ -50,7 +50,7 @@ CASES = {
 
 
 def smooth_images(n=2):
-    """Two half planes with a slope, in different colours."""
+    """Two half planes with a slope, in different colors."""
     across = torch.linspace(0, 1, SHAPE[2]).expand(SHAPE[1:])
     edge = (torch.arange(SHAPE[1])[:, None] > torch.arange(SHAPE[2])[None, :] + 2).float()
     x = torch.stack([0.2 + 0.3 * across + 0.4 * edge, 0.6 - 0.3 * across, 0.3 + 0.2 * edge])
@@ -81,7 +81,7 @@ def test_bm3d_uses_each_images_own_sigma():
     torch.testing.assert_close(BM3D()(y, physics), expected, atol=1e-5, rtol=0)
 
 
-def test_bm3d_grey_and_noise_free():
+def test_bm3d_gray_and_noise_free():
     physics = make_physics("denoising", (1, 16, 16), sigma=0.1)
     x = smooth_images()[:, :1]
     y = measure_each(x, physics, [0, 1])
@@ -97,7 +97,7 @@ def test_biharmonic_keeps_known_pixels():
     assert torch.equal(x_hat[known], y[known])
 
 
-def test_wiener_is_the_minimiser():
+def test_wiener_is_the_minimizer():
     """The closed form solves the normal equations (A^T A + r D^T D) x = A^T y."""
     physics = make_physics("deblurring", SHAPE, kernel_size=5)
     y = torch.rand(1, *SHAPE, dtype=torch.float64)
@@ -157,7 +157,7 @@ def test_bm3d_takes_the_mean_square_of_a_noise_with_many_levels():
 
 
 class Matrix(LinearPhysics):
-    """y = A x for grey images of 4x8 pixels."""
+    """y = A x for gray images of 4x8 pixels."""
 
     def __init__(self, m):
         super().__init__()
@@ -173,7 +173,7 @@ class Matrix(LinearPhysics):
 @pytest.mark.parametrize("basis", ["dct", "wavelet"])
 @pytest.mark.parametrize("m", [20, 50])
 def test_lasso_agrees_with_coordinate_descent(basis, m):
-    """scikit-learn minimises ||A Phi c - y||^2 / (2 m) + alpha ||c||_1, so regularisation = 2 m alpha."""
+    """scikit-learn minimizes ||A Phi c - y||^2 / (2 m) + alpha ||c||_1, so regularization = 2 m alpha."""
     physics, alpha = Matrix(m), 0.003
     y = torch.randn(3, m, dtype=torch.float64)
     lasso = Lasso(basis, 2 * m * alpha, n_iterations=5000, tolerance=1e-6)
@@ -181,7 +181,7 @@ def test_lasso_agrees_with_coordinate_descent(basis, m):
     matrix = physics.A(phi.synthesise(torch.eye(32, dtype=torch.float64).reshape(32, 1, 4, 8))).T.numpy()
     peer = linear_model.Lasso(alpha=alpha, fit_intercept=False, tol=1e-14, max_iter=1_000_000)
     expected = np.stack([peer.fit(matrix, row).coef_ for row in y.numpy()])
-    np.testing.assert_allclose(phi.analyse(lasso(y, physics)).flatten(1).numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(phi.analyze(lasso(y, physics)).flatten(1).numpy(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("basis", ["dct", "wavelet"])
@@ -195,7 +195,7 @@ def test_fista_is_never_above_plain_shrinkage(basis):
     phi = lasso.make_basis(y.new_zeros(4, 8))
     c = y.new_zeros(4, 1, 4, 8)
     for n in range(1, 801):
-        u = c - step * phi.analyse(physics.A_adjoint(physics.A(phi.synthesise(c)) - y))
+        u = c - step * phi.analyze(physics.A_adjoint(physics.A(phi.synthesise(c)) - y))
         c = u.sign() * (u.abs() - step * 0.005).clamp_min(0)
         if n in (200, 400, 800):
             ours = lasso.objective(Lasso(basis, 0.01, n_iterations=n)(y, physics), y, physics)
@@ -206,7 +206,7 @@ def test_fista_is_never_above_plain_shrinkage(basis):
 def test_wavelet_basis_is_orthonormal_and_pywaveletss(wavelet, levels):
     x = torch.rand(2, 3, 16, 24, dtype=torch.float64)
     phi = Lasso("wavelet", wavelet=wavelet, n_levels=levels).make_basis(x)
-    c = phi.analyse(x)
+    c = phi.analyze(x)
     torch.testing.assert_close(phi.synthesise(c), x)
     torch.testing.assert_close(c.square().sum(), x.square().sum())
     n = 3 if levels is None else levels
@@ -219,8 +219,8 @@ def test_wavelet_basis_is_orthonormal_and_pywaveletss(wavelet, levels):
 def test_cosine_basis_is_scipys():
     x = torch.rand(2, 3, 6, 10, dtype=torch.float64)
     phi = Lasso("dct").make_basis(x)
-    np.testing.assert_allclose(phi.analyse(x).numpy(), dctn(x.numpy(), axes=(-2, -1), norm="ortho"), atol=1e-12)
-    torch.testing.assert_close(phi.synthesise(phi.analyse(x)), x)
+    np.testing.assert_allclose(phi.analyze(x).numpy(), dctn(x.numpy(), axes=(-2, -1), norm="ortho"), atol=1e-12)
+    torch.testing.assert_close(phi.synthesise(phi.analyze(x)), x)
 
 
 def test_lasso_with_an_infinite_weight_is_zero_and_without_one_is_least_squares():
@@ -266,7 +266,7 @@ def test_gan_prior_recovers_images_in_its_range(name, generator):
     x = generator.sample(2, torch.Generator().manual_seed(1)).detach()
     assert x.std() > 0.05
     y = physics.A(x)
-    prior = GANPrior(generator, n_restarts=3, n_steps=100, regularisation=0.0)
+    prior = GANPrior(generator, n_restarts=3, n_steps=100, regularization=0.0)
     generator.train()
     x_hat = prior(y, physics)
     assert generator.training and all(p.requires_grad and p.grad is None for p in generator.parameters())
@@ -277,17 +277,17 @@ def test_gan_prior_recovers_images_in_its_range(name, generator):
         assert torch.equal(prior(y, physics), x_hat)
 
 
-def test_gan_prior_keeps_the_best_restart_and_obeys_the_regularisation(generator):
+def test_gan_prior_keeps_the_best_restart_and_obeys_the_regularization(generator):
     physics = make_physics("denoising", SHAPE, sigma=0.0)
     y = generator.sample(3, torch.Generator().manual_seed(2)).detach()
 
     def misfit(**options):
-        prior = GANPrior(generator, n_steps=20, **{"regularisation": 0.0, **options})
+        prior = GANPrior(generator, n_steps=20, **{"regularization": 0.0, **options})
         return (prior(y, physics) - y).square().flatten(1).sum(1)
 
     assert (misfit(n_restarts=4) <= misfit(n_restarts=1) + 1e-6).all()
     middle = generator(torch.zeros(1, 3))
-    heavy = GANPrior(generator, n_steps=100, regularisation=1e6)(y, physics)
+    heavy = GANPrior(generator, n_steps=100, regularization=1e6)(y, physics)
     torch.testing.assert_close(heavy, middle.expand_as(heavy), atol=1e-2, rtol=0)
 
 
@@ -340,7 +340,7 @@ def test_a_bad_measurement_raises(make, value, message):
         lambda: TotalVariation(n_iterations=0),
         lambda: TotalVariation(dual_step=0.0),
         lambda: Lasso("fourier"),
-        lambda: Lasso(regularisation=-1.0),
+        lambda: Lasso(regularization=-1.0),
         lambda: Lasso(n_iterations=0),
         lambda: Lasso(tolerance=-1.0),
         lambda: Lasso("wavelet", wavelet="db99"),
@@ -352,7 +352,7 @@ def test_a_bad_measurement_raises(make, value, message):
         lambda: GANPrior(DCGANGenerator((1, 8, 8), 2, 2, 2), n_restarts=0),
         lambda: GANPrior(DCGANGenerator((1, 8, 8), 2, 2, 2), n_steps=0),
         lambda: GANPrior(DCGANGenerator((1, 8, 8), 2, 2, 2), learning_rate=0.0),
-        lambda: GANPrior(DCGANGenerator((1, 8, 8), 2, 2, 2), regularisation=-1.0),
+        lambda: GANPrior(DCGANGenerator((1, 8, 8), 2, 2, 2), regularization=-1.0),
         lambda: DCGANGenerator((3, 20, 16)),
         lambda: DCGANGenerator(latent_size=0),
         lambda: DCGANGenerator(n_scales=0),

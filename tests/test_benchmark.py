@@ -69,7 +69,7 @@ def recipe(pictures: Path) -> EvaluationOptions:
     ]
     methods = [
         EvaluatedMethod("adjoint", "measurement", batch_size=2),
-        EvaluatedMethod("tv", options={"n_iterations": 3}, options_for={"inpainting": {"regularisation": 0.1}}),
+        EvaluatedMethod("tv", options={"n_iterations": 3}, options_for={"inpainting": {"regularization": 0.1}}),
         EvaluatedMethod("biharmonic"),
     ]
     return EvaluationOptions(images, problems, methods, name="small")
@@ -106,7 +106,7 @@ def test_every_method_on_every_problem_and_image_in_order(recipe: EvaluationOpti
     assert read_records(tmp_path / "out/records.jsonl") == records
     assert {r["batch"] for r in records if r["method"] == "measurement"} == {1, 2}
     last = records[-4]
-    assert last["options"] == {"n_iterations": 3, "regularisation": 0.1}
+    assert last["options"] == {"n_iterations": 3, "regularization": 0.1}
     assert last["parameters"]["mask_size"] == 4 and last["versions"]["torch"] == torch.__version__
     assert all(r["seconds"] >= 0 and 0 < r["ssim"] <= 1 and r["residual"] >= 0 for r in records)
     assert picture_path(tmp_path / "out", problems[0], "p0", "tv").is_file()
@@ -281,23 +281,23 @@ def test_other_options_are_not_mixed_into_earlier_records(recipe: EvaluationOpti
 
 
 def test_tuning_chooses_the_best_value_on_its_own_images(recipe: EvaluationOptions, tmp_path: Path) -> None:
-    tv = EvaluatedMethod("tv", options={"n_iterations": 30}, tune={"regularisation": [10.0, 0.05, 1e-6]})
+    tv = EvaluatedMethod("tv", options={"n_iterations": 30}, tune={"regularization": [10.0, 0.05, 1e-6]})
     images = replace(recipe.images, limit=1)
     recipe = EvaluationOptions(images, [EvaluatedProblem("denoising", {"sigma": 0.05})], [tv], ImageOptions(limit=2))
     records = evaluate(recipe, tmp_path / "out", _run())
     tuning = read_records(tmp_path / "out/tuning.jsonl")
-    assert [t["options"]["regularisation"] for t in tuning] == [10.0, 0.05, 1e-6]
+    assert [t["options"]["regularization"] for t in tuning] == [10.0, 0.05, 1e-6]
     assert {tuple(t["images"]) for t in tuning} == {("astronaut", "chelsea")}
     best = max(tuning, key=lambda t: t["psnr"])["options"]
-    assert best == {"regularisation": 0.05}
-    assert [r["tuned"] for r in records] == [best] and records[0]["options"]["regularisation"] == 0.05
+    assert best == {"regularization": 0.05}
+    assert [r["tuned"] for r in records] == [best] and records[0]["options"]["regularization"] == 0.05
     assert len(read_records(tmp_path / "out/records.jsonl")) == 1
 
 
 def test_a_failed_combination_is_tried_again(
     recipe: EvaluationOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tv = EvaluatedMethod("tv", options={"n_iterations": 3}, tune={"regularisation": [0.1, 0.2]})
+    tv = EvaluatedMethod("tv", options={"n_iterations": 3}, tune={"regularization": [0.1, 0.2]})
     images = replace(recipe.images, limit=1)
     recipe = EvaluationOptions(images, [EvaluatedProblem("denoising")], [tv], ImageOptions(limit=2))
     with monkeypatch.context() as patch:
@@ -309,10 +309,10 @@ def test_a_failed_combination_is_tried_again(
 def test_a_series_of_a_method_and_published_figures(recipe: EvaluationOptions) -> None:
     methods = [
         *recipe.methods[:1],
-        EvaluatedMethod("tv", series={"regularisation": [0.1, 0.2], "n_iterations": [1, 2]}),
+        EvaluatedMethod("tv", series={"regularization": [0.1, 0.2], "n_iterations": [1, 2]}),
     ]
     labels = [case.method.label for case in planned(replace(recipe, methods=methods))]
-    assert labels[1:3] == ["tv regularisation=0.1 n_iterations=1", "tv regularisation=0.2 n_iterations=2"]
+    assert labels[1:3] == ["tv regularization=0.1 n_iterations=1", "tv regularization=0.2 n_iterations=2"]
     assert published_figures(recipe) == {
         ("denoising-sigma0.1", "measurement"): 20.0,
         ("denoising-sigma0.2", "measurement"): 14.0,
@@ -344,7 +344,7 @@ def test_a_scale_has_its_own_problems_methods_and_models(recipe: EvaluationOptio
 
 
 def test_a_scale_of_other_images_leaves_those_for_tuning_alone(recipe: EvaluationOptions) -> None:
-    tv = EvaluatedMethod("tv", tune={"regularisation": [0.1, 0.2]})
+    tv = EvaluatedMethod("tv", tune={"regularization": [0.1, 0.2]})
     scales = {"other": ScaleOptions(source="elsewhere")}
     recipe = replace(recipe, methods=[tv], tune_images=ImageOptions("faces", split="val"), scales=scales)
     other, smoke = at_scale(recipe, "other"), at_scale(recipe, "smoke")
@@ -382,7 +382,7 @@ REFUSED: dict[str, tuple[Callable[[EvaluationOptions], Any], str]] = {
         lambda r: EvaluatedProblem("denoising", series={"sigma": [1], "noise": []}),
         "list of values",
     ),
-    "tuned without images": (_method(name="tv", tune={"regularisation": [1]}), "give tune_images"),
+    "tuned without images": (_method(name="tv", tune={"regularization": [1]}), "give tune_images"),
     "no images": (lambda r: replace(r, images=ImageOptions("nowhere")), "nowhere"),
     "unknown scale": (lambda r: at_scale(r, "papper"), "no scale 'papper'"),
 }
@@ -428,7 +428,7 @@ def test_command_ends_with_status_1_after_a_failure(
 def test_the_recipe_beside_the_records_runs_again_and_holds_what_is_published(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = _write(tmp_path / "r.yaml", pictures, tune={"regularisation": [0.1, 1.0]})
+    words = _write(tmp_path / "r.yaml", pictures, tune={"regularization": [0.1, 1.0]})
     given = yaml.safe_load((tmp_path / "r.yaml").read_text())
     given["problems"][0]["published_in"] = "Somebody (2020)"
     given["tune_images"] = {"source": "samples", "image_size": 16, "limit": 1}
@@ -443,7 +443,7 @@ def test_the_recipe_beside_the_records_runs_again_and_holds_what_is_published(
     capsys.readouterr()
     assert main(["report", str(out), "--parts", "overview", "tuning"]) == 0
     page = (out / "report.html").read_text()
-    assert "Somebody (2020)" in page and "25.00" in page and "tuning of regularisation" in page
+    assert "Somebody (2020)" in page and "25.00" in page and "tuning of regularization" in page
 
 
 def test_misspelt_key_in_a_list(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

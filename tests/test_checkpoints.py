@@ -203,7 +203,7 @@ def test_the_card_tells_what_the_model_takes(tmp_path: Path) -> None:
     assert card["training"]["machine"] == "one GPU"
     assert {"seed", "versions", "date"} <= set(card["training"])
     assert card["metrics"] == {"psnr_db": 25.0, "lpips": "nan"}
-    assert "esearch" in card["licence"] + card["intended_use"]
+    assert "esearch" in card["license"] + card["intended_use"]
 
 
 def test_a_problem_of_the_operators_goes_into_the_card(tmp_path: Path) -> None:

@@ -37,13 +37,13 @@ def _glow(channels: int = 3) -> Glow:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a flow, unfolded networks for colour and for grey, pictures and measurements."""
+    """A folder with a flow, unfolded networks for color and for gray, pictures and measurements."""
     folder = tmp_path_factory.mktemp("world")
     with torch.random.fork_rng():
         save_model(_glow(), folder / "flow", {"name": "tiny-flow", "metrics": {"bits_per_dimension": 3.5}})
         network = UnfoldedPGD([FlowProx(_glow())])
         save_model(network, folder / "network", {"name": "tiny", "problem": {"name": "denoising", "parameters": {}}})
-        save_model(UnfoldedPGD([FlowProx(_glow(1))]), folder / "grey-network", {"problem": {"name": "denoising"}})
+        save_model(UnfoldedPGD([FlowProx(_glow(1))]), folder / "gray-network", {"problem": {"name": "denoising"}})
     rng = np.random.default_rng(0)
     (folder / "pictures").mkdir()
     for i in range(8):
@@ -274,9 +274,9 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "folder without pictures": (lambda world: ["."], "holds no images"),
     "one bad among good": (lambda world: [str(world / "a.png"), *_text_as_png(world)], "fake.png"),
     "two channels": (_array(np.zeros((2, 8, 8), dtype=np.float32)), "channels"),
-    "grey for colour": (_array(np.zeros((1, 8, 8), dtype=np.float32)), "1 channel(s) but the model takes 3"),
-    "colour for grey": (
-        lambda world: [str(world / "a.png"), "--model", str(world / "grey-network")],
+    "gray for color": (_array(np.zeros((1, 8, 8), dtype=np.float32)), "1 channel(s) but the model takes 3"),
+    "color for gray": (
+        lambda world: [str(world / "a.png"), "--model", str(world / "gray-network")],
         "has 3 channels but the model takes 1",
     ),
     "channels last": (_array(np.zeros((8, 8, 3), dtype=np.float32)), "channels come first"),

@@ -85,7 +85,7 @@ def test_loader_makes_batches(tmp_path: Path) -> None:
     assert torch.equal(batch["x"], dataset.batch(range(4))["x"])
 
 
-@pytest.mark.parametrize(("crop", "columns"), [("centre", slice(4, 12)), ("stretch", slice(0, 16))])
+@pytest.mark.parametrize(("crop", "columns"), [("center", slice(4, 12)), ("stretch", slice(0, 16))])
 def test_crop_and_lanczos(tmp_path: Path, crop: str, columns: slice) -> None:
     pixels = _pixels(8, 16)
     Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -142,14 +142,14 @@ def test_photographs_are_turned_upright(tmp_path: Path) -> None:
     assert x[:, 8:].max() == 0
 
 
-def test_grey_and_colour(tmp_path: Path) -> None:
-    _folder(tmp_path / "colour", n=1)
-    grey = ImageDataset(tmp_path / "colour", image_size=8, channels=1)
+def test_gray_and_color(tmp_path: Path) -> None:
+    _folder(tmp_path / "color", n=1)
+    gray = ImageDataset(tmp_path / "color", image_size=8, channels=1)
     expected = np.array(Image.fromarray(_pixels()).convert("L"))
-    assert torch.equal(grey[0]["x"], torch.from_numpy(expected)[None] / 255)
-    Image.fromarray(expected).save(tmp_path / "grey.png")
-    colour = ImageDataset(tmp_path / "grey.png", image_size=8)
-    assert torch.equal(colour[0]["x"], grey[0]["x"].expand(3, 8, 8))
+    assert torch.equal(gray[0]["x"], torch.from_numpy(expected)[None] / 255)
+    Image.fromarray(expected).save(tmp_path / "gray.png")
+    color = ImageDataset(tmp_path / "gray.png", image_size=8)
+    assert torch.equal(color[0]["x"], gray[0]["x"].expand(3, 8, 8))
 
 
 def test_a_damaged_image_is_named_or_skipped(tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_saving_clips_but_refuses_nan(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_16_bit_grey_keeps_its_precision(tmp_path: Path) -> None:
+def test_16_bit_gray_keeps_its_precision(tmp_path: Path) -> None:
     values = np.array([[0, 1], [30000, 65535]], np.uint16)
     Image.fromarray(values).save(tmp_path / "a.png")
     x = load_image(tmp_path / "a.png")

@@ -67,14 +67,14 @@ def test_mri_has_noise_only_where_it_measures() -> None:
     assert abs(noise[..., measured].std() - 0.5) < 0.05
 
 
-@pytest.mark.parametrize(("acceleration", "centre_fraction"), [(4, None), (8, None), (2, 0.25), (4, 0.25), (1, 0.0)])
-def test_cartesian_mask_measures_one_in_so_many_columns(acceleration: int, centre_fraction: float | None) -> None:
-    mask = cartesian_mask(16, 64, acceleration, centre_fraction, seed=3)
+@pytest.mark.parametrize(("acceleration", "center_fraction"), [(4, None), (8, None), (2, 0.25), (4, 0.25), (1, 0.0)])
+def test_cartesian_mask_measures_one_in_so_many_columns(acceleration: int, center_fraction: float | None) -> None:
+    mask = cartesian_mask(16, 64, acceleration, center_fraction, seed=3)
     assert torch.equal(mask, mask[:1].expand(16, 64))
     assert mask[0].sum() == 64 // acceleration
-    assert torch.equal(mask, cartesian_mask(16, 64, acceleration, centre_fraction, seed=3))
-    n_centre = int(64 * (centre_fraction or 0.0))
-    assert mask[0, 32 - n_centre // 2 : 32 + (n_centre + 1) // 2].all()
+    assert torch.equal(mask, cartesian_mask(16, 64, acceleration, center_fraction, seed=3))
+    n_center = int(64 * (center_fraction or 0.0))
+    assert mask[0, 32 - n_center // 2 : 32 + (n_center + 1) // 2].all()
 
 
 def test_cartesian_mask_follows_the_seed() -> None:
@@ -212,7 +212,7 @@ def test_the_check_leaves_the_global_generator_alone() -> None:
         ("super-resolution", {"factor": 2, "filter": "gaussian"}, "the gaussian filter of factor 2 is larger than"),
         ("mri", {"acceleration": 0}, "acceleration must be a whole number from 1 to the width 14, got 0"),
         ("mri", {"acceleration": 15}, "acceleration must be a whole number"),
-        ("mri", {"acceleration": 4, "centre_fraction": 0.5}, r"at most 1/acceleration = 0\.25, got 0\.5"),
+        ("mri", {"acceleration": 4, "center_fraction": 0.5}, r"at most 1/acceleration = 0\.25, got 0\.5"),
         ("mri", {"mask": torch.zeros(12, 14)}, "mask hides every pixel"),
         ("ct", {}, "computed tomography takes square images, got 12x14"),
         ("ct", {"n_angles": 0}, "n_angles must be a positive whole number, got 0"),

@@ -65,7 +65,7 @@ def test_a_level_of_the_net_is_a_level_of_the_flows_latent(flow: type, n_levels:
 
 @pytest.mark.parametrize("base", ["gaussian", "laplace"])
 @pytest.mark.parametrize("step", [0.0, 0.1, 2.0])
-def test_the_prox_minimises_the_functional_around_the_mean(base: str, step: float) -> None:
+def test_the_prox_minimizes_the_functional_around_the_mean(base: str, step: float) -> None:
     rotation = Flow(Sequential([Squeeze(), Conv1x1(12), Unsqueeze()]), (3, 4, 4), n_levels=1, offset=0.0).double()
     prox = FlowProx(rotation, base=base)
     mean = torch.randn(2, 3, 4, 4, dtype=torch.float64)
@@ -134,7 +134,7 @@ def test_a_mask_per_image_reaches_the_net() -> None:
     torch.testing.assert_close(seen[0][:, 3], physics.mask[:, 0])  # type: ignore[index]
 
 
-def test_grey_images_in_double_precision_with_tied_proxes() -> None:
+def test_gray_images_in_double_precision_with_tied_proxes() -> None:
     shape = (1, 16, 16)
     prox = FlowProx(Glow(image_shape=shape, n_levels=2, n_steps=1, hidden_channels=4))
     net = with_means(mean_net(n_inputs=2, n_channels=1, n_folds=3))

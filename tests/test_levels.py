@@ -20,7 +20,7 @@ def test_interpolates_as_numpy_does_in_log_sigma() -> None:
     np.testing.assert_allclose(at_level(values, LEVELS, sigma).T, expected, atol=1e-12)
 
 
-def test_only_the_neighbouring_levels_get_a_gradient() -> None:
+def test_only_the_neighboring_levels_get_a_gradient() -> None:
     values = torch.zeros(4, 2, requires_grad=True)
     at_level(values, LEVELS, torch.tensor([0.1])).sum().backward()
     assert values.grad is not None

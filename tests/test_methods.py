@@ -78,22 +78,22 @@ def test_default_options_are_options_of_the_class() -> None:
 
 
 def test_options_override_the_defaults_of_the_problem() -> None:
-    assert make_method("tv").regularisation == 6e-4
-    assert make_method("tv", "denoising").regularisation == 0.24
-    assert make_method("tv", "denoising", regularisation=0.1).regularisation == 0.1
+    assert make_method("tv").regularization == 6e-4
+    assert make_method("tv", "denoising").regularization == 0.24
+    assert make_method("tv", "denoising", regularization=0.1).regularization == 0.1
     assert make_method("lasso-wavelet").basis == "wavelet"
 
 
-def test_options_of_an_optimiser_are_options_of_the_method() -> None:
+def test_options_of_an_optimizer_are_options_of_the_method() -> None:
     flow = _flow()
     method = make_method("latent-map", flow=flow, n_iterations=7)
-    assert type(method.optimiser).__name__ == "LBFGS" and method.optimiser.n_iterations == 7
-    method = make_method("latent-map", flow=flow, optimiser="adam", learning_rate=0.5)
-    assert type(method.optimiser).__name__ == "Adam" and method.optimiser.learning_rate == 0.5
+    assert type(method.optimizer).__name__ == "LBFGS" and method.optimizer.n_iterations == 7
+    method = make_method("latent-map", flow=flow, optimizer="adam", learning_rate=0.5)
+    assert type(method.optimizer).__name__ == "Adam" and method.optimizer.learning_rate == 0.5
     with pytest.raises(ValueError, match="n_pairs is of no use"):
-        make_method("latent-map", flow=flow, optimiser="adam", n_pairs=3)
-    with pytest.raises(ValueError, match="optimiser must be lbfgs or adam"):
-        make_method("latent-map", flow=flow, optimiser="sgd")
+        make_method("latent-map", flow=flow, optimizer="adam", n_pairs=3)
+    with pytest.raises(ValueError, match="optimizer must be lbfgs or adam"):
+        make_method("latent-map", flow=flow, optimizer="sgd")
     assert make_method("posterior", flow=flow, step_size=0.1).options.step_size == 0.1
 
 
@@ -117,7 +117,7 @@ def test_a_generator_is_a_prior_of_noise_map_only() -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown name": ({"name": "latentmap"}, "did you mean latent-map"),
-    "unknown option": ({"name": "tv", "regularization": 1.0}, "did you mean regularisation"),
+    "unknown option": ({"name": "tv", "regularization": 1.0}, "did you mean regularization"),
     "flow missing": ({"name": "latent-map"}, "method latent-map needs flow"),
     "either missing": ({"name": "plug-and-play"}, "needs flow or model"),
     "model missing": ({"name": "gan"}, "method gan needs model"),

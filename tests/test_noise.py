@@ -236,7 +236,7 @@ def test_the_noise_of_make_physics_has_a_density() -> None:
 # Digits ---------------------------------------------------------------------------------------------------------------
 
 
-def test_digits_lie_whole_at_random_places_and_colours(digits: Path) -> None:
+def test_digits_lie_whole_at_random_places_and_colors(digits: Path) -> None:
     noise = MNISTNoise(digits, n_digits=1, sigma=0.0, split="all")
     drawn = noise.sample_like(torch.zeros(200, *SHAPE), generator()) * 255
     seen = set()

@@ -24,7 +24,7 @@ from flowprox.operators import (
     LearnedBlur,
     Problem,
     SeededGaussianNoise,
-    centre_mask,
+    center_mask,
     data_gradient,
     data_prox,
     make_physics,
@@ -65,11 +65,11 @@ CASES: dict[str, Case] = {
     "compressed-sensing-structured-odd": _made("compressed-sensing", (1, 5, 7), m=35, structured=True),
     **{f"super-resolution-{f}": _made("super-resolution", (1, 18, 18), factor=2, filter=f) for f in (None, *FILTERS)},
     "mri": _made("mri"),
-    "mri-odd": _made("mri", (1, 7, 9), acceleration=2, centre_fraction=0.3),
+    "mri-odd": _made("mri", (1, 7, 9), acceleration=2, center_fraction=0.3),
     "mri-own-mask": _made("mri", mask=OWN_MASK),
     "ct": _made("ct", (1, 5, 5), n_angles=3),
     "learned-blur": Case(lambda: LearnedBlur(kernel_size=5, sigma_blur=1.5)),
-    "learned-blur-free": Case(lambda: LearnedBlur(kernel_size=3, sigma_blur=1.0, normalised=False)),
+    "learned-blur-free": Case(lambda: LearnedBlur(kernel_size=3, sigma_blur=1.0, normalized=False)),
 }
 every_operator = pytest.mark.parametrize(("make", "shape"), CASES.values(), ids=CASES.keys())
 NON_LINEAR = {"one-bit"}
@@ -139,7 +139,7 @@ def test_data_prox_is_the_dense_solution_and_so_is_its_gradient(
 
 
 @every_operator
-def test_data_prox_minimises_and_writes_nothing_to_the_operator(
+def test_data_prox_minimizes_and_writes_nothing_to_the_operator(
     make: Callable[[], LinearPhysics], shape: tuple[int, int, int]
 ) -> None:
     physics = make().double()
@@ -222,11 +222,11 @@ def test_learned_blur_finds_the_kernel() -> None:
     truth = make_physics("deblurring", SHAPE, kernel=OWN_KERNEL / OWN_KERNEL.sum(), sigma=0.0)
     x = torch.rand(4, *SHAPE)
     y = truth.A(x)
-    optimiser = torch.optim.Adam(physics.parameters(), lr=0.2)
+    optimizer = torch.optim.Adam(physics.parameters(), lr=0.2)
     for _ in range(150):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (physics.A(x) - y).square().mean().backward()
-        optimiser.step()
+        optimizer.step()
     torch.testing.assert_close(physics.kernel()[0, 0], OWN_KERNEL / OWN_KERNEL.sum(), rtol=0, atol=0.01)
 
 
@@ -239,7 +239,7 @@ def test_learned_blur_gets_a_gradient_through_the_data_step() -> None:
 
 
 def test_learned_blur_is_rebuilt_from_its_spec_and_weights() -> None:
-    physics = LearnedBlur(kernel_size=5, sigma_blur=2.0, normalised=False)
+    physics = LearnedBlur(kernel_size=5, sigma_blur=2.0, normalized=False)
     with torch.no_grad():
         physics.weight.mul_(1.5)
     again = build(physics.spec())
@@ -252,8 +252,8 @@ def test_learned_blur_is_rebuilt_from_its_spec_and_weights() -> None:
 
 
 @pytest.mark.parametrize(("height", "size", "first", "last"), [(64, 19, 22, 40), (64, 16, 24, 39), (7, 2, 2, 3)])
-def test_centre_mask_stands_in_the_middle(height: int, size: int, first: int, last: int) -> None:
-    hidden = (centre_mask(height, height, size) == 0).nonzero()
+def test_center_mask_stands_in_the_middle(height: int, size: int, first: int, last: int) -> None:
+    hidden = (center_mask(height, height, size) == 0).nonzero()
     assert len(hidden) == size**2
     assert hidden.min() == first
     assert hidden.max() == last

@@ -35,7 +35,7 @@ def tiny_glow() -> Glow:
 
 
 def smooth_images() -> Tensor:
-    """Two planes in different colours."""
+    """Two planes in different colors."""
     across = torch.linspace(0, 1, SHAPE[2]).expand(SHAPE[1:])
     x = torch.stack([0.2 + 0.3 * across, 0.6 - 0.3 * across.T, 0.3 + 0.2 * across])
     return torch.stack([x, x.flip(-1)])
@@ -216,8 +216,8 @@ def methods() -> dict[str, Reconstructor]:
         "plug-and-play": PlugAndPlay(flow=flow, n_iterations=2),
         "deepinv PGD": PGD(prior=FlowPrior(flow), data_fidelity=L2(), stepsize=0.5, lambda_reg=0.1, max_iter=2),
         "deepinv PGD, unfolded": PGD(prior=FlowPrior(flow), data_fidelity=L2(), **FlowPrior.unfolding(2)),
-        "latent MAP": LatentMAP(flow, gamma=0.1, optimiser=Adam(n_iterations=2)),
-        "noise MAP": NoiseMAP(flow, noise=GaussianNoise(0.1), optimiser=Adam(n_iterations=2)),
+        "latent MAP": LatentMAP(flow, gamma=0.1, optimizer=Adam(n_iterations=2)),
+        "noise MAP": NoiseMAP(flow, noise=GaussianNoise(0.1), optimizer=Adam(n_iterations=2)),
         "posterior": PosteriorSampling(flow, noise=GaussianNoise(0.1), n_samples=4, n_warmup=2, n_chains=2),
     }
     return found

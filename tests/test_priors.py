@@ -86,7 +86,7 @@ def test_prox_is_that_of_flow_prox(base: str) -> None:
     torch.testing.assert_close(prior.prox(v, gamma=each.view(2, 1, 1, 1)), expected)
 
 
-def test_for_a_rotation_the_prox_minimises_in_image_space_too() -> None:
+def test_for_a_rotation_the_prox_minimizes_in_image_space_too() -> None:
     prior = FlowPrior(rotation())
     with torch.no_grad():
         assert_prox(lambda v, step: prior.prox(v, gamma=step), prior.fn, torch.randn(2, *SHAPE).double(), 0.7)
@@ -176,7 +176,7 @@ def test_runs_in_deepinv(name: str, prior: dict) -> None:
 
 
 @pytest.mark.parametrize("algorithm", [PGD, HQS, ADMM])
-def test_minimises_with_a_gaussian_prior(algorithm: type) -> None:
+def test_minimizes_with_a_gaussian_prior(algorithm: type) -> None:
     """min 1/2 ||y - x||^2 + lambda 1/2 ||x||^2 has the solution y / (1 + lambda); HQS smooths the data term."""
     prior = FlowPrior(rotation(), explicit=True)
     model = algorithm(prior=prior, data_fidelity=L2(), stepsize=0.5, lambda_reg=0.4, max_iter=100)

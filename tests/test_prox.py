@@ -1,4 +1,4 @@
-"""Proxes: exact ones minimise their functional; learned ones keep shape, ignore or obey the step, and report errors."""
+"""Proxes: exact ones minimize their functional; learned ones keep shape, ignore or obey the step, and report errors."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def exact_cases() -> dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]]:
 
 @pytest.mark.parametrize("name", exact_cases())
 @pytest.mark.parametrize("step", [0.0, 0.1, 2.0])
-def test_minimises_its_functional(name: str, step: float) -> None:
+def test_minimizes_its_functional(name: str, step: float) -> None:
     prox, functional = exact_cases()[name]
     with torch.no_grad():
         assert_prox(prox, functional, torch.randn(2, 3, 4, 4, dtype=torch.float64), step)

@@ -128,10 +128,10 @@ def test_batches_and_measured_images(model: str, pictures: Path) -> None:
     assert np.array_equal(np.load(pictures / "rec/measurements/y-1.npy"), y[1])
 
 
-def test_grey_picture_for_a_colour_model(model: str, tmp_path: Path) -> None:
-    save_image(torch.rand(1, 8, 8), tmp_path / "grey.png")
-    reconstruct_files(ReconstructionJob(model), [tmp_path / "grey.png"], tmp_path / "rec")
-    assert np.load(tmp_path / "rec/grey.npy").shape == (3, 8, 8)
+def test_gray_picture_for_a_color_model(model: str, tmp_path: Path) -> None:
+    save_image(torch.rand(1, 8, 8), tmp_path / "gray.png")
+    reconstruct_files(ReconstructionJob(model), [tmp_path / "gray.png"], tmp_path / "rec")
+    assert np.load(tmp_path / "rec/gray.npy").shape == (3, 8, 8)
 
 
 def test_problem_of_the_card_and_another_one(model: str, pictures: Path) -> None:
@@ -235,7 +235,7 @@ def test_an_interrupted_solve_keeps_its_best_so_far(pictures: Path, monkeypatch:
 
 
 def test_a_method_by_name_is_that_method_on_the_measurement(pictures: Path) -> None:
-    options = {"n_iterations": 3, "regularisation": 0.1}
+    options = {"n_iterations": 3, "regularization": 0.1}
     job = ReconstructionJob(problem="denoising", method="tv", options=options)
     (record,) = reconstruct_files(job, [pictures / "two/b.png"], pictures / "rec")
     assert (record["method"], record["options"]) == ("tv", options)
@@ -294,7 +294,7 @@ REFUSED: dict[str, tuple[ReconstructionJob, str]] = {
         ReconstructionJob(problem="denoising", method="noise-map", noise="glow-faces64"),
         "is a flow of images",
     ),
-    "unknown option": (replace(SENSING, method="tv", options={"regularization": 1}), "did you mean regularisation"),
+    "unknown option": (replace(SENSING, method="tv", options={"regularization": 1}), "did you mean regularization"),
 }
 
 

@@ -92,7 +92,7 @@ def test_identifiers_are_unique_and_references_lead_somewhere(page: str) -> None
     assert referred and referred <= set(names)
 
 
-def test_charts_are_described_and_coloured_by_the_page(page: str) -> None:
+def test_charts_are_described_and_colored_by_the_page(page: str) -> None:
     described = [a for _, a in Tags(page).found if a.get("role") == "img"]
     assert len(described) == page.count("<svg") == 1 + 2 * 2  # curve; cost and spread of each problem
     assert all(a["aria-label"] for a in described)
@@ -161,7 +161,7 @@ def test_another_figure_of_the_records(results: Path) -> None:
 
 def test_a_reference_of_choice(results: Path) -> None:
     text = read(write_report(results, ReportOptions(reference="bm3d", parts=TABLES.parts))).text
-    assert "+2.50" in text and "which favours it" not in text
+    assert "+2.50" in text and "which favors it" not in text
 
 
 def test_parts_can_be_chosen(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from report_cases import NASTY, make_records
 
-from flowprox.evaluation.report.charts import N_COLOURS, Box, Line, Point, box_chart, line_chart, point_chart
+from flowprox.evaluation.report.charts import N_COLORS, Box, Line, Point, box_chart, line_chart, point_chart
 from flowprox.evaluation.report.contents import Contents
 from flowprox.evaluation.report.drawings import curves, tuning_curves
 from flowprox.evaluation.report.pictures import data_uri, error_map, error_white, read_picture
@@ -119,7 +119,7 @@ def _line(label: str = "m", x: tuple[float, ...] = (1, 2), **others: Any) -> Lin
 
 CHARTS = {
     "one line": lambda: line_chart("n", [_line()], "sigma", "PSNR (dB)"),
-    "as many as there are colours": lambda: line_chart("n", [_line(f"m{i}") for i in range(N_COLOURS)], "x", "y"),
+    "as many as there are colors": lambda: line_chart("n", [_line(f"m{i}") for i in range(N_COLORS)], "x", "y"),
     "names that are formulas": lambda: line_chart("n", [_line(NASTY)], NASTY.replace("$", ""), "y"),
     "published and chosen": lambda: line_chart("n", [_line(published=[(1, 30.0)], chosen=2)], "x", "y"),
     "orders of magnitude": lambda: line_chart("n", [_line(x=(0.01, 1, 100))], "x", "y"),
@@ -141,10 +141,10 @@ def test_charts_are_well_formed_and_the_same_again(case: str) -> None:
     assert svg == CHARTS[case]()
 
 
-def test_a_method_has_the_same_colour_in_every_chart() -> None:
-    of_line = line_chart("n", [_line("a", colour=3), _line("b", colour=9)], "x", "y")
+def test_a_method_has_the_same_color_in_every_chart() -> None:
+    of_line = line_chart("n", [_line("a", color=3), _line("b", color=9)], "x", "y")
     of_points = point_chart("n", [Point("a", 1.0, 2.0, None, 3), Point("b", 2.0, 3.0, None, 9)], "x", "y")
-    same = line_chart("n", [_line("a", colour=1), _line("b", colour=9)], "x", "y")
+    same = line_chart("n", [_line("a", color=1), _line("b", color=9)], "x", "y")
     used = [set(re.findall(r"--c\d", svg)) for svg in (of_line, of_points, same)]
     assert used == [{"--c3", "--c1"}, {"--c3", "--c1"}, {"--c0", "--c1"}]
 
@@ -158,13 +158,13 @@ def test_zero_is_drawn_left_of_what_is_above_it() -> None:
     assert places["0"] < places["0.01"] < places["1"] < places["171"]
 
 
-def test_curves_have_a_line_per_method_and_at_most_as_many_as_colours() -> None:
+def test_curves_have_a_line_per_method_and_at_most_as_many_as_colors() -> None:
     problems = {f"sigma{s}": {"sigma": s} for s in (0.1, 0.2)}
-    gains = {f"m{i}": float(i) for i in range(N_COLOURS + 1)}
+    gains = {f"m{i}": float(i) for i in range(N_COLORS + 1)}
     evaluation = Evaluation("e", [], make_records(problems, gains))
     first, second = curves(Contents(evaluation), "c")
-    assert all(f"m{i}: " in first.alt for i in range(N_COLOURS))
-    assert f"m{N_COLOURS}: 29.00 at sigma 0.1, 29.00 at 0.2." in second.alt
+    assert all(f"m{i}: " in first.alt for i in range(N_COLORS))
+    assert f"m{N_COLORS}: 29.00 at sigma 0.1, 29.00 at 0.2." in second.alt
 
 
 def test_variants_of_a_method_are_told_apart_in_a_curve() -> None:

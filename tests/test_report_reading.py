@@ -141,7 +141,7 @@ def test_published_figures_and_their_source_are_read_back(tmp_path: Path) -> Non
 
 
 def test_a_recipe_of_a_later_version_is_still_read(results: Path) -> None:
-    given = {"problems": [{"name": "denoising", "published": {"bm3d": 25.0}, "colour": "blue"}]}
+    given = {"problems": [{"name": "denoising", "published": {"bm3d": 25.0}, "color": "blue"}]}
     (results / "recipe.yaml").write_text(yaml.safe_dump(given))
     assert read(results).published.psnr == {("denoising-sigma0.2", "bm3d"): 25.0}
 

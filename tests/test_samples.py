@@ -23,5 +23,5 @@ def test_the_script_makes_the_bundled_pictures_again(tmp_path):
     bundled = dict(sample_images())
     make_samples(tmp_path)
     for path in tmp_path.glob("*.png"):
-        # a few grey levels of room for other versions of the JPEG decoder
+        # a few gray levels of room for other versions of the JPEG decoder
         assert (load_image(path) - bundled[path.stem]).abs().max() < 4 / 255

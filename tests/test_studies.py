@@ -51,7 +51,7 @@ def test_norms_begin_at_the_start(records: dict[str, list[dict[str, Any]]]) -> N
         assert record["norms"][0] == pytest.approx(record["start_norm"], rel=0.1)
         assert record["norms"][-1] == pytest.approx(record["final_norm"])
         assert record["psnr"] > 5
-    assert {(r["optimiser"], r["start"]) for r in records["latent-norms"]} == {
+    assert {(r["optimizer"], r["start"]) for r in records["latent-norms"]} == {
         (name, start) for name in ("lbfgs", "adam") for start in (0.0, 0.7)
     }
 
@@ -92,11 +92,11 @@ def test_no_step_changes_nothing(records: dict[str, list[dict[str, Any]]]) -> No
 
 def test_the_planes_meet_at_the_true_image(records: dict[str, list[dict[str, Any]]]) -> None:
     by_plane = {record["plane"]: record for record in records["landscapes"]}
-    centres = [record["misfit"][1][1] for record in by_plane.values()]
-    assert centres == pytest.approx([centres[0]] * 3, rel=1e-2) and centres[0] < 0.05  # the noise, whose norm is 0.1
+    centers = [record["misfit"][1][1] for record in by_plane.values()]
+    assert centers == pytest.approx([centers[0]] * 3, rel=1e-2) and centers[0] < 0.05  # the noise, whose norm is 0.1
     assert by_plane["latent"]["prior"][1][1] == pytest.approx(by_plane["interpolation"]["prior"][1][1])
     corner = by_plane["latent"]["misfit"][0][0]
-    assert corner > centres[0]
+    assert corner > centers[0]
 
 
 def test_every_start_is_tried_where_it_applies(records: dict[str, list[dict[str, Any]]]) -> None:

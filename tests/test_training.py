@@ -39,8 +39,8 @@ from flowprox.spec import Specified
 from flowprox.training import train_denoiser, train_flow, train_unfolded
 from flowprox.training.building import make_flow
 from flowprox.training.loop import _only_run, fit
-from flowprox.training.optimisers import make_optimizer
-from flowprox.training.tasks import LikelihoodTask, ReconstructionTask, Task, dequantise, reconstruction_task
+from flowprox.training.optimizers import make_optimizer
+from flowprox.training.tasks import LikelihoodTask, ReconstructionTask, Task, dequantize, reconstruction_task
 from flowprox.unfolded import UnfoldedPGD
 
 SIZE = 8
@@ -293,7 +293,7 @@ def test_a_network_for_some_levels_starts_one_for_others(images: Path, tmp_path:
     more = replace(first, levels=[0.05, 0.1, 0.2, 0.3], pretrained=str(tmp_path / "model"))
     network = reconstruction_task(more, ProblemOptions(), data(images)).model.eval()
     y = torch.rand(2, 3, SIZE, SIZE)
-    for sigma in (0.02, 0.1, 0.15, 0.25, 0.3):  # a knot more changes nothing between its neighbours
+    for sigma in (0.02, 0.1, 0.15, 0.25, 0.3):  # a knot more changes nothing between its neighbors
         physics = make_physics("denoising", (3, SIZE, SIZE), sigma=sigma)
         torch.testing.assert_close(network(y, physics), trained(y, physics))
 
@@ -364,10 +364,10 @@ def test_without_validation_the_last_model_is_saved(images: Path, tmp_path: Path
     )
 
 
-def test_dequantise_keeps_the_level() -> None:
+def test_dequantize_keeps_the_level() -> None:
     x = torch.arange(256) / 255
-    assert torch.equal((dequantise(x, 8) * 256).floor(), torch.arange(256.0))
-    assert torch.equal((dequantise(x, 5) * 32).floor(), (torch.arange(256) // 8).float())
+    assert torch.equal((dequantize(x, 8) * 256).floor(), torch.arange(256.0))
+    assert torch.equal((dequantize(x, 5) * 32).floor(), (torch.arange(256) // 8).float())
 
 
 # ----------------------------------------------------------------------------------------------------------- resumption
@@ -452,7 +452,7 @@ def test_a_run_is_neither_overwritten_nor_continued_with_other_settings(
 
 
 class _Line(Specified, nn.Module):
-    """x -> a x, with a batch normalisation whose statistics are to survive."""
+    """x -> a x, with a batch normalization whose statistics are to survive."""
 
     def __init__(self) -> None:
         super().__init__()

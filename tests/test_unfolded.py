@@ -248,7 +248,7 @@ def test_bad_arguments_are_named(name: str) -> None:
 
 BAD_MEASUREMENTS = {
     "no batch": (lambda: torch.rand(SHAPE), "takes batches"),
-    "grey": (lambda: torch.rand(1, 1, 8, 8), "takes batches"),
+    "gray": (lambda: torch.rand(1, 1, 8, 8), "takes batches"),
     "integers": (lambda: torch.zeros(1, *SHAPE, dtype=torch.uint8), "float32 like the model"),
     "double": (lambda: torch.rand(1, *SHAPE, dtype=torch.float64), "float32 like the model"),
     "an array": (lambda: torch.rand(1, *SHAPE).numpy(), "got ndarray"),

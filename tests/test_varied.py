@@ -65,7 +65,7 @@ BAD = {
     "one number": (("denoising", {"sigma": 0.1}, {}), "two numbers"),
     "a hole larger than the image": (("inpainting", {"mask_size": (4, 16)}, {}), "mask_size must lie between"),
     "no pixel": (("random-inpainting", {"keep": (0.0, 0.5)}, {}), r"keep must lie in \(0, 1\]"),
-    "coloured noise": (("denoising", {"sigma": (0, 1)}, {"noise": "radial"}), "white noise"),
+    "colored noise": (("denoising", {"sigma": (0, 1)}, {"noise": "radial"}), "white noise"),
 }
 
 

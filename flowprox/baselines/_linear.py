@@ -20,10 +20,10 @@ def squared_norm(physics: LinearPhysics, x: Tensor) -> float:
     return 1.05 * max(float(norm), 1e-12)
 
 
-def require_weight(regularisation: float) -> None:
+def require_weight(regularization: float) -> None:
     """Raise ``ValueError`` unless the weight of a penalty is finite and not negative."""
-    if not 0 <= regularisation < float("inf"):
-        raise ValueError(f"regularisation must be finite and >= 0, got {regularisation}")
+    if not 0 <= regularization < float("inf"):
+        raise ValueError(f"regularization must be finite and >= 0, got {regularization}")
 
 
 def require_count(name: str, value: int) -> None:

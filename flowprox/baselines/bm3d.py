@@ -6,7 +6,7 @@ Symbols: x image in [0, 1], y measurement, sigma noise standard deviation in uni
 clipped: y is passed on as measured, with its values outside [0, 1] (clipping would bias the noise), and x_hat may
 leave [0, 1] slightly; the metrics clip.
 
-The computation is done by the authors' package ``bm3d``, whose licence allows non-commercial use only. Its deblurring
+The computation is done by the authors' package ``bm3d``, whose license allows non-commercial use only. Its deblurring
 function is not offered here: in version 4.0.3 it fails with numpy 2.4 (``numpy.trapz`` is gone).
 """
 
@@ -29,7 +29,7 @@ _SMALLEST_SIGMA = 1e-4  # below this nothing is left to remove, and the package 
 
 
 class BM3D(Reconstructor):
-    """Block-matching and 3D filtering for denoising, in opponent colours for RGB images.
+    """Block-matching and 3D filtering for denoising, in opponent colors for RGB images.
 
     References:
         Dabov, Foi, Katkovnik, Egiazarian (2007), Image Denoising by Sparse 3-D Transform-Domain Collaborative

@@ -1,7 +1,7 @@
-"""Regularised inversion: the Wiener filter in closed form, total variation by iteration.
+"""Regularized inversion: the Wiener filter in closed form, total variation by iteration.
 
-    Wiener:           x_hat = argmin  1/2 ||h * x - y||^2 + regularisation/2 ||D x||^2
-    total variation:  x_hat = argmin  1/2 ||A x - y||^2 + regularisation ||grad x||_{2,1}   over x in [0, 1]
+    Wiener:           x_hat = argmin  1/2 ||h * x - y||^2 + regularization/2 ||D x||^2
+    total variation:  x_hat = argmin  1/2 ||A x - y||^2 + regularization ||grad x||_{2,1}   over x in [0, 1]
 
 Symbols: x image (B, C, H, W) in [0, 1], y measurement, A linear operator, h circular blur kernel, D identity,
 gradient or Laplacian (circular), ||.||_{2,1} the sum over pixels of Euclidean lengths.
@@ -54,9 +54,9 @@ def transfer_function(physics: LinearPhysics, y: Tensor) -> Tensor:
 
 
 class Wiener(Reconstructor):
-    """Regularised inverse filter for a circular blur, in closed form.
+    """Regularized inverse filter for a circular blur, in closed form.
 
-        x_hat = F^-1 [ conj(h) y / (|h|^2 + regularisation |d|^2) ]
+        x_hat = F^-1 [ conj(h) y / (|h|^2 + regularization |d|^2) ]
 
     with |d|^2 = 1 for ``penalty="identity"``, |2 sin(w_1/2)|^2 + |2 sin(w_2/2)|^2 for "gradient" (natural images,
     whose power falls with the square of the frequency) and the square of that for "laplacian". x_hat is not clipped.
@@ -65,13 +65,13 @@ class Wiener(Reconstructor):
         Gonzalez, Woods, Digital Image Processing (4th ed., 2018), Sec. 5.8 and 5.9.
 
     Arguments:
-        regularisation: weight of the penalty, >= 0; noise variance over the variance of D x where D x is white. The
+        regularization: weight of the penalty, >= 0; noise variance over the variance of D x where D x is white. The
             default is the best on validation faces for the default deblurring problem
             (``benchmarks/classical_baselines.py``).
         penalty: which D.
 
     Raises:
-        ValueError: a negative regularisation, an unknown penalty; on call: an operator that is no circular convolution.
+        ValueError: a negative regularization, an unknown penalty; on call: an operator that is no circular convolution.
 
     Example:
         >>> from deepinv.physics import BlurFFT
@@ -82,18 +82,18 @@ class Wiener(Reconstructor):
     """
 
     def __init__(
-        self, regularisation: float = 3e-3, penalty: Literal["identity", "gradient", "laplacian"] = "gradient"
+        self, regularization: float = 3e-3, penalty: Literal["identity", "gradient", "laplacian"] = "gradient"
     ) -> None:
         super().__init__()
-        require_weight(regularisation)
+        require_weight(regularization)
         if penalty not in ("identity", "gradient", "laplacian"):
             raise ValueError(f"penalty must be 'identity', 'gradient' or 'laplacian', got {penalty!r}")
-        self.regularisation = regularisation
+        self.regularization = regularization
         self.penalty = penalty
 
     def forward(self, y: Tensor, physics: LinearPhysics) -> Tensor:  # type: ignore[override]
         transfer = transfer_function(physics, require_images(y))
-        power = transfer.abs().square() + self.regularisation * self._penalty_spectrum(y)
+        power = transfer.abs().square() + self.regularization * self._penalty_spectrum(y)
         # frequencies that the blur erased and the penalty leaves free stay zero instead of 0 / 0
         gain = torch.where(power > 0, transfer.conj() / power.clamp_min(torch.finfo(power.dtype).tiny), 0.0)
         return torch.fft.irfft2(gain * torch.fft.rfft2(y), s=y.shape[-2:])
@@ -110,7 +110,7 @@ class TotalVariation(Reconstructor):
     """Total variation for any linear operator, solved by the primal-dual iteration of Condat and Vu.
 
         x <- P( x - tau (A^T (A x - y) + grad^T u) )        P: clip to [0, 1]
-        u <- Q( u + s grad(2 x - x_before) )                Q: shorten each pixel's u to length <= regularisation
+        u <- Q( u + s grad(2 x - x_before) )                Q: shorten each pixel's u to length <= regularization
 
     with 1/tau = L/2 + 8 s, L = ||A||^2, which converges for any A. A fixed number of iterations is run, so that an
     image's estimate does not depend on the others in its batch. The gradient is deepinv's (forward differences,
@@ -123,48 +123,48 @@ class TotalVariation(Reconstructor):
         https://doi.org/10.1109/83.661180.
 
     Arguments:
-        regularisation: weight of the total variation, >= 0. Best on validation faces: 6e-4 for the default deblurring
+        regularization: weight of the total variation, >= 0. Best on validation faces: 6e-4 for the default deblurring
             problem (the default here), 0.24 for denoising at sigma 0.2, 6e-3 for the default inpainting problem.
         n_iterations: number of primal-dual iterations. On 64x64 faces 1,000 are within 0.01 dB of 4,000 for
             deblurring and 0.05 dB for denoising; the middle of a 19x19 hole fills slowly: 0.2 dB, take 4,000 there.
-        couple_channels: one length per pixel over all channels (edges in the same place in every colour), or one per
+        couple_channels: one length per pixel over all channels (edges in the same place in every color), or one per
             channel.
         dual_step: s above; changes the speed only (0.05 is faster for denoising).
 
     Raises:
-        ValueError: a negative regularisation, fewer than one iteration, a step that is not positive.
+        ValueError: a negative regularization, fewer than one iteration, a step that is not positive.
 
     Example:
         >>> from deepinv.physics import Denoising, GaussianNoise
         >>> physics = Denoising(GaussianNoise(0.1))
         >>> x = torch.full((1, 3, 8, 8), 0.5)
-        >>> x_hat = TotalVariation(regularisation=1.0)(physics(x), physics)
-        >>> bool(x_hat.std() < 0.05)  # a heavy weight leaves one colour
+        >>> x_hat = TotalVariation(regularization=1.0)(physics(x), physics)
+        >>> bool(x_hat.std() < 0.05)  # a heavy weight leaves one color
         True
     """
 
     def __init__(
         self,
-        regularisation: float = 6e-4,
+        regularization: float = 6e-4,
         n_iterations: int = 1000,
         couple_channels: bool = True,
         dual_step: float = 0.005,
     ) -> None:
         super().__init__()
-        require_weight(regularisation)
+        require_weight(regularization)
         require_count("n_iterations", n_iterations)
         if not dual_step > 0:
             raise ValueError(f"dual_step must be > 0, got {dual_step}")
-        self.regularisation = regularisation
+        self.regularization = regularization
         self.n_iterations = n_iterations
         self.couple_channels = couple_channels
         self.dual_step = dual_step
         self._prior = TVPrior()
 
     def objective(self, x: Tensor, y: Tensor, physics: LinearPhysics) -> Tensor:
-        """Value of the minimised function at x, per image: (B,)."""
+        """Value of the minimized function at x, per image: (B,)."""
         residual = (physics.A(x) - y).flatten(1)
-        return 0.5 * residual.abs().square().sum(1) + self.regularisation * self._length(self._prior.nabla(x)).flatten(
+        return 0.5 * residual.abs().square().sum(1) + self.regularization * self._length(self._prior.nabla(x)).flatten(
             1
         ).sum(1)
 
@@ -177,7 +177,7 @@ class TotalVariation(Reconstructor):
             descent = physics.A_adjoint(physics.A(x) - y) + self._prior.nabla_adjoint(u)
             x_before, x = x, (x - primal_step * descent).clamp(0, 1)
             u = u + self.dual_step * self._prior.nabla(2 * x - x_before)
-            u = u * (self.regularisation / self._length(u).clamp_min(max(self.regularisation, 1e-12)))
+            u = u * (self.regularization / self._length(u).clamp_min(max(self.regularization, 1e-12)))
         return x
 
     def _length(self, gradient: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """GAN prior: the image is one that a generator makes, found by descent in its latent space.
 
-    x_hat = G(z_hat),   z_hat = argmin_z  ||y - A G(z)||^2 + regularisation ||z||^2
+    x_hat = G(z_hat),   z_hat = argmin_z  ||y - A G(z)||^2 + regularization ||z||^2
 
 Symbols: G generator, z latent (B, k) with k far below the number of pixels, y measurement, A any differentiable operator.
 The squared norms are sums, per image. What G cannot make, x_hat cannot show: more measurements do not lift that limit.
@@ -24,10 +24,10 @@ _START = 0.1  # standard deviation of the first latents, Asim et al.'s
 class GANPrior(Reconstructor):
     r"""Reconstruction in the range of a generator, by Adam from several random latents at once.
 
-        z <- Adam step on  ||y - A G(z)||^2 + regularisation ||z||^2,     z_0 ~ N(0, 0.1^2 I)
+        z <- Adam step on  ||y - A G(z)||^2 + regularization ||z||^2,     z_0 ~ N(0, 0.1^2 I)
 
     Of all restarts and steps of an image the latent with the smallest objective is kept. The restarts of all images are
-    one batch; each descends on its own objective, so an image's estimate does not depend on its neighbours. The learning
+    one batch; each descends on its own objective, so an image's estimate does not depend on its neighbors. The learning
     rate falls to zero along a cosine.
 
     References:
@@ -40,7 +40,7 @@ class GANPrior(Reconstructor):
         n_restarts: descents per image, from different latents.
         n_steps: Adam steps.
         learning_rate: Adam's step size at the start.
-        regularisation: weight of ||z||^2, >= 0.
+        regularization: weight of ||z||^2, >= 0.
         seed: of the first latents, the same ones for every image.
 
     Raises:
@@ -53,7 +53,7 @@ class GANPrior(Reconstructor):
         >>> generator = DCGANGenerator((1, 8, 8), latent_size=2, hidden_channels=4, n_scales=2)
         >>> x = generator.eval().sample(1, torch.Generator().manual_seed(0)).detach()
         >>> physics = Inpainting((1, 8, 8), mask=torch.arange(8).expand(1, 8, 8) < 4)
-        >>> x_hat = GANPrior(generator, regularisation=0.0)(physics(x), physics)  # the hidden half follows from the seen one
+        >>> x_hat = GANPrior(generator, regularization=0.0)(physics(x), physics)  # the hidden half follows from the seen one
         >>> bool((x_hat - x).abs().max() < 1e-3)
         True
     """
@@ -64,7 +64,7 @@ class GANPrior(Reconstructor):
         n_restarts: int = 3,
         n_steps: int = 500,
         learning_rate: float = 0.3,
-        regularisation: float = 1e-2,
+        regularization: float = 1e-2,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -77,13 +77,13 @@ class GANPrior(Reconstructor):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 < learning_rate < float("inf"):
             raise ValueError(f"learning_rate must be finite and > 0, got {learning_rate}")
-        if not 0 <= regularisation < float("inf"):
-            raise ValueError(f"regularisation must be finite and >= 0, got {regularisation}")
+        if not 0 <= regularization < float("inf"):
+            raise ValueError(f"regularization must be finite and >= 0, got {regularization}")
         self.generator = generator
         self.n_restarts = n_restarts
         self.n_steps = n_steps
         self.learning_rate = learning_rate
-        self.regularisation = regularisation
+        self.regularization = regularization
         self.seed = seed
 
     def forward(self, y: Tensor, physics: Physics) -> Tensor:  # type: ignore[override]
@@ -116,7 +116,7 @@ class GANPrior(Reconstructor):
         return best.view(len(y), self.n_restarts, -1)[torch.arange(len(y), device=y.device), chosen]
 
     def _objective(self, z: Tensor, target: Tensor, physics: Physics) -> Tensor:
-        """||y - A G(z)||^2 + regularisation ||z||^2 of each latent."""
+        """||y - A G(z)||^2 + regularization ||z||^2 of each latent."""
         measured = physics.A(self.generator(z))
         if measured.shape != target.shape:
             raise ValueError(
@@ -124,7 +124,7 @@ class GANPrior(Reconstructor):
                 "for this generator's images; use the physics that measured y"
             )
         misfit = (measured - target).abs().square().flatten(1).sum(1)  # abs: measurements may be complex
-        return misfit + self.regularisation * z.square().sum(1)
+        return misfit + self.regularization * z.square().sum(1)
 
     def _first_latents(self, y: Tensor) -> Tensor:
         # made on the CPU so that every device starts from the same ones

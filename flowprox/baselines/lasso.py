@@ -1,11 +1,11 @@
 """Lasso: the image is sparse in an orthonormal basis.
 
-    x_hat = Phi c_hat,   c_hat = argmin_c  ||A Phi c - y||^2 + regularisation ||c||_1
+    x_hat = Phi c_hat,   c_hat = argmin_c  ||A Phi c - y||^2 + regularization ||c||_1
 
 Symbols: x image (B, C, H, W), y measurement, A linear operator, Phi an orthonormal basis of each channel (cosines, or
 wavelets on the periodic image), c coefficients (B, C, H, W). The squared norm is a sum and has no factor 1/2. That is the
-convention of Asim et al. (2020); scikit-learn minimises ||A Phi c - y||^2 / (2 m) + alpha ||c||_1 with m measurements, so
-regularisation = 2 m alpha.
+convention of Asim et al. (2020); scikit-learn minimizes ||A Phi c - y||^2 / (2 m) + alpha ||c||_1 with m measurements, so
+regularization = 2 m alpha.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Basis(NamedTuple):
 
     stages: list[tuple[Tensor, Tensor]]
 
-    def analyse(self, x: Tensor) -> Tensor:
+    def analyze(self, x: Tensor) -> Tensor:
         """Phi^T x, coefficients (B, C, H, W) of images (B, C, H, W)."""
         c = x
         for rows, columns in self.stages:
@@ -119,10 +119,10 @@ def _wavelets(n: int, wavelet: str) -> Tensor:
 class Lasso(Reconstructor):
     r"""Sparse reconstruction in a cosine or wavelet basis for any linear operator, by FISTA with restarts.
 
-        c_{k+1} = S( u_k - s Phi^T A^T (A Phi u_k - y) ),      s = 1 / ||A||^2,  S shrinks by s regularisation / 2
+        c_{k+1} = S( u_k - s Phi^T A^T (A Phi u_k - y) ),      s = 1 / ||A||^2,  S shrinks by s regularization / 2
         u_{k+1} = c_{k+1} + (t_k - 1) / t_{k+1} (c_{k+1} - c_k)
 
-    The momentum of an image starts anew (t = 1) when it points uphill. The regularisation first falls by decades from the
+    The momentum of an image starts anew (t = 1) when it points uphill. The regularization first falls by decades from the
     value at which c = 0 would be optimal, each a start for the next, which saves iterations where it is small. An image
     whose coefficients have settled stops; its estimate does not depend on the others in its batch. A is used through its
     products only. x_hat is not clipped.
@@ -131,14 +131,14 @@ class Lasso(Reconstructor):
         Tibshirani (1996), Regression shrinkage and selection via the lasso; Beck, Teboulle (2009), A fast iterative
         shrinkage-thresholding algorithm, https://doi.org/10.1137/080716542, Eq. (4.1) to (4.3); restarts: O'Donoghue, Candès
         (2015), https://arxiv.org/abs/1204.3982, Sec. 3.2; as a baseline: Asim et al. (2020),
-        https://arxiv.org/abs/1905.11672, footnote 1, where regularisation is 0.01.
+        https://arxiv.org/abs/1905.11672, footnote 1, where regularization is 0.01.
 
     Arguments:
         basis: "dct" or "wavelet".
-        regularisation: weight of ||c||_1, >= 0, in the convention of the formula above (2 m alpha of scikit-learn).
+        regularization: weight of ||c||_1, >= 0, in the convention of the formula above (2 m alpha of scikit-learn).
         n_iterations: at most so many iterations.
         tolerance: an image has settled when every coefficient fulfils its optimality condition up to this fraction of the
-            regularisation (float32 allows about 1e-3 of 0.01).
+            regularization (float32 allows about 1e-3 of 0.01).
         wavelet: an orthogonal wavelet of PyWavelets ("db1" is Haar's); unused by "dct".
         n_levels: halvings of the image; None takes as many as its sides allow; unused by "dct".
 
@@ -158,7 +158,7 @@ class Lasso(Reconstructor):
     def __init__(
         self,
         basis: Literal["dct", "wavelet"] = "dct",
-        regularisation: float = 0.01,
+        regularization: float = 0.01,
         n_iterations: int = 2000,
         tolerance: float = 1e-2,
         wavelet: str = "db1",
@@ -167,14 +167,14 @@ class Lasso(Reconstructor):
         super().__init__()
         if basis not in ("dct", "wavelet"):
             raise ValueError(f"basis must be 'dct' or 'wavelet', got {basis!r}")
-        require_weight(regularisation)
+        require_weight(regularization)
         require_count("n_iterations", n_iterations)
         if not tolerance >= 0:
             raise ValueError(f"tolerance must be >= 0, got {tolerance}")
         if basis == "wavelet":
             require_wavelet(wavelet)
         self.basis = basis
-        self.regularisation = regularisation
+        self.regularization = regularization
         self.n_iterations = n_iterations
         self.tolerance = tolerance
         self.wavelet = wavelet
@@ -188,27 +188,27 @@ class Lasso(Reconstructor):
         return wavelet_basis(height, width, x, self.wavelet, self.n_levels)
 
     def objective(self, x: Tensor, y: Tensor, physics: LinearPhysics) -> Tensor:
-        """||A x - y||^2 + regularisation ||Phi^T x||_1 of each image, (B,)."""
+        """||A x - y||^2 + regularization ||Phi^T x||_1 of each image, (B,)."""
         misfit = (physics.A(x) - y).abs().square().flatten(1).sum(1)
-        return misfit + self.regularisation * self.make_basis(x).analyse(x).abs().flatten(1).sum(1)
+        return misfit + self.regularization * self.make_basis(x).analyze(x).abs().flatten(1).sum(1)
 
     @torch.no_grad()
     def forward(self, y: Tensor, physics: LinearPhysics) -> Tensor:  # type: ignore[override]
         back = physics.A_adjoint(require_measurement(y))
         basis = self.make_basis(back)
         step = 1 / squared_norm(physics, back)
-        weight = _first_weight(basis.analyse(back), self.regularisation)
-        floor = weight.mul(1e-6).clamp_min(self.regularisation)
+        weight = _first_weight(basis.analyze(back), self.regularization)
+        floor = weight.mul(1e-6).clamp_min(self.regularization)
         c = u = torch.zeros_like(back)
         t = torch.ones_like(weight)
         done = torch.zeros_like(weight, dtype=torch.bool)
         for k in range(self.n_iterations):
-            gradient = basis.analyse(physics.A_adjoint(physics.A(basis.synthesise(u)) - y))
+            gradient = basis.analyze(physics.A_adjoint(physics.A(basis.synthesise(u)) - y))
             threshold = step * weight / 2
             shrunk = _soft_threshold(u - step * gradient, threshold)
             new = torch.where(done, c, shrunk)
             uphill = ((u - new) * (new - c)).sum((1, 2, 3), keepdim=True) > 0
-            final = weight == self.regularisation
+            final = weight == self.regularization
             allowed = torch.where(final, self.tolerance, _ON_THE_WAY) * threshold
             settled = (u - new).abs().amax((1, 2, 3), keepdim=True) <= allowed
             done = done | (settled & final)
@@ -216,16 +216,16 @@ class Lasso(Reconstructor):
             t_new = (1 + (1 + 4 * t.square()).sqrt()) / 2
             u = new + (t - 1) / t_new * (new - c)
             c, t = new, t_new
-            lower = torch.where(weight / 10 < floor, self.regularisation, weight / 10)
+            lower = torch.where(weight / 10 < floor, self.regularization, weight / 10)
             weight = torch.where(settled, lower, weight)
             if k % 10 == 9 and bool(done.all()):  # each look at it waits for the device
                 break
         return basis.synthesise(c)
 
 
-def _first_weight(back: Tensor, regularisation: float) -> Tensor:
+def _first_weight(back: Tensor, regularization: float) -> Tensor:
     """A tenth of the weight from which on zero is the solution, or the final one where that is larger: (B, 1, 1, 1)."""
-    return (2 * back.abs().amax((1, 2, 3), keepdim=True) / 10).clamp_min(regularisation)
+    return (2 * back.abs().amax((1, 2, 3), keepdim=True) / 10).clamp_min(regularization)
 
 
 def _soft_threshold(c: Tensor, threshold: Tensor) -> Tensor:

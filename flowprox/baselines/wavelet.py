@@ -1,9 +1,9 @@
 """Wavelet shrinkage for any linear operator, with deepinv's prior in deepinv's FISTA.
 
-    x_hat = argmin_x  1/2 ||A x - y||^2 + regularisation ||Psi x||_1
+    x_hat = argmin_x  1/2 ||A x - y||^2 + regularization ||Psi x||_1
 
 Symbols: x image (B, C, H, W), y measurement, A linear operator, Psi x the image's wavelet details (what remains of it at
-the coarsest level is not penalised).
+the coarsest level is not penalized).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class WaveletPrior(Reconstructor):
         noise removal through wavelet shrinkage, https://doi.org/10.1109/83.661182, Sec. III; deepinv's ``WaveletPrior``.
 
     Arguments:
-        regularisation: weight of the details' absolute values, >= 0.
+        regularization: weight of the details' absolute values, >= 0.
         wavelet: name of an orthogonal wavelet in PyWavelets.
         n_levels: depth of the transform.
         n_iterations: of FISTA.
@@ -58,26 +58,26 @@ class WaveletPrior(Reconstructor):
         >>> physics = Denoising(GaussianNoise(0.1))
         >>> x = torch.full((1, 3, 16, 16), 0.5)
         >>> y = physics(x)
-        >>> x_hat = WaveletPrior(regularisation=0.3, n_levels=2)(y, physics)
+        >>> x_hat = WaveletPrior(regularization=0.3, n_levels=2)(y, physics)
         >>> bool((x_hat - x).norm() < 0.5 * (y - x).norm())
         True
     """
 
     def __init__(
         self,
-        regularisation: float = 0.01,
+        regularization: float = 0.01,
         wavelet: str = "db4",
         n_levels: int = 3,
         n_iterations: int = 200,
     ) -> None:
         super().__init__()
-        require_weight(regularisation)
+        require_weight(regularization)
         require_count("n_levels", n_levels)
         require_count("n_iterations", n_iterations)
         require_package("ptwt", "ptwt", "WaveletPrior", extra="wavelets")
         require_wavelet(wavelet)
         self.wavelet = wavelet
-        self.regularisation = regularisation
+        self.regularization = regularization
         self.n_levels = n_levels
         self.n_iterations = n_iterations
 
@@ -89,7 +89,7 @@ class WaveletPrior(Reconstructor):
         solver = FISTA(
             data_fidelity=L2(),
             prior=prior,
-            lambda_reg=self.regularisation,
+            lambda_reg=self.regularization,
             stepsize=step,
             max_iter=self.n_iterations,
             custom_init=lambda y, physics: {"est": (step * back, step * back)},

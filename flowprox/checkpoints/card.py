@@ -20,7 +20,7 @@ __all__ = ["CARD", "Card", "read_card"]
 FORMAT_VERSION = 1
 CARD = "card.json"
 
-LICENCE = "research use only; see the terms of the training data"
+LICENSE = "research use only; see the terms of the training data"
 INTENDED_USE = (
     "Research on image reconstruction. Not for medical diagnosis, identification of persons or any use in which "
     "invented detail can do harm: a learned prior fills in what the measurement does not show."
@@ -45,7 +45,7 @@ class Card:
         training: free-form; usually data, terms (of the data), recipe, images, epochs, seed, machine, versions, date.
         metrics: free-form, e.g. ``{"psnr_db": 25.1, "bits_per_dim": 3.2}``. NaN and infinity are written as text.
         notes: anything else worth keeping.
-        licence: terms of use of the weights.
+        license: terms of use of the weights.
         intended_use: what the model is for, and what not.
         n_parameters: number of parameters, shared ones counted once.
         n_bytes: size of the weights file.
@@ -62,7 +62,7 @@ class Card:
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
-    licence: str = LICENCE
+    license: str = LICENSE
     intended_use: str = INTENDED_USE
     n_parameters: int = 0
     n_bytes: int = 0

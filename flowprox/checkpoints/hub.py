@@ -114,7 +114,7 @@ def _readme(card: Card, repo_id: str) -> str:
         f"`{card.model['kind']}` with {card.n_parameters:,} parameters, stored as {card.weights_dtype}, for "
         "image reconstruction with normalizing-flow priors.",
         f'```python\nimport flowprox\n\nmodel = flowprox.load_model("{repo_id}")\n```',
-        f"**Licence.** {card.licence}",
+        f"**License.** {card.license}",
         f"**Intended use.** {card.intended_use}",
         *tables,
         f"## Constructor\n\n`{card.model['kind']}` with\n\n```json\n{arguments}\n```",

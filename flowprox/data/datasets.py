@@ -22,7 +22,7 @@ __all__ = ["ImageDataset"]
 class ImageDataset(Dataset[dict[str, Tensor]]):
     """Images of one size from folders, files, shards or globs of them; items are ``{"x": image}``.
 
-    Every image is turned upright (EXIF), put on white where it is transparent, converted to grey or colour, cropped to
+    Every image is turned upright (EXIF), put on white where it is transparent, converted to gray or color, cropped to
     its central square and resized with the Lanczos filter. It is kept in 8 bits.
 
     Splits: an image of a folder belongs to the split that a hash of its name chooses (``split_indices``), so that
@@ -33,10 +33,10 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
         source: folder (searched recursively), image file, .npz shard, glob of files, or a list of these.
         image_size: height and width in pixels; None keeps the images as they are, then all must have one size.
         split: "train", "val", "test", or "all".
-        crop: "centre" takes the central square, "stretch" the whole image, distorted where it is not square.
+        crop: "center" takes the central square, "stretch" the whole image, distorted where it is not square.
         patches: in place of that, cut so many squares of image_size at random places out of every image, at its own
             resolution; the places depend on the image's name alone.
-        channels: 3 for colour, 1 for grey.
+        channels: 3 for color, 1 for gray.
         skip_corrupt: skip images that cannot be read, warn once and list them in ``skipped``.
         limit: read only the first so many images, or so many patches, evenly from all images.
 
@@ -65,7 +65,7 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
         image_size: int | None = 64,
         split: str = "all",
         *,
-        crop: str = "centre",
+        crop: str = "center",
         patches: int = 0,
         channels: int = 3,
         skip_corrupt: bool = False,
@@ -73,10 +73,10 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
     ) -> None:
         if split not in (*SPLITS, "all"):
             raise ValueError(f"split must be one of {', '.join(SPLITS)} or all, got {split!r}")
-        if crop not in ("centre", "stretch"):
-            raise ValueError(f"crop must be 'centre' or 'stretch', got {crop!r}")
+        if crop not in ("center", "stretch"):
+            raise ValueError(f"crop must be 'center' or 'stretch', got {crop!r}")
         if channels not in (1, 3):
-            raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {channels}")
+            raise ValueError(f"channels must be 1 (gray) or 3 (color), got {channels}")
         if image_size is not None and image_size < 1:
             raise ValueError(f"image_size must be a positive number of pixels, got {image_size}")
         if limit is not None and limit < 1:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-__all__ = ["as_float", "deep_grey", "fitted", "is_deep", "opaque", "open_bytes", "pixels_of", "read_file"]
+__all__ = ["as_float", "deep_gray", "fitted", "is_deep", "opaque", "open_bytes", "pixels_of", "read_file"]
 
 
 def read_file(path: Path) -> bytes:
@@ -42,11 +42,11 @@ def fitted(content: bytes, name: str, image_size: int | None, crop: str, channel
     """
     image = open_bytes(content, name)
     if is_deep(image):
-        image = Image.fromarray((deep_grey(image, name) * 255).round().astype(np.uint8))
+        image = Image.fromarray((deep_gray(image, name) * 255).round().astype(np.uint8))
     image = opaque(image).convert("L" if channels == 1 else "RGB")
     if image_size is None:
         return pixels_of(image)
-    if crop == "centre":
+    if crop == "center":
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side))
@@ -59,19 +59,19 @@ def opaque(image: Image.Image) -> Image.Image:
     """The image on white, where it is transparent."""
     if image.mode not in ("RGBA", "LA", "PA", "RGBa", "La") and "transparency" not in image.info:
         return image
-    grey = image.mode in ("L", "LA", "La")
+    gray = image.mode in ("L", "LA", "La")
     over = image.convert("RGBA")
     white = Image.new("RGBA", over.size, "white")
-    return Image.alpha_composite(white, over).convert("L" if grey else "RGB")
+    return Image.alpha_composite(white, over).convert("L" if gray else "RGB")
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether it is grey with more than 8 bits."""
+    """Whether it is gray with more than 8 bits."""
     return image.mode.startswith("I") or image.mode == "F"
 
 
-def deep_grey(image: Image.Image, name: str) -> np.ndarray:
-    """A 16-bit or float grey image as float32 (H, W) in [0, 1]."""
+def deep_gray(image: Image.Image, name: str) -> np.ndarray:
+    """A 16-bit or float gray image as float32 (H, W) in [0, 1]."""
     values = np.asarray(image).astype(np.float32) / (1.0 if image.mode == "F" else 65535.0)
     if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
         raise ValueError(f"{name} holds values outside the range of an image; rescale them to 8 or 16 bits")

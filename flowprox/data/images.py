@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowprox.checkpoints import atomic_write
-from flowprox.data.decoding import as_float, deep_grey, is_deep, opaque, open_bytes, pixels_of, read_file
+from flowprox.data.decoding import as_float, deep_gray, is_deep, opaque, open_bytes, pixels_of, read_file
 
 __all__ = ["check_image", "load_image", "save_image"]
 
@@ -21,23 +21,23 @@ StrPath = str | PathLike[str]
 def load_image(path: StrPath, channels: int | None = None) -> Tensor:
     """Read an image file as float32 (C, H, W) in [0, 1].
 
-    Transparent pixels are put on white. Grey 16-bit files keep their precision (colour ones come from Pillow in
+    Transparent pixels are put on white. Gray 16-bit files keep their precision (color ones come from Pillow in
     8 bits); a TIFF of floats must hold values in [0, 1].
 
     Arguments:
         path: image file.
-        channels: 3 turns grey into colour, 1 colour into grey (ITU-R 601); None keeps what the file has.
+        channels: 3 turns gray into color, 1 color into gray (ITU-R 601); None keeps what the file has.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not an image, damaged, or values outside [0, 1]; the message names the file.
     """
     if channels not in (None, 1, 3):
-        raise ValueError(f"channels must be 1 (grey), 3 (colour) or None (as in the file), got {channels}")
+        raise ValueError(f"channels must be 1 (gray), 3 (color) or None (as in the file), got {channels}")
     image = open_bytes(read_file(Path(path)), str(path))
     if is_deep(image):
-        grey = torch.from_numpy(deep_grey(image, str(path)))
-        return grey[None].repeat(channels or 1, 1, 1)
+        gray = torch.from_numpy(deep_gray(image, str(path)))
+        return gray[None].repeat(channels or 1, 1, 1)
     image = opaque(image)
     wanted = channels or (1 if image.mode in ("1", "L") else 3)
     return as_float(torch.from_numpy(pixels_of(image.convert("L" if wanted == 1 else "RGB"))))

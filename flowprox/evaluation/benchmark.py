@@ -10,7 +10,7 @@ same. Results stand in a folder:
     tuning.jsonl    one line per problem, method and combination of the options that are tuned
     images/         pictures of the first images, for the report
 
-A run that was interrupted is continued by the same command. What is already recorded is recognised by ``id``, a hash of
+A run that was interrupted is continued by the same command. What is already recorded is recognized by ``id``, a hash of
 everything it depends on, so images, problems and methods may also be added later. Failures are tried again.
 """
 

@@ -78,11 +78,11 @@ def load_demo_models(device: str | torch.device = "cpu") -> dict[str, Reconstruc
 def classical_method(problem: str) -> tuple[str, Reconstructor]:
     """The classical method that is best on validation faces (``benchmarks/classical_baselines.py``), tuned there.
 
-    BM3D is an extra, for its licence; without it total variation denoises.
+    BM3D is an extra, for its license; without it total variation denoises.
     """
     if problem == "denoising":
         if importlib.util.find_spec("bm3d") is None:
-            return "tv", TotalVariation(regularisation=0.24, dual_step=0.05)
+            return "tv", TotalVariation(regularization=0.24, dual_step=0.05)
         return "bm3d", BM3D()
     if problem == "inpainting":
         return "biharmonic", Biharmonic()
@@ -134,7 +134,7 @@ def run_demo(
     if any(record["problem"] == "denoising" and record["method"] == "tv" for record in records):
         (console or Console()).print(
             "bm3d is not installed: denoising is compared with total variation, which is weaker (pip install bm3d; its "
-            "licence is non-commercial)"
+            "license is non-commercial)"
         )
     return out / "report.html"
 

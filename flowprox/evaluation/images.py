@@ -52,7 +52,7 @@ def _of_one_size(source: Any, options: ImageOptions, n: int | None) -> tuple[lis
 
 def _as_they_are(source: Any, options: ImageOptions, n: int | None) -> tuple[list[str], list[np.ndarray]]:
     entries = entries_of_split(source, options.split)[:n]
-    return [e.name for e in entries], [fitted(e.read(), e.name, None, "centre", options.channels) for e in entries]
+    return [e.name for e in entries], [fitted(e.read(), e.name, None, "center", options.channels) for e in entries]
 
 
 def _short_names(names: Sequence[str]) -> list[str]:

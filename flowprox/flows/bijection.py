@@ -90,7 +90,7 @@ class Sequential(Bijection):
 def check_finite(value: Tensor, block: str, direction: str) -> Tensor:
     """Return ``value`` unchanged, or raise ``NonFiniteError`` naming the block and the direction.
 
-    One reduction and one host synchronisation: called at the ends of a flow, not per layer.
+    One reduction and one host synchronization: called at the ends of a flow, not per layer.
     """
     if not bool(torch.isfinite(value.sum())):
         raise NonFiniteError(

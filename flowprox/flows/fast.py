@@ -45,7 +45,7 @@ _KEPT_LAYERS = {"nothing": slice(None), "early": slice(-1, None), "inputs": slic
 class FastSteps(Reversible):
     """Glow steps with ``CouplingNet`` conditioners, computed fast: values, gradients and parameter names of ``Sequential``.
 
-    As ``Reversible`` it records one node per call, which has no second derivatives, initialises ActNorm before the recorded
+    As ``Reversible`` it records one node per call, which has no second derivatives, initializes ActNorm before the recorded
     pass, and guards against drift and non-finite values.
 
     Arguments:
@@ -174,7 +174,7 @@ class _Constants(NamedTuple):
 
 
 def _plain(chain: Sequential, method: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The reference, for the rare pass that comes before the initialisation from data."""
+    """The reference, for the rare pass that comes before the initialization from data."""
     out = getattr(Sequential, method)(chain, x)
     return out if isinstance(out, tuple) else (out, None)
 

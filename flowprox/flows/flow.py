@@ -25,7 +25,7 @@ class Flow(Bijection):
         bijection: shape-preserving map of (B, C, H, W).
         image_shape: (C, H, W) the flow was made for; the default size of ``sample``, ``inverse`` and ``decode``.
         n_levels: number of squeezes; H and W must be divisible by 2^n_levels.
-        offset: subtracted from x before the bijection, so that a fresh flow sees centred images.
+        offset: subtracted from x before the bijection, so that a fresh flow sees centered images.
 
     Example:
         >>> from flowprox.flows import Glow
@@ -90,7 +90,7 @@ class Flow(Bijection):
         return check_finite(self.decode_image(self._unflatten(z, image_size)), type(self).__name__, "inverse")
 
     def encode_image(self, x: Tensor) -> Tensor:
-        """f(x) with the latent arranged as an image (B, C, H, W), not checked to be finite (no synchronisation)."""
+        """f(x) with the latent arranged as an image (B, C, H, W), not checked to be finite (no synchronization)."""
         self._check_image(x)
         return self.bijection.encode(_laid_out(x) - self.offset)
 
@@ -104,7 +104,7 @@ class Flow(Bijection):
         return x + self.offset, logdet
 
     def unchecked_log_prob(self, x: Tensor) -> Tensor:
-        """log p(x) without a look at whether it is finite: no synchronisation, and an image that overflows stays alone."""
+        """log p(x) without a look at whether it is finite: no synchronization, and an image that overflows stays alone."""
         self._check_image(x)
         z, logdet = self.bijection(_laid_out(x) - self.offset)
         return self.base_log_prob(z.flatten(1)) + logdet
@@ -119,7 +119,7 @@ class Flow(Bijection):
         return -0.5 * (z.square().sum(dim=1) + z.shape[1] * math.log(2 * math.pi))
 
     def bits_per_dimension(self, x: Tensor, n_bits: int = 8) -> Tensor:
-        """Negative log-likelihood of x in [0, 1] on the scale of its 2^n_bits grey levels, (B,)."""
+        """Negative log-likelihood of x in [0, 1] on the scale of its 2^n_bits gray levels, (B,)."""
         return n_bits - self.log_prob(x) / (x[0].numel() * math.log(2))
 
     @torch.no_grad()
@@ -147,7 +147,7 @@ class Flow(Bijection):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Data-dependent initialisation of every ActNorm that is not initialised yet, from images x (B, C, H, W)."""
+        """Data-dependent initialization of every ActNorm that is not initialized yet, from images x (B, C, H, W)."""
         training = self.training
         self.train()
         self.encode(x)

@@ -129,5 +129,5 @@ def _fix_the_rest(modules: list[nn.Module], stack: ExitStack) -> None:
 
 
 def _has_own_weight(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Whether it is a convolution whose weight is not made anew by every access, as a parametrised one is."""
+    """Whether it is a convolution whose weight is not made anew by every access, as a parametrized one is."""
     return isinstance(module, nn.Conv2d) and not parametrize.is_parametrized(module)

@@ -43,7 +43,7 @@ def _per_sample(value: Tensor, x: Tensor) -> Tensor:
 
 
 class ActNorm(Bijection, ChannelAffine):
-    """Scale and shift per channel, initialised so that the first training batch has mean 0 and variance 1.
+    """Scale and shift per channel, initialized so that the first training batch has mean 0 and variance 1.
 
     The flag that says so, ``initialized``, is a buffer and is saved with the weights.
 
@@ -65,7 +65,7 @@ class ActNorm(Bijection, ChannelAffine):
         self._initialization_pending = True
 
     def initialize_once(self, x: Tensor) -> None:
-        """Initialise from x in train mode unless that has happened; the buffer is read until it is known to be set."""
+        """Initialize from x in train mode unless that has happened; the buffer is read until it is known to be set."""
         if self._initialization_pending:
             if not bool(self.initialized):
                 if not self.training:
@@ -106,7 +106,7 @@ def _lu_factors(lu: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Conv1x1(Bijection):
-    """Invertible 1x1 convolution W = P L (U + diag(d)), a learned generalisation of a channel permutation.
+    """Invertible 1x1 convolution W = P L (U + diag(d)), a learned generalization of a channel permutation.
 
     L (unit lower), U (strictly upper) and log|d| share one C x C parameter, so the layer has C^2 of them; P and the signs of
     d are fixed. The inverse is two triangular solves.

@@ -22,7 +22,7 @@ __all__ = ["PixelNorm", "PixelwiseFlow"]
 
 
 class PixelNorm(Bijection):
-    """Scale and shift per pixel, initialised so that the first training batch has mean 0 and variance 1 in each.
+    """Scale and shift per pixel, initialized so that the first training batch has mean 0 and variance 1 in each.
 
     Arguments:
         image_shape: (C, H, W); no other size is taken.

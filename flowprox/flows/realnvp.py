@@ -34,7 +34,7 @@ __all__ = ["ChannelFlip", "CheckerboardCoupling", "RealNVP", "ResidualConditione
 
 
 class ResidualConditioner(nn.Module):
-    """Residual net with weight normalisation; the last convolution is zero at the start and has a learned output scale.
+    """Residual net with weight normalization; the last convolution is zero at the start and has a learned output scale.
 
     Arguments:
         in_channels, out_channels: channels of the conditioning input, and of (log-scale, shift) together.
@@ -121,7 +121,7 @@ class ChannelFlip(Bijection):
 class RealNVP(Specified, Flow):
     """Multi-scale RealNVP with bounded log-scales.
 
-    Where Dinh et al. put batch normalisation there is ActNorm: with batch statistics the map of one image would depend
+    Where Dinh et al. put batch normalization there is ActNorm: with batch statistics the map of one image would depend
     on the others of its batch, and a fold of an unfolded network sees other images than the likelihood does.
 
     References:

@@ -49,7 +49,7 @@ class Reversible(Sequential):
     Each call records a single autograd node. The node's backward is not differentiable itself
     (``once_differentiable``): for second derivatives use ``Sequential``, which loads the same ``state_dict``. Steps
     must be deterministic functions of their input and parameters (no dropout, no batch statistics); the exception is
-    the data-dependent initialisation of ActNorm, which happens before the recorded pass. The recomputation runs under
+    the data-dependent initialization of ActNorm, which happens before the recorded pass. The recomputation runs under
     the autocast state of the recorded pass and with the parameters of that pass; changing them in place in between
     raises the usual error of autograd.
 
@@ -126,7 +126,7 @@ class Reversible(Sequential):
 
     @torch.no_grad()
     def _initialize_once(self, x: Tensor) -> None:
-        """Let the steps initialise themselves from x in a pass of their own, so that recorded passes change nothing."""
+        """Let the steps initialize themselves from x in a pass of their own, so that recorded passes change nothing."""
         if self.training and not self._is_initialized():
             super().encode(x)
 
@@ -141,7 +141,7 @@ class Reversible(Sequential):
         trained = [any(p.requires_grad for p in part) for part in parameters]
         if not x.requires_grad and not any(trained):
             return None
-        # an uninitialised step would take the recomputation by ``encode`` for its first data
+        # an uninitialized step would take the recomputation by ``encode`` for its first data
         invert = self.recompute == "invert" and not (backwards and self.training and not self._is_initialized())
         guarded = bool(self.check_drift) and self._n_recorded % self.check_drift == 0
         self._n_recorded += 1

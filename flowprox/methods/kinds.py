@@ -55,7 +55,7 @@ class MethodKind(NamedTuple):
 
 
 # a line search cannot follow the straight-through gradient of a sign
-_STRAIGHT_THROUGH = {"optimiser": "adam", "n_iterations": 150, "learning_rate": 0.05, "final_learning_rate": 0.0}
+_STRAIGHT_THROUGH = {"optimizer": "adam", "n_iterations": 150, "learning_rate": 0.05, "final_learning_rate": 0.0}
 
 METHODS: dict[str, MethodKind] = {
     "adjoint": MethodKind("flowprox.methods.running:Adjoint", "A^T y: the measurement carried back", problems=_LINEAR),
@@ -115,10 +115,10 @@ METHODS: dict[str, MethodKind] = {
         problems=_LINEAR,
         # tuned on validation faces (benchmarks/classical_baselines.py)
         defaults={
-            "denoising": {"regularisation": 0.24, "dual_step": 0.05},
-            "compressed-sensing": {"regularisation": 0.1},
-            "inpainting": {"regularisation": 6e-3, "n_iterations": 4000},
-            "random-inpainting": {"regularisation": 6e-3, "n_iterations": 4000},
+            "denoising": {"regularization": 0.24, "dual_step": 0.05},
+            "compressed-sensing": {"regularization": 0.1},
+            "inpainting": {"regularization": 6e-3, "n_iterations": 4000},
+            "random-inpainting": {"regularization": 6e-3, "n_iterations": 4000},
         },
         quick={"n_iterations": 5},
     ),
@@ -141,7 +141,7 @@ METHODS: dict[str, MethodKind] = {
     "biharmonic": MethodKind(
         "flowprox.baselines:Biharmonic", "the smoothest filling", problems=("inpainting", "random-inpainting")
     ),
-    "wiener": MethodKind("flowprox.baselines:Wiener", "regularised inverse filter", problems=("deblurring",)),
+    "wiener": MethodKind("flowprox.baselines:Wiener", "regularized inverse filter", problems=("deblurring",)),
 }
 """Method name -> how it is made."""
 

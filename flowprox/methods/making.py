@@ -55,7 +55,7 @@ def make_method(
         ImportError: an optional package is missing; the message names it.
 
     Example:
-        >>> make_method("tv", problem="denoising").regularisation
+        >>> make_method("tv", problem="denoising").regularization
         0.24
     """
     kind = method_kind(name)
@@ -101,13 +101,13 @@ def _constructed(cls: Any, parts: Mapping[str, Any], options: Mapping[str, Any])
     for argument in set(parameters) - GIVEN_APART:
         choices = option_classes(cls, argument)
         word = arguments.get(argument)
-        if argument == "optimiser" and word is not None and word not in choices:
+        if argument == "optimizer" and word is not None and word not in choices:
             raise ValueError(f"{argument} must be {' or '.join(choices)}, got {word!r}")
         if not choices or not (word is None or word in choices):
             continue  # a number, for example
         start = choices[word]() if word is not None else None
-        if start is None and argument == "optimiser":
-            start = cls(**parts, **{k: v for k, v in arguments.items() if k in parameters}).optimiser
+        if start is None and argument == "optimizer":
+            start = cls(**parts, **{k: v for k, v in arguments.items() if k in parameters}).optimizer
         elif start is None:
             start = next(iter(choices.values()))()
         given = {f.name: left.pop(f.name) for f in dataclasses.fields(start) if f.name in left}

@@ -15,7 +15,7 @@ __all__ = ["GIVEN_APART", "check_options", "method_class", "model_argument", "op
 
 GIVEN_APART = frozenset({"self", "flow", "model", "noise", "generator", "device"})
 """Arguments of a method's class that are no options."""
-_OPTIMISERS = {"lbfgs": "LBFGS", "adam": "Adam"}
+_OPTIMIZERS = {"lbfgs": "LBFGS", "adam": "Adam"}
 
 
 def check_options(name: str, options: Iterable[str]) -> None:
@@ -56,9 +56,9 @@ def _option_names(name: str) -> set[str]:
 
 def option_classes(cls: Any, argument: str) -> dict[str, Any]:
     """The option objects an argument takes, by the word that picks one; {} for none."""
-    if argument == "optimiser":
+    if argument == "optimizer":
         solvers = importlib.import_module("flowprox.solvers")
-        return {word: getattr(solvers, known) for word, known in _OPTIMISERS.items()}
+        return {word: getattr(solvers, known) for word, known in _OPTIMIZERS.items()}
     hint = typing.get_type_hints(cls.__init__).get(argument)
     members = (m for m in (hint, *typing.get_args(hint)) if isinstance(m, type) and dataclasses.is_dataclass(m))
     return {member.__name__.lower(): member for member in members}

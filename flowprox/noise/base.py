@@ -40,7 +40,7 @@ class Noise(NoiseModel):
     has_density: bool = True
 
     def sample_like(self, y: Tensor, generator: Generators = None) -> Tensor:
-        """One realisation of the noise, of y's shape (B, ...), dtype and device.
+        """One realization of the noise, of y's shape (B, ...), dtype and device.
 
         Arguments:
             y: measurement; only its shape, dtype and device are used.

@@ -1,9 +1,9 @@
-r"""Handwritten digits at random places and in random colour channels, over a little white noise.
+r"""Handwritten digits at random places and in random color channels, over a little white noise.
 
     n = sum_j digit_j placed at (row_j, column_j) in channel_j  +  sigma u,    u ~ N(0, I)
 
-The digits have 256 grey levels and most pixels hold none, so that digits alone have no density; the white noise gives
-the sum one, for which a flow can be trained without dequantisation. Digits are read from MNIST's own file, which does
+The digits have 256 gray levels and most pixels hold none, so that digits alone have no density; the white noise gives
+the sum one, for which a flow can be trained without dequantization. Digits are read from MNIST's own file, which does
 not ship with flowprox.
 """
 

@@ -4,7 +4,7 @@ r"""Independent Gaussian noise, its level one number or one per entry.
     log p(n) = -sum_i [ ((n_i - mean_i) / sigma_i)^2 / 2 + log sigma_i + log(2 pi) / 2 ]
 
     sinusoidal   sigma_i = sigma exp(sin(2 pi i / period)) / e        i row of an image, or index of a vector
-    radial       sigma_d = sigma max(exp(-d / length), floor)         d distance from the centre in pixels
+    radial       sigma_d = sigma max(exp(-d / length), floor)         d distance from the center in pixels
 
 n noise (B, ...), sigma standard deviation (of sinusoidal and radial: the largest), all in the units of the measurement.
 """
@@ -150,7 +150,7 @@ def sinusoidal_noise(
 
     Arguments:
         shape: of the measurement without its batch axis: (C, H, W), or (m,).
-        sigma: the largest standard deviation; 1 is the paper's normalisation.
+        sigma: the largest standard deviation; 1 is the paper's normalization.
         period: in rows or entries.
         mean: of every entry.
 
@@ -185,7 +185,7 @@ def radial_noise(
 
     Arguments:
         shape: of the measurement without its batch axis, (C, H, W).
-        sigma: standard deviation in the centre.
+        sigma: standard deviation in the center.
         length: distance in pixels over which it falls by a factor e.
         floor: smallest standard deviation, relative to sigma.
         mean: of every entry.

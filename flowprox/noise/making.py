@@ -46,7 +46,7 @@ def make_noise(name: str, shape: Sequence[int], **parameters: Any) -> Noise:
     Arguments:
         name: "gaussian" (sigma, mean), "sinusoidal" (sigma, period, mean), "radial" (sigma, length, floor, mean) or
             "mnist" (path, n_digits, amplitude, sigma, split). Every sigma is a standard deviation: of white noise; the
-            largest of all entries; that in the centre; that of the white noise under the digits.
+            largest of all entries; that in the center; that of the white noise under the digits.
         shape: of the measurement without its batch axis, (C, H, W) or (m,).
         parameters: of the noise, see ``GaussianNoise``, ``sinusoidal_noise``, ``radial_noise`` and ``MNISTNoise``.
 

@@ -16,7 +16,7 @@ from flowprox.operators.checks import check_adjoint, check_measurement, measurem
 from flowprox.operators.data_steps import data_gradient, data_prox
 from flowprox.operators.imaging import FILTERS, ParallelCT, RealMRI, SuperResolution, cartesian_mask
 from flowprox.operators.kinds import BOUNDARIES, PROBLEMS, ProblemKind
-from flowprox.operators.masks import centre_mask, random_mask
+from flowprox.operators.masks import center_mask, random_mask
 from flowprox.operators.measuring import measure, measure_each
 from flowprox.operators.noise import SeededGaussianNoise
 from flowprox.operators.problems import Problem, make_physics
@@ -41,7 +41,7 @@ __all__ = [
     "SuperResolution",
     "VariedProblem",
     "cartesian_mask",
-    "centre_mask",
+    "center_mask",
     "check_adjoint",
     "check_measurement",
     "data_gradient",

@@ -31,7 +31,7 @@ class CircularConvolution(LinearPhysics):
     """
 
     def kernel(self) -> Tensor:
-        """The kernel, shape (1, 1, h, w) with h and w odd, its centre in the middle."""
+        """The kernel, shape (1, 1, h, w) with h and w odd, its center in the middle."""
         raise NotImplementedError
 
     def A(self, x: Tensor, **kwargs: Any) -> Tensor:
@@ -47,9 +47,9 @@ class CircularConvolution(LinearPhysics):
     ) -> Tensor:
         """argmin_x gamma/2 ||A x - y||^2 + 1/2 ||x - z||^2, in closed form; nothing is written to the operator."""
         z = y.new_full(y.shape, float(z or 0.0)) if not isinstance(z, Tensor) else z
-        return self.regularised_inverse(z, y, 1.0 / gamma)
+        return self.regularized_inverse(z, y, 1.0 / gamma)
 
-    def regularised_inverse(self, v: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:
+    def regularized_inverse(self, v: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:
         """argmin_x 1/2 ||y - A x||^2 + rho/2 ||x - v||^2 = F^-1[(conj(h) F y + rho F v) / (|h|^2 + rho)]."""
         transfer = self._transfer(y)
         spectrum = transfer.conj() * _fourier(y) + rho * _fourier(v)
@@ -120,13 +120,13 @@ class CircularBlur(CircularConvolution):
 class LearnedBlur(Specified, CircularConvolution):
     """Circular blur whose kernel is learned, starting as a Gaussian: the learned operator of an unfolded network.
 
-    With ``normalised`` the kernel is a softmax of its parameter: positive, sum 1. Otherwise it is the parameter itself.
+    With ``normalized`` the kernel is a softmax of its parameter: positive, sum 1. Otherwise it is the parameter itself.
 
     Arguments:
         kernel_size: odd number of pixels.
         sigma_blur: standard deviation of the Gaussian at the start, in pixels.
         sigma: noise standard deviation, used only when this operator itself makes measurements.
-        normalised: whether the kernel is kept positive with sum 1.
+        normalized: whether the kernel is kept positive with sum 1.
 
     Raises:
         ValueError: an even kernel_size, sigma_blur not positive, negative sigma.
@@ -139,17 +139,17 @@ class LearnedBlur(Specified, CircularConvolution):
     """
 
     def __init__(
-        self, kernel_size: int = 9, sigma_blur: float = 5.0, sigma: float = 0.0, normalised: bool = True
+        self, kernel_size: int = 9, sigma_blur: float = 5.0, sigma: float = 0.0, normalized: bool = True
     ) -> None:
         super().__init__()
         self.set_noise_model(SeededGaussianNoise(sigma))
         kernel = gaussian_kernel(kernel_size, sigma_blur)
-        self.normalised = normalised
-        self.weight = nn.Parameter(kernel.clamp(min=1e-12).log() if normalised else kernel)
+        self.normalized = normalized
+        self.weight = nn.Parameter(kernel.clamp(min=1e-12).log() if normalized else kernel)
 
     def kernel(self) -> Tensor:
         """The kernel as learned so far, shape (1, 1, h, w)."""
-        weight = self.weight.flatten().softmax(0).view_as(self.weight) if self.normalised else self.weight
+        weight = self.weight.flatten().softmax(0).view_as(self.weight) if self.normalized else self.weight
         return weight[None, None]
 
 
@@ -158,7 +158,7 @@ def gaussian_kernel(kernel_size: int, sigma_blur: float) -> Tensor:
     if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(
             f"kernel_size must be a positive odd number of pixels, got {kernel_size!r} "
-            "(an even kernel has no centre and would shift the image by half a pixel)"
+            "(an even kernel has no center and would shift the image by half a pixel)"
         )
     if at_least_zero("sigma_blur", sigma_blur) == 0:
         raise ValueError("sigma_blur must be positive; for no blur use the problem denoising")

@@ -37,7 +37,7 @@ def data_prox(
 ) -> Tensor:
     """argmin_x 1/2 ||y - A x||^2 + rho/2 ||x - v||^2, differentiable in v, y and rho.
 
-    In closed form for operators with a ``regularised_inverse(v, y, rho)`` (circular blur, the learned one included, and
+    In closed form for operators with a ``regularized_inverse(v, y, rho)`` (circular blur, the learned one included, and
     structured sensing) and those that deepinv decomposes (denoising, inpainting); otherwise by conjugate gradient, whose
     gradient deepinv computes by implicit differentiation. Nothing is written to ``physics``.
 
@@ -69,7 +69,7 @@ def data_prox(
             f"data_prox takes a linear operator and {type(physics).__name__} is none; use a solver that takes any operator, "
             "such as NoiseMAP"
         )
-    closed_form = getattr(physics, "regularised_inverse", None)
+    closed_form = getattr(physics, "regularized_inverse", None)
     if closed_form is not None:
         return closed_form(v, y, rho)
     if isinstance(physics, DecomposablePhysics):

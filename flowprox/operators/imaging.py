@@ -90,7 +90,7 @@ class RealMRI(LinearPhysics):
         """x with noise where it is measured."""
         return self.get_buffer("mask") * self.noise_model(x, **kwargs)
 
-    def regularised_inverse(self, v: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:
+    def regularized_inverse(self, v: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:
         """argmin_x 1/2 ||y - A x||^2 + rho/2 ||x - v||^2, a division in the Fourier domain."""
         spectrum = torch.fft.rfft2(self.A_adjoint(y) + rho * v)
         return torch.fft.irfft2(spectrum / (self.get_buffer("gram") + rho), s=v.shape[-2:])
@@ -100,7 +100,7 @@ class RealMRI(LinearPhysics):
     ) -> Tensor:
         """argmin_x gamma/2 ||A x - y||^2 + 1/2 ||x - z||^2, in closed form; nothing is written to the operator."""
         z = torch.full_like(self.A_adjoint(y), float(z or 0.0)) if not isinstance(z, Tensor) else z
-        return self.regularised_inverse(z, y, 1.0 / gamma)
+        return self.regularized_inverse(z, y, 1.0 / gamma)
 
     def A_dagger(self, y: Tensor, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Pseudo-inverse: frequencies that neither the line nor its mirror image measures are set to zero."""
@@ -173,7 +173,7 @@ class SuperResolution(Downsampling):
             )
         self.to(device)
 
-    def regularised_inverse(self, v: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:
+    def regularized_inverse(self, v: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:
         """argmin_x 1/2 ||y - A x||^2 + rho/2 ||x - v||^2 = v + A^T (A A^T + rho I)^-1 (y - A v)."""
         impulse = torch.zeros_like(y[:1])
         impulse[..., 0, 0] = 1.0
@@ -186,7 +186,7 @@ class SuperResolution(Downsampling):
     ) -> Tensor:
         """argmin_x gamma/2 ||A x - y||^2 + 1/2 ||x - z||^2, in closed form."""
         z = torch.full_like(self.A_adjoint(y), float(z or 0.0)) if not isinstance(z, Tensor) else z
-        return self.regularised_inverse(z, y, 1.0 / gamma)
+        return self.regularized_inverse(z, y, 1.0 / gamma)
 
 
 class ParallelCT(Tomography):
@@ -297,21 +297,21 @@ def _radon_matrix(width: int, angles: Tensor) -> Tensor:
 
 
 def cartesian_mask(
-    height: int, width: int, acceleration: int = 4, centre_fraction: float | None = None, seed: int = 0
+    height: int, width: int, acceleration: int = 4, center_fraction: float | None = None, seed: int = 0
 ) -> Tensor:
     """Mask (H, W) of W // acceleration columns of k-space, the zero frequency in the middle: 1 measured, 0 not.
 
-    A fraction ``centre_fraction`` of all columns in the middle is always measured, the others are drawn at random.
+    A fraction ``center_fraction`` of all columns in the middle is always measured, the others are drawn at random.
 
     Arguments:
         height: of the image, in pixels.
         width: of the image, in pixels.
         acceleration: one in so many columns is measured.
-        centre_fraction: of the columns; by default 0.08, and 0.04 from an acceleration of 8.
+        center_fraction: of the columns; by default 0.08, and 0.04 from an acceleration of 8.
         seed: of the columns.
 
     Raises:
-        ValueError: acceleration is not a whole number from 1 to W, or centre_fraction asks for more columns than there
+        ValueError: acceleration is not a whole number from 1 to W, or center_fraction asks for more columns than there
             are.
 
     Example:
@@ -320,19 +320,19 @@ def cartesian_mask(
     """
     if not isinstance(acceleration, int) or isinstance(acceleration, bool) or not 1 <= acceleration <= width:
         raise ValueError(f"acceleration must be a whole number from 1 to the width {width}, got {acceleration!r}")
-    if centre_fraction is None:
-        centre_fraction = 0.08 if acceleration < 8 else 0.04
-    if not isinstance(centre_fraction, int | float) or not 0 <= int(centre_fraction * width) <= width // acceleration:
+    if center_fraction is None:
+        center_fraction = 0.08 if acceleration < 8 else 0.04
+    if not isinstance(center_fraction, int | float) or not 0 <= int(center_fraction * width) <= width // acceleration:
         raise ValueError(
-            f"centre_fraction must be a fraction of the {width} columns and at most 1/acceleration = {1 / acceleration:g}, "
-            f"got {centre_fraction!r}"
+            f"center_fraction must be a fraction of the {width} columns and at most 1/acceleration = {1 / acceleration:g}, "
+            f"got {center_fraction!r}"
         )
-    if int(centre_fraction * width) == width // acceleration:  # deepinv warns that it draws none beside the centre
+    if int(center_fraction * width) == width // acceleration:  # deepinv warns that it draws none beside the center
         mask = torch.zeros(height, width)
-        start = width // 2 - int(centre_fraction * width) // 2
+        start = width // 2 - int(center_fraction * width) // 2
         mask[:, start : start + width // acceleration] = 1.0
         return mask
     generator = RandomMaskGenerator(
-        (height, width), acceleration, float(centre_fraction), rng=torch.Generator().manual_seed(seed)
+        (height, width), acceleration, float(center_fraction), rng=torch.Generator().manual_seed(seed)
     )
     return generator.step(batch_size=1)["mask"][0, 0]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flowprox.operators.blur import CircularBlur, checked_kernel, gaussian_kernel
 from flowprox.operators.imaging import ParallelCT, RealMRI, SuperResolution, cartesian_mask
-from flowprox.operators.masks import centre_mask, checked_mask, random_mask
+from flowprox.operators.masks import center_mask, checked_mask, random_mask
 from flowprox.operators.noise import SeededGaussianNoise
 from flowprox.operators.sensing import DenseSensing, OneBitSensing, StructuredSensing
 
@@ -47,7 +47,7 @@ def _inpainting(
     mask_size: int | tuple[int, int],
     mask: Any,
 ) -> LinearPhysics:
-    pattern = centre_mask(*image_shape[1:], mask_size) if mask is None else _array("mask", mask)
+    pattern = center_mask(*image_shape[1:], mask_size) if mask is None else _array("mask", mask)
     return _masking(pattern, image_shape, noise, device)
 
 
@@ -140,11 +140,11 @@ def _mri(
     seed: int,
     device: torch.device | str,
     acceleration: int,
-    centre_fraction: float | None,
+    center_fraction: float | None,
     mask: Any,
 ) -> LinearPhysics:
     size = image_shape[1:]
-    pattern = cartesian_mask(*size, acceleration, centre_fraction, seed) if mask is None else _array("mask", mask)
+    pattern = cartesian_mask(*size, acceleration, center_fraction, seed) if mask is None else _array("mask", mask)
     return RealMRI(pattern, image_shape, noise_model=noise, device=device)
 
 
@@ -189,7 +189,7 @@ _KINDS: dict[str, ProblemKind] = {
     ),
     "mri": ProblemKind(
         _mri,
-        {"acceleration": 4, "centre_fraction": None, "sigma": 0.01, "mask": None},
+        {"acceleration": 4, "center_fraction": None, "sigma": 0.01, "mask": None},
         "one in acceleration columns of k-space of a real image, single coil, at random places, or a mask of your own",
     ),
     "ct": ProblemKind(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["centre_mask", "checked_mask", "random_mask"]
+__all__ = ["center_mask", "checked_mask", "random_mask"]
 
 
-def centre_mask(height: int, width: int, size: int | tuple[int, int] = 19) -> Tensor:
+def center_mask(height: int, width: int, size: int | tuple[int, int] = 19) -> Tensor:
     """Mask (H, W) that hides a rectangle in the middle: 0 inside, 1 outside.
 
-    The rectangle starts at ((H - h) // 2, (W - w) // 2): when it cannot be centred, it stands half a pixel up and left.
+    The rectangle starts at ((H - h) // 2, (W - w) // 2): when it cannot be centered, it stands half a pixel up and left.
 
     Arguments:
         height: of the image, in pixels.
@@ -22,7 +22,7 @@ def centre_mask(height: int, width: int, size: int | tuple[int, int] = 19) -> Te
         ValueError: the rectangle is empty or does not leave a pixel of the image.
 
     Example:
-        >>> centre_mask(4, 4, 2).int().tolist()
+        >>> center_mask(4, 4, 2).int().tolist()
         [[1, 1, 1, 1], [1, 0, 0, 1], [1, 0, 0, 1], [1, 1, 1, 1]]
     """
     pair = tuple(size) if isinstance(size, list | tuple) else (size, size)

@@ -173,7 +173,7 @@ class StructuredSensing(_Sensing):
         """Pseudo-inverse: (m/n) A^T."""
         return self.A_adjoint(y) / self.scale**2
 
-    def regularised_inverse(self, v: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:
+    def regularized_inverse(self, v: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:
         """argmin_x 1/2 ||y - A x||^2 + rho/2 ||x - v||^2 = v + A^T (y - A v) / (n/m + rho)."""
         return v + self.A_adjoint(y - self.A(v)) / (self.scale**2 + rho)
 
@@ -182,7 +182,7 @@ class StructuredSensing(_Sensing):
     ) -> Tensor:
         """argmin_x gamma/2 ||A x - y||^2 + 1/2 ||x - z||^2, in closed form; nothing is written to the operator."""
         z = torch.full_like(self.A_adjoint(y), float(z or 0.0)) if not isinstance(z, Tensor) else z
-        return self.regularised_inverse(z, y, 1.0 / gamma)
+        return self.regularized_inverse(z, y, 1.0 / gamma)
 
 
 class OneBitSensing(Physics):

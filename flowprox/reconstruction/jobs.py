@@ -329,7 +329,7 @@ def _read(
         return y, (y.shape[1], y.shape[2] * factor, y.shape[3] * factor)
     x = load_image(image.path)
     if channels is not None and x.shape[0] > channels:
-        raise ValueError(f"{image.path} has {x.shape[0]} channels but the model takes {channels}; convert it to grey")
+        raise ValueError(f"{image.path} has {x.shape[0]} channels but the model takes {channels}; convert it to gray")
     x = (x if channels is None else x.expand(channels, -1, -1))[None]
     return x, tuple(x.shape[1:])
 

@@ -1,6 +1,6 @@
 """Four small pictures, free to hand on, to try the package on: two portraits and two pictures no face model expects.
 
-``SOURCES.md`` beside this file names photographer and licence of each.
+``SOURCES.md`` beside this file names photographer and license of each.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Every solver is called like every other method, ``x_hat = solver(y, physics)``; 
 from flowprox.solvers.discrepancy import Discrepancy
 from flowprox.solvers.latent_map import LatentMAP
 from flowprox.solvers.noise_map import NoiseMAP
-from flowprox.solvers.optimisers import LBFGS, Adam
+from flowprox.solvers.optimizers import LBFGS, Adam
 from flowprox.solvers.posterior import PosteriorSampling, PosteriorSolution, SamplerOptions
 from flowprox.solvers.problem import null_space_perturbed
 from flowprox.solvers.solution import Solution, SolverInterrupted

@@ -23,7 +23,7 @@ __all__ = ["effective_sample_size", "split_r_hat"]
 
 
 def split_r_hat(draws: Tensor) -> Tensor:
-    """Rank-normalised split R-hat: 1 for chains that sample the same distribution, more for others.
+    """Rank-normalized split R-hat: 1 for chains that sample the same distribution, more for others.
 
     The larger of the values for the location and for the scale (draws folded around their median), Vehtari et al.
     2021, who ask for less than 1.01.
@@ -51,7 +51,7 @@ def split_r_hat(draws: Tensor) -> Tensor:
 def effective_sample_size(draws: Tensor) -> Tensor:
     """Bulk effective sample size: the number of independent draws that give the mean as precisely.
 
-    That of the rank-normalised split chains, with the sum over lags cut by Geyer's initial monotone sequence (Vehtari et al.
+    That of the rank-normalized split chains, with the sum over lags cut by Geyer's initial monotone sequence (Vehtari et al.
     2021). It can exceed the number of draws for chains that alternate; it is bounded by
     N log10(N), N = n_chains n_draws.
 
@@ -131,6 +131,6 @@ def _effective_sample_size(draws: Tensor) -> Tensor:
 def _autocovariance(draws: Tensor) -> Tensor:
     """1/n sum_i d_i d_(i+t) for t = 0 ... n - 1, by the Fourier transform, (..., n)."""
     n = draws.shape[-1]
-    centred = draws - draws.mean(dim=-1, keepdim=True)
-    spectrum = torch.fft.rfft(centred, n=2 * n)
+    centered = draws - draws.mean(dim=-1, keepdim=True)
+    spectrum = torch.fft.rfft(centered, n=2 * n)
     return torch.fft.irfft(spectrum.abs().square(), n=2 * n)[..., :n] / n

@@ -2,7 +2,7 @@ r"""The weight of the prior from the level of the noise: Bayes' rule for the sca
 
     ||y - A g(z_gamma)||^2 = tau^2 E||noise||^2          gamma near the rule of Bayes
 
-Symbols: y measurement, A operator, g flow, sigma noise standard deviation, z_gamma minimiser with the weight gamma, tau a
+Symbols: y measurement, A operator, g flow, sigma noise standard deviation, z_gamma minimizer with the weight gamma, tau a
 number near 1. The residual grows with gamma, slowly: near the best image by a fifth of a power. The rule of Bayes, where the
 posterior has its mode if the flow is right, is gamma = sigma^2 for the squared norm; for the unsquared one it is
 2 sigma^2 ||z||, with the ||z|| of the estimate itself. In stages, each of which begins where the last one ended, gamma is
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from flowprox.noise import HeteroscedasticNoise, Noise
 from flowprox.operators import RealMRI
-from flowprox.solvers.optimisers import Optimiser, Trace
+from flowprox.solvers.optimizers import Optimizer, Trace
 
 __all__ = ["Discrepancy", "noise_energy"]
 
@@ -37,7 +37,7 @@ _SLOPES = (0.1, 2.0)  # the secant is kept within; 2 is the slope far from the s
 _DRAWS = 64  # of a noise whose energy has no formula
 _LONGEST = 2.0  # factor of gamma from one stage to the next
 
-Minimise = Callable[[Tensor, Tensor, int], Trace]
+Minimize = Callable[[Tensor, Tensor, int], Trace]
 """(gamma (B,), z (B, D), number of iterations) to a trace."""
 
 
@@ -71,17 +71,17 @@ class Discrepancy:
         if self.n_stages < 1:
             raise ValueError(f"n_stages must be at least 1, got {self.n_stages}")
 
-    def stage(self, optimiser: Optimiser, n_iterations: int) -> Optimiser:
-        """The optimiser with another number of iterations, and its share of a limit on evaluations."""
+    def stage(self, optimizer: Optimizer, n_iterations: int) -> Optimizer:
+        """The optimizer with another number of iterations, and its share of a limit on evaluations."""
         changes: dict[str, int] = {"n_iterations": n_iterations}
-        limit = getattr(optimiser, "max_evaluations", None)
+        limit = getattr(optimizer, "max_evaluations", None)
         if limit is not None:
-            changes["max_evaluations"] = max(1, limit * n_iterations // optimiser.n_iterations)
-        return replace(optimiser, **changes)  # type: ignore[type-var]
+            changes["max_evaluations"] = max(1, limit * n_iterations // optimizer.n_iterations)
+        return replace(optimizer, **changes)  # type: ignore[type-var]
 
     def choose(
         self,
-        minimise: Minimise,
+        minimize: Minimize,
         misfit: Callable[[Tensor], Tensor],
         target: Tensor,
         z: Tensor,
@@ -91,7 +91,7 @@ class Discrepancy:
         """Run the stages.
 
         Arguments:
-            minimise: of one stage.
+            minimize: of one stage.
             misfit: ||y - A g(z)||^2 of latents (B, D), (B,).
             target: E||noise||^2, (B,).
             z: where the first stage begins, (B, D).
@@ -105,7 +105,7 @@ class Discrepancy:
         middle = (self.share * scale(z)).log()
         gamma, slope = middle, torch.full_like(middle, _SLOPE)
         n_each = max(1, n_iterations // (self.n_stages + 1))
-        parts = [minimise(gamma.exp(), z, max(1, n_iterations - (self.n_stages - 1) * n_each))]
+        parts = [minimize(gamma.exp(), z, max(1, n_iterations - (self.n_stages - 1) * n_each))]
         left = misfit(parts[-1].z).log()
         for _ in range(self.n_stages - 1):
             if parts[-1].interrupted:
@@ -114,7 +114,7 @@ class Discrepancy:
             step = ((wanted - left) / slope).clamp(-math.log(_LONGEST), math.log(_LONGEST))
             step = (gamma + step).clamp(middle - math.log(self.limit), middle + math.log(self.limit)) - gamma
             gamma = gamma + step
-            parts.append(minimise(gamma.exp(), parts[-1].z, n_each))
+            parts.append(minimize(gamma.exp(), parts[-1].z, n_each))
             before, left = left, misfit(parts[-1].z).log()
             secant = ((left - before) / step).clamp(*_SLOPES)
             slope = torch.where(step.abs() > 0.05, secant, slope)  # of a short step rounding makes anything

@@ -4,7 +4,7 @@ r"""MAP in the latent space of a flow, for any operator and without training (As
     form "image":   min_x  ||y - A x||^2 - gamma log p(x),       x = g(z)
 
 Symbols: y measurement, A operator (linear or any differentiable map), g = f^-1 the flow from latent z (B, D) to image x
-(B, C, H, W), gamma >= 0 weight of the prior. Squared norms are sums over an image. The image form is minimised over z too,
+(B, C, H, W), gamma >= 0 weight of the prior. Squared norms are sums over an image. The image form is minimized over z too,
 where -log p(g(z)) = 1/2 ||z||^2 + log|det Dg(z)| + constant.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flowprox.flows import Flow, frozen
 from flowprox.solvers.discrepancy import Discrepancy, noise_energy
-from flowprox.solvers.optimisers import LBFGS, Evaluate, Optimiser, Trace
+from flowprox.solvers.optimizers import LBFGS, Evaluate, Optimizer, Trace
 from flowprox.solvers.problem import LatentProblem, Start
 from flowprox.solvers.solution import Solution, SolverInterrupted
 
@@ -35,9 +35,9 @@ class LatentMAP(Reconstructor):
 
         x_hat = g(z_hat),   z_hat = argmin_z ||y - A g(z)||^2 + gamma ||z||
 
-    Any operator will do; its adjoint is not used. With gamma = 0 and the start z = 0 the descent itself regularises: it
+    Any operator will do; its adjoint is not used. With gamma = 0 and the start z = 0 the descent itself regularizes: it
     ends near the smallest latent that explains y (Asim et al., Sec. 4), which suits measurements with little noise. Every
-    image is optimised by itself, so that its result does not depend on its batch.
+    image is optimized by itself, so that its result does not depend on its batch.
 
     References:
         Asim, Daniels, Leong, Ahmed, Hand 2020, Invertible generative models for inverse problems: mitigating
@@ -51,7 +51,7 @@ class LatentMAP(Reconstructor):
         form: "latent", or "image": the density of the image itself, with the log-determinant.
         start: "zero"; "adjoint" (A^T y); a number, the standard deviation of random latents; images (B, C, H, W); or a
             method that makes them from (y, physics), such as a Lasso. Images go through the flow.
-        optimiser: ``LBFGS`` or ``Adam``.
+        optimizer: ``LBFGS`` or ``Adam``.
         precondition: scale each latent channel by what it does to the measurement, found by a few random probes at the
             start: several times fewer iterations where gamma > 0 fixes the solution. With gamma = 0 it changes which
             solution the descent ends at, so None uses it exactly when gamma > 0.
@@ -79,7 +79,7 @@ class LatentMAP(Reconstructor):
         norm: str = "unsquared",
         form: str = "latent",
         start: Start = "zero",
-        optimiser: Optimiser | None = None,
+        optimizer: Optimizer | None = None,
         precondition: bool | None = None,
         seed: int = 0,
     ) -> None:
@@ -96,11 +96,11 @@ class LatentMAP(Reconstructor):
             _check_gamma(gamma)
         if not isinstance(flow, Flow):
             raise ValueError(f"flow must be a Flow, got {type(flow).__name__}; flowprox.load_model(name) gives one")
-        if optimiser is not None and not hasattr(optimiser, "minimise"):
-            raise ValueError(f"optimiser must be LBFGS(...) or Adam(...) of flowprox.solvers, got {optimiser!r}")
+        if optimizer is not None and not hasattr(optimizer, "minimize"):
+            raise ValueError(f"optimizer must be LBFGS(...) or Adam(...) of flowprox.solvers, got {optimizer!r}")
         self.flow, self.gamma, self.norm, self.form = flow, gamma, norm, form
         self.start, self.seed = start, seed
-        self.optimiser = optimiser or LBFGS(n_iterations=200)
+        self.optimizer = optimizer or LBFGS(n_iterations=200)
         self.precondition = precondition
 
     def forward(self, y: Tensor, physics: Physics, **kwargs: Any) -> Tensor:  # type: ignore[override]
@@ -109,7 +109,7 @@ class LatentMAP(Reconstructor):
 
     @torch.no_grad()
     def solve(self, y: Tensor, physics: Physics) -> Solution:
-        """Minimise; y (B, ...) as ``physics`` measures."""
+        """Minimize; y (B, ...) as ``physics`` measures."""
         with frozen(self.flow):
             problem = LatentProblem(self.flow, y, physics)
             z = problem.latents(self.start, self.seed)
@@ -123,7 +123,7 @@ class LatentMAP(Reconstructor):
                         f"gamma has shape {tuple(gamma.shape)}; give one number, or one for each of {len(z)}"
                     )
                 gamma = gamma.expand(len(z))
-                trace = self._minimise(problem, gamma, z, self.optimiser, scales)
+                trace = self._minimize(problem, gamma, z, self.optimizer, scales)
             estimate = problem.decode(trace.z)
         solution = Solution(
             estimate, trace.z, trace.losses, trace.reasons, trace.n_evaluations, gamma, trace.restarts, trace.norms
@@ -133,17 +133,17 @@ class LatentMAP(Reconstructor):
         return solution
 
     def _scales(self, problem: LatentProblem) -> Tensor | None:
-        """The diagonal that the optimiser begins with, (B, D)."""
+        """The diagonal that the optimizer begins with, (B, D)."""
         if self.precondition is False or (self.precondition is None and _is_zero(self.gamma)):
             return None
         return problem.channel_scales(self.seed)
 
-    def _minimise(
-        self, problem: LatentProblem, gamma: Tensor, z: Tensor, optimiser: Optimiser, scales: Tensor | None
+    def _minimize(
+        self, problem: LatentProblem, gamma: Tensor, z: Tensor, optimizer: Optimizer, scales: Tensor | None
     ) -> Trace:
         if scales is not None and self.precondition is None:  # where nothing holds z back, the plain descent does
             scales = torch.where(gamma[:, None] > 0, scales, 1.0)
-        return optimiser.minimise(self._evaluation(problem, gamma, scales), z, scales)
+        return optimizer.minimize(self._evaluation(problem, gamma, scales), z, scales)
 
     def _with_discrepancy(
         self, problem: LatentProblem, z: Tensor, rule: Discrepancy, scales: Tensor | None
@@ -160,13 +160,13 @@ class LatentMAP(Reconstructor):
             length = torch.linalg.vector_norm(z, dim=1)  # at the start z = 0 a common one
             return 2 * variance * torch.where(length > 0, length, 0.4 * math.sqrt(z.shape[1]))
 
-        def minimise(gamma: Tensor, z: Tensor, n_iterations: int) -> Trace:
-            return self._minimise(problem, gamma, z, rule.stage(self.optimiser, n_iterations), scales)
+        def minimize(gamma: Tensor, z: Tensor, n_iterations: int) -> Trace:
+            return self._minimize(problem, gamma, z, rule.stage(self.optimizer, n_iterations), scales)
 
         def misfit(z: Tensor) -> Tensor:
             return _energy(problem.residual(problem.decode(z)))
 
-        return rule.choose(minimise, misfit, energy, z, bayes, self.optimiser.n_iterations)
+        return rule.choose(minimize, misfit, energy, z, bayes, self.optimizer.n_iterations)
 
     def _evaluation(self, problem: LatentProblem, gamma: Tensor, scales: Tensor | None = None) -> Evaluate:
         def objective(z: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from deepinv.physics import Physics
 from torch import Tensor, nn
 
 from flowprox.flows import Flow, frozen
-from flowprox.solvers.optimisers import LBFGS, Optimiser
+from flowprox.solvers.optimizers import LBFGS, Optimizer
 from flowprox.solvers.problem import LatentProblem, Start, noise_density
 from flowprox.solvers.solution import Solution, SolverInterrupted
 
@@ -49,7 +49,7 @@ class NoiseMAP(Reconstructor):
         form: "image", as published, or "latent", without the log-determinant; a decoder that is no flow has none.
         start: see ``LatentMAP``; for a decoder, "zero" or the standard deviation of random latents.
         n_restarts: random starts per image, of which the best objective wins; needs a positive number as start.
-        optimiser: ``LBFGS`` or ``Adam`` (the published one).
+        optimizer: ``LBFGS`` or ``Adam`` (the published one).
         seed: of the starts.
 
     Raises:
@@ -76,7 +76,7 @@ class NoiseMAP(Reconstructor):
         form: str = "image",
         start: Start = "zero",
         n_restarts: int = 1,
-        optimiser: Optimiser | None = None,
+        optimizer: Optimizer | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class NoiseMAP(Reconstructor):
         _check_density(noise)
         self.flow, self.noise, self.beta, self.form = flow, noise, float(beta), form
         self.start, self.n_restarts, self.seed = start, n_restarts, seed
-        self.optimiser = optimiser or LBFGS(n_iterations=200)
+        self.optimizer = optimizer or LBFGS(n_iterations=200)
 
     def forward(self, y: Tensor, physics: Physics, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """x_hat (B, C, H, W), not clipped."""
@@ -108,13 +108,13 @@ class NoiseMAP(Reconstructor):
 
     @torch.no_grad()
     def solve(self, y: Tensor, physics: Physics) -> Solution:
-        """Minimise; y (B, ...) as ``physics`` measures."""
+        """Minimize; y (B, ...) as ``physics`` measures."""
         noise = noise_density(self.noise, physics)
         _check_restarts(physics, self.n_restarts)
         with frozen(self.flow), frozen(noise) if isinstance(noise, nn.Module) else nullcontext():
             problem = LatentProblem(self.flow, y.repeat_interleave(self.n_restarts, 0), physics)
             scales = problem.channel_scales(self.seed) if problem.has_density and self.beta > 0 else None
-            trace = self.optimiser.minimise(
+            trace = self.optimizer.minimize(
                 self._evaluation(problem, noise), problem.latents(self.start, self.seed, self.n_restarts), scales
             )
             trace = trace.best_of(self.n_restarts)

@@ -94,7 +94,7 @@ class SamplerOptions:
         n_leapfrog: gradient evaluations per draw, for "hmc" and "split-hmc".
         step_size: h > 0, fixed; None adapts it per image during warm-up.
         target_acceptance: acceptance the adaptation aims at, between 0 and 1.
-        precondition: estimate a scale per latent dimension and image (and, for the rotating samplers, a centre) during
+        precondition: estimate a scale per latent dimension and image (and, for the rotating samplers, a center) during
             warm-up.
         n_kept: draws per chain that are returned, evenly spaced; mean and standard deviation are over all of them.
         jitter: relative spread of the step size, at least 0 and less than 1.

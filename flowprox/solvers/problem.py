@@ -20,7 +20,7 @@ from torch import Tensor
 from flowprox.flows import Flow
 from flowprox.noise import GaussianNoise
 from flowprox.operators import check_adjoint, check_measurement
-from flowprox.solvers.optimisers import Evaluate
+from flowprox.solvers.optimizers import Evaluate
 
 __all__ = ["LatentProblem", "Start", "noise_density", "null_space_perturbed"]
 

@@ -39,23 +39,23 @@ def _units(run: StudyRun) -> list[Record]:
 def _measure(run: StudyRun, unit: Record) -> Record:
     settings, plane = run.settings, unit["plane"]
     y, physics = run.measured("compressed-sensing", m=settings["m"], noise_norm=0.1)
-    centre = run.x[:1].flatten(1) if plane == "image" else run.prior.encode(run.x[:1])
+    center = run.x[:1].flatten(1) if plane == "image" else run.prior.encode(run.x[:1])
     axis = torch.linspace(-1, 1, settings["n_points"]) * settings["reach"]
-    grid = torch.cartesian_prod(axis, axis).to(centre)
+    grid = torch.cartesian_prod(axis, axis).to(center)
     parts = [
-        _parts(run, plane, centre + share @ _directions(run, plane, centre), y[:1], physics)
+        _parts(run, plane, center + share @ _directions(run, plane, center), y[:1], physics)
         for share in grid.split(_BATCH)
     ]
     misfit, prior = (torch.cat(values).view(len(axis), -1) for values in zip(*parts, strict=True))
     return {"axis": rounded(axis), "misfit": rounded(misfit), "prior": rounded(prior), "gammas": settings["gammas"]}
 
 
-def _directions(run: StudyRun, plane: str, centre: Tensor) -> Tensor:
-    """Two directions (2, D), as long as the centre; or the ways to two other images, as long as they are."""
+def _directions(run: StudyRun, plane: str, center: Tensor) -> Tensor:
+    """Two directions (2, D), as long as the center; or the ways to two other images, as long as they are."""
     if plane == "interpolation":
-        return run.prior.encode(run.x[1:3]) - centre
-    directions = torch.randn(2, centre.shape[1], generator=run.generator(int(plane == "image"))).to(centre)
-    return directions * centre.norm() / directions.norm(dim=1, keepdim=True)
+        return run.prior.encode(run.x[1:3]) - center
+    directions = torch.randn(2, center.shape[1], generator=run.generator(int(plane == "image"))).to(center)
+    return directions * center.norm() / directions.norm(dim=1, keepdim=True)
 
 
 def _parts(run: StudyRun, plane: str, points: Tensor, y: Tensor, physics: torch.nn.Module) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@ r"""How the norm of the latent grows while a solver explains a measurement, from
 
     z_0 ~ N(0, s^2 I),   min_z ||y - A g(z)||^2        ||z_n|| over n, and the PSNR of the end over ||z_0||
 
-Compressed sensing with gamma = 0: whatever regularises is the start. Asim et al. 2020, App. C: the norm only grows, and
+Compressed sensing with gamma = 0: whatever regularizes is the start. Asim et al. 2020, App. C: the norm only grows, and
 a larger start ends in a larger latent and a worse image.
 """
 
@@ -22,18 +22,18 @@ _NAMES = {"lbfgs": "L-BFGS", "adam": "Adam"}
 
 
 def _units(run: StudyRun) -> list[Record]:
-    return [{"optimiser": name, "start": std} for name in _NAMES for std in run.settings["starts"]]
+    return [{"optimizer": name, "start": std} for name in _NAMES for std in run.settings["starts"]]
 
 
 def _measure(run: StudyRun, unit: Record) -> Record:
     settings = run.settings
-    if unit["optimiser"] == "adam":
-        optimiser = Adam(settings["adam_iterations"], settings["learning_rate"])
+    if unit["optimizer"] == "adam":
+        optimizer = Adam(settings["adam_iterations"], settings["learning_rate"])
     else:
-        optimiser = LBFGS(settings["n_iterations"])
+        optimizer = LBFGS(settings["n_iterations"])
     y, physics = run.measured("compressed-sensing", m=settings["m"], noise_norm=0.1)
     start = unit["start"] or "zero"
-    solution = LatentMAP(run.prior, gamma=0.0, start=start, optimiser=optimiser, seed=run.seed).solve(y, physics)
+    solution = LatentMAP(run.prior, gamma=0.0, start=start, optimizer=optimizer, seed=run.seed).solve(y, physics)
     norms = solution.latent_norms
     assert norms is not None
     return {
@@ -50,7 +50,7 @@ def _measure(run: StudyRun, unit: Record) -> Record:
 def _draw(records: Sequence[Record]) -> Mapping[str, Drawn]:
     figure, (left, *panels) = new_figure(3)
     right = left.twinx()
-    found = [record for record in records if record["optimiser"] == "lbfgs"]
+    found = [record for record in records if record["optimizer"] == "lbfgs"]
     at = [record["start_norm"] for record in found]
     left.plot(at, [record["psnr"] for record in found], "o-", color="C0")
     right.plot(at, [record["final_norm"] for record in found], "s--", color="C1")
@@ -60,7 +60,7 @@ def _draw(records: Sequence[Record]) -> Mapping[str, Drawn]:
     right.spines["top"].set_visible(False)
     for axis, name in zip(panels, _NAMES, strict=True):
         for record in records:
-            if record["optimiser"] == name:
+            if record["optimizer"] == name:
                 axis.plot(record["norms"], label=f"start {record['start']:g}")
         axis.axhline(records[0]["truth_norm"], color="0.5", linestyle=":", label="latent of the true image")
         axis.set(xlabel="iteration", ylabel="norm of the latent", title=_NAMES[name])
@@ -70,7 +70,7 @@ def _draw(records: Sequence[Record]) -> Mapping[str, Drawn]:
         name: "; ".join(
             f"start {r['start']:g}: {r['psnr']:.2f} dB, norm {r['final_norm']:.0f}"
             for r in records
-            if r["optimiser"] == name
+            if r["optimizer"] == name
         )
         for name in _NAMES
     }

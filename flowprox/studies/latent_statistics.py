@@ -35,7 +35,7 @@ def _measure(run: StudyRun, unit: Record) -> Record:
     flow, bits, latents = run.prior, [], []
     with frozen(flow):
         for start in range(0, len(run.x), _BATCH):
-            x = _dequantised(run.x[start : start + _BATCH], run.names[start : start + _BATCH], run.seed)
+            x = _dequantized(run.x[start : start + _BATCH], run.names[start : start + _BATCH], run.seed)
             latents.append(flow.encode_image(x).double().cpu())
             bits += flow.bits_per_dimension(x).tolist()
     z = torch.cat(latents)
@@ -57,7 +57,7 @@ def _measure(run: StudyRun, unit: Record) -> Record:
     }
 
 
-def _dequantised(x: Tensor, names: Sequence[str], seed: int) -> Tensor:
+def _dequantized(x: Tensor, names: Sequence[str], seed: int) -> Tensor:
     generators = [torch.Generator().manual_seed(image_seed(seed, name)) for name in names]
     u = torch.stack([torch.rand(x.shape[1:], generator=generator) for generator in generators]).to(x)
     return ((x * 256).floor().clamp_(max=255) + u) / 256
@@ -69,16 +69,16 @@ def _level(n_values: int, n_pixels: int) -> int:
 
 
 def _excess_kurtosis(values: Tensor) -> float:
-    centred = values - values.mean()
-    return float(centred.pow(4).mean() / centred.square().mean().square().clamp(min=1e-30)) - 3
+    centered = values - values.mean()
+    return float(centered.pow(4).mean() / centered.square().mean().square().clamp(min=1e-30)) - 3
 
 
 def _draw(records: Sequence[Record]) -> Mapping[str, Drawn]:
     (record,) = records
     figure, (values, spread, norms) = new_figure(3, width=3.6)
-    centres = (_EDGES[1:] + _EDGES[:-1]) / 2
-    values.plot(centres, record["density"], label="latents")
-    values.plot(centres, (-centres.square() / 2).exp() / math.sqrt(2 * math.pi), color="0.4", ls=":", label="N(0, 1)")
+    centers = (_EDGES[1:] + _EDGES[:-1]) / 2
+    values.plot(centers, record["density"], label="latents")
+    values.plot(centers, (-centers.square() / 2).exp() / math.sqrt(2 * math.pi), color="0.4", ls=":", label="N(0, 1)")
     values.set(xlabel="latent value", ylabel="density", yscale="log", ylim=(1e-6, 1))
     values.legend(fontsize=8)
     for level in sorted(set(record["levels"])):

@@ -6,7 +6,7 @@ A study's folder holds
     figures/NAME.png         drawn from the records alone
     figures/figures.json     file -> title, caption, alternative text
 
-What is already recorded is recognised by ``id``, a hash of everything it depends on, so that an interrupted study goes on.
+What is already recorded is recognized by ``id``, a hash of everything it depends on, so that an interrupted study goes on.
 """
 
 from __future__ import annotations

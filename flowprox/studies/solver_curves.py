@@ -26,10 +26,10 @@ def _measure(run: StudyRun, unit: Record) -> Record:
     settings = run.settings
     y, physics = run.measured("compressed-sensing", m=settings["m"], noise_norm=0.1)
     if unit["solver"] == "Adam":
-        optimiser = Adam(settings["n_iterations"], unit["learning_rate"])
+        optimizer = Adam(settings["n_iterations"], unit["learning_rate"])
     else:
-        optimiser = LBFGS(settings["n_iterations"])
-    solution = LatentMAP(run.prior, gamma=0.0, optimiser=optimiser).solve(y, physics)
+        optimizer = LBFGS(settings["n_iterations"])
+    solution = LatentMAP(run.prior, gamma=0.0, optimizer=optimizer).solve(y, physics)
     return {
         "m": settings["m"],
         "n_images": len(run.x),

@@ -45,7 +45,7 @@ def _measure(run: StudyRun, unit: Record) -> Record:
         # not the operator's seed: with it the noise is the first row of A, and none of it is in the null space
         start = null_space_perturbed(run.x, physics, _NULL_SPACE_SCALE, run.seed + 1)
     solver = LatentMAP(
-        run.prior, unit["gamma"], start=start, optimiser=LBFGS(run.settings["n_iterations"]), seed=run.seed
+        run.prior, unit["gamma"], start=start, optimizer=LBFGS(run.settings["n_iterations"]), seed=run.seed
     )
     solution = solver.solve(y, physics)
     figures = psnr(solution.estimate, run.x)

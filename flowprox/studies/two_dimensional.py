@@ -163,7 +163,7 @@ def _draw(records: Sequence[Record]) -> Mapping[str, Drawn]:
     descent = Figure(figsize=(3.4 * len(record["paths"]), 3.5), layout="constrained")
     for cell, (name, path) in zip(descent.subplots(1, len(record["paths"])), record["paths"].items(), strict=True):
         values = torch.tensor(record["log_p_of_x"]).clamp(min=-12)
-        cell.contourf(record["axis_x"], record["axis_x"], values, levels=24, cmap="Greys")
+        cell.contourf(record["axis_x"], record["axis_x"], values, levels=24, cmap="Grays")
         cell.axhline(_MEASURED, color="C0", linestyle=":")
         cell.plot(*zip(*path, strict=True), "C1.-", markersize=3)
         cell.plot(*path[0], "C2o")

@@ -54,7 +54,7 @@ class WeightAverage:
 
 
 class BatchStatistics:
-    """The running statistics of batch normalisations before a step: one that has seen a NaN would keep it for ever."""
+    """The running statistics of batch normalizations before a step: one that has seen a NaN would keep it for ever."""
 
     def __init__(self, model: nn.Module) -> None:
         names = ("running_mean", "running_var", "num_batches_tracked")

@@ -32,7 +32,7 @@ class TrainingResult:
 
     Arguments:
         folder: the run's folder.
-        steps: optimiser steps, skipped ones included.
+        steps: optimizer steps, skipped ones included.
         skipped: steps that changed nothing, their loss or gradient being not finite or an outlier (``skip_above``).
         elapsed: seconds, summed over resumptions.
         reason: why it ended: "max_steps", "max_epochs", "max_time", "patience" or "signal".
@@ -64,7 +64,7 @@ def train_flow(
     Arguments:
         flow: "compact", "paper", a specification {kind: Glow, arguments: {...}}, or a pretrained flow (name, hub id or
             folder) to train on.
-        training: limits, optimiser and devices.
+        training: limits, optimizer and devices.
         data: the images.
         noise: what to learn in place of images, as the density of a measurement's noise; the model is then a
             ``FlowNoise``.
@@ -110,7 +110,7 @@ def train_unfolded(
         model: the network: its prox, the number of folds, where it starts.
         problem: the operator and its noise.
         data: the clean images.
-        training: limits, optimiser and devices.
+        training: limits, optimizer and devices.
         out: folder of the run; the model is written to OUT/model.
         resume: continue the run in OUT, if there is one.
         name: the model's name in its card.
@@ -140,7 +140,7 @@ def train_denoiser(
     Arguments:
         denoiser: the network and the noise it learns to remove.
         data: the clean images.
-        training: limits, optimiser and devices.
+        training: limits, optimizer and devices.
         out: folder of the run; the network is written to OUT/model.
         resume: continue the run in OUT, if there is one.
         name: the model's name in its card.
@@ -168,7 +168,7 @@ def train_gan(
     Arguments:
         gan: the two networks.
         data: the images.
-        training: limits, optimiser and devices.
+        training: limits, optimizer and devices.
         out: folder of the run; the generator is written to OUT/model.
         resume: continue the run in OUT, if there is one.
         name: the model's name in its card.

@@ -85,7 +85,7 @@ class GANTask(Task):
 
     def _project(self, model: nn.Module, x: Tensor) -> Tensor:
         options = {"n_restarts": 1, "n_steps": self.options.projection_steps, "learning_rate": 0.3}
-        return GANPrior(_settled(model), regularisation=0.0, **options)(x, Denoising())
+        return GANPrior(_settled(model), regularization=0.0, **options)(x, Denoising())
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 r"""The training loop, on one device or many, resumable to the bit.
 
 Every random number of step t on process r comes from a generator seeded with (seed, t, r), and the images of step t
-follow from (seed, t). So the state of a run is its weights, optimiser, averages and t, and a run that was killed
+follow from (seed, t). So the state of a run is its weights, optimizer, averages and t, and a run that was killed
 continues exactly as if it had not been. A step whose loss or gradient is not finite, or
 whose gradient is far above its running average, is counted and not applied.
 
@@ -35,7 +35,7 @@ from flowprox.options import DataOptions, NoiseOptions, TrainingOptions, parse_d
 from flowprox.training.averages import BatchStatistics, KeptWeights, WeightAverage
 from flowprox.training.entry import TrainingResult
 from flowprox.training.images import TrainingImages
-from flowprox.training.optimisers import make_optimizer
+from flowprox.training.optimizers import make_optimizer
 from flowprox.training.process import mixed_seed, seed_global_generators, stop_signals
 from flowprox.training.run_log import RunLog
 from flowprox.training.schedule import schedule_factor
@@ -75,7 +75,7 @@ def fit(
     Arguments:
         make_task: builds the task; called once in every process (under "ddp_spawn" it must be picklable).
         data: the images; of noise, which the task draws, only the size is used.
-        training: the limits, the optimiser and the devices.
+        training: the limits, the optimizer and the devices.
         out: folder of the run: ``model/`` (the best one so far), ``state.pt`` (to resume from), ``recipe.yaml``,
             ``metrics.jsonl``, ``tensorboard/``, ``loss.png``, ``samples.png``.
         recipe: what is written to ``recipe.yaml`` and into the model's card.
@@ -107,7 +107,7 @@ def _strategy(training: TrainingOptions) -> DDPStrategy | str:
     if training.devices * training.num_nodes == 1:
         return "auto"
     start = "spawn" if training.strategy == "ddp_spawn" else "popen"
-    # buffers are not broadcast in every step: only batch normalisation's change, and they are before a validation
+    # buffers are not broadcast in every step: only batch normalization's change, and they are before a validation
     known = inspect.signature(DistributedDataParallel).parameters
     quiet: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
     return DDPStrategy(start_method=start, gradient_as_bucket_view=True, **quiet)
@@ -309,7 +309,7 @@ class _Run:
         """Whether all processes have a finite loss; process 0's clock and requests to stop travel along.
 
         A process that went on alone would wait for ever in the gradient's reduction. A single process needs no vote: it
-        finds out with the gradient's norm, at no further synchronisation.
+        finds out with the gradient's norm, at no further synchronization.
         """
         self.elapsed = self._clock()
         if not self.distributed:

@@ -15,7 +15,7 @@ __all__ = ["mixed_seed", "seed_global_generators", "stop_signals"]
 
 
 def mixed_seed(*parts: str | int) -> int:
-    """One seed, below 2^63, from several parts; neighbouring numbers give unrelated seeds."""
+    """One seed, below 2^63, from several parts; neighboring numbers give unrelated seeds."""
     digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

@@ -1,6 +1,6 @@
 r"""What is trained, on what, and how well it does: the contract between a model and the training loop, and its members.
 
-    likelihood       min E[-log p(x~) / (D ln 2)] + b        bits per dimension of dequantised images x~
+    likelihood       min E[-log p(x~) / (D ln 2)] + b        bits per dimension of dequantized images x~
     reconstruction   min E||x_hat(y, A) - x||^2              y = A x + noise made on the fly (Wei et al. 2022, Sec. V),
                                                              A and the noise's level fixed, or drawn per image
     denoising        min E||prox(x + n) - x||^2              n Gaussian, its level drawn per image
@@ -41,7 +41,7 @@ __all__ = [
     "ReconstructionTask",
     "Task",
     "denoising_task",
-    "dequantise",
+    "dequantize",
     "likelihood_task",
     "noise_task",
     "reconstruction_task",
@@ -81,7 +81,7 @@ class Task(nn.Module):
         raise NotImplementedError
 
     def initialize(self, x: Tensor) -> None:
-        """Data-dependent initialisation from clean images x (B, C, H, W), before the first step."""
+        """Data-dependent initialization from clean images x (B, C, H, W), before the first step."""
 
     def parameter_groups(self, options: TrainingOptions) -> list[dict[str, Any]]:
         """Adam's parameter groups, each with its learning rate ``lr``."""
@@ -97,7 +97,7 @@ class Task(nn.Module):
 
 
 class LikelihoodTask(Task):
-    """Maximum likelihood of dequantised images, in bits per dimension.
+    """Maximum likelihood of dequantized images, in bits per dimension.
 
     Arguments:
         flow: the flow.
@@ -113,14 +113,14 @@ class LikelihoodTask(Task):
         self.options = options or LikelihoodOptions()
 
     def batch(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        return (_add_noise(dequantise(x, self.options.bit_depth, generator), self.options.noise_range, generator),)
+        return (_add_noise(dequantize(x, self.options.bit_depth, generator), self.options.noise_range, generator),)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.model.bits_per_dimension(inputs[0], self.options.bit_depth).mean()  # type: ignore[operator]
 
     def evaluate(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         assert isinstance(model, Flow)
-        clean = dequantise(x, self.options.bit_depth, generator)
+        clean = dequantize(x, self.options.bit_depth, generator)
         figures = {self.figure: model.bits_per_dimension(clean, self.options.bit_depth)}
         if (
             self.options.noise_range[1] > 0
@@ -185,14 +185,14 @@ class NoiseTask(Task):
         _initialize_flow(self.model.flow, _drawn(self.noise, likes, torch.Generator(x.device).manual_seed(0)))  # type: ignore[arg-type]
 
     def pictures(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> list[Tensor]:
-        """Noise and the flow's samples, on the grey scale that the noise spans."""
+        """Noise and the flow's samples, on the gray scale that the noise spans."""
         assert isinstance(model, FlowNoise)
         n = _drawn(self.validation, x, generator)
         low, high = n.amin(), n.amax()
         return [(row - low) / (high - low) for row in (n, model.sample_like(x, generator))]
 
 
-_N_INITIAL = 256  # noise images from which a flow is initialised
+_N_INITIAL = 256  # noise images from which a flow is initialized
 
 
 @torch.no_grad()
@@ -266,7 +266,7 @@ class ReconstructionTask(Task):
     def batch(self, x: Tensor, generator: torch.Generator) -> tuple[Any, ...]:
         y, physics = self._measured(x, generator)
         inputs = x, y, physics
-        return (*inputs, dequantise(x, 8, generator)) if self.likelihood_weight else inputs
+        return (*inputs, dequantize(x, 8, generator)) if self.likelihood_weight else inputs
 
     @torch.no_grad()
     def _measured(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, LinearPhysics]:
@@ -292,7 +292,7 @@ class ReconstructionTask(Task):
 
     def initialize(self, x: Tensor) -> None:
         flows = self.model.flows()  # type: ignore[operator]
-        fresh = [_initialize_flow(flow, dequantise(x, 8, torch.Generator(x.device).manual_seed(0))) for flow in flows]
+        fresh = [_initialize_flow(flow, dequantize(x, 8, torch.Generator(x.device).manual_seed(0))) for flow in flows]
         start = getattr(self.model, "start_image", None)
         if any(fresh) and start is not None:
             start.copy_(flows[0].decode(start.new_zeros(1, start[0].numel()), start.shape[-2:]))
@@ -344,7 +344,7 @@ def _logarithm(error: Tensor) -> Tensor:
     return torch.log(error.clamp(max=_LARGE_ERROR) + _SMALL_ERROR) + beyond
 
 
-def dequantise(x: Tensor, bit_depth: int, generator: torch.Generator | None = None) -> Tensor:
+def dequantize(x: Tensor, bit_depth: int, generator: torch.Generator | None = None) -> Tensor:
     """x = (floor(x 2^b) + u) / 2^b with u uniform in [0, 1), for images (B, C, H, W) in [0, 1]."""
     levels = 2**bit_depth
     u = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
@@ -365,7 +365,7 @@ def _psnr(x_hat: Tensor, x: Tensor) -> Tensor:
 
 
 def _initialize_flow(flow: nn.Module, x: Tensor) -> bool:
-    """Initialise a flow that is not yet; whether it was needed."""
+    """Initialize a flow that is not yet; whether it was needed."""
     flags = [buffer for name, buffer in flow.named_buffers() if name.endswith("initialized")]
     fresh = not all(bool(flag) for flag in flags)
     if fresh:

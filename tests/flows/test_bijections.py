@@ -157,7 +157,7 @@ def test_saved_and_loaded_it_is_the_same(name: str) -> None:
     bijection, x = make(name)
     copy = CASES[name][0]().double().train()
     copy.load_state_dict(bijection.state_dict())
-    for found, expected in zip(copy(x), bijection(x), strict=True):  # train mode: a lost flag would initialise again
+    for found, expected in zip(copy(x), bijection(x), strict=True):  # train mode: a lost flag would initialize again
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
@@ -188,11 +188,11 @@ def test_wrong_shapes_are_named(constructor: Callable[[], Bijection], shape: tup
             getattr(constructor(), call)(torch.zeros(shape))
 
 
-INITIALISED = ("actnorm", "step", "step, actnorm in the net", "glow", "glow, inputs", "glow, invert")
+INITIALIZED = ("actnorm", "step", "step, actnorm in the net", "glow", "glow, inputs", "glow, invert")
 
 
-@pytest.mark.parametrize("name", [*INITIALISED, "glow, fast", "glow, fast-invert"])
-def test_initialisation_from_data_happens_once(name: str) -> None:
+@pytest.mark.parametrize("name", [*INITIALIZED, "glow, fast", "glow, fast-invert"])
+def test_initialization_from_data_happens_once(name: str) -> None:
     constructor, shape = CASES[name]
     bijection = constructor().double()
     plain = constructor().double()

@@ -23,7 +23,7 @@ every_flow = pytest.mark.parametrize("name", FLOWS)
 
 
 def natural_images(n: int, size: int) -> Tensor:
-    """Images in [0, 1] whose amplitude falls like 1/frequency, on 256 grey levels with uniform dequantisation."""
+    """Images in [0, 1] whose amplitude falls like 1/frequency, on 256 gray levels with uniform dequantization."""
     rows, columns = torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)
     amplitude = 1 / (rows.square() + columns.square()).sqrt().clamp(min=1 / size)
     x = torch.fft.irfft2(torch.fft.rfft2(torch.randn(n, 3, size, size)) * amplitude, s=(size, size))
@@ -32,14 +32,14 @@ def natural_images(n: int, size: int) -> Tensor:
 
 
 def trained(flow: Flow, n_steps: int, batch: int, learning_rate: float = 2e-3) -> Flow:
-    """Initialisation from data and a few likelihood steps with Adam."""
+    """Initialization from data and a few likelihood steps with Adam."""
     flow.initialize(natural_images(32, flow.height))
-    optimiser = torch.optim.Adam(flow.parameters(), lr=learning_rate)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=learning_rate)
     for _ in range(n_steps):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         flow.bits_per_dimension(natural_images(batch, flow.height)).mean().backward()
         torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
     return flow.eval()
 
 
@@ -118,13 +118,13 @@ def test_density_integrates_to_one(flow: Callable[[], Flow]) -> None:
     with torch.no_grad():
         for parameter in density.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))
-    centre = density.sample(4000).mean(0)
+    center = density.sample(4000).mean(0)
     deviation = 1.5 * density.sample(4000).std(0)
     n = 40_000
     e = torch.randn(n, 1, 2, 2, dtype=torch.float64)
     log_proposal = -0.5 * e.square().flatten(1).sum(1) - 2 * math.log(2 * math.pi) - deviation.log().sum()
     with torch.no_grad():
-        weights = (density.log_prob(centre + deviation * e) - log_proposal).exp()
+        weights = (density.log_prob(center + deviation * e) - log_proposal).exp()
     standard_error = float(weights.std()) / math.sqrt(n)
     assert standard_error < 0.02
     assert abs(float(weights.mean()) - 1) < 4 * standard_error

@@ -283,7 +283,7 @@ def test_wrong_arguments_are_named() -> None:
 
 
 @every_mode
-def test_uninitialised_chain_in_train_mode_decodes_without_being_initialised(mode: str) -> None:
+def test_uninitialized_chain_in_train_mode_decodes_without_being_initialized(mode: str) -> None:
     steps = chain([GlowStep(4, CouplingNet(2, 4, 4)) for _ in range(2)], mode).train()
     z = torch.randn(2, 4, 4, 4)
     steps.decode(z).sum().backward()

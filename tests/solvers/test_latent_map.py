@@ -39,7 +39,7 @@ def test_a_gaussian_prior_has_a_closed_form(name: str, precondition: bool) -> No
     y = measurement(physics)
     W, b = affine(flow)
     z = squared_solution(matrix(physics), W, b, y, 0.3)
-    solution = LatentMAP(flow, 0.3, norm="squared", optimiser=EXACT, precondition=precondition).solve(y, physics)
+    solution = LatentMAP(flow, 0.3, norm="squared", optimizer=EXACT, precondition=precondition).solve(y, physics)
     torch.testing.assert_close(solution.latent, z, atol=1e-5, rtol=0)
     torch.testing.assert_close(solution.estimate.flatten(1), z @ W.T + b, atol=1e-5, rtol=0)
 
@@ -49,7 +49,7 @@ def test_the_unsquared_norm_is_the_squared_one_with_another_weight(name: str) ->
     """At the minimum gamma z / ||z|| = 2 gamma' z, so gamma' = gamma / (2 ||z||) has the same solution."""
     flow, physics = gaussian_flow(), operators()[name]
     y = measurement(physics, 1)
-    solution = LatentMAP(flow, 0.2, optimiser=EXACT).solve(y, physics)
+    solution = LatentMAP(flow, 0.2, optimizer=EXACT).solve(y, physics)
     assert solution.latent is not None
     equivalent = 0.2 / (2 * solution.latent.norm().item())
     W, b = affine(flow)
@@ -72,7 +72,7 @@ def test_scales_do_not_turn_the_way_out_of_the_kink_uphill(share: float) -> None
     y = measurement(physics)
     W, b = affine(flow)
     gamma = share * torch.linalg.vector_norm(2 * (y.flatten(1) - b) @ W, dim=1)
-    plain, scaled = (LatentMAP(flow, gamma, precondition=choice, optimiser=EXACT) for choice in (False, True))
+    plain, scaled = (LatentMAP(flow, gamma, precondition=choice, optimizer=EXACT) for choice in (False, True))
     strong = torch.logspace(-2, 2, 16, dtype=torch.float64).expand(2, 16)
     expected = plain.solve(y, physics)
     assert expected.latent is not None and bool((expected.latent != 0).any(dim=1).all())
@@ -86,9 +86,9 @@ def test_a_weight_of_zero_for_one_image_does_not_change_the_others() -> None:
     flow, physics = small_glow(), operators()["compressed-sensing"]
     y = measurement(physics)
     few = LBFGS(n_iterations=3)
-    together = LatentMAP(flow, torch.tensor([0.3, 0.0]), optimiser=few).solve(y, physics)
+    together = LatentMAP(flow, torch.tensor([0.3, 0.0]), optimizer=few).solve(y, physics)
     for i, gamma in enumerate((0.3, 0.0)):
-        alone = LatentMAP(flow, gamma, optimiser=few).solve(y[i : i + 1], physics)
+        alone = LatentMAP(flow, gamma, optimizer=few).solve(y[i : i + 1], physics)
         torch.testing.assert_close(alone.estimate[0], together.estimate[i], atol=1e-9, rtol=0)
 
 
@@ -114,11 +114,11 @@ def test_the_energy_of_the_noise_is_what_the_operator_adds(name: str) -> None:
     assert energy.shape == (3,) and bool((energy / drawn - 1).abs().max() < 0.1)
 
 
-def test_the_image_form_maximises_the_density() -> None:
+def test_the_image_form_maximizes_the_density() -> None:
     """No image around has a lower objective ||y - A x||^2 - gamma log p(x)."""
     flow, physics = small_glow(), operators()["inpainting"]
     y = measurement(physics, 1)
-    x = LatentMAP(flow, 0.02, form="image", optimiser=EXACT)(y, physics)
+    x = LatentMAP(flow, 0.02, form="image", optimizer=EXACT)(y, physics)
 
     def objective(x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -133,7 +133,7 @@ def test_the_image_form_maximises_the_density() -> None:
 def test_losses_are_the_objective() -> None:
     flow, physics = small_glow(), operators()["deblurring"]
     y = measurement(physics)
-    solution = LatentMAP(flow, torch.tensor([0.1, 0.2]), optimiser=LBFGS(n_iterations=20)).solve(y, physics)
+    solution = LatentMAP(flow, torch.tensor([0.1, 0.2]), optimizer=LBFGS(n_iterations=20)).solve(y, physics)
     assert solution.latent is not None and solution.latent_norms is not None
     with torch.no_grad():
         misfit = (y - physics.A(flow.decode(solution.latent))).flatten(1).square().sum(1)
@@ -153,14 +153,14 @@ STARTS = {
 
 @pytest.mark.parametrize("gamma", [0.1, "discrepancy"])
 @pytest.mark.parametrize("start", STARTS)
-@pytest.mark.parametrize("optimiser", [LBFGS(n_iterations=40), Adam(n_iterations=40)], ids=["lbfgs", "adam"])
-def test_an_image_does_not_depend_on_its_batch(optimiser: LBFGS | Adam, start: str, gamma: float | str) -> None:
+@pytest.mark.parametrize("optimizer", [LBFGS(n_iterations=40), Adam(n_iterations=40)], ids=["lbfgs", "adam"])
+def test_an_image_does_not_depend_on_its_batch(optimizer: LBFGS | Adam, start: str, gamma: float | str) -> None:
     flow, physics = small_glow(), operators()["inpainting"]
     y = measurement(physics, 3)
     first = STARTS[start]
     one = first[1:2] if isinstance(first, Tensor) else first
-    together = LatentMAP(flow, gamma, start=first, optimiser=optimiser).solve(y, physics)
-    alone = LatentMAP(flow, gamma, start=one, optimiser=optimiser).solve(y[1:2], physics)
+    together = LatentMAP(flow, gamma, start=first, optimizer=optimizer).solve(y, physics)
+    alone = LatentMAP(flow, gamma, start=one, optimizer=optimizer).solve(y[1:2], physics)
     torch.testing.assert_close(alone.estimate, together.estimate[1:2], atol=1e-8, rtol=0)
     assert alone.reasons == together.reasons[1:2]
 
@@ -201,7 +201,7 @@ def test_the_discrepancy_principle_leaves_as_much_as_the_noise(name: str, norm: 
     x = flow.sample(4, generator=torch.Generator().manual_seed(0))
     y = physics(x)
     rule = Discrepancy(tau=1.0, limit=1e6, n_stages=12)
-    solution = LatentMAP(flow, rule, norm=norm, optimiser=LBFGS(n_iterations=400)).solve(y, physics)
+    solution = LatentMAP(flow, rule, norm=norm, optimizer=LBFGS(n_iterations=400)).solve(y, physics)
     seen = {"denoising": 16, "inpainting": 12}[name]
     left = (y - physics.A(solution.estimate)).flatten(1).square().sum(1) / (seen * 0.01)
     assert bool(((left - 1).abs() < 0.1).all()), left
@@ -251,7 +251,7 @@ def test_operators_that_blow_up_are_survived() -> None:
     """A x is infinite wherever a pixel passes 0.9, which the first trial steps do."""
     physics = Physics(A=lambda x: torch.where(x > 0.9, torch.inf, x), noise_model=GaussianNoise(0.1))
     y = torch.full((1, *SHAPE), 0.89, dtype=torch.float64)
-    solution = LatentMAP(gaussian_flow(), 1e-4, optimiser=EXACT).solve(y, physics)
+    solution = LatentMAP(gaussian_flow(), 1e-4, optimizer=EXACT).solve(y, physics)
     assert bool(torch.isfinite(solution.estimate).all())
     assert (solution.estimate - y).abs().max() < 0.01
 
@@ -269,7 +269,7 @@ def test_nothing_of_the_flow_changes() -> None:
     flow, physics = small_glow().train(), operators()["denoising"]
     first = next(flow.parameters()).requires_grad_(False)
     before = {name: value.clone() for name, value in flow.state_dict().items()}
-    x_hat = LatentMAP(flow, 0.1, optimiser=LBFGS(n_iterations=3))(measurement(physics), physics)
+    x_hat = LatentMAP(flow, 0.1, optimizer=LBFGS(n_iterations=3))(measurement(physics), physics)
     assert flow.training and not first.requires_grad and not x_hat.requires_grad
     assert all(parameter.requires_grad for parameter in list(flow.parameters())[1:])
     assert all(torch.equal(value, before[name]) for name, value in flow.state_dict().items())
@@ -288,7 +288,7 @@ def test_ctrl_c_keeps_what_is_there() -> None:
 
     y = torch.rand(2, *SHAPE, dtype=torch.float64)
     with pytest.raises(SolverInterrupted) as caught:
-        LatentMAP(small_glow(), 0.01, optimiser=EXACT, precondition=False).solve(y, Interrupting())
+        LatentMAP(small_glow(), 0.01, optimizer=EXACT, precondition=False).solve(y, Interrupting())
     solution = caught.value.solution
     assert "interrupted" in solution.reasons and bool((solution.losses[-1] < solution.losses[0]).all())
 

@@ -88,7 +88,7 @@ def test_a_gaussian_prior_and_noise_with_a_level_per_entry_have_a_closed_form(na
         M.T @ (weight[:, None] * M) + torch.eye(16, dtype=torch.float64),
         M.T @ (weight * ((y - noise.mean).flatten(1) - A @ b)).T,
     ).T
-    solution = NoiseMAP(flow, noise, optimiser=EXACT).solve(y, physics)
+    solution = NoiseMAP(flow, noise, optimizer=EXACT).solve(y, physics)
     torch.testing.assert_close(solution.latent, z, atol=1e-5, rtol=0)
 
 
@@ -99,9 +99,9 @@ def test_a_decoder_without_density_gives_the_objective_of_bora_et_al() -> None:
         x = generator(torch.tensor([[0.5, -0.4], [-0.3, 0.8]]))
     physics = make_physics("compressed-sensing", (1, 8, 8), m=20, sigma=0.0)
     y = physics.A(x)
-    solver = NoiseMAP(generator, GaussianNoise(SIGMA), beta=0.0, start=0.1, n_restarts=3, optimiser=Adam(500, 0.1))
+    solver = NoiseMAP(generator, GaussianNoise(SIGMA), beta=0.0, start=0.1, n_restarts=3, optimizer=Adam(500, 0.1))
     solution = solver.solve(y, physics)
-    bora = GANPrior(generator, n_restarts=3, regularisation=0.0)(y, physics)
+    bora = GANPrior(generator, n_restarts=3, regularization=0.0)(y, physics)
     assert (solution.estimate - x).abs().max() < 1e-2 and (bora - x).abs().max() < 1e-2
     assert solution.latent is not None and solution.latent.shape == (2, 2)
     misfit = (y - physics.A(solution.estimate)).flatten(1).square().sum(1)
@@ -127,7 +127,7 @@ def test_a_trained_flow_is_a_noise() -> None:
     flow, noise = small_glow(), FlowNoise(small_glow(), scale=0.3)
     physics = operators()["inpainting"]
     y = measurement(physics, 1)
-    x = NoiseMAP(flow, noise, optimiser=EXACT)(y, physics)
+    x = NoiseMAP(flow, noise, optimizer=EXACT)(y, physics)
 
     def log_posterior(x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -145,7 +145,7 @@ def test_operators_that_are_not_linear() -> None:
     physics = make_physics("one-bit", SHAPE, m=200, sigma=0.0)
     x = flow.sample(3)
     y = physics.A(x)
-    solution = NoiseMAP(flow, GaussianNoise(1.0), beta=0.1, optimiser=Adam(200, 0.05)).solve(y, physics)
+    solution = NoiseMAP(flow, GaussianNoise(1.0), beta=0.1, optimizer=Adam(200, 0.05)).solve(y, physics)
     start = physics.A(flow.decode(torch.zeros(3, 16, dtype=torch.float64)))
     assert bool(((physics.A(solution.estimate) == y).sum(1) > (start == y).sum(1)).all())
 

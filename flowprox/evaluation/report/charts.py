@@ -1,7 +1,7 @@
-"""Charts as inline SVG, drawn by matplotlib, coloured by the page.
+"""Charts as inline SVG, drawn by matplotlib, colored by the page.
 
-Ink, grid lines and the colours of series are written as custom properties (``var(--ink)``, ``var(--line)``, ``var(--c0)``
-...), so that one drawing serves a light and a dark page. Text stays text. Series differ in marker and colour.
+Ink, grid lines and the colors of series are written as custom properties (``var(--ink)``, ``var(--line)``, ``var(--c0)``
+...), so that one drawing serves a light and a dark page. Text stays text. Series differ in marker and color.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-__all__ = ["N_COLOURS", "Box", "Line", "Point", "box_chart", "line_chart", "point_chart"]
+__all__ = ["N_COLORS", "Box", "Line", "Point", "box_chart", "line_chart", "point_chart"]
 
-N_COLOURS = 8
+N_COLORS = 8
 """Series that are told apart in one chart; the page defines ``--c0`` to ``--c7``."""
 
 _INK, _GRID = "#010101", "#020202"
-_COLOURS = [f"#03030{i}" for i in range(N_COLOURS)]
+_COLORS = [f"#03030{i}" for i in range(N_COLORS)]
 _MARKERS = "osD^vPX*"
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -48,7 +48,7 @@ _WIDTH = 4.1  # inches; at 72 points to the inch about the width of a phone, so 
 class Line(NamedTuple):
     """A method over a number; ``half`` holds half widths of intervals, ``published`` figures at some places.
 
-    Lines of one chart whose ``colour`` is the same, or unknown, are coloured in their order.
+    Lines of one chart whose ``color`` is the same, or unknown, are colored in their order.
     """
 
     label: str
@@ -57,7 +57,7 @@ class Line(NamedTuple):
     half: Sequence[float | None]
     published: Sequence[tuple[float, float]] = ()
     chosen: float | None = None
-    colour: int | None = None
+    color: int | None = None
 
 
 class Point(NamedTuple):
@@ -67,7 +67,7 @@ class Point(NamedTuple):
     x: float
     y: float
     half: float | None
-    colour: int
+    color: int
 
 
 class Box(NamedTuple):
@@ -75,7 +75,7 @@ class Box(NamedTuple):
 
     label: str
     values: Sequence[float]
-    colour: int
+    color: int
 
 
 def line_chart(name: str, lines: Sequence[Line], x_label: str, y_label: str) -> str:
@@ -83,7 +83,7 @@ def line_chart(name: str, lines: Sequence[Line], x_label: str, y_label: str) -> 
 
     Arguments:
         name: prefix of the identifiers in the drawing; another for every chart of a page.
-        lines: at most ``N_COLOURS``.
+        lines: at most ``N_COLORS``.
         x_label: of the number.
         y_label: of the figure.
 
@@ -93,16 +93,16 @@ def line_chart(name: str, lines: Sequence[Line], x_label: str, y_label: str) -> 
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, 2.9 + _height([line.label for line in lines])), layout="constrained")
         axes = figure.subplots()
-        given = [line.colour % N_COLOURS for line in lines if line.colour is not None]
+        given = [line.color % N_COLORS for line in lines if line.color is not None]
         places = given if len(set(given)) == len(lines) else range(len(lines))
         for line, place in zip(lines, places, strict=True):
-            colour, marker = _COLOURS[place], _MARKERS[place]
+            color, marker = _COLORS[place], _MARKERS[place]
             half = [h or 0.0 for h in line.half]
             axes.errorbar(
                 line.x,
                 line.y,
                 half,
-                color=colour,
+                color=color,
                 marker=marker,
                 markersize=4,
                 linewidth=1.4,
@@ -112,11 +112,11 @@ def line_chart(name: str, lines: Sequence[Line], x_label: str, y_label: str) -> 
             if line.published:
                 x, y = zip(*line.published, strict=True)
                 axes.plot(
-                    x, y, color=colour, marker=marker, markersize=5, markerfacecolor="none", linestyle=":", linewidth=1
+                    x, y, color=color, marker=marker, markersize=5, markerfacecolor="none", linestyle=":", linewidth=1
                 )
             for x, y in zip(line.x, line.y, strict=True):
                 if x == line.chosen:
-                    axes.plot([x], [y], color=colour, marker="o", markersize=10, markerfacecolor="none")
+                    axes.plot([x], [y], color=color, marker="o", markersize=10, markerfacecolor="none")
         _scale_x(axes, [x for line in lines for x in line.x])
         axes.set(xlabel=x_label, ylabel=y_label)
         _legend(figure, axes)
@@ -129,15 +129,15 @@ def point_chart(name: str, points: Sequence[Point], x_label: str, y_label: str) 
         figure = Figure(figsize=(_WIDTH, 2.7 + _height([point.label for point in points])), layout="constrained")
         axes = figure.subplots()
         for point in points:
-            colour, marker = _COLOURS[point.colour % N_COLOURS], _MARKERS[point.colour % N_COLOURS]
+            color, marker = _COLORS[point.color % N_COLORS], _MARKERS[point.color % N_COLORS]
             axes.errorbar(
                 [point.x],
                 [point.y],
                 [point.half or 0.0],
-                color=colour,
+                color=color,
                 marker=marker,
                 markersize=6,
-                markerfacecolor=colour if point.colour < N_COLOURS else "none",  # the colours begin again, hollow
+                markerfacecolor=color if point.color < N_COLORS else "none",  # the colors begin again, hollow
                 linestyle="",
                 elinewidth=1,
                 label=_shortened(point.label, 44),
@@ -155,8 +155,8 @@ def box_chart(name: str, boxes: Sequence[Box], x_label: str) -> str:
         figure = Figure(figsize=(_WIDTH, 0.8 + 0.32 * len(boxes)), layout="constrained")
         axes = figure.subplots()
         for row, box in enumerate(boxes):
-            colour = _COLOURS[box.colour % N_COLOURS]
-            line = {"color": colour, "linewidth": 1.4}
+            color = _COLORS[box.color % N_COLORS]
+            line = {"color": color, "linewidth": 1.4}
             axes.boxplot(
                 [box.values],
                 positions=[row],
@@ -214,7 +214,7 @@ def _shortened(label: str, n: int = 24) -> str:
 
 
 def _inline(figure: Figure, name: str) -> str:
-    """The drawing without what only a file of its own needs, its identifiers made unique, its colours the page's."""
+    """The drawing without what only a file of its own needs, its identifiers made unique, its colors the page's."""
     file = io.BytesIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(file, format="svg", transparent=True, metadata=nothing)
@@ -232,7 +232,7 @@ def _inline(figure: Figure, name: str) -> str:
             elif _refers(key, value):
                 value = re.sub(r"#([\w-]+)", rf"#{name}-\1", value)
             elif plain == "style":
-                value = _coloured(value)
+                value = _colored(value)
             element.set(plain, value)
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)
@@ -246,7 +246,7 @@ def _refers(key: str, value: str) -> bool:
     return key.rpartition("}")[2] == "href" or "url(#" in value
 
 
-def _coloured(style: str) -> str:
+def _colored(style: str) -> str:
     style = style.replace(_INK, "var(--ink)").replace(_GRID, "var(--line)")
     style = re.sub(r"#03030(\d)", r"var(--c\1)", style)
     return re.sub(r"'DejaVu Sans'[^;]*", "system-ui, sans-serif", style)

@@ -187,7 +187,7 @@ class Contents:
         caption = (
             f"{self.metric.label} of the method minus {self.metric.label} of the reference on the same images and noise; ± is "
             "half of the paired 95 % interval. Intervals are not widened for the number of comparisons"
-            + ("." if self.reference else ", and the reference is the method with the best mean, which favours it.")
+            + ("." if self.reference else ", and the reference is the method with the best mean, which favors it.")
         )
         head = ["method", "problem", "reference", f"difference{unit}", "± 95 %", "clear of 0", "higher on"]
         return Table("comparisons", caption, head, rows).without_empty_columns()

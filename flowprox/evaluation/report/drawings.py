@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from flowprox.evaluation.report.charts import N_COLOURS, Box, Line, Point, box_chart, line_chart, point_chart
+from flowprox.evaluation.report.charts import N_COLORS, Box, Line, Point, box_chart, line_chart, point_chart
 from flowprox.evaluation.report.contents import Contents
 from flowprox.evaluation.report.sweeps import Sweep, flattened, method_sweeps, problem_sweeps, sweeps_of
 from flowprox.evaluation.report.tables import number
@@ -72,8 +72,8 @@ def tuning_curves(contents: Contents, prefix: str) -> list[Chart]:
                 lines.setdefault((method, sweep.key), []).append(Line(label, x, y, [None] * len(x), (), best))
     charts: list[Chart] = []
     for (method, key), members in lines.items():
-        for start in range(0, len(members), N_COLOURS):
-            part = members[start : start + N_COLOURS]
+        for start in range(0, len(members), N_COLORS):
+            part = members[start : start + N_COLORS]
             title = f"{method}: tuning of {key}"
             caption = "Mean PSNR on the images for tuning; the chosen value is ringed."
             svg = line_chart(f"{prefix}-t{len(charts)}", part, key, "PSNR (dB)")
@@ -123,7 +123,7 @@ def _problem_line(contents: Contents, sweep: Sweep, method: str) -> Line | None:
     figures = [(value, published[label, method]) for value, label in sweep.points if (label, method) in published]
     places = [(value, *contents.mean(label, method)) for value, label in sweep.points]
     line = _line(method, places, figures)
-    return None if line is None else line._replace(colour=contents.methods.index(method))
+    return None if line is None else line._replace(color=contents.methods.index(method))
 
 
 def _method_line(contents: Contents, problem: str, sweep: Sweep, label: str) -> Line | None:
@@ -155,8 +155,8 @@ def _line_label(members: Sequence[tuple[str, Sweep]], i: int) -> str:
 def _line_charts(contents: Contents, sweep: Sweep, lines: Sequence[Line], name: str, more: str) -> list[Chart]:
     charts = []
     more = more if any(line.published for line in lines) else ""
-    for start in range(0, len(lines), N_COLOURS):
-        part = lines[start : start + N_COLOURS]
+    for start in range(0, len(lines), N_COLORS):
+        part = lines[start : start + N_COLORS]
         title = f"{sweep.name}: {contents.metric.label} over {sweep.key}"
         svg = line_chart(f"{name}-{start}", part, sweep.key, contents.label())
         caption = f"Mean over images, bars: 95 % confidence{more}."

@@ -1,4 +1,4 @@
-"""The optimisers of a training run, from parameter groups that each have their learning rate.
+"""The optimizers of a training run, from parameter groups that each have their learning rate.
 
 adam   Kingma and Ba (2015), https://arxiv.org/abs/1412.6980
 muon   W <- W - 0.2 sqrt(max(m, n)) lr U V^T,   U S V^T the momentum of a convolution's weight, read as an m x n matrix

@@ -1,4 +1,4 @@
-"""Minimisers that treat every image of a batch by itself: history, line search, step, stopping and restarts are its own.
+"""Minimizers that treat every image of a batch by itself: history, line search, step, stopping and restarts are its own.
 
     z <- z - t H grad F(z)       L-BFGS: H from the last changes of z and grad F; t by a strong-Wolfe line search
     z <- z - t m / (sqrt(v)+e)   Adam:   m, v running averages of the gradient and its square
@@ -25,7 +25,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["LBFGS", "Adam", "Evaluate", "Optimiser", "Trace"]
+__all__ = ["LBFGS", "Adam", "Evaluate", "Optimizer", "Trace"]
 
 Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
 """z (B, D) to (F (B,), grad F (B, D)); image i of the result depends on image i of z only."""
@@ -40,7 +40,7 @@ _LOOK_EVERY = 8  # evaluations between two looks at whether all images have stop
 
 @dataclass
 class Trace:
-    """How a minimisation went; N iterations, B images, D dimensions.
+    """How a minimization went; N iterations, B images, D dimensions.
 
     Arguments:
         z: best iterate (B, D).
@@ -82,14 +82,14 @@ class Trace:
         return bool((self.status == INTERRUPTED).any())
 
 
-class Optimiser(Protocol):
-    """Contract: minimise F from z, in at most ``n_iterations`` steps."""
+class Optimizer(Protocol):
+    """Contract: minimize F from z, in at most ``n_iterations`` steps."""
 
     @property
     def n_iterations(self) -> int: ...
 
-    def minimise(self, evaluate: Evaluate, z: Tensor, scales: Tensor | None = None) -> Trace:
-        """Minimise from z (B, D); ``scales`` (D,) or (B, D) says by how much dimensions differ: as 1 / curvature.
+    def minimize(self, evaluate: Evaluate, z: Tensor, scales: Tensor | None = None) -> Trace:
+        """Minimize from z (B, D); ``scales`` (D,) or (B, D) says by how much dimensions differ: as 1 / curvature.
 
         Raises:
             ValueError: F or its gradient is not finite at z.
@@ -114,7 +114,7 @@ class LBFGS:
     Example:
         >>> def evaluate(z):  # the sum over (z - 3)^2
         ...     return (z - 3).square().sum(1), 2 * (z - 3)
-        >>> LBFGS(n_iterations=5).minimise(evaluate, torch.zeros(1, 4)).z
+        >>> LBFGS(n_iterations=5).minimize(evaluate, torch.zeros(1, 4)).z
         tensor([[3., 3., 3., 3.]])
     """
 
@@ -133,8 +133,8 @@ class LBFGS:
         if not self.tolerance >= 0:
             raise ValueError(f"tolerance must be at least 0, got {self.tolerance}")
 
-    def minimise(self, evaluate: Evaluate, z: Tensor, scales: Tensor | None = None) -> Trace:
-        """See ``Optimiser``; ``scales`` is the diagonal that the quasi-Newton matrix H begins with."""
+    def minimize(self, evaluate: Evaluate, z: Tensor, scales: Tensor | None = None) -> Trace:
+        """See ``Optimizer``; ``scales`` is the diagonal that the quasi-Newton matrix H begins with."""
         search = _Search(evaluate, z, self, scales)
         limit = self.max_evaluations or (5 * self.n_iterations) // 4 + 20
         try:
@@ -345,7 +345,7 @@ class Adam:
     Example:
         >>> def evaluate(z):
         ...     return (z - 3).square().sum(1), 2 * (z - 3)
-        >>> trace = Adam(n_iterations=300, learning_rate=0.1).minimise(evaluate, torch.zeros(1, 4))
+        >>> trace = Adam(n_iterations=300, learning_rate=0.1).minimize(evaluate, torch.zeros(1, 4))
         >>> bool((trace.z - 3).abs().max() < 1e-3), trace.reasons
         (True, ['iterations'])
     """
@@ -365,8 +365,8 @@ class Adam:
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
         _require_positive("epsilon", self.epsilon)
 
-    def minimise(self, evaluate: Evaluate, z: Tensor, scales: Tensor | None = None) -> Trace:
-        """See ``Optimiser``; Adam finds scales of its own, and ``scales`` is not used."""
+    def minimize(self, evaluate: Evaluate, z: Tensor, scales: Tensor | None = None) -> Trace:
+        """See ``Optimizer``; Adam finds scales of its own, and ``scales`` is not used."""
         z = z.detach().clone()
         f, g = _at_start(evaluate, z)
         best_z, best_f = z, f

@@ -1,4 +1,4 @@
-"""Minimisers: they reach the minimum, an image's path is its own, and bad values do not stop them."""
+"""Minimizers: they reach the minimum, an image's path is its own, and bad values do not stop them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from flowprox.solvers import LBFGS, Adam
-from flowprox.solvers.optimisers import Evaluate
+from flowprox.solvers.optimizers import Evaluate
 
-OPTIMISERS = {
+OPTIMIZERS = {
     "lbfgs": LBFGS(n_iterations=400, tolerance=0),
     "lbfgs, short memory": LBFGS(n_iterations=400, n_pairs=2, tolerance=0),
     "lbfgs, small steps": LBFGS(n_iterations=400, learning_rate=0.1, tolerance=0),
@@ -42,20 +42,20 @@ FUNCTIONS = {"quadratic": ill_conditioned, "Rosenbrock": rosenbrock}
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_reaches_the_minimum(name: str, function: str) -> None:
     z = torch.rand(3, 2, dtype=torch.float64) * 0.5
-    trace = OPTIMISERS[name].minimise(with_gradient(FUNCTIONS[function]), z)
+    trace = OPTIMIZERS[name].minimize(with_gradient(FUNCTIONS[function]), z)
     accuracy = 1e-6 if "lbfgs" in name else 0.05
     assert (trace.z - 1).abs().max() < accuracy
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_image_does_not_depend_on_its_batch(name: str) -> None:
     z = torch.randn(4, 6, dtype=torch.float64)
     evaluate = with_gradient(rosenbrock)
-    together = OPTIMISERS[name].minimise(evaluate, z)
-    alone = OPTIMISERS[name].minimise(evaluate, z[2:3])
+    together = OPTIMIZERS[name].minimize(evaluate, z)
+    alone = OPTIMIZERS[name].minimize(evaluate, z[2:3])
     assert torch.equal(alone.z[0], together.z[2])
     assert alone.reasons[0] == together.reasons[2]
     assert torch.equal(alone.losses[:, 0], together.losses[: len(alone.losses), 2])
@@ -63,17 +63,17 @@ def test_an_image_does_not_depend_on_its_batch(name: str) -> None:
         assert alone.n_evaluations[0] == together.n_evaluations[2]
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_best_iterate_is_returned(name: str) -> None:
     evaluate = with_gradient(rosenbrock)
-    trace = OPTIMISERS[name].minimise(evaluate, torch.randn(3, 6, dtype=torch.float64))
+    trace = OPTIMIZERS[name].minimize(evaluate, torch.randn(3, 6, dtype=torch.float64))
     best = trace.losses.min(0).values
     torch.testing.assert_close(evaluate(trace.z)[0], best, rtol=1e-12, atol=0)
     if "lbfgs" in name:
         assert bool((trace.losses.diff(dim=0) <= 1e-12 * trace.losses[:-1].abs()).all()), "the loss went up"
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_values_that_are_not_finite_are_stepped_back_from(name: str) -> None:
     """log is undefined beyond a wall close to the minimum at 0.9, and nothing is known of it in advance."""
 
@@ -82,7 +82,7 @@ def test_values_that_are_not_finite_are_stepped_back_from(name: str) -> None:
 
     start = torch.full((2, 3), 5.0, dtype=torch.float64)
     start[1] = 0.41
-    trace = OPTIMISERS[name].minimise(with_gradient(walled), start)
+    trace = OPTIMIZERS[name].minimize(with_gradient(walled), start)
     minimum = 0.4 + (0.5 + (0.25 + 0.2) ** 0.5) / 2  # of 10 (z - 0.9)^2 - log(z - 0.4)
     assert (trace.z - minimum).abs().max() < (1e-6 if "lbfgs" in name else 0.02)
 
@@ -91,22 +91,22 @@ def test_a_cliff_of_nan_around_the_start_ends_the_search_with_a_reason() -> None
     def cliff(z: Tensor) -> Tensor:
         return torch.where(z.norm(dim=1) > 0, torch.nan, 1.0) + z.sum(1)
 
-    trace = LBFGS(n_iterations=50).minimise(with_gradient(cliff), torch.zeros(1, 3))
+    trace = LBFGS(n_iterations=50).minimize(with_gradient(cliff), torch.zeros(1, 3))
     assert trace.reasons == ["line search"]
     assert torch.equal(trace.z, torch.zeros(1, 3))
 
 
 def test_a_start_that_is_not_finite_is_refused() -> None:
     with pytest.raises(ValueError, match=r"not finite at the start for image \[1\]"):
-        LBFGS().minimise(with_gradient(lambda z: z.log().sum(1)), torch.tensor([[1.0], [-1.0]]))
+        LBFGS().minimize(with_gradient(lambda z: z.log().sum(1)), torch.tensor([[1.0], [-1.0]]))
 
 
 def test_one_scale_per_dimension_saves_iterations() -> None:
     curvature = torch.logspace(-3, 3, 30, dtype=torch.float64)
     evaluate = with_gradient(lambda z: (curvature * (z - 1).square()).sum(1))
     z = torch.zeros(1, 30, dtype=torch.float64)
-    plain = LBFGS(n_iterations=200, tolerance=0).minimise(evaluate, z)
-    scaled = LBFGS(n_iterations=200, tolerance=0).minimise(evaluate, z, 1 / curvature)
+    plain = LBFGS(n_iterations=200, tolerance=0).minimize(evaluate, z)
+    scaled = LBFGS(n_iterations=200, tolerance=0).minimize(evaluate, z, 1 / curvature)
     assert scaled.n_evaluations.item() < 10 < plain.n_evaluations.item()
     torch.testing.assert_close(scaled.z, torch.ones_like(z))
 
@@ -114,14 +114,14 @@ def test_one_scale_per_dimension_saves_iterations() -> None:
 def test_limits_are_kept_and_told() -> None:
     evaluate = with_gradient(rosenbrock)
     z = torch.randn(2, 6, dtype=torch.float64)
-    trace = LBFGS(n_iterations=3).minimise(evaluate, z)
+    trace = LBFGS(n_iterations=3).minimize(evaluate, z)
     assert trace.reasons == ["iterations"] * 2 and trace.losses.shape == (4, 2)
-    trace = LBFGS(n_iterations=100, max_evaluations=5).minimise(evaluate, z)
+    trace = LBFGS(n_iterations=100, max_evaluations=5).minimize(evaluate, z)
     assert trace.reasons == ["evaluations"] * 2 and trace.n_evaluations.tolist() == [5, 5]
 
 
-@pytest.mark.parametrize("optimiser", [LBFGS(n_iterations=100), Adam(n_iterations=100)])
-def test_an_interruption_keeps_the_best_so_far(optimiser: LBFGS | Adam) -> None:
+@pytest.mark.parametrize("optimizer", [LBFGS(n_iterations=100), Adam(n_iterations=100)])
+def test_an_interruption_keeps_the_best_so_far(optimizer: LBFGS | Adam) -> None:
     calls = 0
 
     def evaluate(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,14 +132,14 @@ def test_an_interruption_keeps_the_best_so_far(optimiser: LBFGS | Adam) -> None:
         return with_gradient(rosenbrock)(z)
 
     start = torch.zeros(1, 4, dtype=torch.float64)
-    trace = optimiser.minimise(evaluate, start)
+    trace = optimizer.minimize(evaluate, start)
     assert trace.reasons == ["interrupted"]
     assert rosenbrock(trace.z) < rosenbrock(start)
 
 
 def test_best_of_several_attempts() -> None:
     z = torch.tensor([[0.1], [5.0], [7.0], [2.5]], dtype=torch.float64)  # the second and the fourth are at minima
-    trace = LBFGS(n_iterations=1, max_evaluations=1).minimise(with_gradient(lambda z: (z - 5).square().sum(1)), z)
+    trace = LBFGS(n_iterations=1, max_evaluations=1).minimize(with_gradient(lambda z: (z - 5).square().sum(1)), z)
     chosen = trace.best_of(2)
     assert chosen.z.shape == (2, 1) and chosen.n_evaluations.shape == (2,)
     assert chosen.losses[-1, 0] == trace.losses[-1, :2].min() and chosen.losses[-1, 1] == trace.losses[-1, 2:].min()
@@ -148,7 +148,7 @@ def test_best_of_several_attempts() -> None:
 def test_the_best_attempt_is_that_with_the_best_iterate() -> None:
     """Adam's last iterate may be worse than its best: here the attempt that began at the minimum ends above the other."""
     z = torch.tensor([[0.0], [0.9]], dtype=torch.float64)
-    trace = Adam(n_iterations=1, learning_rate=0.5).minimise(with_gradient(lambda z: (z - 0.01).square().sum(1)), z)
+    trace = Adam(n_iterations=1, learning_rate=0.5).minimize(with_gradient(lambda z: (z - 0.01).square().sum(1)), z)
     assert trace.losses[-1, 0] > trace.losses[-1, 1] > trace.losses[0, 0]
     assert trace.best_of(2).z.item() == 0.0
 
@@ -163,7 +163,7 @@ def test_a_line_search_keeps_the_lowest_trial() -> None:
         values.append(value.item())
         return value, gradient
 
-    trace = LBFGS(n_iterations=1).minimise(evaluate, torch.zeros(1, 1, dtype=torch.float64))
+    trace = LBFGS(n_iterations=1).minimize(evaluate, torch.zeros(1, 1, dtype=torch.float64))
     assert trace.losses[-1].item() == min(values) < -0.2
 
 
@@ -171,8 +171,8 @@ def test_too_few_evaluations_for_a_line_search_are_told() -> None:
     def evaluate(z: Tensor) -> tuple[Tensor, Tensor]:
         return torch.where(z[:, 0] == 0, 1.0, torch.nan), torch.ones_like(z)
 
-    assert LBFGS(max_evaluations=2).minimise(evaluate, torch.zeros(1, 1)).reasons == ["evaluations"]
-    assert LBFGS(max_evaluations=50).minimise(evaluate, torch.zeros(1, 1)).reasons == ["line search"]
+    assert LBFGS(max_evaluations=2).minimize(evaluate, torch.zeros(1, 1)).reasons == ["evaluations"]
+    assert LBFGS(max_evaluations=50).minimize(evaluate, torch.zeros(1, 1)).reasons == ["line search"]
 
 
 @pytest.mark.parametrize(
