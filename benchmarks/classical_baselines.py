@@ -27,10 +27,10 @@ from flowprox import __version__
 from flowprox.baselines import BM3D, Biharmonic, TotalVariation, Wiener
 from flowprox.checkpoints import load_model
 from flowprox.data import ImageDataset
-from flowprox.evaluation.metrics import psnr, ssim
-from flowprox.evaluation.records import RecordWriter
 from flowprox.methods.running import SelfEnsemble
+from flowprox.metrics import psnr, ssim
 from flowprox.operators import PROBLEMS, make_physics, measure_each
+from flowprox.records import RecordWriter
 
 
 class Candidate(NamedTuple):

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from flowprox import __version__, load_model
 from flowprox.data import ImageDataset
-from flowprox.evaluation.metrics import psnr
 from flowprox.flows import Flow, frozen
+from flowprox.metrics import psnr
 from flowprox.operators import make_physics, measure_each
 from flowprox.solvers import LBFGS, LatentMAP
 from flowprox.solvers.optimizers import Evaluate

@@ -14,7 +14,7 @@ import torch
 
 from flowprox.checkpoints import load_model
 from flowprox.data import ImageDataset
-from flowprox.evaluation.metrics import psnr
+from flowprox.metrics import psnr
 from flowprox.priors import FlowDenoiser, FlowPrior
 
 WEIGHTS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)

@@ -19,7 +19,7 @@ from typing import Any
 import speed
 import torch
 
-from flowprox.checkpoints import atomic_write
+from flowprox.files import atomic_write
 
 CONTENDERS = ("plain", "fast", "fast, bf16")
 

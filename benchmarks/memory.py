@@ -32,7 +32,7 @@ from allocations import peak_of_allocations
 from torch import Tensor
 
 from flowprox import __version__
-from flowprox.checkpoints import atomic_write
+from flowprox.files import atomic_write
 from flowprox.flows import Glow
 from flowprox.operators import make_physics
 from flowprox.prox import FlowProx

@@ -41,7 +41,7 @@ from timing import CLOCKS, Stopwatch
 from torch import Tensor, nn
 
 from flowprox import __version__
-from flowprox.checkpoints import atomic_write
+from flowprox.files import atomic_write
 from flowprox.flows import frozen
 
 TASKS = {  # passes through one flow, per image

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flowprox.checkpoints import atomic_write
+from flowprox.files import atomic_write
 
 __all__ = ["best_peer", "figure", "slower_than_plain", "table"]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import errno
 import inspect
 import itertools
@@ -28,6 +27,7 @@ from jsonargparse import ArgumentParser
 from flowprox import __version__
 from flowprox.commands import COMMANDS, Command
 from flowprox.evaluation_options import EvaluatedMethod, EvaluatedProblem, ImageOptions, ScaleOptions
+from flowprox.naming import nearest
 
 __all__ = ["main"]
 
@@ -192,13 +192,13 @@ def _one_line(error: Exception) -> str:
 def _with_remedy(message: str, words: list[str]) -> str:
     """jsonargparse's message, shortened, with the nearest names of what is not known."""
     if unknown := re.search(r"does not accept option '([^']+)'", message):
-        remedy = _whose_key(unknown[1], words) or _nearest(unknown[1], _option_names(words))
+        remedy = _whose_key(unknown[1], words) or nearest(unknown[1], _option_names(words))
         return f"unknown key {unknown[1]!r} in the recipe or options; {remedy}"
     if unknown := re.search(r"unrecognized arguments: (\S+)", message):
         name = unknown[1].lstrip("-").partition("=")[0]
-        return f"unknown option {unknown[1]}; {_nearest(name, _option_names(words), '--')}"
+        return f"unknown option {unknown[1]}; {nearest(name, _option_names(words), '--')}"
     if unknown := re.search(r"invalid choice: '([^']*)'", message):
-        return f"unknown command {unknown[1]!r}; {_nearest(unknown[1], COMMANDS)}"
+        return f"unknown command {unknown[1]!r}; {nearest(unknown[1], COMMANDS)}"
     if missing := re.search(r"arguments are required: (.*)", message):
         given = [f"--{name}" for name in COMMANDS["reconstruct"].several if f"--{name}" in words]
         if missing[1] == "reconstruct.inputs" and given:  # which took them for its own
@@ -221,7 +221,7 @@ def _whose_key(key: str, words: list[str]) -> str:
 def _wrong_value(message: str) -> str:
     if unknown := re.search(r"class_path '[\w.]*\.(\w+)':\s+Option '([^']+)' is not accepted", message):
         key = re.match(r'(?:Parser key ")?(\w+)', message)
-        return f"unknown key {unknown[2]!r} in {key[1] if key else 'the recipe'}; {_nearest(unknown[2], _fields(unknown[1]))}"
+        return f"unknown key {unknown[2]!r} in {key[1] if key else 'the recipe'}; {nearest(unknown[2], _fields(unknown[1]))}"
     found = re.search(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL)
     if not found:
         return message
@@ -247,13 +247,6 @@ def _defaults(words: list[str]) -> dict[str, Any]:
     """Every option of the command in ``words``, with its default."""
     command = next((word for word in words if word in COMMANDS), None)
     return dict(_command_parser(COMMANDS[command], "").get_defaults().items()) if command else {}
-
-
-def _nearest(name: str, known: Sequence[str] | dict[str, Any], prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    if near:
-        return f"did you mean {' or '.join(prefix + n for n in near)}?"
-    return f"known: {', '.join(prefix + n for n in known)}" if len(known) <= 20 else "see --help of the command"
 
 
 if __name__ == "__main__":

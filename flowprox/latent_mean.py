@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowprox.spec import Specified
+from flowprox.naming import Specified
 
 __all__ = ["LatentMeanNet"]
 

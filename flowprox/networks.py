@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from flowprox.spec import Specified
+from flowprox.naming import Specified
 
 __all__ = ["DCGANDiscriminator", "DCGANGenerator", "ResNet", "UNet"]
 

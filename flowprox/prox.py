@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from flowprox.flows import Flow
 from flowprox.levels import at_level, checked_levels
+from flowprox.naming import Specified
 from flowprox.networks import ResNet, UNet
-from flowprox.spec import Specified
 
 __all__ = ["FlowProx", "Prox", "ResNetProx", "SoftThreshold", "UNetProx"]
 

@@ -28,9 +28,9 @@ from flowprox.adaptation import adapt
 from flowprox.flows import Flow, frozen
 from flowprox.latent_mean import LatentMeanNet
 from flowprox.levels import at_level, checked_levels, noise_level
+from flowprox.naming import Specified
 from flowprox.operators import data_gradient, data_prox
 from flowprox.prox import FlowProx
-from flowprox.spec import Specified
 
 __all__ = ["Unfolded", "UnfoldedHQS", "UnfoldedPGD"]
 

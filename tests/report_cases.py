@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from flowprox.data import save_image
-from flowprox.evaluation.records import RecordWriter
 from flowprox.evaluation.report import picture_path, truth_path
+from flowprox.records import RecordWriter
 
 NASTY = '<script>alert("x")</script> & $a_b$ ../up'
 """Text that is markup, a formula and a path."""

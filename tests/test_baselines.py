@@ -20,7 +20,7 @@ from flowprox.baselines import (
     Wiener,
     transfer_function,
 )
-from flowprox.evaluation.metrics import psnr
+from flowprox.metrics import psnr
 from flowprox.networks import DCGANGenerator
 from flowprox.noise import HeteroscedasticNoise
 from flowprox.operators import make_physics, measure_each

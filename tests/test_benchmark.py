@@ -18,15 +18,13 @@ from deepinv.physics import Physics
 from rich.console import Console
 from torch import Tensor
 
-from flowprox.checkpoints import save_model, sole_writer
+from flowprox.checkpoints import save_model
 from flowprox.cli import main, make_parser
 from flowprox.data import save_image
 from flowprox.evaluation import comparison
 from flowprox.evaluation.benchmark import EvaluationInterrupted, RunOptions, evaluate
 from flowprox.evaluation.images import load_images
-from flowprox.evaluation.metrics import psnr
 from flowprox.evaluation.plan import at_scale, planned, published_figures
-from flowprox.evaluation.records import read_records
 from flowprox.evaluation.report import picture_path, write_report
 from flowprox.evaluation.summary import summary_rows
 from flowprox.evaluation_options import (
@@ -36,10 +34,13 @@ from flowprox.evaluation_options import (
     ImageOptions,
     ScaleOptions,
 )
+from flowprox.files import sole_writer
 from flowprox.flows import Glow
 from flowprox.methods import Outcome, run_method
+from flowprox.metrics import psnr
 from flowprox.operators import make_physics, measure_each
 from flowprox.prox import FlowProx
+from flowprox.records import read_records
 from flowprox.unfolded import UnfoldedPGD
 
 OWN_TABLES = ("family", "family-deblurring", "family-inpainting", "levels", "natural", "readme")

@@ -37,7 +37,7 @@ from flowprox.checkpoints import (
     sha256,
     sole_writer,
 )
-from flowprox.spec import Specified
+from flowprox.naming import Specified
 
 
 class Tiny(Specified, nn.Module):

@@ -20,10 +20,10 @@ import torch
 import yaml
 from PIL import Image
 
-from flowprox import FlowProx, Glow, UnfoldedPGD, __version__, checkpoints, save_model
+from flowprox import FlowProx, Glow, UnfoldedPGD, __version__, checkpoints, files, save_model
 from flowprox.cli import main
 from flowprox.commands.models import _problem
-from flowprox.evaluation.records import read_records
+from flowprox.records import read_records
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*:DeprecationWarning")
 
@@ -428,7 +428,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     def no_space(file: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    yield lambda: monkeypatch.setattr(checkpoints.files, "force_to_disk", no_space)
+    yield lambda: monkeypatch.setattr(files, "force_to_disk", no_space)
 
 
 def test_full_disk_leaves_the_old_checkpoint(

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from flowprox.evaluation import demo
 from flowprox.evaluation.demo import DEMO_PROBLEMS, run_demo
-from flowprox.evaluation.records import read_records
+from flowprox.records import read_records
 
 
 class StandIn(Reconstructor):

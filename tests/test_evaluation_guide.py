@@ -13,7 +13,7 @@ from report_cases import Tags
 
 from flowprox.cli import main
 from flowprox.data import save_image
-from flowprox.evaluation.records import read_records
+from flowprox.records import read_records
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")

@@ -3,7 +3,7 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from flowprox.evaluation.metrics import psnr, ssim
+from flowprox.metrics import psnr, ssim
 
 
 def images(n=2, size=(24, 20), channels=3):

@@ -15,6 +15,7 @@ from deepinv.physics import LinearPhysics
 from helpers import assert_adjoint, assert_linear, assert_prox, dense_matrix
 from torch import Tensor
 
+from flowprox.naming import build
 from flowprox.noise import make_noise
 from flowprox.operators import (
     BOUNDARIES,
@@ -33,7 +34,6 @@ from flowprox.operators import (
     measurement_shape,
     random_mask,
 )
-from flowprox.spec import build
 
 SHAPE = (3, 8, 10)
 OWN_MASK = (torch.arange(80).view(8, 10) % 3 > 0).float()

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from flowprox.baselines import Biharmonic, PlugAndPlay, TotalVariation
-from flowprox.evaluation.metrics import psnr
 from flowprox.flows import Glow
+from flowprox.metrics import psnr
 from flowprox.noise import GaussianNoise
 from flowprox.operators import make_physics, measure_each
 from flowprox.priors import FlowDenoiser, FlowPrior, ReconstructorDenoiser

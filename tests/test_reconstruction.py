@@ -20,7 +20,6 @@ from torch import Tensor
 from flowprox import FlowProx, Glow, UnfoldedHQS, UnfoldedPGD, load_model, save_model
 from flowprox.baselines import TotalVariation
 from flowprox.data import load_image, save_image
-from flowprox.evaluation.records import read_records
 from flowprox.methods import Outcome, run_method
 from flowprox.operators import make_physics, measure_each
 from flowprox.reconstruction import (
@@ -32,6 +31,7 @@ from flowprox.reconstruction import (
     reconstruct_files,
 )
 from flowprox.reconstruction.sizes import _continued
+from flowprox.records import read_records
 from flowprox.solvers import Solution, SolverInterrupted
 
 SIGMA_ZERO: dict[str, dict[str, Any]] = {

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from flowprox.evaluation.records import RecordWriter, read_records
+from flowprox.records import RecordWriter, read_records
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from report_cases import NASTY, Tags, make_records, write_figures_of_a_study, wr
 
 from flowprox.cli import main
 from flowprox.data import load_image, save_image
-from flowprox.evaluation.records import RecordWriter
 from flowprox.evaluation.report import (
     PARTS,
     ReportOptions,
@@ -28,6 +27,7 @@ from flowprox.evaluation.report import (
     write_report,
     write_tables,
 )
+from flowprox.records import RecordWriter
 
 SWEPT = {"denoising-sigma0.1": {"sigma": 0.1}, "denoising-sigma0.2": {"sigma": 0.2}}
 TABLES = ReportOptions(parts=["overview", "comparisons", "cases"])

@@ -11,9 +11,9 @@ import yaml
 from report_cases import make_records, write_figures_of_a_study, write_results
 
 from flowprox.evaluation.recipe_file import read_published, write_recipe
-from flowprox.evaluation.records import RecordWriter
 from flowprox.evaluation.report.reading import Evaluation, read_evaluations
 from flowprox.evaluation_options import EvaluatedMethod, EvaluatedProblem, EvaluationOptions, ImageOptions
+from flowprox.records import RecordWriter
 
 RECORDS = Path(__file__).parents[1] / "docs" / "records"
 RECIPES = Path(__file__).parents[1] / "recipes" / "evaluate"

@@ -16,9 +16,9 @@ from rich.console import Console
 
 from flowprox.cli import main
 from flowprox.data import save_image
-from flowprox.evaluation.records import read_records
 from flowprox.evaluation_options import ImageOptions
 from flowprox.flows import Glow
+from flowprox.records import read_records
 from flowprox.studies import STUDIES, StudyOptions, StudyRun, run_study, running
 from flowprox.studies.two_dimensional import bimodal_points, two_dimensional_flow
 

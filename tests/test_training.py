@@ -21,9 +21,11 @@ import yaml
 from helpers import terminated_while_validating
 from torch import Tensor, nn
 
-from flowprox.checkpoints import load_card, load_model, load_training_state, sole_writer
+from flowprox.checkpoints import load_card, load_model, load_training_state
 from flowprox.data import save_image
+from flowprox.files import sole_writer
 from flowprox.flows import NonFiniteError
+from flowprox.naming import Specified
 from flowprox.operators import make_physics, measure
 from flowprox.options import (
     DataOptions,
@@ -35,7 +37,6 @@ from flowprox.options import (
     parse_duration,
 )
 from flowprox.prox import FlowProx
-from flowprox.spec import Specified
 from flowprox.training import train_denoiser, train_flow, train_unfolded
 from flowprox.training.building import make_flow
 from flowprox.training.loop import _only_run, fit

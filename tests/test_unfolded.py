@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from flowprox.flows import Conv1x1, Flow, Glow, Sequential, Squeeze, Unsqueeze
 from flowprox.latent_mean import LatentMeanNet
+from flowprox.naming import build
 from flowprox.operators import LearnedBlur, make_physics
 from flowprox.prox import FlowProx, ResNetProx, SoftThreshold
-from flowprox.spec import build
 from flowprox.unfolded import UnfoldedHQS, UnfoldedPGD
 
 SHAPE = (3, 8, 8)

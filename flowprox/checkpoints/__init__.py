@@ -3,7 +3,7 @@
     NAME/card.json            what the model is, how it was made, how to rebuild it (``Card``)
     NAME/model.safetensors    its tensors; the card holds their SHA-256
 
-A model is rebuilt from the constructor call written in its card (see ``flowprox.spec``), never from a pickle, and gives
+A model is rebuilt from the constructor call written in its card (see ``flowprox.naming``), never from a pickle, and gives
 bitwise the outputs it gave when it was saved. Files appear whole or not at all: they are written beside their target,
 forced to disk and renamed. The card is renamed last; until then the weights that belong to the old card are kept, so a
 full disk or a kill at any moment leaves either the old model or the new one.
@@ -12,8 +12,7 @@ A trainer's state (``save_training_state``) is one file of tensors and plain val
 Nothing here imports torch before a model is needed.
 """
 
-from flowprox.checkpoints.card import CARD, Card
-from flowprox.checkpoints.files import CheckpointError, atomic_write, sha256, sole_writer
+from flowprox.checkpoints.card import CARD, Card, CheckpointError
 from flowprox.checkpoints.hub import push_to_hub
 from flowprox.checkpoints.loading import list_models, load_card, load_model, require_device
 from flowprox.checkpoints.saving import save_model
@@ -26,7 +25,6 @@ __all__ = [
     "CheckpointError",
     "PREVIOUS",
     "WEIGHTS",
-    "atomic_write",
     "list_models",
     "load_card",
     "load_model",
@@ -35,6 +33,4 @@ __all__ = [
     "push_to_hub",
     "save_model",
     "save_training_state",
-    "sha256",
-    "sole_writer",
 ]

@@ -13,9 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flowprox.checkpoints.files import PICKLE_SUFFIXES, CheckpointError, refuse_pickle
-
-__all__ = ["CARD", "Card", "read_card"]
+__all__ = ["CARD", "Card", "CheckpointError", "read_card"]
 
 FORMAT_VERSION = 1
 CARD = "card.json"
@@ -27,6 +25,12 @@ INTENDED_USE = (
 )
 
 _SHORT_LIST = re.compile(r"\[\n[^\[\]{}\"]{1,200}\n\s*\]")  # of numbers; JSON text has no line breaks inside strings
+
+PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin", ".th", ".tar"}
+
+
+class CheckpointError(ValueError):
+    """A model or training state on disk that cannot be used; the message names the file and the remedy."""
 
 
 @dataclass
@@ -155,3 +159,18 @@ def plain(value: Any, where: str) -> Any:
     raise TypeError(
         f"cannot write {type(value).__name__} into the card at {where}; pass numbers, text, lists or mappings"
     )
+
+
+def refuse_pickle(path: Path) -> None:
+    """Pickles and zip archives can run code when they are read."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    # a safetensors file starts with a length, which may happen to look like a pickle's first bytes, and then "{"
+    looks_like_one = start.startswith((b"PK\x03\x04", b"\x80")) and start[8:] != b"{"
+    if path.suffix in PICKLE_SUFFIXES or looks_like_one:
+        raise CheckpointError(
+            f"{path} is a pickle or zip archive (.pt, .pth, .ckpt): pickles are never read as models, since they can "
+            "run code. To convert: construct the model, "
+            "model.load_state_dict(torch.load(file, weights_only=True)), then "
+            "flowprox.save_model(model, folder)"
+        )

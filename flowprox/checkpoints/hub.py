@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flowprox.checkpoints.card import CARD, Card, read_card
-from flowprox.checkpoints.files import CheckpointError, first_line
+from flowprox.checkpoints.card import CARD, Card, CheckpointError, read_card
 from flowprox.checkpoints.weights import WEIGHTS, read_weights
+from flowprox.files import first_line
 
 __all__ = ["download", "push_to_hub"]
 

@@ -9,11 +9,11 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowprox.checkpoints.card import CARD, Card, read_card
-from flowprox.checkpoints.files import PICKLE_SUFFIXES, CheckpointError, first_line, refuse_pickle
+from flowprox.checkpoints.card import CARD, PICKLE_SUFFIXES, Card, CheckpointError, read_card, refuse_pickle
 from flowprox.checkpoints.hub import download
 from flowprox.checkpoints.rebuilding import fill, rebuild
 from flowprox.checkpoints.weights import WEIGHTS, parse_weights, read_weights
+from flowprox.files import first_line
 
 if TYPE_CHECKING:
     import torch

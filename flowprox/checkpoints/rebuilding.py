@@ -6,9 +6,9 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from flowprox.checkpoints.files import CheckpointError
+from flowprox.checkpoints.card import CheckpointError
 from flowprox.checkpoints.weights import distinct_tensors
-from flowprox.spec import build, registered_kinds
+from flowprox.naming import build, registered_kinds
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

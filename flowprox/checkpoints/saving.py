@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from flowprox.checkpoints.card import CARD, FORMAT_VERSION, Card, plain
-from flowprox.checkpoints.files import atomic_write, force_to_disk, sha256
 from flowprox.checkpoints.rebuilding import check_rebuild
 from flowprox.checkpoints.weights import PREVIOUS, WEIGHTS, pack
-from flowprox.spec import Specified
+from flowprox.files import atomic_write, force_to_disk, sha256
+from flowprox.naming import Specified
 
 if TYPE_CHECKING:
     from torch import nn
@@ -110,7 +110,7 @@ def _unwrap(model: Any) -> tuple[nn.Module, dict[str, Any]]:
         if inner is None:
             raise TypeError(
                 f"cannot save a {type(model).__name__}: models are saved with their constructor arguments, so the class "
-                "must derive from flowprox.spec.Specified first: class Mine(Specified, nn.Module)"
+                "must derive from flowprox.naming.Specified first: class Mine(Specified, nn.Module)"
             )
         model = inner
     return cast("nn.Module", model), model.spec()

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flowprox.checkpoints.files import CheckpointError, atomic_write, first_line
+from flowprox.checkpoints.card import CheckpointError
+from flowprox.files import atomic_write, first_line
 
 __all__ = ["load_training_state", "save_training_state"]
 

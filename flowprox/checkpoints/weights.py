@@ -10,8 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowprox.checkpoints.card import CARD, Card
-from flowprox.checkpoints.files import CheckpointError, refuse_pickle
+from flowprox.checkpoints.card import CARD, Card, CheckpointError, refuse_pickle
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

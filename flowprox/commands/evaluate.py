@@ -46,10 +46,10 @@ def evaluate(
         name: of the recipe, for the records.
     """
     recipe = EvaluationOptions(images, problems, methods, tune_images, scales or {}, name)
-    from flowprox.checkpoints import atomic_write
     from flowprox.evaluation.benchmark import RunOptions, evaluate
     from flowprox.evaluation.plan import published_figures
     from flowprox.evaluation.summary import summary_markdown, summary_rows
+    from flowprox.files import atomic_write
 
     records = evaluate(recipe, out, RunOptions(scale, limit, seed, device, devices, n_pictures))
     rows = summary_rows(records, {} if scale == "smoke" else published_figures(recipe, scale))

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowprox.checkpoints import atomic_write
 from flowprox.data.decoding import as_float, deep_gray, is_deep, opaque, open_bytes, pixels_of, read_file
+from flowprox.files import atomic_write
 
 __all__ = ["check_image", "load_image", "save_image"]
 

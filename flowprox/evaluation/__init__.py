@@ -1,5 +1,5 @@
 """Measuring reconstructions, and showing them: metrics, records, report, demo."""
 
-from flowprox.evaluation.metrics import psnr, ssim
+from flowprox.metrics import psnr, ssim
 
 __all__ = ["psnr", "ssim"]

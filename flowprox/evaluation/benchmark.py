@@ -19,11 +19,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flowprox.checkpoints import require_device, sole_writer
+from flowprox.checkpoints import require_device
 from flowprox.evaluation.comparison import Evaluation, EvaluationInterrupted, RunOptions
 from flowprox.evaluation.devices import absorb_shares, run_on_devices
 from flowprox.evaluation.plan import at_scale, planned
 from flowprox.evaluation_options import SAMPLES, EvaluationOptions
+from flowprox.files import sole_writer
 
 __all__ = ["EvaluationInterrupted", "RunOptions", "evaluate"]
 

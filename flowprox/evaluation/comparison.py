@@ -26,7 +26,6 @@ from flowprox.data import save_image
 from flowprox.evaluation.images import EvaluatedImage, figures, load_images
 from flowprox.evaluation.plan import AS_WRITTEN, Case, combinations
 from flowprox.evaluation.recipe_file import write_recipe
-from flowprox.evaluation.records import RecordWriter
 from flowprox.evaluation.report import picture_path, truth_path
 from flowprox.evaluation.resources import measured_cost
 from flowprox.evaluation_options import EvaluationOptions, ImageOptions
@@ -34,6 +33,7 @@ from flowprox.methods import make_method, run_method
 from flowprox.noise import NOISES
 from flowprox.operators import make_physics, measure_each, measurement_shape
 from flowprox.reconstruction.sizes import fit_to_divisor
+from flowprox.records import RecordWriter
 
 __all__ = ["Evaluation", "EvaluationInterrupted", "RunOptions", "is_success"]
 

@@ -29,11 +29,11 @@ from flowprox import __version__
 from flowprox.baselines import BM3D, Biharmonic, TotalVariation
 from flowprox.checkpoints import load_model
 from flowprox.data import save_image
-from flowprox.evaluation.metrics import psnr, ssim
-from flowprox.evaluation.records import RecordWriter
 from flowprox.evaluation.report import MEASUREMENT, ReportOptions, picture_path, truth_path, write_figures, write_report
 from flowprox.evaluation.summary import summary_rows
+from flowprox.metrics import psnr, ssim
 from flowprox.operators import Problem, make_physics, measure_each
+from flowprox.records import RecordWriter
 from flowprox.samples import PORTRAITS, sample_images
 
 __all__ = ["DEMO_PROBLEMS", "demo_model_name", "load_demo_models", "run_demo"]

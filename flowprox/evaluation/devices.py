@@ -17,8 +17,8 @@ from lightning.fabric import Fabric
 
 from flowprox.evaluation.comparison import Evaluation, EvaluationInterrupted, RunOptions, is_success
 from flowprox.evaluation.plan import Case
-from flowprox.evaluation.records import RecordWriter, read_records
 from flowprox.evaluation_options import EvaluationOptions
+from flowprox.records import RecordWriter, read_records
 
 __all__ = ["absorb_shares", "run_on_devices"]
 

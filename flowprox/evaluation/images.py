@@ -15,8 +15,8 @@ from torch import Tensor
 from flowprox.data import ImageDataset
 from flowprox.data.decoding import as_float, fitted
 from flowprox.data.sources import entries_of_split
-from flowprox.evaluation.metrics import best_scaled, psnr, ssim
 from flowprox.evaluation_options import SAMPLES, ImageOptions
+from flowprox.metrics import best_scaled, psnr, ssim
 from flowprox.operators import OneBitSensing
 from flowprox.reconstruction import image_seed
 from flowprox.samples import SAMPLES_FOLDER

@@ -24,6 +24,7 @@ from flowprox.evaluation_options import (
     ScaleOptions,
 )
 from flowprox.methods import METHODS, check_options
+from flowprox.naming import nearest
 from flowprox.noise import NOISES
 from flowprox.operators import Problem
 
@@ -94,7 +95,7 @@ def at_scale(recipe: EvaluationOptions, scale: str) -> EvaluationOptions:
     """
     known = {SMOKE, AS_WRITTEN, *recipe.scales}
     if scale not in known:
-        raise ValueError(f"the recipe has no scale {scale!r}; {_nearest(scale, known)}")
+        raise ValueError(f"the recipe has no scale {scale!r}; {nearest(scale, known)}")
     used = _used_at(recipe, scale)
     if scale in recipe.scales:
         return _replaced(used, recipe.scales[scale])
@@ -227,7 +228,7 @@ def planned(recipe: EvaluationOptions) -> list[Case]:
     names = {name for problem in problems for name in (problem.label, problem.problem.name)}
     for method in methods:
         for name in {*(method.problems or ()), *method.options_for} - names:
-            raise ValueError(f"method {method.label} names the problem {name!r}; {_nearest(name, names)}")
+            raise ValueError(f"method {method.label} names the problem {name!r}; {nearest(name, names)}")
         if not any(method.is_used_for(problem) for problem in problems):
             kinds = ", ".join(METHODS[method.name].problems or ())
             raise ValueError(f"method {method.label} is used for no problem here; {method.name} is for {kinds}")
@@ -271,7 +272,7 @@ def _problems(given: EvaluatedProblem) -> Iterator[PlannedProblem]:
 
 def _methods(given: EvaluatedMethod) -> Iterator[PlannedMethod]:
     if given.name not in METHODS:
-        raise ValueError(f"unknown method {given.name!r}; {_nearest(given.name, METHODS)}")
+        raise ValueError(f"unknown method {given.name!r}; {nearest(given.name, METHODS)}")
     missing = METHODS[given.name].missing({"flow": given.flow, "model": given.model})
     if missing is not None:
         raise ValueError(f"method {given.label or given.name} needs {missing}: the name, folder or hub id of one")
@@ -315,8 +316,3 @@ def _check_distinct(what: str, labels: Sequence[str]) -> None:
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise ValueError(f"{what}: {twice[0]} stands there twice; give one of them another label or other values")
-
-
-def _nearest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from flowprox.checkpoints import atomic_write
 from flowprox.evaluation.plan import planned_problems
 from flowprox.evaluation_options import EvaluatedProblem, EvaluationOptions
+from flowprox.files import atomic_write
 
 __all__ = ["Published", "read_published", "write_recipe"]
 

@@ -22,7 +22,7 @@ from flowprox.flows.fast import FastSteps
 from flowprox.flows.flow import Flow
 from flowprox.flows.layers import GlowStep, HaarSqueeze, Split, Squeeze, Unsqueeze
 from flowprox.flows.reversible import Reversible
-from flowprox.spec import Specified
+from flowprox.naming import Specified
 
 __all__ = ["Glow"]
 

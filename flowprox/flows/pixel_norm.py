@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flowprox.flows.bijection import Bijection, Sequential
 from flowprox.flows.flow import Flow
-from flowprox.spec import Specified
+from flowprox.naming import Specified
 
 __all__ = ["PixelNorm", "PixelwiseFlow"]
 

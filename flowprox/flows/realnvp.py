@@ -28,7 +28,7 @@ from flowprox.flows.flow import Flow
 from flowprox.flows.glow import _check_choice, _per_level
 from flowprox.flows.layers import ActNorm, AffineCoupling, Split, Squeeze, Unsqueeze
 from flowprox.flows.reversible import Reversible
-from flowprox.spec import Specified
+from flowprox.naming import Specified
 
 __all__ = ["ChannelFlip", "CheckerboardCoupling", "RealNVP", "ResidualConditioner"]
 

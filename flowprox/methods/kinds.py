@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["METHODS", "MethodKind", "default_options", "method_kind", "nearest_names"]
+from flowprox.naming import nearest
+
+__all__ = ["METHODS", "MethodKind", "default_options", "method_kind"]
 
 _LINEAR = (
     "denoising",
@@ -160,12 +161,5 @@ def default_options(name: str, problem: str | None = None) -> dict[str, Any]:
 def method_kind(name: str) -> MethodKind:
     """The registry's line; ``ValueError`` with the nearest names if there is none."""
     if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; {nearest_names(str(name), METHODS)}")
+        raise ValueError(f"unknown method {name!r}; {nearest(name, sorted(METHODS))}")
     return METHODS[name]
-
-
-def nearest_names(name: str, known: Iterable[str]) -> str:
-    """What to say of a name that is not known."""
-    names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names) or 'none'}"

@@ -9,7 +9,8 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flowprox.methods.kinds import METHODS, method_kind, nearest_names
+from flowprox.methods.kinds import METHODS, method_kind
+from flowprox.naming import nearest
 
 __all__ = ["GIVEN_APART", "check_options", "method_class", "model_argument", "option_classes", "parameters_of"]
 
@@ -23,7 +24,7 @@ def check_options(name: str, options: Iterable[str]) -> None:
     known = _option_names(name)
     for option in options:
         if option not in known:
-            raise ValueError(f"method {name} has no option {option!r}; {nearest_names(option, known)}")
+            raise ValueError(f"method {name} has no option {option!r}; {nearest(option, sorted(known))}")
 
 
 def method_class(name: str) -> Any:

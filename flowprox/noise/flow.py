@@ -13,8 +13,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from flowprox.naming import Specified
 from flowprox.noise.base import Generators, Noise, standard_normal
-from flowprox.spec import Specified
 
 __all__ = ["FlowNoise"]
 

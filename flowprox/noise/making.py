@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from flowprox.naming import nearest
 from flowprox.noise.base import Noise
 from flowprox.noise.digits import MNISTNoise
 from flowprox.noise.gaussian import GaussianNoise, radial_noise, sinusoidal_noise
@@ -59,14 +59,9 @@ def make_noise(name: str, shape: Sequence[int], **parameters: Any) -> Noise:
         0.5
     """
     if name not in NOISES:
-        raise ValueError(f"unknown noise {name!r}; {_nearest(str(name), list(NOISES))}")
+        raise ValueError(f"unknown noise {name!r}; {nearest(name, NOISES)}")
     known = [key for key in inspect.signature(NOISES[name]).parameters if key != "shape"]
     for key in parameters:
         if key not in known:
-            raise ValueError(f"{name} noise has no parameter {key!r}; {_nearest(key, known)}")
+            raise ValueError(f"{name} noise has no parameter {key!r}; {nearest(key, known)}")
     return NOISES[name](shape, **parameters)
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    names = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    return f"did you mean {' or '.join(names)}?" if names else f"known: {', '.join(known)}"

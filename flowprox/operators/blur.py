@@ -14,8 +14,8 @@ from deepinv.physics import LinearPhysics, NoiseModel
 from deepinv.physics.functional import filter_fft, gaussian_blur
 from torch import Tensor, nn
 
+from flowprox.naming import Specified
 from flowprox.operators.noise import SeededGaussianNoise, at_least_zero
-from flowprox.spec import Specified
 
 __all__ = ["CircularBlur", "CircularConvolution", "LearnedBlur", "checked_kernel", "gaussian_kernel"]
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,13 +11,14 @@ import torch
 from deepinv.physics import Blur, Denoising, Inpainting, LinearPhysics, NoiseModel, Physics
 from torch import Tensor
 
+from flowprox.naming import nearest
 from flowprox.operators.blur import CircularBlur, checked_kernel, gaussian_kernel
 from flowprox.operators.imaging import ParallelCT, RealMRI, SuperResolution, cartesian_mask
 from flowprox.operators.masks import center_mask, checked_mask, random_mask
 from flowprox.operators.noise import SeededGaussianNoise
 from flowprox.operators.sensing import DenseSensing, OneBitSensing, StructuredSensing
 
-__all__ = ["BOUNDARIES", "PROBLEMS", "ImageShape", "ProblemKind", "nearest"]
+__all__ = ["BOUNDARIES", "PROBLEMS", "ImageShape", "ProblemKind"]
 
 BOUNDARIES = ("circular", "reflect", "replicate", "zeros")
 """What a blur sees outside the image: the image repeated, mirrored, its last pixel, black."""
@@ -221,9 +221,3 @@ def _array(name: str, value: Any) -> Tensor:
         return torch.as_tensor(value).to(torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} must be an array of numbers or the path of an .npy file ({error})") from error
-
-
-def nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    """What the user may have meant, for a message."""
-    names = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
-    return f"did you mean {' or '.join(names)}?" if names else f"known: {', '.join(known)}"

@@ -14,9 +14,10 @@ import torch
 from deepinv.physics import LinearPhysics, NoiseModel
 from torch import Tensor
 
+from flowprox.naming import nearest
 from flowprox.noise import NOISES, Noise, make_noise
 from flowprox.operators.checks import measurement_shape
-from flowprox.operators.kinds import PROBLEMS, ImageShape, nearest
+from flowprox.operators.kinds import PROBLEMS, ImageShape
 from flowprox.operators.noise import SeededGaussianNoise, at_least_zero
 
 __all__ = ["Problem", "make_physics"]

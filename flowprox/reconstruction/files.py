@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from flowprox.checkpoints import atomic_write
 from flowprox.data import IMAGE_SUFFIXES, save_image
+from flowprox.files import atomic_write
 
 __all__ = ["Input", "check_free", "list_inputs", "new_folder", "write_array", "write_picture"]
 

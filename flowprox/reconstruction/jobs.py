@@ -16,14 +16,14 @@ from torch import Tensor
 
 from flowprox.checkpoints import load_model
 from flowprox.data import load_array, load_image, load_measurement
-from flowprox.evaluation.metrics import best_scaled, psnr, ssim
-from flowprox.evaluation.records import RecordWriter
 from flowprox.flows import Flow, NonFiniteError
 from flowprox.methods import METHODS, check_options, make_method, outcome_of, run_method
+from flowprox.metrics import best_scaled, psnr, ssim
 from flowprox.noise import NOISES
 from flowprox.operators import OneBitSensing, Problem, make_physics, measure_each, measurement_shape
 from flowprox.reconstruction.files import Input, check_free, list_inputs, new_folder, write_array, write_picture
 from flowprox.reconstruction.sizes import EXTENDABLE, Fitted, fit_to_divisor
+from flowprox.records import RecordWriter
 from flowprox.solvers import SolverInterrupted
 
 __all__ = ["ReconstructionInterrupted", "ReconstructionJob", "image_seed", "reconstruct_files"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from flowprox.evaluation.metrics import psnr
+from flowprox.metrics import psnr
 from flowprox.solvers import LBFGS, Adam, LatentMAP
 from flowprox.studies.contract import Drawn, Record, Study, StudyRun
 from flowprox.studies.drawing import curve, new_figure, rounded

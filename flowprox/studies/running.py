@@ -11,7 +11,6 @@ What is already recorded is recognized by ``id``, a hash of everything it depend
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import sys
@@ -25,11 +24,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from flowprox import __version__
-from flowprox.checkpoints import atomic_write, load_card, load_model
+from flowprox.checkpoints import load_card, load_model
 from flowprox.data import ImageDataset
-from flowprox.evaluation.records import RecordWriter, read_records
 from flowprox.evaluation_options import SAMPLES, ImageOptions
+from flowprox.files import atomic_write
 from flowprox.flows import Flow
+from flowprox.naming import nearest
+from flowprox.records import RecordWriter, read_records
 from flowprox.samples import SAMPLES_FOLDER
 from flowprox.studies.contract import Study, StudyRun
 from flowprox.studies.landscapes import LANDSCAPES
@@ -173,9 +174,7 @@ def _write_figures(study: Study, records: Sequence[Mapping[str, Any]], out: Path
 
 def _known(name: str, known: Mapping[str, Any], kind: str) -> Any:
     if name not in known:
-        near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
-        remedy = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
-        raise ValueError(f"unknown {kind} {name!r}; {remedy}")
+        raise ValueError(f"unknown {kind} {name!r}; {nearest(name, known)}")
     return known[name]
 
 

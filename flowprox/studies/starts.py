@@ -14,7 +14,7 @@ from typing import Any
 from deepinv.physics import LinearPhysics
 
 from flowprox.baselines import Lasso
-from flowprox.evaluation.metrics import psnr
+from flowprox.metrics import psnr
 from flowprox.solvers import LBFGS, LatentMAP, null_space_perturbed
 from flowprox.studies.contract import Drawn, Record, Study, StudyRun
 from flowprox.studies.drawing import new_figure, rounded

@@ -13,11 +13,11 @@ from flowprox.checkpoints import load_model
 from flowprox.flows import Flow, Glow
 from flowprox.latent_mean import LatentMeanNet
 from flowprox.levels import at_level
+from flowprox.naming import build
 from flowprox.noise import FlowNoise
 from flowprox.operators import LearnedBlur
 from flowprox.options import DataOptions, NoiseOptions, ProblemOptions, UnfoldedOptions
 from flowprox.prox import FlowProx, ResNetProx, UNetProx
-from flowprox.spec import build
 from flowprox.unfolded import Unfolded, UnfoldedHQS, UnfoldedPGD
 
 __all__ = ["image_shape", "make_flow", "make_net_prox", "make_unfolded"]

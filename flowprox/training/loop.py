@@ -28,8 +28,9 @@ from lightning.fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from flowprox.checkpoints import load_training_state, save_model, save_training_state, sole_writer
+from flowprox.checkpoints import load_training_state, save_model, save_training_state
 from flowprox.data import save_image
+from flowprox.files import sole_writer
 from flowprox.flows import NonFiniteError
 from flowprox.options import DataOptions, NoiseOptions, TrainingOptions, parse_duration
 from flowprox.training.averages import BatchStatistics, KeptWeights, WeightAverage

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from flowprox.checkpoints import atomic_write
+from flowprox.files import atomic_write
 
 __all__ = ["RunLog"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowprox.coupling_nets import ZeroConv2d
 from flowprox.flows import Flow, Glow, RealNVP
-from flowprox.spec import build
+from flowprox.naming import build
 
 FLOWS = {
     "glow": lambda: Glow((3, 16, 16), 2, 4, 16),

@@ -10,11 +10,11 @@ from urllib.parse import quote
 from matplotlib.figure import Figure
 from PIL import Image
 
-from flowprox.checkpoints import atomic_write
 from flowprox.evaluation.report.pictures import picture_path, truth_path
 from flowprox.evaluation.report.reading import ordered, read_evaluations
 from flowprox.evaluation.report.tables import number
 from flowprox.evaluation.summary import Row, summary_rows
+from flowprox.files import atomic_write
 
 __all__ = ["write_figures"]
 

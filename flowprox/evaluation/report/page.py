@@ -6,7 +6,6 @@ Only what stands in results folders is read; no model is loaded and nothing is r
 from __future__ import annotations
 
 import base64
-import difflib
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from flowprox.checkpoints import atomic_write
 from flowprox.evaluation.report import drawings
 from flowprox.evaluation.report.contents import Contents
 from flowprox.evaluation.report.gallery import make_gallery
@@ -24,6 +22,8 @@ from flowprox.evaluation.report.pictures import data_uri
 from flowprox.evaluation.report.reading import ordered, read_evaluations
 from flowprox.evaluation.report.tables import Table, to_csv, to_latex, to_markdown
 from flowprox.evaluation.summary import METRICS
+from flowprox.files import atomic_write
+from flowprox.naming import nearest
 
 __all__ = ["PARTS", "ReportOptions", "Results", "read_results", "write_page", "write_report", "write_tables"]
 
@@ -241,9 +241,7 @@ def _drawn(charts: Iterable[drawings.Chart]) -> list[dict[str, Any]]:
 def _check_known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-            remedy = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
-            raise ValueError(f"{what}: unknown {name!r}; {remedy}")
+            raise ValueError(f"{what}: unknown {name!r}; {nearest(name, sorted(known))}")
 
 
 def _slug(name: str) -> str:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flowprox.evaluation.recipe_file import Published, read_published
-from flowprox.evaluation.records import read_records
 from flowprox.evaluation.summary import measurement_of
+from flowprox.records import read_records
 
 __all__ = ["Evaluation", "Illustration", "ordered", "read_evaluations"]
 

@@ -8,8 +8,8 @@ import pytest
 from torch import nn
 
 from flowprox.flows import Glow
+from flowprox.naming import Specified, build, registered_kinds
 from flowprox.prox import FlowProx
-from flowprox.spec import Specified, build, registered_kinds
 from flowprox.unfolded import UnfoldedPGD
 
 

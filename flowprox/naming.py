@@ -1,4 +1,4 @@
-"""How a model writes down its own constructor call, and is built again from it.
+"""Names: what a misspelt one may have meant, and models that write down their own constructor call.
 
 A model card must say how to rebuild a model without pickle and without importing a name that a stranger wrote. Every class
 that derives from ``Specified`` is entered in a registry under its own name and remembers the arguments it was constructed
@@ -7,14 +7,35 @@ with; ``spec()`` gives them as plain JSON values, nested models included, and ``
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["Specified", "build", "registered_kinds"]
+__all__ = ["Specified", "build", "nearest", "registered_kinds"]
 
 _REGISTRY: dict[str, type] = {}
+
+
+def nearest(name: object, known: Iterable[str], prefix: str = "") -> str:
+    """What to say of a name that is not known: the names that look like it, or all of them.
+
+    Arguments:
+        name: as the user wrote it.
+        known: the names that exist, in the order in which they are to be listed.
+        prefix: stands before each name in the answer, such as "--".
+
+    Example:
+        >>> nearest("denoise", ["denoising", "inpainting"])
+        'did you mean denoising?'
+        >>> nearest("ct", ["denoising", "inpainting"])
+        'known: denoising, inpainting'
+    """
+    names = [str(one) for one in known]
+    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    said = f"did you mean {' or '.join(prefix + one for one in near)}?"
+    return said if near else f"known: {', '.join(prefix + one for one in names) or 'none'}"
 
 
 class Specified:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and are never unpickled."""
+"""Files that appear whole or not at all, and one writer per folder."""
 
 from __future__ import annotations
 
@@ -13,13 +13,7 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-__all__ = ["CheckpointError", "atomic_write", "sha256", "sole_writer"]
-
-PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin", ".th", ".tar"}
-
-
-class CheckpointError(ValueError):
-    """A model or training state on disk that cannot be used; the message names the file and the remedy."""
+__all__ = ["atomic_write", "first_line", "force_to_disk", "sha256", "sole_writer"]
 
 
 @contextmanager
@@ -118,21 +112,6 @@ def sha256(path: str | os.PathLike[str]) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def refuse_pickle(path: Path) -> None:
-    """Pickles and zip archives can run code when they are read."""
-    with open(path, "rb") as file:
-        start = file.read(9)
-    # a safetensors file starts with a length, which may happen to look like a pickle's first bytes, and then "{"
-    looks_like_one = start.startswith((b"PK\x03\x04", b"\x80")) and start[8:] != b"{"
-    if path.suffix in PICKLE_SUFFIXES or looks_like_one:
-        raise CheckpointError(
-            f"{path} is a pickle or zip archive (.pt, .pth, .ckpt): pickles are never read as models, since they can "
-            "run code. To convert: construct the model, "
-            "model.load_state_dict(torch.load(file, weights_only=True)), then "
-            "flowprox.save_model(model, folder)"
-        )
 
 
 def first_line(error: BaseException) -> str:

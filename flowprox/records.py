@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from flowprox.checkpoints import atomic_write
+from flowprox.files import atomic_write
 
 __all__ = ["RecordWriter", "read_records"]
 
