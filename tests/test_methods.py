@@ -117,7 +117,7 @@ def test_a_generator_is_a_prior_of_noise_map_only() -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown name": ({"name": "latentmap"}, "did you mean latent-map"),
-    "unknown option": ({"name": "tv", "regularization": 1.0}, "did you mean regularization"),
+    "unknown option": ({"name": "tv", "regularizer": 1.0}, "did you mean regularization"),
     "flow missing": ({"name": "latent-map"}, "method latent-map needs flow"),
     "either missing": ({"name": "plug-and-play"}, "needs flow or model"),
     "model missing": ({"name": "gan"}, "method gan needs model"),

@@ -82,6 +82,7 @@ class Card:
             CheckpointError: a key is missing, unknown, or holds a value of the wrong type.
         """
         known = {f.name: f for f in dataclasses.fields(cls)}
+        values = {"license" if key == "licence" else key: value for key, value in values.items()}  # cards before 0.2
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise CheckpointError(f"unknown key {unknown[0]!r} in the card; put free remarks under 'notes'")
