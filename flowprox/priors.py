@@ -148,7 +148,7 @@ class FlowDenoiser(Denoiser):
     returns v. The result carries no gradient, and the flow's weights and mode are left as they are.
 
     Shrinking the latent of v itself, g(f(v) / (1 + w)), is far cheaper and no denoiser: noise lies so far out in the latent
-    space of a flow trained on clean images that no w gains anything (``docs/deepinv.md`` has the figures).
+    space of a flow trained on clean images that no w gains anything (``docs/guide/deepinv.md`` has the figures).
 
     References:
         Asim et al. 2020, Invertible generative models for inverse problems, https://arxiv.org/abs/1905.11672, Eq. (4), squared.

@@ -1,4 +1,4 @@
-"""What docs/evaluation.md shows is what runs."""
+"""What docs/guide/compare.md shows is what runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flowprox.data import save_image
 from flowprox.records import read_records
 
 ROOT = Path(__file__).parents[1]
-GUIDE = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs/guide/compare.md").read_text(encoding="utf-8")
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*:DeprecationWarning")
 
 
@@ -47,11 +47,11 @@ def test_ten_lines_evaluate_a_folder_and_an_operator_of_ones_own(
 
 def test_the_records_that_are_kept_make_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    (words,) = [words for words in _commands() if "docs/records/asim-denoising.jsonl" in words]
+    (words,) = [words for words in _commands() if "docs/evidence/records/asim-denoising.jsonl" in words]
     words[words.index("--out") + 1] = str(tmp_path / "asim")
     assert main([*words, "--parts", "overview"]) == 0
     table = (tmp_path / "asim/tables/overview.md").read_text()
     bm3d = next(line for line in table.splitlines() if "bm3d" in line)
-    documented = next(line for line in (ROOT / "docs/results.md").read_text().splitlines() if line.startswith("| bm3d"))
+    documented = next(line for line in (ROOT / "docs/evidence/results.md").read_text().splitlines() if line.startswith("| bm3d"))
     figures = re.findall(r"[\d.]+", re.sub(r"\([\d.]+\)", "", documented.replace("bm3d", "")))
     assert re.findall(r"[\d.]+", bm3d.replace("bm3d", "")) == figures

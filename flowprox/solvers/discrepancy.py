@@ -49,7 +49,7 @@ class Discrepancy:
         tau: root of the wanted ratio of residual energy to noise energy; MAP estimates that are best in PSNR leave a
             little less than all of the noise.
         share: the middle gamma as a part of Bayes' rule: of 2 sigma^2 ||z||, of sigma^2 for the squared norm, and of
-            0.7 sigma^2 for the image form, whose density is best trusted by a third (docs/log.md).
+            0.7 sigma^2 for the image form, whose density is best trusted by a third (docs/evidence/log.md).
         limit: largest factor between the middle gamma and the last.
         n_stages: how often gamma is set.
 

@@ -154,7 +154,7 @@ class LatentMAP(Reconstructor):
         def bayes(z: Tensor) -> Tensor:
             """The weight in ||r||^2 / (2 sigma^2) + 1/2 ||z||^2, times 2 sigma^2."""
             if self.form == "image":
-                return 0.7 * variance  # the density of images is best trusted by a third (docs/log.md)
+                return 0.7 * variance  # the density of images is best trusted by a third (docs/evidence/log.md)
             if self.norm == "squared":
                 return variance
             length = torch.linalg.vector_norm(z, dim=1)  # at the start z = 0 a common one
