@@ -52,6 +52,7 @@ def test_the_records_that_are_kept_make_a_report(tmp_path: Path, monkeypatch: py
     assert main([*words, "--parts", "overview"]) == 0
     table = (tmp_path / "asim/tables/overview.md").read_text()
     bm3d = next(line for line in table.splitlines() if "bm3d" in line)
-    documented = next(line for line in (ROOT / "docs/evidence/results.md").read_text().splitlines() if line.startswith("| bm3d"))
+    results = (ROOT / "docs/evidence/results.md").read_text().splitlines()
+    documented = next(line for line in results if line.startswith("| bm3d"))
     figures = re.findall(r"[\d.]+", re.sub(r"\([\d.]+\)", "", documented.replace("bm3d", "")))
     assert re.findall(r"[\d.]+", bm3d.replace("bm3d", "")) == figures

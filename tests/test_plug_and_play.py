@@ -25,7 +25,7 @@ from flowprox.solvers import Adam, LatentMAP, NoiseMAP, PosteriorSampling
 from flowprox.unfolded import UnfoldedPGD
 
 SHAPE = (3, 16, 16)
-PAGE = Path(__file__).parent.parent / "docs" / "deepinv.md"
+PAGE = Path(__file__).parent.parent / "docs" / "guide" / "deepinv.md"
 
 
 def tiny_glow() -> Glow:

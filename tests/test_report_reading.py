@@ -15,7 +15,7 @@ from flowprox.evaluation.report.reading import Evaluation, read_evaluations
 from flowprox.evaluation_options import EvaluatedMethod, EvaluatedProblem, EvaluationOptions, ImageOptions
 from flowprox.records import RecordWriter
 
-RECORDS = Path(__file__).parents[1] / "docs" / "records"
+RECORDS = Path(__file__).parents[1] / "docs" / "evidence" / "records"
 RECIPES = Path(__file__).parents[1] / "recipes" / "evaluate"
 
 
