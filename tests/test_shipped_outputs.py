@@ -1,0 +1,92 @@
+"""Every shipped model loads and gives what it gave when its outputs were stored in ``shipped_outputs.json``.
+
+Bit for bit on the kind of CPU and the torch version that stored them: convolutions sum in another order elsewhere, and then
+1e-5 of the output's scale is what float32 promises. ``python tests/test_shipped_outputs.py`` stores the outputs anew; that is
+right only when a model's weights were replaced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import flowprox
+from flowprox.flows import Flow
+from flowprox.noise import FlowNoise
+
+STORED = Path(__file__).with_name("shipped_outputs.json")
+SIZE = 64
+TOLERANCE = 1e-5
+
+
+def machine() -> list[str]:
+    """What decides the order in which sums are taken."""
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    cpu = {line.split(":")[1].strip() for line in text.splitlines() if line.startswith(("model name", "model\t"))}
+    return [*sorted(cpu), torch.backends.cpu.get_cpu_capability(), torch.__version__]
+
+
+def image(channels: int = 3) -> Tensor:
+    """(2, C, 64, 64) in [0, 1]: slopes and an integer hash, the same on every machine and with every version of torch."""
+    n = torch.arange(2 * channels * SIZE * SIZE, dtype=torch.int64)
+    hashed = (n * 2654435761 + 12345) % 2**32 // 2**16 % 256
+    slopes = (n % SIZE + n // SIZE % SIZE) * 255 // (2 * SIZE)
+    return ((3 * slopes + hashed).to(torch.float32) / 1024).view(2, channels, SIZE, SIZE)
+
+
+@torch.no_grad()
+def outputs(name: str) -> dict[str, Tensor]:
+    """The latent and log-density of a flow, the reconstruction of a network."""
+    model = flowprox.load_model(name)
+    flow = model.flow if isinstance(model, FlowNoise) else model
+    if isinstance(flow, Flow):
+        x = image(flow.n_channels) - (0.5 if isinstance(model, FlowNoise) else 0.0)
+        return {"encode": flow.encode(x), "log_prob": model.log_prob(x)}
+    parameters = {**model.card.problem["parameters"], "sigma": 0.05}
+    physics = flowprox.make_physics(model.card.problem["name"], (3, SIZE, SIZE), **parameters)
+    return {"reconstruction": model(physics.A(image()), physics)}
+
+
+def record(tensor: Tensor) -> dict[str, Any]:
+    assert tensor.dtype == torch.float32
+    flat = tensor.contiguous().flatten()
+    return {
+        "sha256": hashlib.sha256(flat.numpy().tobytes()).hexdigest(),
+        "values": flat[:: max(1, len(flat) // 16)].tolist(),
+        "sum": flat.double().sum().item(),
+        "sum_of_magnitudes": flat.double().abs().sum().item(),
+    }
+
+
+def test_outputs_of_every_shipped_model_are_stored() -> None:
+    assert list(json.loads(STORED.read_text(encoding="utf-8"))["models"]) == flowprox.list_models()
+
+
+@pytest.mark.parametrize("name", flowprox.list_models())
+def test_output_is_the_stored_one(name: str) -> None:
+    stored = json.loads(STORED.read_text(encoding="utf-8"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        computed = {key: record(tensor) for key, tensor in outputs(name).items()}
+    finally:
+        torch.set_num_threads(threads)
+    if stored["machine"] == machine():
+        assert computed == stored["models"][name]
+    assert computed.keys() == stored["models"][name].keys()
+    for key, expected in stored["models"][name].items():
+        values, wanted = torch.tensor(computed[key]["values"]), torch.tensor(expected["values"])
+        assert (values - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
+        assert abs(computed[key]["sum"] - expected["sum"]) <= TOLERANCE * expected["sum_of_magnitudes"]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    models = {name: {key: record(tensor) for key, tensor in outputs(name).items()} for name in flowprox.list_models()}
+    STORED.write_text(json.dumps({"machine": machine(), "models": models}, indent=1) + "\n", encoding="utf-8")
