@@ -168,7 +168,7 @@ def _is_bad_input(error: Exception) -> bool:
     classes = [*_BAD_INPUT]
     for module, name in (
         ("torch", "OutOfMemoryError"),
-        ("lightning.fabric.utilities.exceptions", "MisconfigurationException"),
+        ("lightning_fabric.utilities.exceptions", "MisconfigurationException"),
     ):
         if module in sys.modules:
             classes.append(getattr(sys.modules[module], name))

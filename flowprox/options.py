@@ -1,4 +1,4 @@
-"""The settings of a training run, as plain typed records.
+"""The settings of a training run, and what it came to, as plain typed records.
 
 The command line and the YAML recipes are made from these classes, so each field is an option of the same name. Nothing
 heavy is imported here: ``flowprox --help`` stays fast. A wrong value raises when the record is made, before any data is
@@ -18,6 +18,7 @@ __all__ = [
     "NoiseOptions",
     "ProblemOptions",
     "TrainingOptions",
+    "TrainingResult",
     "UnfoldedOptions",
     "parse_duration",
 ]
@@ -435,3 +436,26 @@ class TrainingOptions:
             self.batch_size % processes == 0,
             f"batch_size counts images over all processes: {self.batch_size} cannot be shared by {processes} processes",
         )
+
+
+@dataclass
+class TrainingResult:
+    """What a run came to.
+
+    Arguments:
+        folder: the run's folder.
+        steps: optimizer steps, skipped ones included.
+        skipped: steps that changed nothing, their loss or gradient being not finite or an outlier (``skip_above``).
+        elapsed: seconds, summed over resumptions.
+        reason: why it ended: "max_steps", "max_epochs", "max_time", "patience" or "signal".
+        metrics: the last validation's figures.
+        best: the best validation's figures and its step; the model in ``folder/model`` is the one of that step.
+    """
+
+    folder: str
+    steps: int
+    skipped: int
+    elapsed: float
+    reason: str
+    metrics: dict[str, float]
+    best: dict[str, float]

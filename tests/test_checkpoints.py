@@ -657,7 +657,7 @@ def test_a_training_state_cannot_run_code(tmp_path: Path, monkeypatch: pytest.Mo
 def test_import_is_light() -> None:
     code = (
         "import sys, flowprox, flowprox.checkpoints; flowprox.__version__; flowprox.list_models(); dir(flowprox);"
-        "heavy = {'torch', 'numpy', 'deepinv', 'lightning', 'huggingface_hub'} & set(sys.modules);"
+        "heavy = {'torch', 'numpy', 'deepinv', 'lightning_fabric', 'huggingface_hub'} & set(sys.modules);"
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(flowprox.__file__).parents[1])

@@ -76,7 +76,7 @@ def test_help_does_not_import_torch() -> None:
     code = (
         "import sys; from flowprox.cli import main; assert main(['--help']) == 0;"
         "assert main(['train-unfolded', '--help']) == 0;"
-        "print([m for m in ('torch', 'deepinv', 'lightning', 'numpy') if m in sys.modules])"
+        "print([m for m in ('torch', 'deepinv', 'lightning_fabric', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

@@ -1,72 +1,87 @@
-"""Imports run downwards only, and one file imports Lightning."""
+"""Imports run downwards only, modules have no circles, and two files import Lightning."""
 
 from __future__ import annotations
 
 import ast
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "flowprox"
-LAYERS = [
-    {"files", "naming", "metrics", "records"},
-    {
-        "levels",
-        "latent_mean",
-        "options",
-        "evaluation_options",
-        "operators",
-        "noise",
-        "networks",
-        "coupling_nets",
-    },
-    {"flows"},
-    {"prox", "priors", "adaptation"},
-    {"unfolded", "solvers", "baselines"},
-    {"data", "checkpoints", "samples", "exporting"},
-    {"training", "reconstruction", "methods", "evaluation", "studies"},
-    {"commands"},
-    {"cli"},
-]
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+def _measures() -> ModuleType:
+    path = Path(__file__).parent.parent / "tools" / "measures.py"
+    spec = importlib.util.spec_from_file_location("measures", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def part(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+measures = _measures()
+MODULES: dict[str, Path] = {name: path for name, path in measures.modules().items() if name != "flowprox"}
+
+FLOORS = """
+files naming metrics records
+options evaluation_options
+levels latent_mean networks coupling_nets noise operators
+flows adaptation prox priors
+unfolded exporting solvers baselines
+data samples checkpoints
+training methods reconstruction evaluation studies
+commands
+cli
+""".split()
+"""From the ground up, one floor per part: a part imports only what stands before it."""
 
 
-def level(name: str) -> int:
-    return next((i for i, names in enumerate(LAYERS) if name in names), -1)
+def part(module: str) -> str:
+    return module.split(".")[1]
 
 
-def imported_parts(path: Path) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name.split(".")[1] for name in names if name.startswith("flowprox.") and level(name.split(".")[1]) >= 0}
+def imported_parts(module: str) -> set[str]:
+    """Parts that a module imports, inside functions and by name in strings ("module:name") too; not its own."""
+    imported = measures.imports(MODULES[module], MODULES)
+    return {part(name) for name in imported} - {part(module)}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_run_downwards(path: Path) -> None:
-    own = part(path)
-    assert level(own) >= 0, f"{own} has no place in the order of layers"
-    upward = [name for name in imported_parts(path) if name != own and level(name) > level(own)]
-    assert upward == []
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_downwards(module: str) -> None:
+    assert part(module) in FLOORS, f"{part(module)} has no floor"
+    floor = FLOORS.index(part(module))
+    assert [name for name in imported_parts(module) if FLOORS.index(name) > floor] == []
+
+
+def test_modules_have_no_circles() -> None:
+    assert measures.module_cycles() == []
+
+
+def test_every_floor_has_a_part() -> None:
+    assert {part(module) for module in MODULES} == set(FLOORS)
+    assert len(set(FLOORS)) == len(FLOORS)
 
 
 def test_solvers_and_baselines_do_not_import_one_another() -> None:
-    siblings = LAYERS[4]
-    for path in FILES:
-        if part(path) in siblings:
-            assert not (imported_parts(path) & siblings - {part(path)}), path
+    siblings = {"unfolded", "solvers", "baselines"}
+    for module in MODULES:
+        if part(module) in siblings:
+            assert not imported_parts(module) & siblings, module
 
 
-def test_two_files_import_lightning() -> None:
-    users = [path for path in FILES if "lightning" in imported_roots(path)]
-    assert users == [PACKAGE / "evaluation" / "devices.py", PACKAGE / "training" / "loop.py"]
+def test_the_package_itself_is_imported_for_its_version_only() -> None:
+    """It hands on names of all floors: whoever imports one from there may look upwards unseen."""
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "flowprox":
+                names = {alias.name for alias in node.names if f"flowprox.{alias.name}" not in MODULES}
+                assert names <= {"__version__"}, module
+
+
+def test_two_modules_import_lightning() -> None:
+    users = [name for name, path in MODULES.items() if "lightning_fabric" in imported_roots(path)]
+    assert users == ["flowprox.evaluation.devices", "flowprox.training.loop"]
+    assert not [name for name, path in MODULES.items() if "lightning" in imported_roots(path)]
 
 
 def imported_roots(path: Path) -> set[str]:
@@ -77,3 +92,14 @@ def imported_roots(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             roots.add(node.module.split(".")[0])
     return roots
+
+
+def test_a_circle_and_an_import_in_a_string_are_seen(tmp_path: Path) -> None:
+    package = tmp_path / "house"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "low.py").write_text('KINDS = {"high": "house.high:High"}\n')
+    (package / "high.py").write_text("def make():\n    from house import low\n    return low\n")
+    known = measures.modules(package)
+    assert measures.imports(known["house.low"], known) == {"house.high"}
+    assert measures.module_cycles(package) == [["house.high", "house.low"]]

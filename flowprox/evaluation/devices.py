@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 
 from flowprox.evaluation.comparison import Evaluation, EvaluationInterrupted, RunOptions, is_success
 from flowprox.evaluation.plan import Case

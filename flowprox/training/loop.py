@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.loggers.tensorboard import TensorBoardLogger
-from lightning.fabric.strategies.ddp import DDPStrategy
+from lightning_fabric import Fabric
+from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,9 +32,8 @@ from flowprox.checkpoints import load_training_state, save_model, save_training_
 from flowprox.data import save_image
 from flowprox.files import sole_writer
 from flowprox.flows import NonFiniteError
-from flowprox.options import DataOptions, NoiseOptions, TrainingOptions, parse_duration
+from flowprox.options import DataOptions, NoiseOptions, TrainingOptions, TrainingResult, parse_duration
 from flowprox.training.averages import BatchStatistics, KeptWeights, WeightAverage
-from flowprox.training.entry import TrainingResult
 from flowprox.training.images import TrainingImages
 from flowprox.training.optimizers import make_optimizer
 from flowprox.training.process import mixed_seed, seed_global_generators, stop_signals
