@@ -124,7 +124,7 @@ class ProblemOptions:
     """The measurement y = A x + noise that a network is trained for.
 
     Arguments:
-        name: a problem of ``flowprox.operators``, such as denoising, inpainting, random-inpainting or deblurring.
+        name: a problem of ``flowprox.operators.PROBLEMS``, such as denoising.
         parameters: what differs from the problem's defaults, for example {sigma: 0.25}.
         ranges: what is drawn anew for every image, uniformly between two ends: {sigma: [0, 0.3]} with any problem,
             {mask_size: [8, 24]} (the sides of a hidden rectangle anywhere) and {keep: [0.1, 0.9]} with inpainting.

@@ -29,7 +29,7 @@ from flowprox.noise import (
     radial_noise,
     sinusoidal_noise,
 )
-from flowprox.operators import SeededGaussianNoise, make_physics, measure, measure_each
+from flowprox.operators import make_physics, measure, measure_each
 from flowprox.options import LikelihoodOptions, NoiseOptions, TrainingOptions
 from flowprox.training import train_flow
 from flowprox.training.loop import fit
@@ -225,7 +225,7 @@ def test_every_noise_is_one_of_deepinv_and_of_measure(name: str, digits: Path) -
 
 def test_the_noise_of_make_physics_has_a_density() -> None:
     physics, x = make_physics("denoising", SHAPE, sigma=0.3), torch.rand(2, *SHAPE)
-    assert isinstance(physics.noise_model, SeededGaussianNoise)
+    assert isinstance(physics.noise_model, GaussianNoise)
     expected = GaussianNoise(0.3).log_prob(x)
     assert torch.equal(physics.noise_model.log_prob(x), expected)
     physics.update(sigma=torch.tensor([0.3, 0.6]))

@@ -44,8 +44,7 @@ def reconstruct(
             noise-mnist64, a folder or hub id), or a name with KEY=VALUE ... (gaussian, sinusoidal, radial); by default
             the noise of the problem.
         options: KEY=VALUE ... of the method.
-        problem: denoising, inpainting, random-inpainting, deblurring, super-resolution, compressed-sensing, one-bit, mri
-            or ct; by default the one in the model's card.
+        problem: name of a measurement problem, such as denoising; by default the one in the model's card.
         parameters: KEY=VALUE ... of the problem.
         size: height and width, or channels, height and width, of the image behind measurements that do not show it
             (compressed sensing, MRI, CT); by default those of the flow.

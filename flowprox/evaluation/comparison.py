@@ -32,7 +32,7 @@ from flowprox.evaluation_options import EvaluationOptions, ImageOptions
 from flowprox.methods import make_method, run_method
 from flowprox.noise import NOISES
 from flowprox.operators import make_physics, measure_each, measurement_shape
-from flowprox.reconstruction.sizes import fit_to_divisor
+from flowprox.operators.sizes import fit_to_divisor
 from flowprox.records import RecordWriter
 
 __all__ = ["Evaluation", "EvaluationInterrupted", "RunOptions", "is_success"]

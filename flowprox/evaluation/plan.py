@@ -230,7 +230,7 @@ def planned(recipe: EvaluationOptions) -> list[Case]:
         for name in {*(method.problems or ()), *method.options_for} - names:
             raise ValueError(f"method {method.label} names the problem {name!r}; {nearest(name, names)}")
         if not any(method.is_used_for(problem) for problem in problems):
-            kinds = ", ".join(METHODS[method.name].problems or ())
+            kinds = ", ".join(METHODS[method.name].applicable)
             raise ValueError(f"method {method.label} is used for no problem here; {method.name} is for {kinds}")
     labels = [method.label for method in methods]
     for problem in problems:  # published figures may be of methods that are not compared here; a misspelt label is not

@@ -6,19 +6,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from flowprox.naming import nearest
+from flowprox.operators import PROBLEMS
 
 __all__ = ["METHODS", "MethodKind", "default_options", "method_kind"]
 
-_LINEAR = (
-    "denoising",
-    "inpainting",
-    "random-inpainting",
-    "deblurring",
-    "super-resolution",
-    "compressed-sensing",
-    "mri",
-    "ct",
-)
 _NO_OPTIONS: Mapping[str, Any] = {}
 
 
@@ -32,6 +23,7 @@ class MethodKind(NamedTuple):
         takes_noise: whether a noise may be given in the place of the physics' own.
         takes_decoder: whether the flow may be a generator without a density.
         problems: names of the problems it applies to; None: all.
+        needs_linear: whether it applies to linear operators only.
         defaults: options that differ from those of the class, by problem; those of "" hold for all.
         quick: the options that make it end within seconds, for trying a recipe out.
     """
@@ -42,6 +34,7 @@ class MethodKind(NamedTuple):
     takes_noise: bool = False
     takes_decoder: bool = False
     problems: tuple[str, ...] | None = None
+    needs_linear: bool = False
     defaults: Mapping[str, Mapping[str, Any]] = _NO_OPTIONS
     quick: Mapping[str, Any] = _NO_OPTIONS
 
@@ -52,15 +45,21 @@ class MethodKind(NamedTuple):
 
     def applies_to(self, problem: str) -> bool:
         """Whether the method can be used for a problem of this name."""
-        return self.problems is None or problem in self.problems
+        fits = not self.needs_linear or (problem in PROBLEMS and PROBLEMS[problem].is_linear)
+        return fits and (self.problems is None or problem in self.problems)
+
+    @property
+    def applicable(self) -> list[str]:
+        """Names of the problems that it can be used for."""
+        return [name for name in PROBLEMS if self.applies_to(name)]
 
 
 # a line search cannot follow the straight-through gradient of a sign
 _STRAIGHT_THROUGH = {"optimizer": "adam", "n_iterations": 150, "learning_rate": 0.05, "final_learning_rate": 0.0}
 
 METHODS: dict[str, MethodKind] = {
-    "adjoint": MethodKind("flowprox.methods.running:Adjoint", "A^T y: the measurement carried back", problems=_LINEAR),
-    "unfolded": MethodKind("", "a network trained for the operator", needs=("model",), problems=_LINEAR),
+    "adjoint": MethodKind("flowprox.methods.running:Adjoint", "A^T y: the measurement carried back", needs_linear=True),
+    "unfolded": MethodKind("", "a network trained for the operator", needs=("model",), needs_linear=True),
     "self-ensemble": MethodKind(
         "flowprox.methods.running:SelfEnsemble",
         "a network trained to denoise, averaged over the image and its mirror image",
@@ -99,21 +98,21 @@ METHODS: dict[str, MethodKind] = {
     "lasso-dct": MethodKind(
         "flowprox.baselines:Lasso",
         "sparse in a cosine basis",
-        problems=_LINEAR,
+        needs_linear=True,
         defaults={"": {"basis": "dct"}},
         quick={"n_iterations": 5},
     ),
     "lasso-wavelet": MethodKind(
         "flowprox.baselines:Lasso",
         "sparse in a wavelet basis",
-        problems=_LINEAR,
+        needs_linear=True,
         defaults={"": {"basis": "wavelet"}},
         quick={"n_iterations": 5},
     ),
     "tv": MethodKind(
         "flowprox.baselines:TotalVariation",
         "total variation",
-        problems=_LINEAR,
+        needs_linear=True,
         # tuned on validation faces (benchmarks/classical_baselines.py)
         defaults={
             "denoising": {"regularization": 0.24, "dual_step": 0.05},
@@ -124,7 +123,7 @@ METHODS: dict[str, MethodKind] = {
         quick={"n_iterations": 5},
     ),
     "wavelet": MethodKind(
-        "flowprox.baselines:WaveletPrior", "wavelet shrinkage prior", problems=_LINEAR, quick={"n_iterations": 5}
+        "flowprox.baselines:WaveletPrior", "wavelet shrinkage prior", needs_linear=True, quick={"n_iterations": 5}
     ),
     "gan": MethodKind(
         "flowprox.baselines:GANPrior",
@@ -136,7 +135,7 @@ METHODS: dict[str, MethodKind] = {
         "flowprox.baselines:PlugAndPlay",
         "a flow, or a network trained as a denoiser, in the place of the prox",
         needs=("flow or model",),
-        problems=_LINEAR,
+        needs_linear=True,
         quick={"n_iterations": 2},
     ),
     "biharmonic": MethodKind(

@@ -62,7 +62,7 @@ def make_method(
     _check_needs(name, {"flow": flow, "model": model}, noise is not None)
     problem_name = problem.name if isinstance(problem, Problem) else problem
     if problem_name is not None and not kind.applies_to(problem_name):
-        raise ValueError(f"method {name} is not for {problem_name}; it is for {', '.join(kind.problems or ())}")
+        raise ValueError(f"method {name} is not for {problem_name}; it is for {', '.join(kind.applicable)}")
     if not kind.target:
         if options:
             raise ValueError(f"method {name} has no options, got {', '.join(options)}; it is as it was trained")

@@ -15,12 +15,12 @@ from flowprox.operators.blur import CircularBlur, CircularConvolution, LearnedBl
 from flowprox.operators.checks import check_adjoint, check_measurement, measurement_shape
 from flowprox.operators.data_steps import data_gradient, data_prox
 from flowprox.operators.imaging import FILTERS, ParallelCT, RealMRI, SuperResolution, cartesian_mask
-from flowprox.operators.kinds import BOUNDARIES, PROBLEMS, ProblemKind
+from flowprox.operators.kinds import BOUNDARIES, PROBLEMS, Parameter, ProblemKind
 from flowprox.operators.masks import center_mask, random_mask
 from flowprox.operators.measuring import measure, measure_each
-from flowprox.operators.noise import SeededGaussianNoise
 from flowprox.operators.problems import Problem, make_physics
 from flowprox.operators.sensing import DenseSensing, OneBitSensing, StructuredSensing
+from flowprox.operators.sizes import Fitted, WindowedBlur, fit_to_divisor
 from flowprox.operators.varied import VariedProblem
 
 __all__ = [
@@ -30,22 +30,25 @@ __all__ = [
     "DenseSensing",
     "LearnedBlur",
     "FILTERS",
+    "Fitted",
     "OneBitSensing",
     "PROBLEMS",
     "ParallelCT",
+    "Parameter",
     "Problem",
     "ProblemKind",
     "RealMRI",
-    "SeededGaussianNoise",
     "StructuredSensing",
     "SuperResolution",
     "VariedProblem",
+    "WindowedBlur",
     "cartesian_mask",
     "center_mask",
     "check_adjoint",
     "check_measurement",
     "data_gradient",
     "data_prox",
+    "fit_to_divisor",
     "make_physics",
     "measure",
     "measure_each",

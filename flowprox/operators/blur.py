@@ -15,7 +15,8 @@ from deepinv.physics.functional import filter_fft, gaussian_blur
 from torch import Tensor, nn
 
 from flowprox.naming import Specified
-from flowprox.operators.noise import SeededGaussianNoise, at_least_zero
+from flowprox.noise import GaussianNoise
+from flowprox.noise.base import at_least_zero
 
 __all__ = ["CircularBlur", "CircularConvolution", "LearnedBlur", "checked_kernel", "gaussian_kernel"]
 
@@ -108,7 +109,7 @@ class CircularBlur(CircularConvolution):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(img_size=image_shape)
-        self.set_noise_model(noise_model or SeededGaussianNoise(0.0))
+        self.set_noise_model(noise_model or GaussianNoise(0.0))
         self.register_buffer("filter", checked_kernel(kernel, image_shape)[None, None])
         self.to(device)
 
@@ -142,7 +143,7 @@ class LearnedBlur(Specified, CircularConvolution):
         self, kernel_size: int = 9, sigma_blur: float = 5.0, sigma: float = 0.0, normalized: bool = True
     ) -> None:
         super().__init__()
-        self.set_noise_model(SeededGaussianNoise(sigma))
+        self.set_noise_model(GaussianNoise(sigma))
         kernel = gaussian_kernel(kernel_size, sigma_blur)
         self.normalized = normalized
         self.weight = nn.Parameter(kernel.clamp(min=1e-12).log() if normalized else kernel)

@@ -18,8 +18,8 @@ from deepinv.physics.functional import Radon
 from deepinv.physics.generator import RandomMaskGenerator
 from torch import Tensor
 
+from flowprox.noise import GaussianNoise
 from flowprox.operators.masks import checked_mask
-from flowprox.operators.noise import SeededGaussianNoise
 
 __all__ = ["FILTERS", "MATRIX_LIMIT", "ParallelCT", "RealMRI", "SuperResolution", "cartesian_mask"]
 
@@ -63,7 +63,7 @@ class RealMRI(LinearPhysics):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(img_size=tuple(image_shape))
-        self.set_noise_model(noise_model or SeededGaussianNoise(0.0))
+        self.set_noise_model(noise_model or GaussianNoise(0.0))
         mask = checked_mask(mask, image_shape).float()
         self.register_buffer("mask", mask)
         self.mri = MRI(mask=mask)
@@ -163,7 +163,7 @@ class SuperResolution(Downsampling):
         if filter is not None and filter not in FILTERS:
             raise ValueError(f"unknown filter {filter!r}; known: {', '.join(FILTERS)}, None")
         super().__init__(img_size=tuple(image_shape), filter=filter, factor=factor)  # pyright: ignore
-        self.set_noise_model(noise_model or SeededGaussianNoise(0.0))
+        self.set_noise_model(noise_model or GaussianNoise(0.0))
         if filter is not None and any(
             h > side for h, side in zip(self.get_buffer("filter").shape[-2:], (height, width), strict=True)
         ):
@@ -227,7 +227,7 @@ class ParallelCT(Tomography):
             )
         # made on the CPU, so that its norm is the same on every device
         super().__init__(angles=n_angles, img_width=image_shape[1], normalize=False, img_size=tuple(image_shape))
-        self.set_noise_model(noise_model or SeededGaussianNoise(0.0))
+        self.set_noise_model(noise_model or GaussianNoise(0.0))
         matrix = (
             _radon_matrix(image_shape[1], self.angles) if 4 * image_shape[1] ** 2 * n_angles <= MATRIX_LIMIT else None
         )

@@ -1,24 +1,30 @@
-"""The registry of problems: how each operator is built, its parameters, and what it is."""
+"""The registry of problems: an operator is one entry of ``PROBLEMS``.
+
+To add one, write the function that builds it and enter it:
+
+    PROBLEMS["gain"] = ProblemKind(make_gain, {"gain": Parameter(2.0, "factor of every pixel")}, "a brighter image")
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from deepinv.physics import Blur, Denoising, Inpainting, LinearPhysics, NoiseModel, Physics
+from deepinv.physics import Blur, Denoising, Inpainting, LinearPhysics, Physics
 from torch import Tensor
 
 from flowprox.naming import nearest
 from flowprox.operators.blur import CircularBlur, checked_kernel, gaussian_kernel
-from flowprox.operators.imaging import ParallelCT, RealMRI, SuperResolution, cartesian_mask
-from flowprox.operators.masks import center_mask, checked_mask, random_mask
-from flowprox.operators.noise import SeededGaussianNoise
+from flowprox.operators.imaging import FILTERS, ParallelCT, RealMRI, SuperResolution, cartesian_mask
+from flowprox.operators.masks import center_mask, checked_mask, random_mask, varied_masks
 from flowprox.operators.sensing import DenseSensing, OneBitSensing, StructuredSensing
+from flowprox.operators.sizes import Fitted, fit_to_divisor
 
-__all__ = ["BOUNDARIES", "PROBLEMS", "ImageShape", "ProblemKind"]
+__all__ = ["BOUNDARIES", "PROBLEMS", "ImageShape", "Parameter", "ProblemKind"]
 
 BOUNDARIES = ("circular", "reflect", "replicate", "zeros")
 """What a blur sees outside the image: the image repeated, mirrored, its last pixel, black."""
@@ -26,21 +32,77 @@ BOUNDARIES = ("circular", "reflect", "replicate", "zeros")
 ImageShape = tuple[int, int, int]
 
 
-class ProblemKind(NamedTuple):
-    """One line of the registry: how to build the operator, its parameters, and what it is."""
+class Parameter(NamedTuple):
+    """A parameter of a problem.
+
+    Arguments:
+        default: its value where none is given.
+        meaning: one line.
+        unit: of the value; "" for a number of things, a word or an array.
+    """
+
+    default: Any
+    meaning: str
+    unit: str = ""
+
+
+_SIGMA = "standard deviation of white Gaussian noise in each measurement"
+_NOISE = {
+    "noise": Parameter(None, "another noise: a name of flowprox.noise.NOISES, or a flowprox.noise.Noise"),
+    "noise_parameters": Parameter(None, "parameters of a noise by name"),
+}
+"""Parameters of every problem."""
+
+
+@dataclass(frozen=True)
+class ProblemKind:
+    """An operator by name: how it is built, and all that others need to know of it.
+
+    One entry of ``PROBLEMS`` adds an operator: commands, methods, training, evaluation and reports then know it.
+
+    Arguments:
+        constructor: ``(image_shape, *, seed, device, **parameters) -> physics``, the parameters those below but for the
+            ones of the noise (``sigma``, ``noise_norm``, ``noise``, ``noise_parameters``), which is set afterwards.
+        parameters: of the operator and its noise; the first one stands in labels.
+        description: one line.
+        is_linear: whether the operator is a ``deepinv.physics.LinearPhysics``, which most methods need.
+        measures_pictures: whether y is a picture (B, C, H', W'), shown and saved as one; otherwise it is an array only.
+        magnification: the parameter that says how many times the image is larger than its measured picture; "" for none.
+        loses_scale: whether y does not tell how bright the image is; estimates are then scaled to fit before they are compared.
+        drawn: what is drawn at random with the operator, such as "mask"; a measurement comes with the parameter of that
+            name, if there is one, or with the operator's seed. "" for nothing.
+        extend: ``(y, physics, divisor) -> Fitted`` extends a measurement to sides that a network takes; None where that
+            cannot be done.
+        ranges: the parameters, besides ``sigma``, that ``VariedProblem`` can draw for every image.
+        vary: ``(ranges, image_shape, n, generator) -> physics`` draws the operator of n images, ranges as
+            ``{parameter: (low, high)}``; None calls the constructor with a tensor (n,), drawn uniformly, in the place of
+            each of these parameters.
+    """
 
     constructor: Callable[..., Physics]
-    defaults: Mapping[str, Any]
+    parameters: Mapping[str, Parameter]
     description: str
+    is_linear: bool = True
+    measures_pictures: bool = True
+    magnification: str = ""
+    loses_scale: bool = False
+    drawn: str = ""
+    extend: Callable[[Tensor, LinearPhysics, int], Fitted] | None = None
+    ranges: tuple[str, ...] = ()
+    vary: Callable[..., LinearPhysics] | None = None
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Every parameter, those of the noise included, with its default."""
+        return {name: parameter.default for name, parameter in {**self.parameters, **_NOISE}.items()}
 
 
-def _denoising(image_shape: ImageShape, noise: NoiseModel, *, seed: int, device: torch.device | str) -> LinearPhysics:
-    return Denoising(noise, device=device, img_size=image_shape)
+def _denoising(image_shape: ImageShape, *, seed: int, device: torch.device | str) -> LinearPhysics:
+    return Denoising(device=device, img_size=image_shape)
 
 
 def _inpainting(
     image_shape: ImageShape,
-    noise: NoiseModel,
     *,
     seed: int,
     device: torch.device | str,
@@ -48,24 +110,23 @@ def _inpainting(
     mask: Any,
 ) -> LinearPhysics:
     pattern = center_mask(*image_shape[1:], mask_size) if mask is None else _array("mask", mask)
-    return _masking(pattern, image_shape, noise, device)
+    return _masking(pattern, image_shape, device)
 
 
 def _random_inpainting(
-    image_shape: ImageShape, noise: NoiseModel, *, seed: int, device: torch.device | str, keep: float, mask: Any
+    image_shape: ImageShape, *, seed: int, device: torch.device | str, keep: float, mask: Any
 ) -> LinearPhysics:
     pattern = random_mask(*image_shape[1:], keep, seed) if mask is None else _array("mask", mask)
-    return _masking(pattern, image_shape, noise, device)
+    return _masking(pattern, image_shape, device)
 
 
-def _masking(pattern: Tensor, image_shape: ImageShape, noise: NoiseModel, device: torch.device | str) -> LinearPhysics:
+def _masking(pattern: Tensor, image_shape: ImageShape, device: torch.device | str) -> LinearPhysics:
     mask = checked_mask(pattern, image_shape).expand(image_shape).contiguous()
-    return Inpainting(img_size=image_shape, mask=mask, device=device, noise_model=noise)  # pyright: ignore
+    return Inpainting(img_size=image_shape, mask=mask, device=device)  # pyright: ignore
 
 
 def _deblurring(
     image_shape: ImageShape,
-    noise: NoiseModel,
     *,
     seed: int,
     device: torch.device | str,
@@ -79,19 +140,17 @@ def _deblurring(
     given = gaussian_kernel(kernel_size, sigma_blur) if kernel is None else _array("kernel", kernel)
     checked = checked_kernel(given, image_shape)
     if boundary == "circular":
-        return CircularBlur(checked, noise_model=noise, image_shape=image_shape, device=device)
+        return CircularBlur(checked, image_shape=image_shape, device=device)
     return Blur(
         filter=checked[None, None],
         padding=boundary,
         device=torch.device(device),
-        noise_model=noise,
         img_size=image_shape,
     )
 
 
 def _compressed_sensing(
     image_shape: ImageShape,
-    noise: NoiseModel,
     *,
     seed: int,
     device: torch.device | str,
@@ -101,12 +160,11 @@ def _compressed_sensing(
     if not isinstance(structured, bool):
         raise ValueError(f"structured must be True or False, got {structured!r}")
     sensing = StructuredSensing if structured else DenseSensing
-    return sensing(m, image_shape, noise_model=noise, seed=seed, device=device)
+    return sensing(m, image_shape, seed=seed, device=device)
 
 
 def _one_bit(
     image_shape: ImageShape,
-    noise: NoiseModel,
     *,
     seed: int,
     device: torch.device | str,
@@ -116,26 +174,23 @@ def _one_bit(
 ) -> Physics:
     if not isinstance(noise_first, bool):
         raise ValueError(f"noise_first must be True or False, got {noise_first!r}")
-    none = SeededGaussianNoise(0.0)
-    linear = _compressed_sensing(image_shape, none, seed=seed, device=device, m=m, structured=structured)
-    return OneBitSensing(linear, noise_model=noise, noise_first=noise_first).to(device)
+    linear = _compressed_sensing(image_shape, seed=seed, device=device, m=m, structured=structured)
+    return OneBitSensing(linear, noise_first=noise_first).to(device)
 
 
 def _super_resolution(
     image_shape: ImageShape,
-    noise: NoiseModel,
     *,
     seed: int,
     device: torch.device | str,
     factor: int,
     filter: str | None,
 ) -> LinearPhysics:
-    return SuperResolution(factor, image_shape, filter=filter, noise_model=noise, device=device)
+    return SuperResolution(factor, image_shape, filter=filter, device=device)
 
 
 def _mri(
     image_shape: ImageShape,
-    noise: NoiseModel,
     *,
     seed: int,
     device: torch.device | str,
@@ -145,65 +200,130 @@ def _mri(
 ) -> LinearPhysics:
     size = image_shape[1:]
     pattern = cartesian_mask(*size, acceleration, center_fraction, seed) if mask is None else _array("mask", mask)
-    return RealMRI(pattern, image_shape, noise_model=noise, device=device)
+    return RealMRI(pattern, image_shape, device=device)
 
 
-def _ct(
-    image_shape: ImageShape, noise: NoiseModel, *, seed: int, device: torch.device | str, n_angles: int
-) -> LinearPhysics:
-    return ParallelCT(n_angles, image_shape, noise_model=noise, device=device)
+def _ct(image_shape: ImageShape, *, seed: int, device: torch.device | str, n_angles: int) -> LinearPhysics:
+    return ParallelCT(n_angles, image_shape, device=device)
 
 
-_KINDS: dict[str, ProblemKind] = {
-    "denoising": ProblemKind(_denoising, {"sigma": 0.2}, "white Gaussian noise of standard deviation sigma"),
+PROBLEMS: dict[str, ProblemKind] = {
+    "denoising": ProblemKind(
+        _denoising,
+        {"sigma": Parameter(0.2, _SIGMA, "image range")},
+        "white Gaussian noise of standard deviation sigma",
+        extend=fit_to_divisor,
+    ),
     "inpainting": ProblemKind(
         _inpainting,
-        {"mask_size": 19, "sigma": 0.0, "mask": None},
+        {
+            "mask_size": Parameter(19, "side of the hidden square in the middle, or height and width", "pixels"),
+            "sigma": Parameter(0.0, _SIGMA, "image range"),
+            "mask": Parameter(
+                None, "own mask (H, W) in the place of the square: 1 seen, 0 hidden; an array or an .npy file"
+            ),
+        },
         "a hidden square of mask_size pixels in the middle, or a mask of your own",
+        extend=fit_to_divisor,
+        ranges=("mask_size", "keep"),
+        vary=varied_masks,
     ),
     "random-inpainting": ProblemKind(
         _random_inpainting,
-        {"keep": 0.5, "sigma": 0.0, "mask": None},
+        {
+            "keep": Parameter(0.5, "fraction of the pixels that are seen, at random places"),
+            "sigma": Parameter(0.0, _SIGMA, "image range"),
+            "mask": Parameter(None, "own mask (H, W): 1 seen, 0 hidden; an array or an .npy file"),
+        },
         "a fraction keep of the pixels seen, at random places, or a mask of your own",
+        drawn="mask",
+        extend=fit_to_divisor,
+        ranges=("keep",),
+        vary=varied_masks,
     ),
     "deblurring": ProblemKind(
         _deblurring,
-        {"sigma_blur": 5.0, "kernel_size": 9, "boundary": "circular", "sigma": 0.01, "kernel": None},
+        {
+            "sigma_blur": Parameter(5.0, "standard deviation of the Gaussian kernel", "pixels"),
+            "kernel_size": Parameter(9, "odd side of the square that the kernel is cut to", "pixels"),
+            "boundary": Parameter("circular", f"what is seen outside the image: {', '.join(BOUNDARIES)}"),
+            "sigma": Parameter(0.01, _SIGMA, "image range"),
+            "kernel": Parameter(None, "own kernel (h, w) with odd sides and sum 1; an array or an .npy file"),
+        },
         "Gaussian blur of sigma_blur pixels cut to kernel_size, or a kernel of your own, and noise",
+        extend=fit_to_divisor,
     ),
     "compressed-sensing": ProblemKind(
         _compressed_sensing,
-        {"m": 1000, "structured": False, "noise_norm": 0.1, "sigma": None},
+        {
+            "m": Parameter(1000, "number of measurements"),
+            "structured": Parameter(
+                False, "signs, a Hartley transform and a choice of its rows, without a matrix in memory"
+            ),
+            "noise_norm": Parameter(0.1, "sqrt(E||noise||^2) over all m measurements", "image range"),
+            "sigma": Parameter(None, f"{_SIGMA}, in the place of noise_norm", "image range"),
+        },
         "m random linear measurements of the whole image, by a Gaussian matrix or a structured one without a matrix; "
         "noise of sqrt(E||noise||^2) = noise_norm, or of standard deviation sigma in each measurement",
+        measures_pictures=False,
+        drawn="matrix",
     ),
     "one-bit": ProblemKind(
         _one_bit,
-        {"m": 1000, "structured": False, "noise_first": False, "sigma": 0.1},
+        {
+            "m": Parameter(1000, "number of measurements"),
+            "structured": Parameter(False, "as in compressed-sensing"),
+            "noise_first": Parameter(False, "whether the noise comes before the sign"),
+            "sigma": Parameter(0.1, _SIGMA, "of a sign, or of a measurement before it"),
+        },
         "the sign of m random linear measurements and noise, which comes after the sign, or before it with noise_first",
+        is_linear=False,
+        measures_pictures=False,
+        loses_scale=True,
+        drawn="matrix",
     ),
     "super-resolution": ProblemKind(
         _super_resolution,
-        {"factor": 4, "filter": "bicubic", "sigma": 0.01},
+        {
+            "factor": Parameter(4, "how many times smaller the picture is in height and width"),
+            "filter": Parameter(
+                "bicubic", f"what filters the image before it is sampled: {', '.join(FILTERS)}, or none"
+            ),
+            "sigma": Parameter(0.01, _SIGMA, "image range"),
+        },
         "an image factor times smaller in height and width, filtered before it is sampled, and noise",
+        magnification="factor",
     ),
     "mri": ProblemKind(
         _mri,
-        {"acceleration": 4, "center_fraction": None, "sigma": 0.01, "mask": None},
+        {
+            "acceleration": Parameter(4, "one in so many columns of k-space is measured"),
+            "center_fraction": Parameter(
+                None,
+                "fraction of the columns, in the middle, that always are; by default 0.08, and 0.04 from acceleration 8",
+            ),
+            "sigma": Parameter(
+                0.01, f"{_SIGMA}, real and imaginary part", "image range (orthonormal Fourier transform)"
+            ),
+            "mask": Parameter(
+                None, "own mask (H, W), zero frequency in the middle: 1 measured, 0 not; an array or .npy file"
+            ),
+        },
         "one in acceleration columns of k-space of a real image, single coil, at random places, or a mask of your own",
+        measures_pictures=False,
+        drawn="mask",
     ),
     "ct": ProblemKind(
         _ct,
-        {"n_angles": 60, "sigma": 0.01},
+        {
+            "n_angles": Parameter(60, "number of angles, evenly spaced over 180 degrees"),
+            "sigma": Parameter(0.01, _SIGMA, "of the line integrals divided by the operator's norm"),
+        },
         "parallel-beam tomography of a square image from n_angles angles over 180 degrees, divided by its norm",
+        measures_pictures=False,
     ),
 }
-
-PROBLEMS: dict[str, ProblemKind] = {
-    name: kind._replace(defaults={**kind.defaults, "noise": None, "noise_parameters": None})
-    for name, kind in _KINDS.items()
-}
-"""Problem name -> constructor, defaults (the first one stands in the label), description."""
+"""The operators by name; another entry adds one."""
 
 
 def _array(name: str, value: Any) -> Tensor:

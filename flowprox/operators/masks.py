@@ -1,11 +1,15 @@
-"""Masks (H, W) of inpainting: 1 where a pixel is kept, 0 where it is hidden."""
+"""Masks of inpainting: 1 where a pixel is kept, 0 where it is hidden; of one problem (H, W), or one per image."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+
 import torch
+from deepinv.physics import Inpainting, LinearPhysics
 from torch import Tensor
 
-__all__ = ["center_mask", "checked_mask", "random_mask"]
+__all__ = ["center_mask", "checked_mask", "random_mask", "varied_masks"]
 
 
 def center_mask(height: int, width: int, size: int | tuple[int, int] = 19) -> Tensor:
@@ -71,3 +75,46 @@ def checked_mask(mask: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
     if not mask.any():
         raise ValueError("mask hides every pixel; it must hold a 1 where a pixel is kept")
     return mask
+
+
+def varied_masks(
+    ranges: Mapping[str, tuple[float, float]], image_shape: tuple[int, int, int], n: int, generator: torch.Generator
+) -> LinearPhysics:
+    """Inpainting of n images with a mask each: a rectangle that is hidden, or pixels that are seen at random places.
+
+    With both ranges half of the images, on average, have a rectangle and the others single pixels.
+
+    Arguments:
+        ranges: ``mask_size``, of the sides of the rectangle, which stands anywhere; ``keep``, of the fraction of pixels seen.
+        image_shape: (C, H, W).
+        n: number of images.
+        generator: of what is drawn, on the device of the masks.
+
+    Raises:
+        ValueError: a range that leaves no rectangle, no image or no pixel.
+    """
+    random = functools.partial(torch.rand, generator=generator, device=generator.device)
+    height, width = image_shape[1:]
+    masks = []
+    if "mask_size" in ranges:
+        low, high = ranges["mask_size"]
+        if not 1 <= low <= high < min(height, width):
+            raise ValueError(
+                f"the range of mask_size must lie between 1 and the image's sides {height, width}; got {low:g} to {high:g}"
+            )
+        spans = []
+        for length in (height, width):
+            side = (low + (high - low) * random(n)).round()
+            start = ((length - side + 1) * random(n)).floor()
+            at = torch.arange(length, device=generator.device)
+            spans.append((at >= start[:, None]) & (at < (start + side)[:, None]))
+        masks.append(1.0 - (spans[0][:, None, :, None] & spans[1][:, None, None, :]).float())
+    if "keep" in ranges:
+        low, high = ranges["keep"]
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"the range of keep must lie in (0, 1]; got {low:g} to {high:g}")
+        keep = low + (high - low) * random(n)
+        masks.append((random(n, 1, height, width) < keep.view(n, 1, 1, 1)).float())
+    mask = masks[0] if len(masks) == 1 else torch.where(random(n, 1, 1, 1) < 0.5, *masks)
+    mask = mask.expand(n, *image_shape).contiguous()
+    return Inpainting(img_size=image_shape, mask=mask, device=generator.device)  # pyright: ignore

@@ -11,16 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from deepinv.physics import LinearPhysics, NoiseModel
+from deepinv.physics import LinearPhysics, NoiseModel, Physics
 from torch import Tensor
 
 from flowprox.naming import nearest
-from flowprox.noise import NOISES, Noise, make_noise
+from flowprox.noise import NOISES, GaussianNoise, Noise, make_noise
+from flowprox.noise.base import at_least_zero
 from flowprox.operators.checks import measurement_shape
 from flowprox.operators.kinds import PROBLEMS, ImageShape
-from flowprox.operators.noise import SeededGaussianNoise, at_least_zero
 
-__all__ = ["Problem", "make_physics"]
+__all__ = ["Problem", "make_physics", "noise_of"]
+
+_NOISE = ("sigma", "noise_norm", "noise", "noise_parameters")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ class Problem:
         replaced = _displaced(parameters)
         kept = {key: value for key, value in self.parameters.items() if key not in replaced}
         return Problem(self.name, {**kept, **parameters})
+
+    @property
+    def operator_parameters(self) -> dict[str, Any]:
+        """The parameters but for those of the noise."""
+        return {key: value for key, value in self.parameters.items() if key not in _NOISE}
 
     @property
     def label(self) -> str:
@@ -143,28 +150,28 @@ def make_physics(
     shape = tuple(image_shape)
     if len(shape) != 3 or any(not isinstance(n, int) or n < 1 for n in shape):
         raise ValueError(f"image_shape must be three positive numbers (C, H, W), got {image_shape!r}")
-    values = dict(problem.parameters)
-    noise = {key: values.pop(key, None) for key in ("sigma", "noise_norm", "noise", "noise_parameters")}
-    white = SeededGaussianNoise(noise["sigma"] if noise["noise"] is None and noise["sigma"] is not None else 0.0)
-    physics = PROBLEMS[problem.name].constructor(shape, white, seed=seed, device=device, **values)
-    if noise["noise"] is not None or noise["noise_norm"] is not None:
-        measured = measurement_shape(physics, shape, device=device)
-        physics.set_noise_model(_noise(measured, **noise).to(device))
+    physics = PROBLEMS[problem.name].constructor(shape, seed=seed, device=device, **problem.operator_parameters)
+    physics.set_noise_model(noise_of(problem, physics, shape, device))
     return physics  # pyright: ignore[reportReturnType]  # one-bit sensing alone is not linear
 
 
-def _noise(
-    measured: torch.Size, *, sigma: float | None, noise_norm: float | None, noise: Any, noise_parameters: Any
+def noise_of(
+    problem: Problem, physics: Physics, image_shape: ImageShape, device: torch.device | str = "cpu"
 ) -> NoiseModel:
-    """The noise of a measurement of that shape."""
+    """The noise of a problem, for what its operator measures."""
+    sigma, noise_norm, noise, noise_parameters = (problem.parameters.get(key) for key in _NOISE)
+    if noise is None and noise_norm is None:
+        return GaussianNoise(0.0 if sigma is None else sigma).to(device)
+    measured = measurement_shape(physics, image_shape, device=device)
     if noise_norm is not None:
-        return SeededGaussianNoise(at_least_zero("noise_norm", noise_norm) / math.sqrt(measured.numel()))
+        return GaussianNoise(at_least_zero("noise_norm", noise_norm) / math.sqrt(measured.numel())).to(device)
     if isinstance(noise, str):
         level = {} if sigma is None else {"sigma": sigma}
-        return make_noise(noise, measured, **{**level, **(noise_parameters or {})})
+        return make_noise(noise, measured, **{**level, **(noise_parameters or {})}).to(device)
     if isinstance(noise, Noise):  # one of another shape is refused here, not after the measurement
         noise.sample_like(torch.zeros(1, *measured), torch.Generator().manual_seed(0))
-    return noise
+    assert isinstance(noise, NoiseModel)  # Problem has seen to it
+    return noise.to(device)
 
 
 def _complete(name: str, given: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from deepinv.physics import LinearPhysics, NoiseModel, Physics
 from torch import Tensor
 from torch.nn import functional
 
-from flowprox.operators.noise import SeededGaussianNoise
+from flowprox.noise import GaussianNoise
 
 __all__ = ["DenseSensing", "OneBitSensing", "StructuredSensing", "check_memory"]
 
@@ -34,7 +34,7 @@ class _Sensing(LinearPhysics):
         self, m: int, image_shape: ImageShape, noise_model: NoiseModel | None, device: torch.device | str
     ) -> None:
         super().__init__(img_size=tuple(image_shape))
-        self.set_noise_model(noise_model or SeededGaussianNoise(0.0))
+        self.set_noise_model(noise_model or GaussianNoise(0.0))
         self.m, self.n = _checked_m(m), math.prod(image_shape)
         self.to(device)
 
@@ -218,7 +218,7 @@ class OneBitSensing(Physics):
     def __init__(
         self, linear: LinearPhysics, *, noise_model: NoiseModel | None = None, noise_first: bool = False
     ) -> None:
-        super().__init__(noise_model=noise_model or SeededGaussianNoise(0.0))
+        super().__init__(noise_model=noise_model or GaussianNoise(0.0))
         self.linear = linear
         self.noise_first = noise_first
         self.img_size = linear.img_size

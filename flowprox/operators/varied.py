@@ -5,6 +5,7 @@
     keep        fraction of the pixels that are seen, uniform                 random-inpainting, inpainting
 
 Inpainting with both ``mask_size`` and ``keep`` hides a rectangle in one half of the images and single pixels in the other.
+Another operator says in ``ProblemKind.ranges`` what of it can vary.
 """
 
 from __future__ import annotations
@@ -13,16 +14,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from deepinv.physics import Inpainting, LinearPhysics
-from torch import Tensor
+from deepinv.physics import LinearPhysics
 
-from flowprox.operators.kinds import ImageShape
-from flowprox.operators.noise import SeededGaussianNoise
-from flowprox.operators.problems import Problem, make_physics
+from flowprox.noise import GaussianNoise
+from flowprox.operators.kinds import PROBLEMS, ImageShape
+from flowprox.operators.problems import Problem, make_physics, noise_of
 
 __all__ = ["VariedProblem"]
-
-_RANGES = {"inpainting": ("sigma", "mask_size", "keep"), "random-inpainting": ("sigma", "keep")}
 
 
 class VariedProblem:
@@ -53,83 +51,61 @@ class VariedProblem:
         seed: int = 0,
         **parameters: Any,
     ) -> None:
-        self.image_shape: Any = tuple(image_shape)
-        self.ranges = {key: _checked(key, ends) for key, ends in ranges.items()}
-        known = _RANGES.get(Problem(name).name, ("sigma",))
-        for key in self.ranges:
+        channels, height, width = image_shape
+        self.image_shape = (channels, height, width)
+        self.problem, self.seed = Problem(name, parameters), seed
+        self._kind = PROBLEMS[name]
+        for key in ranges:
+            known = ("sigma", *self._kind.ranges)
             if key not in known:
                 raise ValueError(f"{key} cannot vary in {name}; what can: {', '.join(known)}")
             if key in parameters:
                 raise ValueError(f"{key} is both in parameters and in ranges; give it once")
             if key != "sigma" and "mask" in parameters:
                 raise ValueError(f"{key} in ranges draws a mask for every image: leave the mask out of the parameters")
-        if "noise" in parameters and "sigma" in self.ranges:
+        if "noise" in parameters and "sigma" in ranges:
             raise ValueError("ranges of sigma are for white noise: leave out noise")
-        _check_masks(self.ranges, self.image_shape)
-        if self._masks_vary:  # a mask that fits images of any size stands in for those that are drawn
-            parameters = {**parameters, "mask": torch.ones(self.image_shape[1:])}
-        self._fixed = make_physics(name, self.image_shape, seed=seed, **parameters)
+        ends = {key: _checked(key, ends) for key, ends in ranges.items()}
+        self._level = ends.pop("sigma", None)
+        self._ranges = ends
+        if ends:  # a range that is none is refused now
+            self._fixed = self._varied(1, torch.Generator().manual_seed(0))
+            self._fixed.set_noise_model(noise_of(self.problem, self._fixed, self.image_shape))
+        else:
+            self._fixed = make_physics(self.problem, self.image_shape, seed=seed)
 
     def to(self, *args: Any, **kwargs: Any) -> VariedProblem:
         """As ``torch.nn.Module.to``."""
         self._fixed.to(*args, **kwargs)
         return self
 
-    @property
-    def _masks_vary(self) -> bool:
-        return "mask_size" in self.ranges or "keep" in self.ranges
-
     def draw(self, n: int, generator: torch.Generator) -> LinearPhysics:
         """A physics for n images, on the generator's device, valid until the next is drawn: they share their fixed part."""
         physics = self._fixed
-        if self._masks_vary:
-            mask = self._masks(n, generator).expand(n, *self.image_shape).contiguous()
-            noise = physics.noise_model
-            physics = Inpainting(  # pyright: ignore[reportAbstractUsage]
-                img_size=self.image_shape, mask=mask, device=generator.device, noise_model=noise
+        if self._ranges:
+            physics = self._varied(n, generator)
+            physics.set_noise_model(self._fixed.noise_model)
+        if self._level is not None:
+            low, high = self._level
+            noise = GaussianNoise(0.0).to(generator.device)
+            noise.update_parameters(
+                sigma=low + (high - low) * torch.rand(n, generator=generator, device=generator.device)
             )
-        if "sigma" in self.ranges:
-            physics.set_noise_model(SeededGaussianNoise(0.0).to(generator.device))
-            physics.noise_model.update_parameters(sigma=self._uniform("sigma", n, generator))
+            physics.set_noise_model(noise)
         return physics
 
-    def _uniform(self, key: str, n: int, generator: torch.Generator) -> Tensor:
-        low, high = self.ranges[key]
-        return low + (high - low) * torch.rand(n, generator=generator, device=generator.device)
-
-    def _masks(self, n: int, generator: torch.Generator) -> Tensor:
-        """(n, 1, H, W), 1 where a pixel is seen."""
-        rectangles = self._rectangles(n, generator) if "mask_size" in self.ranges else None
-        pixels = self._pixels(n, generator) if "keep" in self.ranges else None
-        if rectangles is None or pixels is None:
-            return pixels if rectangles is None else rectangles  # type: ignore[return-value]
-        heads = torch.rand(n, 1, 1, 1, generator=generator, device=generator.device) < 0.5
-        return torch.where(heads, rectangles, pixels)
-
-    def _rectangles(self, n: int, generator: torch.Generator) -> Tensor:
-        sides = []
-        for length in self.image_shape[1:]:
-            size = self._uniform("mask_size", n, generator).round()
-            start = ((length - size + 1) * torch.rand(n, generator=generator, device=generator.device)).floor()
-            at = torch.arange(length, device=generator.device)
-            sides.append((at >= start[:, None]) & (at < (start + size)[:, None]))
-        return 1.0 - (sides[0][:, None, :, None] & sides[1][:, None, None, :]).float()
-
-    def _pixels(self, n: int, generator: torch.Generator) -> Tensor:
-        keep = self._uniform("keep", n, generator).view(n, 1, 1, 1)
-        return (torch.rand(n, 1, *self.image_shape[1:], generator=generator, device=generator.device) < keep).float()
+    def _varied(self, n: int, generator: torch.Generator) -> LinearPhysics:
+        if self._kind.vary is not None:
+            return self._kind.vary(self._ranges, self.image_shape, n, generator)
+        drawn = {
+            key: low + (high - low) * torch.rand(n, generator=generator, device=generator.device)
+            for key, (low, high) in self._ranges.items()
+        }
+        constructor, fixed = self._kind.constructor, self.problem.operator_parameters
+        return constructor(self.image_shape, seed=self.seed, device=generator.device, **{**fixed, **drawn})  # pyright: ignore
 
 
 def _checked(key: str, ends: Sequence[float]) -> tuple[float, float]:
     if isinstance(ends, str) or not isinstance(ends, Sequence) or len(ends) != 2 or not 0 <= ends[0] <= ends[1]:
         raise ValueError(f"the range of {key} must be two numbers, 0 <= low <= high; got {ends!r}")
     return float(ends[0]), float(ends[1])
-
-
-def _check_masks(ranges: Mapping[str, tuple[float, float]], image_shape: Sequence[int]) -> None:
-    if "mask_size" in ranges and not 1 <= ranges["mask_size"][0] <= ranges["mask_size"][1] < min(image_shape[1:]):
-        raise ValueError(
-            f"the range of mask_size must lie between 1 and the image's sides {image_shape[1:]}; got {ranges['mask_size']}"
-        )
-    if "keep" in ranges and not 0 < ranges["keep"][0] <= ranges["keep"][1] <= 1:
-        raise ValueError(f"the range of keep must lie in (0, 1]; got {ranges['keep']}")

@@ -6,14 +6,10 @@ from flowprox.reconstruction.jobs import (
     image_seed,
     reconstruct_files,
 )
-from flowprox.reconstruction.sizes import Fitted, WindowedBlur, fit_to_divisor
 
 __all__ = [
-    "Fitted",
     "ReconstructionInterrupted",
     "ReconstructionJob",
-    "WindowedBlur",
-    "fit_to_divisor",
     "image_seed",
     "reconstruct_files",
 ]

@@ -20,25 +20,14 @@ from flowprox.flows import Flow, NonFiniteError
 from flowprox.methods import METHODS, check_options, make_method, outcome_of, run_method
 from flowprox.metrics import best_scaled, psnr, ssim
 from flowprox.noise import NOISES
-from flowprox.operators import OneBitSensing, Problem, make_physics, measure_each, measurement_shape
+from flowprox.operators import PROBLEMS, Fitted, Problem, ProblemKind, make_physics, measure_each, measurement_shape
 from flowprox.reconstruction.files import Input, check_free, list_inputs, new_folder, write_array, write_picture
-from flowprox.reconstruction.sizes import EXTENDABLE, Fitted, fit_to_divisor
 from flowprox.records import RecordWriter
 from flowprox.solvers import SolverInterrupted
 
 __all__ = ["ReconstructionInterrupted", "ReconstructionJob", "image_seed", "reconstruct_files"]
 
 DEFAULT_FLOW = "glow-faces64"
-PICTURES = (*EXTENDABLE, "super-resolution")
-"""Problems whose measurements are pictures; those of the others are arrays only."""
-
-DRAWN = {
-    "random-inpainting": ("mask", "mask (an .npy file)"),
-    "compressed-sensing": ("", "the matrix"),
-    "one-bit": ("", "the matrix"),
-    "mri": ("mask", "mask (an .npy file)"),
-}
-"""Problems whose operator is drawn at random -> the parameter that gives it, and what it is called."""
 
 
 @dataclass
@@ -104,6 +93,11 @@ class _Operators:
     def __init__(self, problem: Problem, seed: int) -> None:
         self.problem, self.seed = problem, seed
         self._last: tuple[Any, Physics] | None = None
+
+    @property
+    def kind(self) -> ProblemKind:
+        """What there is to know of the operator."""
+        return PROBLEMS[self.problem.name]
 
     def make(self, shape: Sequence[int], device: str = "cpu") -> Physics:
         """The operator for images (C, H, W)."""
@@ -250,17 +244,16 @@ def _operators(job: ReconstructionJob, engine: _Engine) -> _Operators:
 
 def _check_operator_is_known(job: ReconstructionJob, operators: _Operators) -> None:
     """A measurement needs the random operator it was made with; another one would be believed silently."""
-    name, parameters = operators.problem.name, operators.problem.parameters
-    if name not in DRAWN or job.operator_seed is not None:
+    name, drawn = operators.problem.name, operators.kind.drawn
+    if not drawn or job.operator_seed is not None:
         return
-    parameter, what = DRAWN[name]
-    if not parameter:
+    if drawn not in operators.kind.parameters:
         raise ValueError(
-            f"measurements of {name} need {what} they were made with: give the operator_seed it was drawn with"
+            f"measurements of {name} need the {drawn} they were made with: give the operator_seed it was drawn with"
         )
-    if parameters.get(parameter) is None:
+    if operators.problem.parameters.get(drawn) is None:
         raise ValueError(
-            f"measurements of {name} need the {parameter} they were made with: give parameter {what}, "
+            f"measurements of {name} need the {drawn} they were made with: give parameter {drawn} (an .npy file), "
             "or the operator_seed it was drawn with"
         )
 
@@ -291,7 +284,7 @@ def _n_channels(model: Any) -> int:
 
 def _load_batch(path: Path, job: ReconstructionJob, operators: _Operators, engine: _Engine) -> Tensor:
     """The measurements of an array, (B, ...)."""
-    if operators.problem.name in PICTURES:
+    if operators.kind.measures_pictures:
         return load_measurement(path, engine.channels)
     shape = _hidden_shape(job, engine, str(path))
     try:
@@ -320,12 +313,12 @@ def _read(
     """The input (1, ...), and the shape (C, H, W) of the image that is to be found."""
     channels = engine.channels
     if image.is_measurement:
-        if operators.problem.name not in PICTURES and image.part is None:
+        if not operators.kind.measures_pictures and image.part is None:
             raise ValueError(f"{image.path}: measurements of {operators.problem.name} are arrays; give an .npy file")
         y = load_measurement(image.path, channels) if image.part is None else image.part
-        if operators.problem.name not in PICTURES:
+        if not operators.kind.measures_pictures:
             return y, _hidden_shape(job, engine, image.label)
-        factor = int(operators.problem.parameters.get("factor", 1))
+        factor = int(operators.problem.parameters.get(operators.kind.magnification, 1))
         return y, (y.shape[1], y.shape[2] * factor, y.shape[3] * factor)
     x = load_image(image.path)
     if channels is not None and x.shape[0] > channels:
@@ -338,8 +331,8 @@ def _check(image: Input, job: ReconstructionJob, operators: _Operators, engine: 
     _, shape = _read(image, job, operators, engine)
     (_, height, width), divisor, name = shape, engine.divisor, operators.problem.name
     misfit = height % divisor or width % divisor
-    if misfit and (not job.pad or name not in EXTENDABLE):
-        remedy = "allow padding (--pad) or crop it" if name in EXTENDABLE else f"{name} allows no padding: crop it"
+    if misfit and (not job.pad or operators.kind.extend is None):
+        remedy = "allow padding (--pad) or crop it" if operators.kind.extend else f"{name} allows no padding: crop it"
         raise ValueError(
             f"{image.label} has size {height}x{width}, and the model needs multiples of {divisor}; {remedy}"
         )
@@ -363,7 +356,7 @@ def _reconstruct(
     y = given if image.is_measurement else measure_each(given, physics, [seed])
     method = engine.make(job, operators.problem, y.shape[1:])
     try:
-        fitted = _fitted(y, physics, shape, engine.divisor)
+        fitted = _fitted(y, physics, shape, operators.kind, engine.divisor)
         _wait(y)
         started = time.perf_counter()
         try:
@@ -380,7 +373,7 @@ def _reconstruct(
     if not torch.isfinite(x_hat).all():
         raise NonFiniteError(f"{image.label}: the reconstruction is not finite; the measurement may be unlike training")
     write_picture(x_hat.cpu(), folder, image.name)
-    write = write_picture if operators.problem.name in PICTURES else write_array
+    write = write_picture if operators.kind.measures_pictures else write_array
     write(y.cpu(), folder / "measurements", image.name)
     if outcome.deviation is not None:
         (folder / "deviations").mkdir(exist_ok=True)
@@ -396,17 +389,17 @@ def _reconstruct(
         "seconds": seconds,
         **outcome.facts[0],
     }
-    if operators.problem.name in DRAWN:
+    if operators.kind.drawn:
         record["operator_seed"] = operators.seed
     if image.is_measurement:
         return record
-    return record | {"seed": seed} | _figures(x_hat.cpu(), given.cpu(), isinstance(physics, OneBitSensing))
+    return record | {"seed": seed} | _figures(x_hat.cpu(), given.cpu(), operators.kind.loses_scale)
 
 
-def _fitted(y: Tensor, physics: Physics, shape: Sequence[int], divisor: int) -> Fitted:
-    if shape[-2] % divisor == 0 and shape[-1] % divisor == 0:
+def _fitted(y: Tensor, physics: Physics, shape: Sequence[int], kind: ProblemKind, divisor: int) -> Fitted:
+    if kind.extend is None or (shape[-2] % divisor == 0 and shape[-1] % divisor == 0):
         return Fitted(y, physics, slice(0, shape[-2]), slice(0, shape[-1]))  # type: ignore[arg-type]
-    return fit_to_divisor(y, physics, divisor)  # type: ignore[arg-type]
+    return kind.extend(y, physics, divisor)  # type: ignore[arg-type]
 
 
 def _figures(x_hat: Tensor, x: Tensor, up_to_scale: bool) -> dict[str, Any]:

@@ -21,12 +21,9 @@ import torch
 from deepinv.physics import Blur, Denoising, Inpainting, LinearPhysics, NoiseModel, ZeroNoise
 from torch import Tensor
 
-from flowprox.operators import CircularBlur, CircularConvolution
+from flowprox.operators.blur import CircularBlur, CircularConvolution
 
-__all__ = ["EXTENDABLE", "Fitted", "WindowedBlur", "fit_to_divisor"]
-
-EXTENDABLE = ("denoising", "inpainting", "random-inpainting", "deblurring")
-"""Problems whose measurements can be extended."""
+__all__ = ["Fitted", "WindowedBlur", "fit_to_divisor"]
 
 
 class Fitted(NamedTuple):
