@@ -29,7 +29,7 @@ levels latent_mean networks coupling_nets noise operators
 flows adaptation prox priors
 unfolded exporting solvers baselines
 data samples checkpoints
-training methods reconstruction evaluation studies
+training methods reconstruction evaluation
 commands
 cli
 """.split()

@@ -15,7 +15,6 @@ from flowprox.commands.evaluate import evaluate
 from flowprox.commands.models import demo, models, sample
 from flowprox.commands.reconstruct import reconstruct
 from flowprox.commands.report import report
-from flowprox.commands.study import study
 from flowprox.commands.train import run_training
 from flowprox.training import train_denoiser, train_flow, train_gan, train_unfolded
 
@@ -52,7 +51,6 @@ COMMANDS: dict[str, Command] = {
     ),
     "evaluate": Command(evaluate, has_recipe=True),
     "report": Command(report, positional="folders", n_positional="+", several={"parts": "PART"}),
-    "study": Command(study, positional="name"),
     "sample": Command(sample),
     "models": Command(models, positional="name"),
 }
