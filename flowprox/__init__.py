@@ -55,6 +55,18 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
+MODEL_MODULES = (
+    "flowprox.networks",
+    "flowprox.flows",
+    "flowprox.noise",
+    "flowprox.prox",
+    "flowprox.operators",
+    "flowprox.unfolded",
+    "flowprox.baselines",
+)
+"""Modules whose import registers every kind that a model's card may name, lowest first: a flow is loaded without deepinv."""
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'flowprox' has no attribute {name!r}")

@@ -14,29 +14,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 import flowprox
+from flowprox import files
 from flowprox.checkpoints import (
     CARD,
     PREVIOUS,
     WEIGHTS,
     Card,
     CheckpointError,
-    atomic_write,
-    files,
     list_models,
     load_card,
     load_model,
     load_training_state,
-    loading,
     push_to_hub,
     save_model,
     save_training_state,
-    sha256,
-    sole_writer,
+    store,
 )
+from flowprox.checkpoints.card import refuse_pickle
+from flowprox.files import atomic_write, sha256, sole_writer
 from flowprox.naming import Specified
 
 
@@ -391,6 +391,22 @@ BAD_CARDS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown key": (lambda m: edit_card(m, extra=1), r"card\.json: unknown key 'extra'"),
     "wrong type": (lambda m: edit_card(m, model="Tiny"), "'model' must be"),
     "no kind": (lambda m: edit_card(m, model={"arguments": {}}), r"card\.json: unknown kind None"),
+    "nested without end": (lambda m: (m / CARD).write_text("[" * 100_000), "is not JSON"),
+    "a pipe": (lambda m: ((m / CARD).unlink(), os.mkfifo(m / CARD)), "does not exist"),
+    "arguments are a list": (
+        lambda m: edit_card(m, model={"kind": "Tiny", "arguments": [1]}),
+        "'arguments' of 'model'",
+    ),
+    "problem is a number": (lambda m: edit_card(m, problem={"name": 3}), "'name' of 'problem' must be text, got 3"),
+    "divisor is text": (lambda m: edit_card(m, preprocessing={"divisor": "x"}), "'divisor' of 'preprocessing'"),
+    "far too large": (
+        lambda m: edit_card(m, model={"kind": "Tiny", "arguments": {"width": 10**7}}),
+        "much larger model",
+    ),
+    "far too many": (
+        lambda m: edit_card(m, model={"kind": "Glow", "arguments": {"n_steps": 1_000_000}}),
+        "much larger model",
+    ),
     "unknown kind": (lambda m: edit_card(m, model={"kind": "os.system"}), r"unknown kind 'os\.system'.*Glow"),
     "nested kind": (
         lambda m: edit_card(m, model={"kind": "Chain", "arguments": {"parts": [{"kind": "Popen"}]}}),
@@ -429,6 +445,29 @@ def test_a_bad_folder_is_refused_with_its_file_and_a_remedy(name: str, saved: Pa
     assert str(saved) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda tensors: {**tensors, "linear.weight": tensors["linear.weight"] * torch.nan}, "holds NaN or infinity"),
+        (lambda tensors: {**tensors, "linear.weight": tensors["linear.weight"].int()}, "type int32 instead of float"),
+    ],
+)
+def test_weights_of_no_use_are_refused(saved: Path, spoil: Callable[[Any], Any], message: str) -> None:
+    tensors = spoil(safetensors.torch.load_file(saved / WEIGHTS))
+    safetensors.torch.save_file(tensors, saved / WEIGHTS)
+    edit_card(saved, sha256=sha256(saved / WEIGHTS))
+    with pytest.raises(CheckpointError, match=message):
+        load_model(saved)
+
+
+def test_a_model_that_is_not_finite_is_not_saved(saved: Path) -> None:
+    model = Tiny()
+    model.linear.bias.data[0] = torch.inf
+    with pytest.raises(ValueError, match=r"linear\.bias holds NaN or infinity"):
+        save_model(model, saved)
+    assert load_model(saved)
+
+
 def test_weights_that_hash_right_but_are_no_safetensors(saved: Path) -> None:
     (saved / WEIGHTS).write_bytes(b"nonsense" * 5)
     edit_card(saved, sha256=sha256(saved / WEIGHTS))
@@ -454,7 +493,7 @@ def test_pickles_are_never_read(saved: Path, tmp_path: Path) -> None:
 def test_a_header_length_that_looks_like_a_pickle_is_no_pickle(tmp_path: Path) -> None:
     path = tmp_path / WEIGHTS
     path.write_bytes((0x0280).to_bytes(8, "little") + b'{"a"')
-    files.refuse_pickle(path)
+    refuse_pickle(path)
 
 
 def test_devices_and_types_that_do_not_exist(saved: Path) -> None:
@@ -475,7 +514,7 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "shipped"
     save_model(Tiny(scale=3.0), folder / "denoiser-faces", {"name": "denoiser-faces"})
     (folder / "not-a-model").mkdir()
-    monkeypatch.setattr(loading, "_shipped_folder", lambda: folder)
+    monkeypatch.setattr(store, "_shipped_folder", lambda: folder)
     monkeypatch.chdir(tmp_path)
     return folder
 
@@ -504,7 +543,7 @@ def test_the_models_of_the_package_load() -> None:
         assert load_model(name).card.sha256
 
 
-def test_a_hub_id_is_downloaded(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_of_the_hub_is_downloaded(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     asked: list[Any] = []
@@ -514,26 +553,35 @@ def test_a_hub_id_is_downloaded(saved: Path, monkeypatch: pytest.MonkeyPatch) ->
         return str(saved)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    load_model("org/name", revision="v1")
-    load_card("org/name")
+    load_model("hf:org/name", revision="v1")
+    load_card("hf:org/name")
     assert asked == [
         ("org/name", {"revision": "v1", "allow_patterns": [CARD, WEIGHTS]}),
         ("org/name", {"revision": None, "allow_patterns": [CARD]}),
     ]
     (saved / WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match=r"has no model\.safetensors"):
-        load_model("org/name")
+        load_model("hf:org/name")
 
 
-def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_names_of_the_hub_go_there(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     def snapshot_download(*_: Any, **__: Any) -> str:
         raise ConnectionError("no route\nto the hub")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(CheckpointError, match=r"'runs/m' is not a folder here, .*\(no route\).*hf auth login"):
-        load_model("runs/m")
+    with pytest.raises(CheckpointError, match=r"'hf:runs/m' \(no route\).*hf auth login"):
+        load_model("hf:runs/m")
+    with pytest.raises(CheckpointError, match=r"no model 'runs/denoising'.*hf:ORG/NAME"):
+        load_model("runs/denoising")
+    with pytest.raises(CheckpointError, match="write hf:ORG/NAME"):
+        load_model("hf:name")
+
+
+def test_a_folder_without_a_model_does_not_hide_a_shipped_one(shipped: Path, tmp_path: Path) -> None:
+    (tmp_path / "denoiser-faces").mkdir()
+    assert load_model("denoiser-faces").scale == 3.0
 
 
 def test_push_to_hub_sends_three_files_in_one_commit(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -560,7 +608,7 @@ def test_push_to_hub_sends_three_files_in_one_commit(saved: Path, monkeypatch: p
     readme = calls[1]["README.md"].decode()
     for part in (
         "library_name: flowprox",
-        'load_model("org/name")',
+        'load_model("hf:org/name")',
         "| psnr_db | 25.1 |",
         "a\\|b",
         "Intended use",
@@ -688,7 +736,7 @@ def test_a_folder_has_one_writer(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_free_after_its_writer_was_killed(tmp_path: Path) -> None:
-    code = f"import os\nfrom flowprox.checkpoints import sole_writer\nwith sole_writer({str(tmp_path / 'a')!r}): os._exit(9)"
+    code = f"import os\nfrom flowprox.files import sole_writer\nwith sole_writer({str(tmp_path / 'a')!r}): os._exit(9)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
     with sole_writer(tmp_path / "a"):
         pass

@@ -108,7 +108,7 @@ def test_sample_is_the_same_for_the_same_seed(world: Path, here: Path) -> None:
 def test_models_lists_shipped_models_and_prints_a_card(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(checkpoints.loading, "_shipped_folder", lambda: world)
+    monkeypatch.setattr(checkpoints.store, "_shipped_folder", lambda: world)
     assert main(["models"]) == 0
     assert "tiny-flow" in capsys.readouterr().out
     assert main(["models", "flow"]) == 0

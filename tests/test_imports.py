@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from flowprox import MODEL_MODULES
+from flowprox.naming import registered_kinds
 
 
 def _measures() -> ModuleType:
@@ -69,13 +73,27 @@ def test_solvers_and_baselines_do_not_import_one_another() -> None:
             assert not imported_parts(module) & siblings, module
 
 
-def test_the_package_itself_is_imported_for_its_version_only() -> None:
+def test_the_package_itself_is_imported_for_its_version_and_its_models_only() -> None:
     """It hands on names of all floors: whoever imports one from there may look upwards unseen."""
     for module, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module == "flowprox":
                 names = {alias.name for alias in node.names if f"flowprox.{alias.name}" not in MODULES}
-                assert names <= {"__version__"}, module
+                assert names <= {"__version__", "MODEL_MODULES"}, module
+
+
+def test_what_a_card_may_name_is_registered_by_the_modules_of_models() -> None:
+    """A model is loaded by importing these; they stand below, and no other module holds a kind of model."""
+    for module in MODEL_MODULES:
+        assert FLOORS.index(part(module)) < FLOORS.index("checkpoints")
+        importlib.import_module(module)
+    kinds = {
+        node.name
+        for path in MODULES.values()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and "Specified" in {getattr(base, "id", "") for base in node.bases}
+    }
+    assert kinds and kinds <= set(registered_kinds())
 
 
 def test_two_modules_import_lightning() -> None:

@@ -12,12 +12,10 @@ A trainer's state (``save_training_state``) is one file of tensors and plain val
 Nothing here imports torch before a model is needed.
 """
 
-from flowprox.checkpoints.card import CARD, Card, CheckpointError
+from flowprox.checkpoints.card import CARD, PREVIOUS, WEIGHTS, Card, CheckpointError
 from flowprox.checkpoints.hub import push_to_hub
-from flowprox.checkpoints.loading import list_models, load_card, load_model, require_device
-from flowprox.checkpoints.saving import save_model
 from flowprox.checkpoints.state import load_training_state, save_training_state
-from flowprox.checkpoints.weights import PREVIOUS, WEIGHTS
+from flowprox.checkpoints.store import find_model, list_models, load_card, load_model, require_device, save_model
 
 __all__ = [
     "CARD",
@@ -25,6 +23,7 @@ __all__ = [
     "CheckpointError",
     "PREVIOUS",
     "WEIGHTS",
+    "find_model",
     "list_models",
     "load_card",
     "load_model",

@@ -1,22 +1,25 @@
-"""The card of a model, ``card.json``: what the model is, how it was made and how to rebuild it."""
+"""The card of a model, ``card.json``: what it is, how it was made, how to rebuild it; and the weights that belong to it."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CARD", "Card", "CheckpointError", "read_card"]
+__all__ = ["CARD", "PREVIOUS", "WEIGHTS", "Card", "CheckpointError", "read_card", "read_weights"]
 
 FORMAT_VERSION = 1
 CARD = "card.json"
+WEIGHTS = "model.safetensors"
+PREVIOUS = "model.safetensors.previous"  # exists only while a save is under way, or after one was killed
 
 LICENSE = "research use only; see the terms of the training data"
 INTENDED_USE = (
@@ -25,6 +28,24 @@ INTENDED_USE = (
 )
 
 _SHORT_LIST = re.compile(r"\[\n[^\[\]{}\"]{1,200}\n\s*\]")  # of numbers; JSON text has no line breaks inside strings
+
+_MAX_BYTES = 1 << 24  # of a card; those that ship have 5 kB
+_FORMS: dict[
+    tuple[str, str], tuple[str, Callable[[Any], bool]]
+] = {  # what other modules read from a card, where present
+    ("model", "arguments"): ("an object", lambda value: isinstance(value, Mapping)),
+    ("problem", "name"): ("text", lambda value: isinstance(value, str)),
+    ("problem", "parameters"): ("an object", lambda value: isinstance(value, Mapping)),
+    ("problem", "ranges"): ("an object", lambda value: isinstance(value, Mapping)),
+    ("preprocessing", "channels"): ("a whole number", lambda value: value is None or _is_count(value)),
+    ("preprocessing", "divisor"): ("a whole number to 4096", lambda value: value is None or _is_count(value, 4096)),
+    ("preprocessing", "image_shape"): (
+        "three whole numbers",
+        lambda value: (
+            value is None or (isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_count, value)))
+        ),
+    ),
+}
 
 PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin", ".th", ".tar"}
 
@@ -92,6 +113,9 @@ class Card:
             expected = {"str": str, "int": int}.get(str(known[key].type), Mapping)
             if not isinstance(value, expected) and not (key == "problem" and value is None):
                 raise CheckpointError(f"the card's {key!r} must be {known[key].type}, got {type(value).__name__}")
+        for (part, key), (form, holds) in _FORMS.items():
+            if key in (values.get(part) or {}) and not holds(values[part][key]):
+                raise CheckpointError(f"the card's {key!r} of {part!r} must be {form}, got {values[part][key]!r:.60}")
         return cls(**values)
 
     def to_json(self) -> str:
@@ -100,6 +124,10 @@ class Card:
         first = {"format_version": values.pop("format_version"), "name": values.pop("name"), "model": self.model}
         text = json.dumps(first | values, indent=2, ensure_ascii=False)
         return _SHORT_LIST.sub(lambda found: f"[{' '.join(found[0][1:-1].split())}]", text) + "\n"
+
+
+def _is_count(value: Any, largest: int = 1 << 20) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= largest
 
 
 def read_card(path: Path) -> Card:
@@ -115,9 +143,11 @@ def read_card(path: Path) -> Card:
         raise CheckpointError(
             f"{path} does not exist: {path.parent} is not a flowprox model; write one with flowprox.save_model"
         )
+    if path.stat().st_size > _MAX_BYTES:
+        raise CheckpointError(f"{path} is not a card: it has more than {_MAX_BYTES >> 20} MB; save the model again")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
         raise CheckpointError(f"{path} is not JSON ({error}); restore the file or save the model again") from error
     if not isinstance(values, dict):
         raise CheckpointError(
@@ -175,3 +205,22 @@ def refuse_pickle(path: Path) -> None:
             "model.load_state_dict(torch.load(file, weights_only=True)), then "
             "flowprox.save_model(model, folder)"
         )
+
+
+def read_weights(folder: Path, card: Card) -> bytes:
+    """The bytes that belong to the card: hashed and parsed from one reading."""
+    path = folder / WEIGHTS
+    candidates = [file for file in (path, folder / PREVIOUS) if file.is_file()]
+    if not candidates:
+        raise CheckpointError(f"{path} does not exist; copy it beside {CARD} or save the model again")
+    refuse_pickle(candidates[0])
+    for candidate in candidates:
+        data = candidate.read_bytes()
+        if hashlib.sha256(data).hexdigest() == card.sha256:
+            return data
+    size = path.stat().st_size if path.is_file() else 0
+    state = f"has {size} of {card.n_bytes} bytes" if size != card.n_bytes else "was altered"
+    raise CheckpointError(
+        f"{path} {state} and does not match the SHA-256 in {CARD}; copy or download the folder again (a file that "
+        "git-lfs left as a pointer has about 130 bytes)"
+    )

@@ -1,18 +1,21 @@
-"""Models on the Hugging Face hub."""
+"""Models on the Hugging Face hub, named ``hf:ORG/NAME`` so that a misspelt path never goes to the network."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flowprox.checkpoints.card import CARD, Card, CheckpointError, read_card
-from flowprox.checkpoints.weights import WEIGHTS, read_weights
+from flowprox.checkpoints.card import CARD, WEIGHTS, Card, CheckpointError, read_card, read_weights
 from flowprox.files import first_line
 
-__all__ = ["download", "push_to_hub"]
+__all__ = ["HUB", "download", "push_to_hub"]
+
+HUB = "hf:"
+"""Stands before the name of a model on the hub."""
 
 
 def push_to_hub(
@@ -27,7 +30,7 @@ def push_to_hub(
 
     Arguments:
         folder: a folder written by ``save_model``.
-        repo_id: "org/name"; created if needed.
+        repo_id: "ORG/NAME", with or without "hf:" before it; created if needed.
         private: whether a repository that is created is private.
         revision: branch to commit to; the main one by default.
         token: access token; by default the one stored by ``hf auth login``.
@@ -40,7 +43,7 @@ def push_to_hub(
     """
     import huggingface_hub
 
-    folder = Path(folder)
+    folder, repo_id = Path(folder), _repository(repo_id)
     card = read_card(folder / CARD)
     files = {
         CARD: (folder / CARD).read_bytes(),
@@ -59,26 +62,34 @@ def push_to_hub(
     return str(commit.commit_url)
 
 
-def download(repo_id: str, files: tuple[str, ...], revision: str | None) -> Path:
-    """The folder of hub's cache that holds these files of a repository, fetched where needed.
+def download(name: str, files: tuple[str, ...], revision: str | None) -> Path:
+    """The folder of hub's cache that holds these files of a model "hf:ORG/NAME", fetched where needed.
 
     Raises:
-        CheckpointError: there is no such repository, it lacks a file, or the hub does not answer.
+        CheckpointError: there is no such model, it lacks a file, or the hub does not answer.
     """
+    repo_id = _repository(name)
     import huggingface_hub
 
-    where = f"{repo_id!r} is not a folder here, and the hub"
     try:
         folder = huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=list(files))
     except _hub_errors() as error:
         raise CheckpointError(
-            f"{where} could not be asked for it ({first_line(error)}); check the path or id, the revision, the "
+            f"the hub could not be asked for {name!r} ({first_line(error)}); check the name, the revision, the "
             "connection, and for a private model run `hf auth login`"
         ) from error
     missing = [file for file in files if not (Path(folder) / file).is_file()]
     if missing:
-        raise CheckpointError(f"{where} has no {missing[0]} under that id: it is not a flowprox model")
+        raise CheckpointError(f"{name!r} on the hub has no {missing[0]}: it is not a flowprox model")
     return Path(folder)
+
+
+def _repository(name: str) -> str:
+    """ORG/NAME from a name with or without the prefix."""
+    repo_id = name.removeprefix(HUB)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo_id):
+        raise CheckpointError(f"{name!r} names no model of the hub; write {HUB}ORG/NAME")
+    return repo_id
 
 
 def _hub_errors() -> tuple[type[Exception], ...]:
@@ -113,7 +124,7 @@ def _readme(card: Card, repo_id: str) -> str:
         f"# {card.name}",
         f"`{card.model['kind']}` with {card.n_parameters:,} parameters, stored as {card.weights_dtype}, for "
         "image reconstruction with normalizing-flow priors.",
-        f'```python\nimport flowprox\n\nmodel = flowprox.load_model("{repo_id}")\n```',
+        f'```python\nimport flowprox\n\nmodel = flowprox.load_model("{HUB}{repo_id}")\n```',
         f"**License.** {card.license}",
         f"**Intended use.** {card.intended_use}",
         *tables,
@@ -126,8 +137,5 @@ def _readme(card: Card, repo_id: str) -> str:
 
 def _table(values: Mapping[str, Any]) -> str:
     cells = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
-    rows = [
-        f"| {key} | {value} |"
-        for key, value in ((k, v.replace("|", "\\|").replace("\n", " ")) for k, v in cells.items())
-    ]
+    rows = ["| {} | {} |".format(key, cell.replace("|", "\\|").replace("\n", " ")) for key, cell in cells.items()]
     return "\n".join(["| | |", "|---|---|", *rows])

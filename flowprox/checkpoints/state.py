@@ -14,6 +14,8 @@ from flowprox.files import atomic_write, first_line
 
 __all__ = ["load_training_state", "save_training_state"]
 
+_READ_ERRORS = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
+
 
 def save_training_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """Write a trainer's state to one file, whole or not at all.
@@ -46,7 +48,8 @@ def save_training_state(path: str | os.PathLike[str], state: Mapping[str, Any]) 
 def _check_state(value: Any, where: str) -> None:
     import torch
 
-    if isinstance(value, torch.Tensor):
+    plain = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+    if isinstance(value, torch.Tensor) or value is None or type(value) in plain:
         return
     if type(value) in (dict, OrderedDict) or (where == "state" and isinstance(value, Mapping)):
         for key, item in value.items():
@@ -55,17 +58,7 @@ def _check_state(value: Any, where: str) -> None:
     elif type(value) in (list, tuple, set):
         for i, item in enumerate(value):
             _check_state(item, f"{where}[{i}]")
-    elif value is not None and type(value) not in (
-        bool,
-        int,
-        float,
-        complex,
-        str,
-        bytes,
-        torch.dtype,
-        torch.device,
-        torch.Size,
-    ):
+    else:
         raise TypeError(
             f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be read back without "
             "unpickling objects; store tensors, numbers, text, or lists and dictionaries of these"
@@ -84,19 +77,19 @@ def load_training_state(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     import torch
 
-    formats = (zipfile.BadZipFile, pickle.UnpicklingError)
-
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"no training state {os.fspath(path)}; check the path, or start training without resuming"
         )
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):  # may expand without end
+                raise zipfile.BadZipFile("it is compressed")
             damaged = archive.testzip()
         if damaged is not None:
             raise zipfile.BadZipFile(f"{damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, *formats) as error:
+    except (*_READ_ERRORS, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"{os.fspath(path)} is not a whole training state ({first_line(error)}); resume from an earlier one"
         ) from error

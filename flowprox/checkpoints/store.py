@@ -1,0 +1,479 @@
+"""Models to disk and from it: rebuilt from the constructor call in the card, filled with tensors, never unpickled.
+
+A tensor that a model uses under several names is stored once; the file's metadata list its other names.
+"""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import hashlib
+import importlib
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowprox import MODEL_MODULES, __version__
+from flowprox.checkpoints.card import (
+    CARD,
+    FORMAT_VERSION,
+    PREVIOUS,
+    WEIGHTS,
+    Card,
+    CheckpointError,
+    plain,
+    read_card,
+    read_weights,
+    refuse_pickle,
+)
+from flowprox.checkpoints.hub import HUB, download
+from flowprox.files import atomic_write, first_line, force_to_disk, sha256
+from flowprox.naming import Specified, build, registered_kinds
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+__all__ = ["find_model", "list_models", "load_card", "load_model", "require_device", "save_model"]
+
+_SMALL = 1024  # tensors with fewer elements stay float32 in a half-precision file: they weigh nothing and steer much
+
+
+# From disk -----------------------------------------------------------------------------------------------------------
+
+
+def load_model(
+    name: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    *,
+    revision: str | None = None,
+) -> Any:
+    """Load a model, in evaluation mode, with its card as ``model.card``.
+
+    Arguments:
+        name: in this order: a folder with a model (or a file in it, or a training run's folder), the name of a model shipped
+            with flowprox (``list_models()``), or "hf:ORG/NAME" for one of the Hugging Face hub. Nothing else is looked up
+            on the network.
+        device: where to put it.
+        dtype: floating-point type to convert to; by default the one it was saved in (float32 for half-precision files).
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        CheckpointError: no such model, damaged or unfitting card or weights, or a pickle (a ``ValueError``).
+        ValueError: the device or dtype is not available.
+
+    No code from the folder is run, whoever made it: a card can name registered classes only, weights are numbers.
+    """
+    target = require_device(device)
+    float_type = _float_type(dtype)
+    folder = find_model(name, (CARD, WEIGHTS), revision)
+    card = read_card(folder / CARD)
+    tensors, shared = _unpack(read_weights(folder, card), folder / WEIGHTS)
+    model = _rebuild(card.model, str(folder / CARD), tensors)
+    _fill(model, tensors, shared, str(folder))
+    model.card = card
+    return model.to(device=target, dtype=float_type).eval()
+
+
+def load_card(name: str | os.PathLike[str], *, revision: str | None = None) -> Card:
+    """The card of a model; ``name`` and errors as in ``load_model``. The weights are neither read nor downloaded."""
+    return read_card(find_model(name, (CARD,), revision) / CARD)
+
+
+def list_models() -> list[str]:
+    """Names of the models shipped with flowprox, for ``load_model``."""
+    shipped = _shipped_folder()
+    if not shipped.is_dir():
+        return []
+    return sorted(folder.name for folder in shipped.iterdir() if (folder / CARD).is_file())
+
+
+def _shipped_folder() -> Path:
+    return Path(str(resources.files("flowprox"))) / "models"
+
+
+def find_model(
+    name: str | os.PathLike[str], files: tuple[str, ...] = (CARD, WEIGHTS), revision: str | None = None
+) -> Path:
+    """The folder of a model, named as in ``load_model``; of a hub's model ``files`` are downloaded. Imports no torch."""
+    text = os.fspath(name)
+    if text.startswith(HUB):
+        return download(text, files, revision)
+    path = Path(name).expanduser()
+    if path.is_file() and path.name in (CARD, WEIGHTS):
+        return path.parent
+    if path.is_file():
+        refuse_pickle(path)
+        raise CheckpointError(f"{path} is not a flowprox model; give the folder that holds {CARD} and {WEIGHTS}")
+    for folder in (path, path / "model"):  # a training run keeps its model in the latter
+        if (folder / CARD).exists():
+            return folder
+    if text in list_models():  # also where a folder without a model bears the name
+        return _shipped_folder() / text
+    if path.is_dir():
+        return path  # read_card says what it lacks
+    near = difflib.get_close_matches(text, list_models(), n=3, cutoff=0.4) or list_models()
+    hint = f"nearest shipped models: {', '.join(near)}" if near else "no models are shipped with this installation"
+    raise CheckpointError(
+        f"no model {text!r}: neither a folder here nor a shipped model; {hint}; "
+        f"a model of the Hugging Face hub is written {HUB}ORG/NAME"
+    )
+
+
+def require_device(device: str | torch.device) -> torch.device:
+    """The device, if it is there; otherwise ``ValueError`` says what to use."""
+    import torch
+
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is not known: {first_line(error)}; use 'cpu' or 'cuda'") from error
+    n = {
+        "cpu": lambda: math.inf,
+        "cuda": torch.cuda.device_count,
+        "mps": lambda: int(torch.backends.mps.is_available()),
+    }.get(target.type, lambda: 0)()
+    if (target.index or 0) >= n:
+        raise ValueError(f"device {str(target)!r} is not available: torch sees {n} such devices here; use 'cpu'")
+    return target
+
+
+def _float_type(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    import torch
+
+    if dtype is None:
+        return None
+    known = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(known, torch.dtype) or not known.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point type such as 'float32' or 'float64', got {dtype!r}")
+    return known
+
+
+def _unpack(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by name, and for each further name of a shared one the name it is stored under."""
+    import safetensors.torch
+    import torch
+    from safetensors import SafetensorError
+
+    try:
+        tensors = safetensors.torch.load(data)
+        length = int.from_bytes(data[:8], "little")
+        shared = json.loads(json.loads(data[8 : 8 + length]).get("__metadata__", {}).get("shared", "{}"))
+        names = {str(name): str(kept) for name, kept in shared.items() if kept in tensors}
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file ({error}); copy or download it again") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            raise CheckpointError(
+                f"{path}: {name} holds NaN or infinity, the model is of no use; train or save it again"
+            )
+    return tensors, names
+
+
+def _rebuild(spec: Mapping[str, Any], where: str, tensors: Mapping[str, Tensor] | None = None) -> Any:
+    """``build(spec)`` on the CPU, with the classes it names imported and the random number generator left alone.
+
+    With tensors, it stops as soon as the card asks for much more than these could fill.
+    """
+    import torch
+
+    for module in MODEL_MODULES:
+        if _kinds(spec) <= set(registered_kinds()):
+            break
+        importlib.import_module(module)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            stack.enter_context(torch.device("cpu"))
+            if tensors is not None:
+                stack.enter_context(_limited(spec, tensors))
+            return build(spec)
+    except (ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, AttributeError, MemoryError) as error:
+        raise CheckpointError(f"{where}: {first_line(error)}") from error  # constructors of any kind
+
+
+@contextmanager
+def _limited(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Refuse a card that asks for a model far larger than its weights, before memory and time are gone."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    n_numbers = max(1 << 20, 4 * sum(tensor.numel() for tensor in tensors.values()))
+    n_calls = 2_000 + 200 * len(tensors)
+    message = f"the card asks for a much larger model than its {len(tensors)} tensors can fill; restore the card"
+    if _largest(spec) > n_numbers:
+        raise ValueError(message)
+
+    class Limit(TorchFunctionMode):
+        calls = 0
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            self.calls += 1
+            if self.calls > n_calls or (isinstance(result, torch.Tensor) and result.numel() > n_numbers):
+                raise ValueError(message)
+            return result
+
+    with Limit():
+        yield
+
+
+def _kinds(value: Any) -> set[str]:
+    """All names of classes in a spec."""
+    if isinstance(value, Mapping):
+        own = {value["kind"]} if isinstance(value.get("kind"), str) else set()
+        return own.union(*(_kinds(item) for item in value.values()))
+    return set().union(*(_kinds(item) for item in value)) if isinstance(value, list) else set()
+
+
+def _largest(value: Any) -> int:
+    """The largest whole number in a spec."""
+    if isinstance(value, Mapping | list):
+        items = value.values() if isinstance(value, Mapping) else value
+        return max((_largest(item) for item in items), default=0)
+    return abs(value) if isinstance(value, int) else 0
+
+
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor], shared: Mapping[str, str], where: str) -> None:
+    """Put tensors into a model that was just built, in its memory layout; names that shared one share it again."""
+    import torch
+
+    known = tensors | {name: tensors[kept] for name, kept in shared.items()}
+    problems = _misfits(_forms(model.state_dict()), _forms(known))
+    problems += [
+        f"{name} must be shared with {kept}, but is stored on its own"
+        for name, kept in distinct_tensors(model)[1].items()
+        if shared.get(name, name) != shared.get(kept, kept)
+    ]
+    if problems:
+        raise CheckpointError(f"the card in {where} does not fit its weights: {_few(problems)}; save the model again")
+    filled: dict[str, Tensor] = {}
+    for name, own in model.state_dict(keep_vars=True).items():
+        stored = tensors[shared.get(name, name)]
+        dtype = torch.float32 if stored.dtype in (torch.float16, torch.bfloat16) else stored.dtype
+        values = torch.empty_like(own, dtype=dtype, requires_grad=False).copy_(stored)  # float64 comes back as float64
+        is_parameter = isinstance(own, torch.nn.Parameter)
+        filled[name] = torch.nn.Parameter(values, requires_grad=own.requires_grad) if is_parameter else values
+    model.load_state_dict(filled | {name: filled[kept] for name, kept in shared.items()}, assign=True)
+
+
+def _forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and kind of number of every tensor; floats of any usual precision count as one kind."""
+    usual = ("torch.float16", "torch.bfloat16", "torch.float32", "torch.float64")
+    return {
+        name: (tuple(tensor.shape), "float" if str(tensor.dtype) in usual else str(tensor.dtype).removeprefix("torch."))
+        for name, tensor in tensors.items()
+    }
+
+
+def _misfits(
+    expected: Mapping[str, tuple[tuple[int, ...], str]], known: Mapping[str, tuple[tuple[int, ...], str]]
+) -> list[str]:
+    problems = [f"{name} is missing" for name in expected if name not in known]
+    problems += [f"{name} is unexpected" for name in known if name not in expected]
+    for name in (name for name in expected if name in known):
+        for what, wanted, there in zip(("shape", "type"), expected[name], known[name], strict=True):
+            problems += [f"{name} has {what} {there} instead of {wanted}"] if wanted != there else []
+    return problems
+
+
+def _few(problems: list[str], n: int = 4) -> str:
+    more = f"; and {len(problems) - n} more" if len(problems) > n else ""
+    return "; ".join(problems[:n]) + more
+
+
+# To disk -------------------------------------------------------------------------------------------------------------
+
+
+def save_model(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    card: Card | Mapping[str, Any] | None = None,
+    *,
+    half: bool | str = False,
+) -> Card:
+    """Write a model to a folder, replacing a model that is there only once the new one is complete.
+
+    Before anything is written the model is rebuilt once from its constructor arguments, so that what is saved can be
+    loaded. torch's random number generator is left as it was.
+
+    Arguments:
+        model: a flowprox model (anything that derives from ``Specified``); a compiled or data-parallel wrapper is
+            unwrapped.
+        folder: where to; created if needed. Its name is the model's name unless the card has one.
+        card: what to record besides what the model tells; a ``Card`` or a dictionary with its fields. Not changed.
+        half: store large tensors in half precision: "float16" (True means the same; finer) or "bfloat16" (wider range).
+            They are rounded, so outputs of the loaded model differ slightly from those of ``model``.
+
+    Returns:
+        The complete card, as written.
+
+    Raises:
+        TypeError: ``model`` or a value in the card cannot be written down.
+        CheckpointError: the model cannot be rebuilt from its constructor arguments.
+        ValueError: a weight is not finite, or too large for float16.
+        OSError: the folder cannot be written; a model that was there is still whole.
+
+    Example:
+        >>> import tempfile, torch, flowprox
+        >>> flow = flowprox.Glow((3, 8, 8), n_levels=2, n_steps=1, hidden_channels=8).eval()
+        >>> folder = tempfile.mkdtemp()
+        >>> _ = save_model(flow, folder, {"name": "tiny", "training": {"seed": 0}})
+        >>> x = torch.rand(2, 3, 8, 8)
+        >>> torch.equal(flowprox.load_model(folder).log_prob(x), flow.log_prob(x))
+        True
+    """
+    import safetensors.torch
+    import torch
+
+    folder = Path(folder)
+    model = _unwrapped(model)
+    spec = model.spec()
+    half = "float16" if half is True else half
+    if half not in (False, "float16", "bfloat16"):
+        raise ValueError(f"half must be False, True, 'float16' or 'bfloat16', got {half!r}")
+    _check_rebuild(model, spec)
+
+    values = vars(card) if isinstance(card, Card) else dict(card or {})
+    problem = {"problem": plain(values.get("problem"), "problem")}
+    card = Card.from_dict({"name": folder.absolute().name} | values | problem)
+    card.format_version = FORMAT_VERSION
+    card.model = spec
+    card.preprocessing = _preprocessing(model) | dict(card.preprocessing)
+    card.training = _provenance(model) | dict(card.training)
+    card.n_parameters = sum(p.numel() for p in model.parameters())
+    card.weights_dtype = half or str(next(model.parameters(), torch.empty(0)).dtype).removeprefix("torch.")
+    tensors, shared = distinct_tensors(model)
+    data = safetensors.torch.save(
+        {name: _stored(name, tensor, half) for name, tensor in tensors.items()},
+        metadata={"shared": json.dumps(shared)},  # one key only: safetensors writes several in random order
+    )
+    card.n_bytes = len(data)
+    card.sha256 = hashlib.sha256(data).hexdigest()
+    text = card.to_json()
+    _write(folder, text, data)
+    return Card.from_dict(json.loads(text))
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model inside its wrappers."""
+    while not isinstance(model, Specified):
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)  # torch.compile; data parallel
+        if inner is None:
+            raise TypeError(
+                f"cannot save a {type(model).__name__}: models are saved with their constructor arguments, so the class "
+                "must derive from flowprox.naming.Specified first: class Mine(Specified, nn.Module)"
+            )
+        model = inner
+    return model
+
+
+def _check_rebuild(model: nn.Module, spec: Mapping[str, Any]) -> None:
+    """Fail before writing if ``build(spec)`` gives other tensors than the model has."""
+    kind = spec["kind"]
+    rebuilt = _rebuild(spec, f"cannot save this {kind}")
+    problems = _misfits(_forms(rebuilt.state_dict()), _forms(model.state_dict()))
+    tied, wanted = distinct_tensors(rebuilt)[1], distinct_tensors(model)[1]
+    problems += [f"{name} is no longer shared with {kept}" for name, kept in tied.items() if wanted.get(name) != kept]
+    if problems:
+        raise CheckpointError(
+            f"cannot save this {kind}: built again from its constructor arguments it differs ({_few(problems)}); "
+            "construct the model with the parts it is to have instead of exchanging them later"
+        )
+
+
+def distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor once, under its first name, and the other names of shared ones."""
+    import torch
+
+    tensors: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"cannot save {name}: {type(tensor).__name__} in a model's state; keep it as a buffer")
+        kept = first.setdefault(id(tensor), name)
+        if kept == name:
+            tensors[name] = tensor.detach()
+        else:
+            shared[name] = kept
+    return tensors, shared
+
+
+def _stored(name: str, tensor: Tensor, half: bool | str) -> Tensor:
+    import torch
+
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name} holds NaN or infinity: the model is of no use and is not saved; save an earlier one")
+    tensor = tensor.cpu().clone(memory_format=torch.contiguous_format)  # a copy of its own: views may overlap
+    if not half or not tensor.is_floating_point() or tensor.numel() < _SMALL:
+        return tensor
+    rounded = tensor.to(getattr(torch, str(half)))
+    if not bool(torch.isfinite(rounded).all()):
+        raise ValueError(f"{name} holds values too large for {half}; pass half='bfloat16' or half=False")
+    return rounded
+
+
+def _write(folder: Path, card: str, weights: bytes) -> None:
+    """Put a card and its weights in the place of those that are there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _settle_interrupted_save(folder)
+    with atomic_write(folder / CARD, "w") as card_file:
+        card_file.write(card)
+        force_to_disk(card_file)
+        with atomic_write(folder / WEIGHTS, "wb") as weights_file:
+            weights_file.write(weights)
+            force_to_disk(weights_file)
+            # Both files are on disk, only renames are left. Between them the old card finds its weights under PREVIOUS.
+            if (folder / WEIGHTS).exists():
+                os.replace(folder / WEIGHTS, folder / PREVIOUS)
+    (folder / PREVIOUS).unlink(missing_ok=True)
+
+
+def _settle_interrupted_save(folder: Path) -> None:
+    """After a killed save: give the weights that belong to the card their name back, or drop what is left over."""
+    previous = folder / PREVIOUS
+    if not previous.exists():
+        return
+    # searched, not parsed: a damaged card must not keep a new model from being saved
+    if (folder / CARD).exists() and sha256(previous).encode() in (folder / CARD).read_bytes():
+        os.replace(previous, folder / WEIGHTS)
+    else:
+        previous.unlink()
+
+
+def _preprocessing(model: Any) -> dict[str, Any]:
+    """Pixel range, channels, image shape and divisor, from the model or from its first flow."""
+    flows = model.flows() if callable(getattr(model, "flows", None)) else []
+    owner = model if hasattr(model, "image_shape") else next(iter(flows), model)
+    shape = getattr(owner, "image_shape", None)
+    return {
+        "range": getattr(model, "value_range", [0, 1]),
+        "channels": None if shape is None else int(shape[0]),
+        "image_shape": None if shape is None else [int(n) for n in shape],
+        "divisor": getattr(model, "divisor", getattr(owner, "divisor", None)),
+    }
+
+
+def _provenance(model: nn.Module) -> dict[str, Any]:
+    import torch
+
+    versions = {"flowprox": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    if "deepinv" in sys.modules:  # a flow alone does not depend on it
+        versions["deepinv"] = version("deepinv")
+    device = next(model.parameters(), torch.empty(0)).device
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
+    return {
+        "machine": f"{platform.system()} {platform.machine()}, {machine}",
+        "versions": versions,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
