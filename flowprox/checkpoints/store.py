@@ -247,7 +247,7 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], shared: Mapping[str, 
     """Put tensors into a model that was just built, in its memory layout; names that shared one share it again."""
     import torch
 
-    known = tensors | {name: tensors[kept] for name, kept in shared.items()}
+    known = dict(tensors) | {name: tensors[kept] for name, kept in shared.items()}
     problems = _misfits(_forms(model.state_dict()), _forms(known))
     problems += [
         f"{name} must be shared with {kept}, but is stored on its own"
@@ -336,8 +336,7 @@ def save_model(
     import torch
 
     folder = Path(folder)
-    model = _unwrapped(model)
-    spec = model.spec()
+    model, spec = _unwrapped(model)
     half = "float16" if half is True else half
     if half not in (False, "float16", "bfloat16"):
         raise ValueError(f"half must be False, True, 'float16' or 'bfloat16', got {half!r}")
@@ -364,8 +363,8 @@ def save_model(
     return Card.from_dict(json.loads(text))
 
 
-def _unwrapped(model: Any) -> Any:
-    """The model inside its wrappers."""
+def _unwrapped(model: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """The model inside its wrappers, and its constructor call."""
     while not isinstance(model, Specified):
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)  # torch.compile; data parallel
         if inner is None:
@@ -374,7 +373,7 @@ def _unwrapped(model: Any) -> Any:
                 "must derive from flowprox.naming.Specified first: class Mine(Specified, nn.Module)"
             )
         model = inner
-    return model
+    return model, model.spec()  # type: ignore[return-value]
 
 
 def _check_rebuild(model: nn.Module, spec: Mapping[str, Any]) -> None:
