@@ -36,7 +36,7 @@ from flowprox.files import atomic_write
 from flowprox.flows import Glow
 from flowprox.operators import make_physics
 from flowprox.prox import FlowProx
-from flowprox.unfolded import UnfoldedPGD
+from flowprox.unfolding import UnfoldedPGD
 
 MODES = ("plain", "inputs", "invert", "fast-nothing", "fast-inputs", "fast-invert")
 _MIB = 2**20

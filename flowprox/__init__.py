@@ -12,11 +12,10 @@ if TYPE_CHECKING:
     from flowprox.baselines import PlugAndPlay
     from flowprox.checkpoints import list_models, load_model, save_model
     from flowprox.flows import Glow, RealNVP
-    from flowprox.latent_mean import LatentMeanNet
     from flowprox.operators import make_physics
     from flowprox.priors import FlowDenoiser, FlowPrior, NoiseFidelity, ReconstructorDenoiser
     from flowprox.prox import FlowProx, ResNetProx, SoftThreshold, UNetProx
-    from flowprox.unfolded import UnfoldedHQS, UnfoldedPGD
+    from flowprox.unfolding import LatentMeanNet, UnfoldedHQS, UnfoldedPGD
 
 __all__ = [
     "FlowDenoiser",
@@ -46,11 +45,10 @@ _HOMES = {
     "flowprox.baselines": ("PlugAndPlay",),
     "flowprox.checkpoints": ("list_models", "load_model", "save_model"),
     "flowprox.flows": ("Glow", "RealNVP"),
-    "flowprox.latent_mean": ("LatentMeanNet",),
     "flowprox.operators": ("make_physics",),
     "flowprox.priors": ("FlowDenoiser", "FlowPrior", "NoiseFidelity", "ReconstructorDenoiser"),
     "flowprox.prox": ("FlowProx", "ResNetProx", "SoftThreshold", "UNetProx"),
-    "flowprox.unfolded": ("UnfoldedHQS", "UnfoldedPGD"),
+    "flowprox.unfolding": ("LatentMeanNet", "UnfoldedHQS", "UnfoldedPGD"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -61,7 +59,7 @@ MODEL_MODULES = (
     "flowprox.noise",
     "flowprox.prox",
     "flowprox.operators",
-    "flowprox.unfolded",
+    "flowprox.unfolding",
     "flowprox.baselines",
 )
 """Modules whose import registers every kind that a model's card may name, lowest first: a flow is loaded without deepinv."""

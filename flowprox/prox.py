@@ -8,23 +8,30 @@ For a flow f with inverse g, Wei et al. 2022 take the prox in the latent space, 
                                  P(z) = sign(z) max(|z| - s w, 0)    Laplace base,  R = sum w |z|
 
 Symbols: v image after the data step (B, C, H, W), x image of the same shape, s >= 0 the step (the fold's shrinkage lambda_k),
-w > 0 weights: 1, or one learned number per latent channel, which may depend on the measurement's noise level sigma
-(``flowprox.levels``). A base density with mean mu(y) (``flowprox.latent_mean``) shrinks towards it: mu + P(z - mu).
+w > 0 weights: 1, or one learned number per latent channel, which may depend on the measurement's noise level sigma. A base
+density with mean mu(y) (``flowprox.unfolding.LatentMeanNet``) shrinks towards it: mu + P(z - mu).
+
+Learned numbers that depend on the noise level are learned at levels sigma_1 < ... < sigma_J and interpolated:
+
+    c(sigma) = exp(sum_j h_j(log sigma) v_j)      piecewise linear in log sigma, constant beyond the levels
+
+v_j the learned logarithms at the levels, h_j the hat function that is 1 at log sigma_j and 0 at its neighbors.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from flowprox.flows import Flow
-from flowprox.levels import at_level, checked_levels
 from flowprox.naming import Specified
 from flowprox.networks import ResNet, UNet
 
-__all__ = ["FlowProx", "Prox", "ResNetProx", "SoftThreshold", "UNetProx"]
+__all__ = ["FlowProx", "Prox", "ResNetProx", "SoftThreshold", "UNetProx", "at_level", "checked_levels"]
 
 
 class Prox(nn.Module):
@@ -198,3 +205,29 @@ class UNetProx(Specified, Prox):
     ) -> Tensor:
         _refuse_mean(mean)
         return self.net(v)
+
+
+def checked_levels(levels: Sequence[float] | None) -> tuple[float, ...] | None:
+    """The levels as a tuple of floats, or an error if they are no rising positive numbers."""
+    if levels is None:
+        return None
+    values = tuple(float(level) for level in levels)
+    rising = all(a < b for a, b in pairwise(values))
+    if len(values) < 2 or not rising or not values[0] > 0 or not math.isfinite(values[-1]):
+        raise ValueError(f"levels must be at least two rising positive noise levels, or None; got {list(levels)}")
+    return values
+
+
+def at_level(values: Tensor, levels: Sequence[float], sigma: Tensor) -> Tensor:
+    """Values (J, ...) at the levels (J,) interpolated at noise levels sigma (B,): (B, ...).
+
+    Example:
+        >>> at_level(torch.tensor([0.0, 1.0]), [0.01, 0.1], torch.tensor([0.001, 0.1 ** 1.5, 1.0])).tolist()
+        [0.0, 0.5, 1.0]
+    """
+    knots = torch.tensor(levels, dtype=values.dtype, device=values.device).log()
+    at = sigma.to(values).log().clamp(knots[0], knots[-1])[:, None]
+    rise = ((at - knots[:-1]) / (knots[1:] - knots[:-1])).clamp(0, 1)  # (B, J - 1): how far each interval is passed
+    ones, zeros = torch.ones_like(at), torch.zeros_like(at)
+    hats = torch.cat([ones, rise], 1) - torch.cat([rise, zeros], 1)
+    return torch.tensordot(hats, values, dims=1)

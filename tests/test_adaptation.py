@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowprox.adaptation import adapt
 from flowprox.checkpoints import load_model, save_model
 from flowprox.flows import Flow, Glow, frozen
 from flowprox.operators import make_physics
 from flowprox.prox import FlowProx, ResNetProx
-from flowprox.unfolded import UnfoldedPGD
+from flowprox.unfolding import UnfoldedPGD
+from flowprox.unfolding.conditioning import adapt
 
 SHAPE = (3, 8, 8)
 

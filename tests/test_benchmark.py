@@ -41,7 +41,7 @@ from flowprox.metrics import psnr
 from flowprox.operators import make_physics, measure_each
 from flowprox.prox import FlowProx
 from flowprox.records import read_records
-from flowprox.unfolded import UnfoldedPGD
+from flowprox.unfolding import UnfoldedPGD
 
 OWN_TABLES = ("family", "family-deblurring", "family-inpainting", "levels", "natural", "readme")
 RECIPES = sorted((Path(__file__).parents[1] / "recipes" / "evaluate").glob("*.yaml"))

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from flowprox.baselines import TotalVariation
-from flowprox.exporting import export_program
 from flowprox.flows import Glow, RealNVP
-from flowprox.latent_mean import LatentMeanNet
 from flowprox.operators import make_physics
 from flowprox.prox import FlowProx, ResNetProx
-from flowprox.unfolded import Unfolded, UnfoldedHQS, UnfoldedPGD
+from flowprox.unfolding import LatentMeanNet, Unfolded, UnfoldedHQS, UnfoldedPGD
+from flowprox.unfolding.export import export_program
 
 SHAPE = (3, 16, 16)
 GLOW = {"image_shape": SHAPE, "n_levels": 2, "n_steps": 2, "hidden_channels": 8}

@@ -29,9 +29,9 @@ MODULES: dict[str, Path] = {name: path for name, path in measures.modules().item
 FLOORS = """
 files naming metrics records
 options evaluation_options
-levels latent_mean networks coupling_nets noise operators
-flows adaptation prox priors
-unfolded exporting solvers baselines
+networks coupling_nets noise operators
+flows prox priors
+unfolding solvers baselines
 data samples checkpoints
 training methods reconstruction evaluation
 commands

@@ -10,10 +10,9 @@ from helpers import assert_prox
 from torch import Tensor, nn
 
 from flowprox.flows import Conv1x1, Flow, Glow, RealNVP, Sequential, Squeeze, Unsqueeze
-from flowprox.latent_mean import LatentMeanNet
 from flowprox.operators import VariedProblem, make_physics
 from flowprox.prox import FlowProx, ResNetProx, SoftThreshold, UNetProx
-from flowprox.unfolded import UnfoldedPGD
+from flowprox.unfolding import LatentMeanNet, UnfoldedPGD
 
 SHAPE = (3, 16, 16)
 

@@ -13,7 +13,7 @@ from flowprox.methods import METHODS, check_options, default_options, make_metho
 from flowprox.networks import DCGANGenerator
 from flowprox.operators import PROBLEMS, make_physics, measure_each
 from flowprox.prox import UNetProx
-from flowprox.unfolded import UnfoldedPGD
+from flowprox.unfolding import UnfoldedPGD
 
 SHAPE = (3, 8, 8)
 PARAMETERS: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ from torch import nn
 from flowprox.flows import Glow
 from flowprox.naming import Specified, build, registered_kinds
 from flowprox.prox import FlowProx
-from flowprox.unfolded import UnfoldedPGD
+from flowprox.unfolding import UnfoldedPGD
 
 
 def prox() -> FlowProx:

@@ -22,7 +22,7 @@ from flowprox.operators import make_physics, measure_each
 from flowprox.priors import FlowDenoiser, FlowPrior, ReconstructorDenoiser
 from flowprox.prox import FlowProx, ResNetProx, UNetProx
 from flowprox.solvers import Adam, LatentMAP, NoiseMAP, PosteriorSampling
-from flowprox.unfolded import UnfoldedPGD
+from flowprox.unfolding import UnfoldedPGD
 
 SHAPE = (3, 16, 16)
 PAGE = Path(__file__).parent.parent / "docs" / "guide" / "deepinv.md"

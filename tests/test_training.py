@@ -42,7 +42,7 @@ from flowprox.training.building import make_flow
 from flowprox.training.loop import _only_run, fit
 from flowprox.training.optimizers import make_optimizer
 from flowprox.training.tasks import LikelihoodTask, ReconstructionTask, Task, dequantize, reconstruction_task
-from flowprox.unfolded import UnfoldedPGD
+from flowprox.unfolding import UnfoldedPGD
 
 SIZE = 8
 FLOW: dict[str, Any] = {"kind": "Glow", "arguments": {"n_levels": 1, "n_steps": 2, "hidden_channels": 8}}

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from flowprox.flows import Conv1x1, Flow, Glow, Sequential, Squeeze, Unsqueeze
-from flowprox.latent_mean import LatentMeanNet
 from flowprox.naming import build
 from flowprox.operators import LearnedBlur, make_physics
 from flowprox.prox import FlowProx, ResNetProx, SoftThreshold
-from flowprox.unfolded import UnfoldedHQS, UnfoldedPGD
+from flowprox.unfolding import LatentMeanNet, UnfoldedHQS, UnfoldedPGD
 
 SHAPE = (3, 8, 8)
 
@@ -229,7 +228,7 @@ def make_kernel(physics) -> Tensor:
 
 BAD = {
     "no proxes": (lambda: UnfoldedPGD([]), "proxes is empty"),
-    "negative step": (lambda: UnfoldedPGD([glow_prox()], step_size=-1.0), "step_size or penalty must be positive"),
+    "negative step": (lambda: UnfoldedPGD([glow_prox()], step_size=-1.0), "step_size must be positive"),
     "zero shrinkage": (lambda: UnfoldedPGD([glow_prox()], shrinkage=0.0), "shrinkage must be positive"),
     "too few steps": (lambda: UnfoldedPGD([glow_prox()] * 2, step_size=[0.5]), "one per fold"),
     "unknown start": (lambda: UnfoldedPGD([glow_prox()], start="zero"), "start must be"),

@@ -11,14 +11,12 @@ from torch import Tensor, nn
 
 from flowprox.checkpoints import load_model
 from flowprox.flows import Flow, Glow
-from flowprox.latent_mean import LatentMeanNet
-from flowprox.levels import at_level
 from flowprox.naming import build
 from flowprox.noise import FlowNoise
 from flowprox.operators import LearnedBlur
 from flowprox.options import DataOptions, NoiseOptions, ProblemOptions, UnfoldedOptions
-from flowprox.prox import FlowProx, ResNetProx, UNetProx
-from flowprox.unfolded import Unfolded, UnfoldedHQS, UnfoldedPGD
+from flowprox.prox import FlowProx, ResNetProx, UNetProx, at_level
+from flowprox.unfolding import LatentMeanNet, Unfolded, UnfoldedHQS, UnfoldedPGD
 
 __all__ = ["image_shape", "make_flow", "make_net_prox", "make_unfolded"]
 
@@ -126,7 +124,9 @@ def _start_from(model: Unfolded, name: str) -> None:
     if not isinstance(trained, Unfolded):
         raise ValueError(f"pretrained {name!r} is a {type(trained).__name__}, not an unfolded network")
     own, given = model.state_dict(), _at_levels(trained, model.levels)
-    if type(trained) is not type(model) or len(own["log_data_weight"]) != len(given["log_data_weight"]):
+    if type(trained.data_step) is not type(model.data_step) or len(own["log_data_weight"]) != len(
+        given["log_data_weight"]
+    ):
         given["log_data_weight"] = own["log_data_weight"]
     missing = {key for key in own.keys() - given.keys() if not key.startswith(("latent_mean.", "start_image"))}
     unlike = sorted(missing | (given.keys() - own.keys()))

@@ -32,7 +32,7 @@ from flowprox.options import (
     UnfoldedOptions,
 )
 from flowprox.training.building import image_shape, make_flow, make_net_prox, make_unfolded
-from flowprox.unfolded import Unfolded
+from flowprox.unfolding import Unfolded
 
 __all__ = [
     "DenoisingTask",

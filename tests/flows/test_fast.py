@@ -18,7 +18,7 @@ from flowprox.flows import FastSteps, Flow, Glow, GlowStep, RealNVP, Reversible,
 from flowprox.flows.glow import FAST_WIDTH
 from flowprox.operators import make_physics
 from flowprox.prox import FlowProx
-from flowprox.unfolded import UnfoldedPGD
+from flowprox.unfolding import UnfoldedPGD
 
 every_fast_mode = pytest.mark.parametrize("mode", FAST_MODES)
 every_coupling = pytest.mark.parametrize("coupling", ["conv", "conv-actnorm"])

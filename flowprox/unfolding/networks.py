@@ -3,8 +3,8 @@ r"""Unfolded networks: K iterations of a proximal algorithm whose prox is learne
     fold k:   v_k     = D_k(x_k, y)                 data step
               x_{k+1} = prox_k(v_k, lambda_k)       learned prox
 
-    UnfoldedPGD:  D_k = x + mu_k A^T (y - A x)                                gradient step on 1/2 ||y - A x||^2
-    UnfoldedHQS:  D_k = argmin_u 1/2 ||y - A u||^2 + rho_k/2 ||u - x||^2      exact step of half-quadratic splitting
+    GradientStep:  D_k = x + mu_k A^T (y - A x)                                    descends 1/2 ||y - A x||^2
+    ProximalStep:  D_k = argmin_u 1/2 ||y - A u||^2 + rho_k/2 ||u - x||^2          exact step of half-quadratic splitting
 
 Symbols: y measurement, A operator, x image (B, C, H, W), mu step size, rho penalty, lambda shrinkage. The start x_0
 is g(0), the image of the most likely latent of the pretrained flow, learned on from there, or A^T y. Wei et al. 2022,
@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,77 +25,109 @@ from deepinv.models import Reconstructor
 from deepinv.physics import LinearPhysics
 from torch import Tensor, nn
 
-from flowprox.adaptation import adapt
 from flowprox.flows import Flow, frozen
-from flowprox.latent_mean import LatentMeanNet
-from flowprox.levels import at_level, checked_levels, noise_level
 from flowprox.naming import Specified
 from flowprox.operators import data_gradient, data_prox
-from flowprox.prox import FlowProx
+from flowprox.prox import FlowProx, at_level
+from flowprox.unfolding.conditioning import Conditioning, noise_level
 
-__all__ = ["Unfolded", "UnfoldedHQS", "UnfoldedPGD"]
+__all__ = ["GradientStep", "ProximalStep", "Unfolded", "UnfoldedHQS", "UnfoldedPGD"]
 
 
-class Unfolded(Reconstructor):
-    """What the unfolded algorithms share; a subclass gives the data step.
+class GradientStep(Specified):
+    """D(x, y) = x + mu A^T (y - A x), a step down 1/2 ||y - A x||^2.
+
+    Arguments:
+        step_size: mu at the start, > 0, one number or one per data step; 0.5 with noise-trained flows.
+    """
+
+    name = "step_size"
+
+    def __init__(self, step_size: float | Sequence[float] = 0.5) -> None:
+        self.weight = step_size
+
+    def __call__(self, x: Tensor, y: Tensor, physics: LinearPhysics, weight: Tensor) -> Tensor:
+        """D(x, y) (B, C, H, W); ``weight`` is the step's learned mu, or one per image (B,)."""
+        return x + (weight.view(-1, 1, 1, 1) if weight.ndim == 1 else weight) * data_gradient(x, y, physics)
+
+
+class ProximalStep(Specified):
+    """D(x, y) = argmin_u 1/2 ||y - A u||^2 + rho/2 ||u - x||^2, which a blur's small singular values reward.
+
+    Arguments:
+        penalty: rho at the start, > 0, one number or one per data step, relative to a data term of weight one.
+    """
+
+    name = "penalty"
+
+    def __init__(self, penalty: float | Sequence[float] = 0.1) -> None:
+        self.weight = penalty
+
+    def __call__(self, x: Tensor, y: Tensor, physics: LinearPhysics, weight: Tensor) -> Tensor:
+        """D(x, y) (B, C, H, W); ``weight`` is the step's learned rho, or one per image (B,)."""
+        return data_prox(x, y, physics, weight)
+
+
+class Unfolded(Specified, Reconstructor):
+    """K times a data step and a learned prox.
 
     Arguments:
         proxes: one per fold; the same object K times ties the folds.
-        data_weight: the learned scalar of the data step at the start, > 0, one number or one per data step.
-        shrinkage: lambda at the start, > 0, one number or one per fold.
+        data_step: what a fold does with the measurement.
+        shrinkage: lambda at the start, > 0, one number or one per fold; large values throw a pretrained flow off the map.
         start: "flow" (g(0), kept as a learned image) or "adjoint" (A^T y).
         shrink_last: shrink in the last fold too.
         final_data_step: one more data step after the last prox, with a weight of its own. With an exact measurement it
             returns the measured pixels, so that the last prox is free to change them.
         operator: a physics of the network's own, used in place of the one passed to ``forward``; its parameters are trained
             along.
-        levels: rising noise levels at which the scalars above are learned, interpolated between them (``flowprox.levels``); the
-            network is then told the level of a measurement, ``physics.noise_model.sigma``. None: one set for all.
-        latent_mean: network that predicts what each fold shrinks towards (``flowprox.latent_mean``) from the first fold's v,
-            A^T A 1 averaged over the channels and, with ``levels``, the noise level: C + 1 or C + 2 channels. A^T A 1 shows
-            where a mask is open; it is constant for blurs, and noise for random matrices. None shrinks towards 0.
-        adaptation_rank: the folds' flows share the weights of the first one's coupling nets but for a correction of this rank
-            in each fold (``flowprox.adaptation``; the later flows' own are given up). None: every fold has its own.
+        conditioning: what the folds are told beside the image and what they share; None is nothing.
 
     Raises:
-        ValueError: no proxes, a start value that is not positive, start "flow" without a ``FlowProx`` in the first fold, or a
-            ``latent_mean`` or ``adaptation_rank`` that does not fit the proxes.
+        ValueError: no proxes, a start value that is not positive, start "flow" without a ``FlowProx`` in the first fold, or
+            ``conditioning`` that does not fit the proxes.
+
+    Example:
+        >>> from flowprox.flows import Glow
+        >>> from flowprox.operators import make_physics
+        >>> flows = [Glow(image_shape=(3, 8, 8), n_levels=1, n_steps=1, hidden_channels=4) for _ in range(2)]
+        >>> model = Unfolded([FlowProx(flow) for flow in flows], GradientStep(0.5))
+        >>> physics = make_physics("denoising", (3, 8, 8))
+        >>> model(torch.rand(2, 3, 8, 8), physics).shape
+        torch.Size([2, 3, 8, 8])
     """
 
     def __init__(
         self,
         proxes: Sequence[nn.Module],
-        data_weight: float | Sequence[float],
-        shrinkage: float | Sequence[float],
-        start: str,
-        shrink_last: bool,
-        final_data_step: bool,
-        operator: LinearPhysics | None,
-        levels: Sequence[float] | None,
-        latent_mean: LatentMeanNet | None,
-        adaptation_rank: int | None,
+        data_step: GradientStep | ProximalStep,
+        shrinkage: float | Sequence[float] = 0.05,
+        start: str = "flow",
+        shrink_last: bool = True,
+        final_data_step: bool = False,
+        operator: LinearPhysics | None = None,
+        conditioning: Conditioning | None = None,
     ) -> None:
         super().__init__()
         if not proxes:
             raise ValueError("proxes is empty; pass one prox per fold")
         if start not in ("flow", "adjoint"):
             raise ValueError(f"start must be 'flow' or 'adjoint', got {start!r}")
+        conditioning = conditioning or Conditioning()
+        conditioning.fit(proxes)
+        if conditioning.latent_mean is not None and not shrink_last:
+            raise ValueError("shrink_last=False leaves the last fold's latent_mean untrained; set it to True")
         self.proxes = nn.ModuleList(proxes)
-        if adaptation_rank is not None:
-            adapt(self.flows(), adaptation_rank)
+        self.data_step = data_step
+        self.levels = conditioning.levels
         n_data_steps = len(proxes) + int(final_data_step)
-        self.levels = checked_levels(levels)
-        self.log_data_weight = _log_parameter(data_weight, n_data_steps, "step_size or penalty", self.levels, power=0)
+        self.log_data_weight = _log_parameter(data_step.weight, n_data_steps, data_step.name, self.levels, power=0)
         self.log_shrinkage = _log_parameter(shrinkage, len(proxes), "shrinkage", self.levels, power=2)
         if not any(getattr(prox, "uses_step", True) for prox in proxes):
             self.log_shrinkage.requires_grad_(False)  # nothing would ever train it
         self.shrink_last = shrink_last
         self.operator = operator
-        self.latent_mean = latent_mean
-        if latent_mean is not None:
-            _check_latent_mean(latent_mean, proxes, with_level=levels is not None)
-            if not shrink_last:
-                raise ValueError("shrink_last=False leaves the last fold's latent_mean untrained; set it to True")
+        self.latent_mean = conditioning.latent_mean
         self.start_image = None
         if start == "flow":
             if not isinstance(proxes[0], FlowProx):
@@ -103,54 +136,55 @@ class Unfolded(Reconstructor):
                 )
             self.start_image = nn.Parameter(_most_likely_image(proxes[0].flow, proxes[0].flow.image_shape[1:]))
 
-    def data_step(self, x: Tensor, y: Tensor, physics: LinearPhysics, weight: Tensor) -> Tensor:
-        """One data step from x (B, C, H, W); ``weight`` is the fold's learned scalar, or one per image (B,)."""
-        raise NotImplementedError
-
-    def forward(self, y: Tensor, physics: LinearPhysics) -> Tensor:
+    def forward(self, y: Tensor, physics: LinearPhysics | Sequence[LinearPhysics]) -> Tensor:
         """Reconstruct x (B, C, H, W) from the measurement y of ``physics``.
 
         In evaluation mode and without gradients the flows are ``frozen`` meanwhile; around many calls do that once yourself.
 
+        Arguments:
+            y: measurement.
+            physics: the operator, or one for each data step, K or, with a final one, K + 1. The start and what the folds are
+                told are then the first one's.
+
         Raises:
-            ValueError: the image size is not divisible by ``divisor``, or the channels do not fit.
+            ValueError: the image size is not divisible by ``divisor``, the channels do not fit, or another number of operators.
         """
         if not self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             with frozen(self):
                 return self.iterates(y, physics)[-1]
         return self.iterates(y, physics)[-1]
 
-    def iterates(self, y: Tensor, physics: LinearPhysics) -> list[Tensor]:
+    def iterates(self, y: Tensor, physics: LinearPhysics | Sequence[LinearPhysics]) -> list[Tensor]:
         """The start image and the result of every fold, the last with its final data step: K + 1 images (B, C, H, W)."""
-        physics = physics if self.operator is None else self.operator
-        x = self.initial_image(y, physics)
+        operators = self._operators(physics)
+        x = self._start(self._checked_adjoint(y, operators[0]))
         images = [x]
-        sigma = None if self.levels is None else noise_level(physics, x)
+        sigma = None if self.levels is None else noise_level(operators[0], x).clamp(max=self.levels[-1])
         weights, steps = self._scalars(self.log_data_weight, sigma), self._scalars(self.log_shrinkage, sigma)
         means: Sequence[Tensor | None] = [None] * len(self.proxes)
         for k, prox in enumerate(self.proxes):
-            v = self.data_step(x, y, physics, weights[k])
+            # Eq. (8) with the sign of descent
+            v = self.data_step(x, y, operators[k], weights[k])
             if k == 0 and self.latent_mean is not None:
-                means = self._latent_means(v, physics, sigma)
+                means = self.latent_mean.of_measurement(v, operators[0], sigma)
             last = k == len(self.proxes) - 1
             step = steps[k] if self.shrink_last or not last else torch.zeros_like(steps[k])
-            told = {"sigma": sigma, "mean": means[k]}
-            x = prox(v, step, **{name: value for name, value in told.items() if value is not None})
+            condition = {"sigma": sigma, "mean": means[k]}
+            # Eqs. (9) to (11)
+            x = prox(v, step, **{name: value for name, value in condition.items() if value is not None})
             images.append(x)
         if len(weights) > len(self.proxes):
-            images[-1] = self.data_step(x, y, physics, weights[-1])
+            images[-1] = self.data_step(x, y, operators[-1], weights[-1])
         return images
 
-    def _latent_means(self, v: Tensor, physics: LinearPhysics, sigma: Tensor | None) -> list[Tensor]:
-        """mu(y) of each fold, (B, C, H, W)."""
-        assert self.latent_mean is not None
-        with torch.no_grad():
-            seen = physics.A_adjoint(physics.A(torch.ones_like(v[:1]))).mean(dim=1, keepdim=True)
-        given = [v - 0.5, seen.expand(v.shape[0], -1, -1, -1)]
-        if sigma is not None and self.levels is not None:
-            known = sigma.clamp(max=self.levels[-1])  # no level beyond the last was seen in training
-            given.append(known.view(-1, 1, 1, 1).expand(-1, 1, *v.shape[-2:]))
-        return self.latent_mean(torch.cat(given, dim=1))
+    def _operators(self, physics: LinearPhysics | Sequence[LinearPhysics]) -> list[LinearPhysics]:
+        """One operator per data step."""
+        n = len(self.log_data_weight)
+        if self.operator is not None or not isinstance(physics, Sequence):
+            return [physics if self.operator is None else self.operator] * n  # type: ignore[list-item]
+        if len(physics) != n:
+            raise ValueError(f"physics has {len(physics)} operators for {n} data steps; give one, or one for each")
+        return list(physics)
 
     def _scalars(self, logarithms: Tensor, sigma: Tensor | None) -> Tensor:
         """One number per step (n,), or one per step and image (n, B) at the images' noise levels sigma (B,)."""
@@ -158,9 +192,8 @@ class Unfolded(Reconstructor):
             return torch.exp(logarithms)
         return torch.exp(at_level(logarithms.T, self.levels, sigma).T)
 
-    def initial_image(self, y: Tensor, physics: LinearPhysics) -> Tensor:
+    def _start(self, adjoint: Tensor) -> Tensor:
         """x_0 (B, C, H, W): at another size than it was made for, the start image resized."""
-        adjoint = self._checked_adjoint(y, physics)
         if self.start_image is None:
             return adjoint
         image = self.start_image
@@ -171,9 +204,9 @@ class Unfolded(Reconstructor):
     def _checked_adjoint(self, y: Tensor, physics: LinearPhysics) -> Tensor:
         """A^T y (B, C, H, W), or an error that says what is wrong with y."""
         if not isinstance(y, Tensor) or y.dtype != self.log_data_weight.dtype:
-            found = y.dtype if isinstance(y, Tensor) else type(y).__name__
+            dtype = y.dtype if isinstance(y, Tensor) else type(y).__name__
             raise ValueError(
-                f"y must be a tensor of {self.log_data_weight.dtype} like the model, got {found}; convert it"
+                f"y must be a tensor of {self.log_data_weight.dtype} like the model, got {dtype}; convert it"
             )
         adjoint = physics.A_adjoint(y)
         n_channels = "C" if self.start_image is None else self.start_image.shape[1]
@@ -221,26 +254,16 @@ class Unfolded(Reconstructor):
             self.start_image.requires_grad_(False)
 
 
-class UnfoldedPGD(Specified, Unfolded):
-    """Unfolded proximal gradient descent (Wei et al. 2022, Sec. III, Eqs. 8 to 12).
+class UnfoldedPGD(Unfolded):
+    """Unfolded proximal gradient descent (Wei et al. 2022, Sec. III, Eqs. 8 to 12): ``Unfolded`` with a ``GradientStep``.
 
     Arguments:
-        proxes: one per fold; the same object K times ties the folds.
-        step_size: mu at the start; 0.5 with noise-trained flows.
-        shrinkage: lambda at the start; large values throw a pretrained flow off the map.
-        start, shrink_last, final_data_step, operator, levels, latent_mean, adaptation_rank: see ``Unfolded``.
+        proxes, shrinkage, start, shrink_last, final_data_step, operator: see ``Unfolded``.
+        step_size: mu at the start, see ``GradientStep``.
+        conditioning: levels, latent_mean and adaptation_rank, see ``Conditioning``.
 
     Raises:
-        ValueError: no proxes, a start value that is not positive, or start "flow" without a ``FlowProx`` in the first fold.
-
-    Example:
-        >>> from flowprox.flows import Glow
-        >>> from flowprox.operators import make_physics
-        >>> flows = [Glow(image_shape=(3, 8, 8), n_levels=1, n_steps=1, hidden_channels=4) for _ in range(2)]
-        >>> model = UnfoldedPGD([FlowProx(flow) for flow in flows])
-        >>> physics = make_physics("denoising", (3, 8, 8))
-        >>> model(torch.rand(2, 3, 8, 8), physics).shape
-        torch.Size([2, 3, 8, 8])
+        ValueError: as ``Unfolded``.
     """
 
     def __init__(
@@ -252,27 +275,10 @@ class UnfoldedPGD(Specified, Unfolded):
         shrink_last: bool = True,
         final_data_step: bool = False,
         operator: LinearPhysics | None = None,
-        levels: Sequence[float] | None = None,
-        latent_mean: LatentMeanNet | None = None,
-        adaptation_rank: int | None = None,
+        **conditioning: Any,
     ) -> None:
-        Unfolded.__init__(
-            self,
-            proxes,
-            step_size,
-            shrinkage,
-            start,
-            shrink_last,
-            final_data_step,
-            operator,
-            levels,
-            latent_mean,
-            adaptation_rank,
-        )
-
-    def data_step(self, x: Tensor, y: Tensor, physics: LinearPhysics, weight: Tensor) -> Tensor:
-        weight = weight.view(-1, 1, 1, 1) if weight.ndim == 1 else weight
-        return x + weight * data_gradient(x, y, physics)
+        rules = start, shrink_last, final_data_step, operator, Conditioning(**conditioning)
+        super().__init__(proxes, GradientStep(step_size), shrinkage, *rules)
 
     @property
     def step_sizes(self) -> Tensor:
@@ -280,16 +286,16 @@ class UnfoldedPGD(Specified, Unfolded):
         return torch.exp(self.log_data_weight.detach())
 
 
-class UnfoldedHQS(Specified, Unfolded):
-    """Unfolded half-quadratic splitting: the data step is solved exactly, which a blur's small singular values reward.
+class UnfoldedHQS(Unfolded):
+    """Unfolded half-quadratic splitting: ``Unfolded`` with a ``ProximalStep``.
 
     Arguments:
-        proxes: one per fold; the same object K times ties the folds.
-        penalty: rho at the start, relative to a data term of weight one.
-        shrinkage, start, shrink_last, final_data_step, operator, levels, latent_mean, adaptation_rank: see ``Unfolded``.
+        proxes, shrinkage, start, shrink_last, final_data_step, operator: see ``Unfolded``.
+        penalty: rho at the start, see ``ProximalStep``.
+        conditioning: levels, latent_mean and adaptation_rank, see ``Conditioning``.
 
     Raises:
-        ValueError: as ``UnfoldedPGD``.
+        ValueError: as ``Unfolded``.
     """
 
     def __init__(
@@ -301,48 +307,15 @@ class UnfoldedHQS(Specified, Unfolded):
         shrink_last: bool = True,
         final_data_step: bool = False,
         operator: LinearPhysics | None = None,
-        levels: Sequence[float] | None = None,
-        latent_mean: LatentMeanNet | None = None,
-        adaptation_rank: int | None = None,
+        **conditioning: Any,
     ) -> None:
-        Unfolded.__init__(
-            self,
-            proxes,
-            penalty,
-            shrinkage,
-            start,
-            shrink_last,
-            final_data_step,
-            operator,
-            levels,
-            latent_mean,
-            adaptation_rank,
-        )
-
-    def data_step(self, x: Tensor, y: Tensor, physics: LinearPhysics, weight: Tensor) -> Tensor:
-        return data_prox(x, y, physics, weight)
+        rules = start, shrink_last, final_data_step, operator, Conditioning(**conditioning)
+        super().__init__(proxes, ProximalStep(penalty), shrinkage, *rules)
 
     @property
     def penalties(self) -> Tensor:
         """rho_k, (K,), or (K + 1,) with a final data step; (..., J) at J levels."""
         return torch.exp(self.log_data_weight.detach())
-
-
-def _check_latent_mean(net: LatentMeanNet, proxes: Sequence[nn.Module], with_level: bool) -> None:
-    flows = [prox.flow for prox in proxes if isinstance(prox, FlowProx)]
-    if len(flows) != len(proxes):
-        raise ValueError("latent_mean needs a FlowProx in every fold: only these have a latent")
-    needed = {
-        "n_inputs": {flow.n_channels + 1 + int(with_level) for flow in flows},
-        "n_channels": {flow.n_channels for flow in flows},
-        "n_levels": {flow.n_levels for flow in flows},
-        "n_folds": {len(proxes)},
-    }
-    for name, values in needed.items():
-        if values != {getattr(net, name)}:
-            wanted = " or ".join(map(str, sorted(values)))
-            hint = ", one entry of hidden_channels for each" if name == "n_levels" else ""
-            raise ValueError(f"latent_mean has {name} {getattr(net, name)} and the proxes need {wanted}{hint}")
 
 
 def _log_parameter(

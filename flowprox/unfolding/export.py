@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from flowprox.flows import frozen
-from flowprox.unfolded import Unfolded
+from flowprox.unfolding.networks import Unfolded
 
 __all__ = ["export_program"]
 

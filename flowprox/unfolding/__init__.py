@@ -1,0 +1,18 @@
+"""Unfolded networks: their folds, what they are told beside the image, and their export."""
+
+from __future__ import annotations
+
+from flowprox.unfolding.conditioning import Conditioning, LatentMeanNet
+from flowprox.unfolding.export import export_program
+from flowprox.unfolding.networks import GradientStep, ProximalStep, Unfolded, UnfoldedHQS, UnfoldedPGD
+
+__all__ = [
+    "Conditioning",
+    "GradientStep",
+    "LatentMeanNet",
+    "ProximalStep",
+    "Unfolded",
+    "UnfoldedHQS",
+    "UnfoldedPGD",
+    "export_program",
+]
