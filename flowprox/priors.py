@@ -26,6 +26,7 @@ from torch import Tensor
 
 from flowprox.flows import Flow, frozen
 from flowprox.prox import FlowProx
+from flowprox.solvers import Adam
 
 __all__ = ["FlowDenoiser", "FlowPrior", "NoiseFidelity", "ReconstructorDenoiser"]
 
@@ -191,11 +192,21 @@ class FlowDenoiser(Denoiser):
         self.flow._check_image(x)
         variance = self._handle_sigma(sigma, reference_tensor=x).square()
         v = x.detach()
-        with frozen(self.flow):
-            with torch.no_grad():
-                start = self.wiener(v, variance)
-                z = self.flow.encode_image(start)
-            x_hat = self._descend(z, start, v, variance.clamp_min(torch.finfo(v.dtype).tiny))
+        weight = 1 / variance.flatten().clamp_min(1e-12)  # images with sigma 0 are returned as they are
+
+        def evaluate(z: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.enable_grad():
+                z = z.detach().requires_grad_()
+                misfit = _squared_length(self.flow.decode_image(z.view_as(v)) - v)
+                value = 0.5 * (weight * misfit + _squared_length(z))
+                return value.detach(), torch.autograd.grad(value.sum(), z)[0]
+
+        with frozen(self.flow), torch.no_grad():
+            x_hat = self.wiener(v, variance)
+            if self.n_steps:
+                adam = Adam(self.n_steps, self.step_size, 0.0, betas=(0.9, 0.99), decay="linear")
+                z = adam.minimize(evaluate, self.flow.encode(x_hat)).z
+                x_hat = self.flow.decode_image(z.view_as(v))
         return torch.where(variance > 0, x_hat, v)
 
     def objective(self, x: Tensor, v: Tensor, sigma: float | Tensor) -> Tensor:
@@ -229,28 +240,6 @@ class FlowDenoiser(Denoiser):
         coefficients = torch.fft.rfft2(images - mean, norm="ortho").permute(2, 3, 1, 0)
         power, colors = torch.linalg.eigh(coefficients @ coefficients.mH / (self.n_samples - 1))
         return mean, power.clamp_min(1e-8), colors
-
-    def _descend(self, z: Tensor, best: Tensor, v: Tensor, variance: Tensor) -> Tensor:
-        """The image of the best of ``n_steps`` + 1 latents, per image; ``best`` where none is finite."""
-        if self.n_steps == 0:
-            return best
-        z = z.clone().requires_grad_()
-        adam = torch.optim.Adam([z], betas=(0.9, 0.99))
-        lowest = torch.full_like(v[:, 0, 0, 0], math.inf)
-        for k in range(self.n_steps + 1):
-            last = k == self.n_steps
-            with torch.set_grad_enabled(not last):
-                x = self.flow.decode_image(z)
-                loss = 0.5 * (_squared_length(x - v) / variance.flatten() + _squared_length(z))
-                total = loss.sum()
-            better = loss.detach() < lowest  # a NaN is not
-            lowest = torch.where(better, loss.detach(), lowest)
-            best = torch.where(better.view(-1, 1, 1, 1), x.detach(), best)
-            if not last:
-                (z.grad,) = torch.autograd.grad(total, z)
-                adam.param_groups[0]["lr"] = self.step_size * (1 - k / self.n_steps)
-                adam.step()
-        return best
 
 
 class ReconstructorDenoiser(Denoiser):

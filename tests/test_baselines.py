@@ -293,7 +293,7 @@ def test_gan_prior_keeps_the_best_restart_and_obeys_the_regularization(generator
 
 def test_gan_prior_names_what_does_not_fit(generator):
     physics = make_physics("denoising", (3, 32, 32))
-    with pytest.raises(ValueError, match="use the physics that measured y"):
+    with pytest.raises(ValueError, match="the operator takes images"):
         GANPrior(generator, n_steps=1)(torch.rand(1, 3, 32, 32), physics)
     with pytest.raises(ValueError, match="latent_size"):
         GANPrior(torch.nn.Identity())

@@ -30,8 +30,8 @@ FLOORS = """
 files naming metrics records
 options evaluation_options
 networks coupling_nets noise operators
-flows prox priors
-unfolding solvers baselines
+flows prox solvers priors
+unfolding baselines
 data samples checkpoints
 training methods reconstruction evaluation
 commands
@@ -66,8 +66,8 @@ def test_every_floor_has_a_part() -> None:
     assert len(set(FLOORS)) == len(FLOORS)
 
 
-def test_solvers_and_baselines_do_not_import_one_another() -> None:
-    siblings = {"unfolded", "solvers", "baselines"}
+def test_networks_and_baselines_do_not_import_one_another() -> None:
+    siblings = {"unfolding", "baselines"}
     for module in MODULES:
         if part(module) in siblings:
             assert not imported_parts(module) & siblings, module

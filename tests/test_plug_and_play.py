@@ -88,9 +88,8 @@ def test_contract(denoiser: str, problem: str, iteration: str) -> None:
     assert x_hat.shape == x.shape and x_hat.dtype == x.dtype and not x_hat.requires_grad
     assert problem not in EASY or (psnr(x_hat, x) > psnr(physics.A_adjoint(y), x) - 0.5).all()
     assert torch.equal(method(y, physics), x_hat)
-    atol = (
-        1e-2 if denoiser == "unfolded network" else 2e-3
-    )  # an untrained network enlarges the tolerance of conjugate gradient
+    # a median, and more so an untrained network, enlarges the tolerance of conjugate gradient
+    atol = 1e-2 if denoiser == "unfolded network" else 5e-3
     torch.testing.assert_close(method(y[1:], physics), x_hat[1:], rtol=0, atol=atol)
     assert {key: value for key, value in vars(physics).items() if isinstance(value, int | float | str)} == before
 

@@ -7,11 +7,11 @@ Each is a ``deepinv.models.Reconstructor``: ``x_hat = method(y, physics)`` with 
 
 from flowprox.baselines.bm3d import BM3D
 from flowprox.baselines.deconvolution import TotalVariation, Wiener, transfer_function
-from flowprox.baselines.gan import GANPrior
 from flowprox.baselines.inpainting import Biharmonic
 from flowprox.baselines.lasso import Lasso
 from flowprox.baselines.plug_and_play import PlugAndPlay
 from flowprox.baselines.wavelet import WaveletPrior
+from flowprox.solvers import GANPrior
 
 __all__ = [
     "BM3D",

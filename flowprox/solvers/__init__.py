@@ -6,22 +6,24 @@ Every solver is called like every other method, ``x_hat = solver(y, physics)``; 
 
 from flowprox.solvers.discrepancy import Discrepancy
 from flowprox.solvers.latent_map import LatentMAP
-from flowprox.solvers.noise_map import NoiseMAP
-from flowprox.solvers.optimizers import LBFGS, Adam
+from flowprox.solvers.noise_map import GANPrior, NoiseMAP
+from flowprox.solvers.optimizers import LBFGS, OPTIMIZERS, Adam, TorchLBFGS
 from flowprox.solvers.posterior import PosteriorSampling, PosteriorSolution, SamplerOptions
-from flowprox.solvers.problem import null_space_perturbed
-from flowprox.solvers.solution import Solution, SolverInterrupted
+from flowprox.solvers.problem import Solution, SolverInterrupted, null_space_perturbed
 
 __all__ = [
     "LBFGS",
     "Adam",
     "Discrepancy",
+    "GANPrior",
     "LatentMAP",
     "NoiseMAP",
+    "OPTIMIZERS",
     "PosteriorSampling",
     "PosteriorSolution",
     "SamplerOptions",
     "Solution",
     "SolverInterrupted",
+    "TorchLBFGS",
     "null_space_perturbed",
 ]

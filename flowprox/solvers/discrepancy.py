@@ -23,11 +23,10 @@ from typing import Any
 
 import deepinv
 import torch
-from deepinv.physics import MRI, Inpainting, Physics
+from deepinv.physics import Physics
 from torch import Tensor
 
 from flowprox.noise import HeteroscedasticNoise, Noise
-from flowprox.operators import RealMRI
 from flowprox.solvers.optimizers import Optimizer, Trace
 
 __all__ = ["Discrepancy", "noise_energy"]
@@ -121,21 +120,16 @@ class Discrepancy:
         return _joined(parts), gamma.exp()
 
 
-def noise_energy(y: Tensor, physics: Physics) -> tuple[Tensor, Tensor]:
-    """(E||noise||^2 (B,), number of measured entries) as the noise model tells.
+def noise_energy(y: Tensor, physics: Physics, measured: Tensor) -> tuple[Tensor, Tensor]:
+    """(E||noise||^2 (B,), number of entries (B,)) as the noise model tells, in the entries that are ``measured``.
 
     Raises:
         ValueError: the noise model of the physics has no level.
     """
-    noise: Any = getattr(physics, "noise_model", None)
-    energy = _entry_energy(noise, y)
-    seen = torch.ones_like(y, dtype=y.real.dtype)
-    if isinstance(physics, Inpainting | MRI | RealMRI):  # their noise is in what the mask lets through
-        seen = seen * (physics.get_buffer("mask") != 0)
-    energy = (energy * seen).flatten(1).sum(dim=1)
+    energy = (_entry_energy(getattr(physics, "noise_model", None), y) * measured).flatten(1).sum(dim=1)
     if not bool((energy > 0).all()):
         raise ValueError("gamma='discrepancy' needs noise: its level is 0, so that gamma=0 is what fits")
-    return energy, seen.flatten(1).sum(dim=1)
+    return energy, measured.flatten(1).sum(dim=1)
 
 
 def _entry_energy(noise: Any, y: Tensor) -> Tensor:

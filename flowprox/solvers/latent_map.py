@@ -1,11 +1,11 @@
-r"""MAP in the latent space of a flow, for any operator and without training (Asim et al. 2020).
+r"""MAP with a flow, for any operator and without training (Asim et al. 2020).
 
-    form "latent":  min_z  ||y - A g(z)||^2 + gamma ||z||        (norm "unsquared"; gamma ||z||^2 with "squared")
-    form "image":   min_x  ||y - A x||^2 - gamma log p(x),       x = g(z)
+    form "latent":  ||y - A g(z)||^2 + gamma ||z||        (norm "unsquared"; gamma ||z||^2 with "squared")
+    form "image":   ||y - A x||^2 - gamma log p(x),       x = g(z)
 
 Symbols: y measurement, A operator (linear or any differentiable map), g = f^-1 the flow from latent z (B, D) to image x
-(B, C, H, W), gamma >= 0 weight of the prior. Squared norms are sums over an image. The image form is minimized over z too,
-where -log p(g(z)) = 1/2 ||z||^2 + log|det Dg(z)| + constant.
+(B, C, H, W), gamma >= 0 weight of the prior. Squared norms are sums over an image. Both forms can be minimized over z or
+over x; ``flowprox.solvers.objective`` has the formulas.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from flowprox.flows import Flow, frozen
 from flowprox.solvers.discrepancy import Discrepancy, noise_energy
-from flowprox.solvers.optimizers import LBFGS, Evaluate, Optimizer, Trace
-from flowprox.solvers.problem import LatentProblem, Start
-from flowprox.solvers.solution import Solution, SolverInterrupted
+from flowprox.solvers.objective import SPACES, Callback, Objective, squared_error
+from flowprox.solvers.optimizers import LBFGS, Optimizer, Trace
+from flowprox.solvers.problem import LatentProblem, Solution, Start
 
 __all__ = ["LatentMAP"]
 
@@ -31,7 +31,7 @@ FORMS = ("latent", "image")
 
 
 class LatentMAP(Reconstructor):
-    r"""The image whose latent is small and which explains the measurement (Asim et al. 2020, Eqs. 2 and 3).
+    r"""The image whose latent is small and which explains the measurement (Asim et al. 2020, Eqs. 1 to 4).
 
         x_hat = g(z_hat),   z_hat = argmin_z ||y - A g(z)||^2 + gamma ||z||
 
@@ -39,9 +39,12 @@ class LatentMAP(Reconstructor):
     ends near the smallest latent that explains y (Asim et al., Sec. 4), which suits measurements with little noise. Every
     image is optimized by itself, so that its result does not depend on its batch.
 
+    As published, the optimizer is ``TorchLBFGS(20, 1.0)`` for denoising and inpainting and ``TorchLBFGS(30, 0.1)`` for
+    compressed sensing; Fig. 17 has ``Adam(2000, 0.01)`` beside it.
+
     References:
         Asim, Daniels, Leong, Ahmed, Hand 2020, Invertible generative models for inverse problems: mitigating
-        representation error and dataset bias, https://arxiv.org/abs/1905.11672, Eqs. (1) to (3).
+        representation error and dataset bias, https://arxiv.org/abs/1905.11672, Eqs. (1) to (4), Appendix A.
 
     Arguments:
         flow: the prior, trained on clean images. It is left as it is.
@@ -50,16 +53,18 @@ class LatentMAP(Reconstructor):
         norm: "unsquared", as published, or "squared", the Gaussian log-prior; for the form "latent".
         form: "latent", or "image": the density of the image itself, with the log-determinant.
         start: "zero"; "adjoint" (A^T y); a number, the standard deviation of random latents; images (B, C, H, W); or a
-            method that makes them from (y, physics), such as a Lasso. Images go through the flow.
-        optimizer: ``LBFGS`` or ``Adam``.
+            method that makes them from (y, physics), such as a Lasso or an unfolded network. Images go through the flow.
+        optimizer: ``LBFGS``, ``Adam`` or ``TorchLBFGS``.
         precondition: scale each latent channel by what it does to the measurement, found by a few random probes at the
             start: several times fewer iterations where gamma > 0 fixes the solution. With gamma = 0 it changes which
-            solution the descent ends at, so None uses it exactly when gamma > 0.
+            solution the descent ends at, so None uses it exactly when gamma > 0. For the space "latent".
         seed: of a random start and of the probes.
+        space: minimize over the "latent" z, or over the "image" x (Asim et al., Eqs. 1 and 3), where the same function has
+            another landscape; not with the norm "unsquared", whose kink lies at a point that x does not show.
 
     Raises:
-        ValueError: a negative gamma, an unknown norm, form or start; on call: y that does not fit the operator or is not
-            finite, a flow for other images, an adjoint that does not fit.
+        ValueError: a negative gamma, an unknown norm, form, space or start; on call: y that does not fit the operator or is
+            not finite, a flow for other images, an adjoint that does not fit.
         SolverInterrupted: Ctrl-C; its ``solution`` holds what is finished.
 
     Example:
@@ -82,12 +87,16 @@ class LatentMAP(Reconstructor):
         optimizer: Optimizer | None = None,
         precondition: bool | None = None,
         seed: int = 0,
+        space: str = "latent",
     ) -> None:
         super().__init__()
-        if norm not in NORMS:
-            raise ValueError(f"norm must be one of {', '.join(NORMS)}; got {norm!r}")
-        if form not in FORMS:
-            raise ValueError(f"form must be one of {', '.join(FORMS)}; got {form!r}")
+        for name, value, choices in (("norm", norm, NORMS), ("form", form, FORMS), ("space", space, SPACES)):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+        if space == "image" and form == "latent" and norm == "unsquared":
+            raise ValueError(
+                "space 'image' needs form 'image' or norm 'squared': ||z|| has a kink that x does not show"
+            )
         if isinstance(gamma, str):
             if gamma != "discrepancy":
                 raise ValueError(f"gamma must be a number, one per image, or 'discrepancy'; got {gamma!r}")
@@ -98,127 +107,72 @@ class LatentMAP(Reconstructor):
             raise ValueError(f"flow must be a Flow, got {type(flow).__name__}; flowprox.load_model(name) gives one")
         if optimizer is not None and not hasattr(optimizer, "minimize"):
             raise ValueError(f"optimizer must be LBFGS(...) or Adam(...) of flowprox.solvers, got {optimizer!r}")
-        self.flow, self.gamma, self.norm, self.form = flow, gamma, norm, form
+        self.flow, self.gamma, self.norm, self.form, self.space = flow, gamma, norm, form, space
         self.start, self.seed = start, seed
         self.optimizer = optimizer or LBFGS(n_iterations=200)
         self.precondition = precondition
 
     def forward(self, y: Tensor, physics: Physics, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        """x_hat (B, C, H, W), not clipped."""
-        return self.solve(y, physics).estimate
+        """x_hat (B, C, H, W), not clipped; see ``solve`` for further arguments."""
+        return self.solve(y, physics, **kwargs).estimate
 
     @torch.no_grad()
-    def solve(self, y: Tensor, physics: Physics) -> Solution:
-        """Minimize; y (B, ...) as ``physics`` measures."""
+    def solve(self, y: Tensor, physics: Physics, callback: Callback | None = None) -> Solution:
+        """Minimize; y (B, ...) as ``physics`` measures; ``callback(n, n_at_most)`` is called after every evaluation."""
         with frozen(self.flow):
             problem = LatentProblem(self.flow, y, physics)
-            z = problem.latents(self.start, self.seed)
-            scales = self._scales(problem)
+            if not problem.n_images:
+                return problem.nothing()
+            prior = "density" if self.form == "image" else self.norm
+            objective = Objective(problem, squared_error, 0.0, prior, self.space, callback=callback)
+            objective.n_evaluations = self.optimizer.max_trials
+            u = objective.start(self.start, self.seed)
+            if self._preconditions():
+                objective.scales = problem.channel_scales(self.seed)
             if isinstance(self.gamma, Discrepancy):
-                trace, gamma = self._with_discrepancy(problem, z, self.gamma, scales)
+                trace, gamma = self._with_discrepancy(objective, u, self.gamma)
             else:
-                gamma = torch.as_tensor(self.gamma).to(z)
-                if gamma.ndim and gamma.shape != (len(z),):
-                    raise ValueError(
-                        f"gamma has shape {tuple(gamma.shape)}; give one number, or one for each of {len(z)}"
-                    )
-                gamma = gamma.expand(len(z))
-                trace = self._minimize(problem, gamma, z, self.optimizer, scales)
-            estimate = problem.decode(trace.z)
-        solution = Solution(
-            estimate, trace.z, trace.losses, trace.reasons, trace.n_evaluations, gamma, trace.restarts, trace.norms
-        )
-        if trace.interrupted:
-            raise SolverInterrupted(solution)
-        return solution
+                objective.weight = gamma = self._gamma_each(self.gamma, u)
+                if objective.scales is not None and self.precondition is None:  # where nothing holds z back, the plain
+                    objective.scales = torch.where(gamma[:, None] > 0, objective.scales, 1.0)  # descent does
+                trace = objective.minimize(self.optimizer, u)
+            return objective.solution(trace, gamma)
 
-    def _scales(self, problem: LatentProblem) -> Tensor | None:
-        """The diagonal that the optimizer begins with, (B, D)."""
-        if self.precondition is False or (self.precondition is None and _is_zero(self.gamma)):
-            return None
-        return problem.channel_scales(self.seed)
+    def _gamma_each(self, gamma: float | Tensor, u: Tensor) -> Tensor:
+        """gamma (B,)."""
+        each = torch.as_tensor(gamma).to(u)
+        if each.ndim and each.shape != (len(u),):
+            raise ValueError(f"gamma has shape {tuple(each.shape)}; give one number, or one for each of {len(u)}")
+        return each.expand(len(u))
 
-    def _minimize(
-        self, problem: LatentProblem, gamma: Tensor, z: Tensor, optimizer: Optimizer, scales: Tensor | None
-    ) -> Trace:
-        if scales is not None and self.precondition is None:  # where nothing holds z back, the plain descent does
-            scales = torch.where(gamma[:, None] > 0, scales, 1.0)
-        return optimizer.minimize(self._evaluation(problem, gamma, scales), z, scales)
+    def _preconditions(self) -> bool:
+        if self.precondition is None:
+            holds = isinstance(self.gamma, Discrepancy) or bool(torch.as_tensor(self.gamma).any())
+            return holds and self.space == "latent"
+        return self.precondition and self.space == "latent"
 
-    def _with_discrepancy(
-        self, problem: LatentProblem, z: Tensor, rule: Discrepancy, scales: Tensor | None
-    ) -> tuple[Trace, Tensor]:
-        energy, n_measured = noise_energy(problem.y, problem.physics)
+    def _with_discrepancy(self, objective: Objective, u: Tensor, rule: Discrepancy) -> tuple[Trace, Tensor]:
+        problem = objective.problem
+        energy, n_measured = noise_energy(problem.y, problem.physics, problem.measured)
         variance = energy / n_measured
 
         def bayes(z: Tensor) -> Tensor:
             """The weight in ||r||^2 / (2 sigma^2) + 1/2 ||z||^2, times 2 sigma^2."""
             if self.form == "image":
-                return 0.7 * variance  # the density of images is best trusted by a third (docs/evidence/log.md)
+                return 0.7 * variance  # the density of images is best trusted by a third (docs/log.md)
             if self.norm == "squared":
                 return variance
             length = torch.linalg.vector_norm(z, dim=1)  # at the start z = 0 a common one
             return 2 * variance * torch.where(length > 0, length, 0.4 * math.sqrt(z.shape[1]))
 
-        def minimize(gamma: Tensor, z: Tensor, n_iterations: int) -> Trace:
-            return self._minimize(problem, gamma, z, rule.stage(self.optimizer, n_iterations), scales)
+        def minimize(gamma: Tensor, u: Tensor, n_iterations: int) -> Trace:
+            objective.weight = gamma
+            return objective.minimize(rule.stage(self.optimizer, n_iterations), u)
 
-        def misfit(z: Tensor) -> Tensor:
-            return _energy(problem.residual(problem.decode(z)))
+        def misfit(u: Tensor) -> Tensor:
+            return squared_error(problem.residual(objective.image(u)))
 
-        return rule.choose(minimize, misfit, energy, z, bayes, self.optimizer.n_iterations)
-
-    def _evaluation(self, problem: LatentProblem, gamma: Tensor, scales: Tensor | None = None) -> Evaluate:
-        def objective(z: Tensor) -> Tensor:
-            if self.form == "image":
-                x, logdet = problem.decode_with_logdet(z)
-                prior = 0.5 * z.square().sum(dim=1) + 0.5 * z.shape[1] * math.log(2 * math.pi) + logdet
-            else:
-                x = problem.decode(z)
-                prior = z.square().sum(dim=1) if self.norm == "squared" else torch.linalg.vector_norm(z, dim=1)
-            return _energy(problem.residual(x)) + gamma * prior  # Eq. (2), (3)
-
-        evaluate = problem.evaluation(objective)
-        if self.form == "image" or self.norm == "squared":
-            return evaluate
-        return _with_kink(evaluate, gamma, torch.ones_like(gamma)[:, None] if scales is None else scales)
-
-
-def _with_kink(evaluate: Evaluate, gamma: Tensor, scales: Tensor) -> Evaluate:
-    """At the start z = 0, where gamma ||z|| has no gradient, the descent along -S v takes the subgradient v of least v S v.
-
-    That is v = (1 + S / mu)^-1 grad with ||v - grad|| = gamma; any other may point uphill.
-    """
-    at_start = True
-
-    def evaluate_with_kink(z: Tensor) -> tuple[Tensor, Tensor]:
-        nonlocal at_start
-        value, gradient = evaluate(z)  # torch gives ||z|| the gradient 0 there
-        if at_start:
-            at_start = False
-            gradient = torch.where((z == 0).all(dim=1, keepdim=True), shortest(gradient), gradient)
-        return value, gradient
-
-    def shortest(gradient: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(gradient, dim=1)
-        excess = (length / gamma - 1).nan_to_num(0.0).clamp_min(0)[:, None]  # all of the subgradient is 0 without
-        low, high = (excess * end for end in (scales.amin(1, keepdim=True), scales.amax(1, keepdim=True)))
-        for _ in range(60):
-            mu = low.sqrt() * high.sqrt()
-            far = torch.linalg.vector_norm(gradient / (1 + mu / scales), dim=1, keepdim=True) > gamma[:, None]
-            low, high = torch.where(far, mu, low), torch.where(far, high, mu)
-        return gradient / (1 + scales / high)
-
-    return evaluate_with_kink
-
-
-def _is_zero(gamma: float | Tensor | Discrepancy) -> bool:
-    return not isinstance(gamma, Discrepancy) and not bool(torch.as_tensor(gamma).any())
-
-
-def _energy(residual: Tensor) -> Tensor:
-    """||r||^2 per image, for complex measurements too."""
-    return residual.abs().square().flatten(1).sum(dim=1)
+        return rule.choose(minimize, misfit, energy, u, bayes, self.optimizer.n_iterations)
 
 
 def _check_gamma(gamma: float | Tensor) -> None:

@@ -7,7 +7,7 @@ Symbols: z latents (B, D), F objective (B,), t step. All images are evaluated in
 line search, which is a small state machine in tensors (B,), so that the result for an image does not depend on what else
 is in its batch. The best iterate is returned. A trial step with a non-finite value is halved; where no step along a
 direction helps, the image restarts from its best point with an empty history. The host looks at the batch only now and
-then, to see whether all images have stopped.
+then, to see which images have stopped; once half of them have, they leave it. ``TorchLBFGS`` is torch's, as published.
 
 References:
     Nocedal, Wright 2006, Numerical optimization, 2nd ed., https://doi.org/10.1007/978-0-387-40065-5, Alg. 3.5, 3.6, 7.4
@@ -18,6 +18,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,17 +26,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["LBFGS", "Adam", "Evaluate", "Optimizer", "Trace"]
+__all__ = ["LBFGS", "OPTIMIZERS", "Adam", "Evaluate", "Optimizer", "TorchLBFGS", "Trace"]
 
 Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""z (B, D) to (F (B,), grad F (B, D)); image i of the result depends on image i of z only."""
+"""z (B, D) to (F (B,), grad F (B, D)); image i of the result depends on image i of z only. If it has a method
+``select(images)``, which gives the same function for some images of the batch or None, ``LBFGS`` lets stopped ones leave."""
 
 REASONS = ("running", "converged", "iterations", "evaluations", "line search", "interrupted")
 RUNNING, CONVERGED, ITERATIONS, EVALUATIONS, LINE_SEARCH, INTERRUPTED = range(len(REASONS))
 
 _SUFFICIENT_DECREASE, _CURVATURE = 1e-4, 0.9  # c1 and c2 of the strong Wolfe conditions
 _MAX_TRIALS = 20  # per line search
-_LOOK_EVERY = 8  # evaluations between two looks at whether all images have stopped
+_LOOK_EVERY = 8  # evaluations between two looks at which images have stopped
 
 
 @dataclass
@@ -88,6 +90,11 @@ class Optimizer(Protocol):
     @property
     def n_iterations(self) -> int: ...
 
+    @property
+    def max_trials(self) -> int:
+        """Evaluations of F at most."""
+        ...
+
     def minimize(self, evaluate: Evaluate, z: Tensor, scales: Tensor | None = None) -> Trace:
         """Minimize from z (B, D); ``scales`` (D,) or (B, D) says by how much dimensions differ: as 1 / curvature.
 
@@ -133,14 +140,18 @@ class LBFGS:
         if not self.tolerance >= 0:
             raise ValueError(f"tolerance must be at least 0, got {self.tolerance}")
 
+    @property
+    def max_trials(self) -> int:
+        """Evaluations at most, that of the start not counted."""
+        return self.max_evaluations or (5 * self.n_iterations) // 4 + 20
+
     def minimize(self, evaluate: Evaluate, z: Tensor, scales: Tensor | None = None) -> Trace:
         """See ``Optimizer``; ``scales`` is the diagonal that the quasi-Newton matrix H begins with."""
         search = _Search(evaluate, z, self, scales)
-        limit = self.max_evaluations or (5 * self.n_iterations) // 4 + 20
         try:
-            for n in range(1, limit + 1):
-                search.trial(last=n == limit)
-                if n % _LOOK_EVERY == 0 and not bool((search.status == RUNNING).any()):
+            for n in range(1, self.max_trials + 1):
+                search.trial(last=n == self.max_trials)
+                if n % _LOOK_EVERY == 0 and not search.look():
                     break
         except KeyboardInterrupt:
             search.stop(search.status == RUNNING, INTERRUPTED)
@@ -151,12 +162,12 @@ class _Search:
     """State of L-BFGS for a batch: everything (B,), (B, D) or, for the history, (n_pairs, B, D)."""
 
     def __init__(self, evaluate: Evaluate, z: Tensor, options: LBFGS, scales: Tensor | None) -> None:
-        self.evaluate, self.options = evaluate, options
-        self.scales = z.new_ones(()) if scales is None else scales.to(z)
+        self.evaluate, self.whole, self.options = evaluate, evaluate, options
+        self.scales = z.new_ones(()) if scales is None else scales.to(z).expand_as(z)
         self.z = z.detach().clone()
         self.f, self.g = _at_start(evaluate, self.z)
         n_images, dimension = z.shape
-        self.images = torch.arange(n_images, device=z.device)
+        self.images = self.members = torch.arange(n_images, device=z.device)  # in this batch and in the first one
         self.status = torch.full_like(self.images, RUNNING)
         self.iteration, self.n_evaluations, self.restarts = (torch.zeros_like(self.images) for _ in range(3))
         self.losses, self.norms = _Curve(options.n_iterations, self.f), _Curve(options.n_iterations, self.z.norm(dim=1))
@@ -167,8 +178,30 @@ class _Search:
         self.t, self.t_lo, self.t_hi, self.f_lo, self.f_hi = (torch.zeros_like(self.f) for _ in range(5))
         self.slope, self.slope_lo, self.slope_hi = (torch.zeros_like(self.f) for _ in range(3))
         self.n_trials, self.zooming = torch.zeros_like(self.images), torch.zeros_like(self.images, dtype=torch.bool)
+        self.results = {name: getattr(self, name).clone() for name in ("z", "status", "n_evaluations", "restarts")}
         self.stop(self.g.norm(dim=1) == 0, CONVERGED)
         self._begin_search(torch.ones_like(self.zooming))
+
+    def look(self) -> bool:
+        """Whether any image goes on; if half of them or more have stopped, they leave the batch."""
+        left = (self.status == RUNNING).nonzero().flatten()
+        if 0 < len(left) <= len(self.images) // 2:
+            select = getattr(self.whole, "select", None)
+            smaller = None if select is None else select(self.members[left])
+            if smaller is not None:
+                self._store()
+                self.evaluate, n_images = smaller, len(self.images)
+                for name, value in vars(self).items():
+                    if isinstance(value, Tensor) and value.ndim and name != "images":
+                        dim = 1 if name in ("s", "y", "rho") else 0
+                        if value.shape[dim] == n_images:
+                            setattr(self, name, value.index_select(dim, left))
+                self.images = self.images[: len(left)]
+        return len(left) > 0
+
+    def _store(self) -> None:
+        for name, value in self.results.items():
+            value[self.members] = getattr(self, name)
 
     # One evaluation for every image, and what each makes of it ---------------------------------------------------------
 
@@ -240,8 +273,8 @@ class _Search:
         self.g = torch.where(where[:, None], g, self.g)
         self.f = torch.where(where, f, self.f)
         self.iteration += where
-        self.losses.record(self.iteration, self.f)
-        self.norms.record(self.iteration, self.z.norm(dim=1))
+        self.losses.record(self.iteration, self.f, self.members)
+        self.norms.record(self.iteration, self.z.norm(dim=1), self.members)
         self.stop(where & (small | (self.g.norm(dim=1) == 0)), CONVERGED)
         self.stop(where & (self.iteration >= self.options.n_iterations), ITERATIONS)
 
@@ -305,7 +338,8 @@ class _Search:
 
     def trace(self) -> Trace:
         """The result so far. F falls with every step, so the last iterate is the best."""
-        return Trace(self.z, self.losses.finish(), self.norms.finish(), self.status, self.n_evaluations, self.restarts)
+        self._store()
+        return Trace(losses=self.losses.finish(), norms=self.norms.finish(), **self.results)
 
 
 def _cubic_step(
@@ -335,7 +369,8 @@ class Adam:
     Arguments:
         n_iterations: steps.
         learning_rate: step size at the start.
-        final_learning_rate: of the cosine decay, as a part of ``learning_rate``; 1 keeps it constant.
+        final_learning_rate: what the step size falls towards, as a part of ``learning_rate``; 1 keeps it constant.
+        decay: how it falls: along a "cosine", or "linear".
         betas: decay of the averages of gradient and squared gradient.
         epsilon: added to the root of the latter.
 
@@ -355,6 +390,7 @@ class Adam:
     final_learning_rate: float = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
+    decay: str = "cosine"
 
     def __post_init__(self) -> None:
         _require_count("n_iterations", self.n_iterations)
@@ -364,6 +400,13 @@ class Adam:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
         _require_positive("epsilon", self.epsilon)
+        if self.decay not in ("cosine", "linear"):
+            raise ValueError(f"decay must be 'cosine' or 'linear', got {self.decay!r}")
+
+    @property
+    def max_trials(self) -> int:
+        """Evaluations at most, that of the start not counted."""
+        return self.n_iterations
 
     def minimize(self, evaluate: Evaluate, z: Tensor, scales: Tensor | None = None) -> Trace:
         """See ``Optimizer``; Adam finds scales of its own, and ``scales`` is not used."""
@@ -387,8 +430,9 @@ class Adam:
                 square = torch.where(finite[:, None], torch.lerp(clean.square(), square, self.betas[1]), square)
                 mean, square = (torch.where(lost[:, None], 0.0, moment) for moment in (mean, square))
                 n_moments = torch.where(lost, 0, n_moments + finite)
-                decay = self.final_learning_rate + (1 - self.final_learning_rate) * _cosine(n / self.n_iterations)
-                forward = -(decay * rate)[:, None] * self._direction(mean, square, n_moments)
+                forward = -(self._share((n - 1) / self.n_iterations) * rate)[:, None] * self._direction(
+                    mean, square, n_moments
+                )
                 # a bad trial is taken back by half of the step that led to it
                 step = torch.where(finite[:, None], forward, torch.where(lost[:, None], 0.0, step / 2))
                 z = torch.where(lost[:, None], best_z, torch.where(finite[:, None], z + step, z - step))
@@ -396,13 +440,17 @@ class Adam:
                 f, g = evaluate(z)
                 better = f < best_f  # never with NaN
                 best_f, best_z = torch.where(better, f, best_f), torch.where(better[:, None], z, best_z)
-                iteration = torch.full_like(n_moments, n)
-                losses.record(iteration, f)
-                norms.record(iteration, z.norm(dim=1))
+                losses.record(n, f)
+                norms.record(n, z.norm(dim=1))
         except KeyboardInterrupt:
             status = INTERRUPTED
         codes = torch.full_like(restarts, status)
         return Trace(best_z, losses.finish(), norms.finish(), codes, torch.full_like(restarts, n + 1), restarts)
+
+    def _share(self, progress: float) -> float:
+        """The step size as a part of the first one."""
+        left = 1 - progress if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        return self.final_learning_rate + (1 - self.final_learning_rate) * left
 
     def _direction(self, mean: Tensor, square: Tensor, n: Tensor) -> Tensor:
         """m / (sqrt(v) + e), both corrected for their start at zero after n averages."""
@@ -411,27 +459,95 @@ class Adam:
         return mean / ((square / (1 - self.betas[1] ** count)).sqrt() + self.epsilon)
 
 
+@dataclass(frozen=True)
+class TorchLBFGS:
+    """``torch.optim.LBFGS`` on the mean of F over the batch, as Asim et al. (2020) ran it: images share history and steps.
+
+    Every step without line search, so that it may diverge; of the points after each of the ``n_iterations`` calls of its
+    ``step`` an image keeps the best. The result for an image depends on its batch: use ``LBFGS`` for anything but
+    reproducing.
+
+    Arguments:
+        n_iterations: calls of ``step``, 20 for denoising and inpainting and 30 for compressed sensing there.
+        learning_rate: 1 and 0.1 there.
+        n_inner: iterations of each call, torch's default.
+        n_pairs: changes that are remembered, torch's default.
+
+    Raises:
+        ValueError: a value that is not positive.
+
+    Example:
+        >>> def evaluate(z):  # the sum over (z - 3)^2
+        ...     return (z - 3).square().sum(1), 2 * (z - 3)
+        >>> TorchLBFGS(n_iterations=1).minimize(evaluate, torch.zeros(1, 4)).z
+        tensor([[3., 3., 3., 3.]])
+    """
+
+    n_iterations: int = 20
+    learning_rate: float = 1.0
+    n_inner: int = 20
+    n_pairs: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("n_iterations", "n_inner", "n_pairs"):
+            _require_count(name, getattr(self, name))
+        _require_positive("learning_rate", self.learning_rate)
+
+    @property
+    def max_trials(self) -> int:
+        """Evaluations at most, that of the end not counted."""
+        return self.n_iterations * self.n_inner * 5 // 4
+
+    def minimize(self, evaluate: Evaluate, z: Tensor, scales: Tensor | None = None) -> Trace:
+        """See ``Optimizer``; ``scales`` is not used."""
+        z = z.detach().clone()
+        lbfgs = torch.optim.LBFGS([z], self.learning_rate, self.n_inner, history_size=self.n_pairs)
+        best_z, (best_f, _) = z.clone(), _at_start(evaluate, z)
+        losses, norms = _Curve(self.n_iterations, best_f), _Curve(self.n_iterations, z.norm(dim=1))
+        status, n_evaluations = ITERATIONS, 1
+
+        def closure() -> Tensor:
+            nonlocal n_evaluations
+            n_evaluations += 1
+            f, g = evaluate(z)
+            z.grad = g / len(z)
+            return f.mean()
+
+        try:
+            for n in range(1, self.n_iterations + 1):
+                lbfgs.step(closure)  # type: ignore[arg-type]
+                f, n_evaluations = evaluate(z)[0], n_evaluations + 1
+                better = f < best_f  # never with NaN
+                best_f, best_z = torch.where(better, f, best_f), torch.where(better[:, None], z, best_z)
+                losses.record(n, f)
+                norms.record(n, z.norm(dim=1))
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+        codes = torch.full(best_f.shape, status, device=z.device)
+        counts = torch.full_like(codes, n_evaluations)
+        return Trace(best_z, losses.finish(), norms.finish(), codes, counts, torch.zeros_like(codes))
+
+
+OPTIMIZERS = {"lbfgs": LBFGS, "adam": Adam, "torch-lbfgs": TorchLBFGS}
+"""Optimizers by the word that picks one in recipes and on the command line."""
+
+
 class _Curve:
     """A number per iteration and image; images proceed at different times."""
 
     def __init__(self, n_iterations: int, start: Tensor) -> None:
         self.values = torch.full((n_iterations + 1, len(start)), torch.nan, dtype=start.dtype, device=start.device)
         self.values[0] = start
-        self.length = torch.zeros((), dtype=torch.long, device=start.device)
+        self.rows = torch.arange(n_iterations + 1, device=start.device)[:, None].expand_as(self.values)
 
-    def record(self, iteration: Tensor, value: Tensor) -> None:
-        self.values[iteration, torch.arange(len(value), device=value.device)] = value
-        self.length = torch.maximum(self.length, iteration.max())
+    def record(self, iteration: Tensor | int, value: Tensor, images: Tensor | slice = slice(None)) -> None:
+        """Enter values (n,) of some images, each at its iteration or all at one."""
+        self.values[iteration, images] = value
 
     def finish(self) -> Tensor:
         """Rows up to the last iteration of any image; the others keep their last value."""
-        values = self.values[: int(self.length) + 1].clone()
-        known = torch.cummax(torch.where(values.isnan(), -1, _rows(values)), dim=0).values
-        return values.gather(0, known.clamp_min(0))
-
-
-def _rows(values: Tensor) -> Tensor:
-    return torch.arange(len(values), device=values.device)[:, None].expand_as(values)
+        known = torch.cummax(torch.where(self.values.isnan(), -1, self.rows), dim=0).values.clamp_min(0)
+        return self.values.gather(0, known)[: int(known.max()) + 1]
 
 
 def _at_start(evaluate: Evaluate, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -443,10 +559,6 @@ def _at_start(evaluate: Evaluate, z: Tensor) -> tuple[Tensor, Tensor]:
             "such as start='zero', and check that measurement and operator are finite"
         )
     return f, g
-
-
-def _cosine(progress: float) -> float:
-    return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * progress))))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -29,9 +29,8 @@ from torch import Tensor
 
 from flowprox.flows import Flow, frozen
 from flowprox.solvers.diagnostics import effective_sample_size, split_r_hat
-from flowprox.solvers.problem import LatentProblem, Start, noise_density
+from flowprox.solvers.problem import LatentProblem, Solution, Start, noise_density
 from flowprox.solvers.sampling import KERNELS, Chains, Kernel, Moments, Position, Randomness
-from flowprox.solvers.solution import Solution
 
 __all__ = ["MIXED_BELOW", "TRACES", "PosteriorSampling", "PosteriorSolution", "SamplerOptions"]
 

@@ -1,4 +1,4 @@
-"""A measurement seen from the latent space of a flow: what every latent solver shares.
+"""A measurement seen from the latent space of a flow, and what a solver makes of it: what every latent solver shares.
 
     z (B, D)  ->  x = g(z) (B, C, H, W)  ->  A(x), compared with y
 
@@ -7,8 +7,10 @@ Symbols: z flat latent, g = f^-1 the flow from latent to image, A operator, y me
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import deepinv
@@ -20,17 +22,58 @@ from torch import Tensor
 from flowprox.flows import Flow
 from flowprox.noise import GaussianNoise
 from flowprox.operators import check_adjoint, check_measurement
-from flowprox.solvers.optimizers import Evaluate
 
-__all__ = ["LatentProblem", "Start", "noise_density", "null_space_perturbed"]
+__all__ = [
+    "LatentProblem",
+    "Solution",
+    "SolverInterrupted",
+    "Start",
+    "measured_entries",
+    "noise_density",
+    "null_space_perturbed",
+]
 
 Start = str | float | Tensor | Reconstructor
 """Where a solver begins: "zero", "adjoint" (A^T y through the flow), the standard deviation of random latents, images
 (B, C, H, W), which go through the flow, or a method that makes them of y, such as a Lasso."""
 
 
+@dataclass
+class Solution:
+    """Result of ``solver.solve(y, physics)``; B images, D latent dimensions.
+
+    Arguments:
+        estimate: images (B, C, H, W), not clipped.
+        latent: their latents (B, D), or None where the method has none.
+        losses: objective after each iteration, (n_iterations + 1, B), the start first; an image that stopped keeps its
+            last value.
+        reasons: per image, why it stopped: "converged", "iterations", "evaluations", "line search", "interrupted".
+        n_evaluations: evaluations of objective and gradient per image, (B,).
+        gamma: weight of the prior that was used, (B,), or None.
+        restarts: how often a non-finite value or a failed line search sent the image back to its best point, (B,).
+        latent_norms: ||z|| after each iteration, laid out as ``losses``.
+    """
+
+    estimate: Tensor
+    latent: Tensor | None
+    losses: Tensor
+    reasons: list[str]
+    n_evaluations: Tensor
+    gamma: Tensor | None = None
+    restarts: Tensor | None = None
+    latent_norms: Tensor | None = None
+
+
+class SolverInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a solve; ``solution`` holds the best iterates so far, with "interrupted" among its reasons."""
+
+    def __init__(self, solution: Solution) -> None:
+        super().__init__("interrupted; the attribute solution holds what is finished")
+        self.solution = solution
+
+
 class LatentProblem:
-    """A flow, an operator and measurements that fit together.
+    """A flow, an operator and measurements that fit together. ``y`` is 0 in entries the operator does not measure.
 
     Arguments:
         flow: the prior: a flow, or a decoder that maps (B, latent_size) to images and has ``image_shape``.
@@ -48,6 +91,7 @@ class LatentProblem:
                 "flowprox.load_model(name) gives one"
             )
         self.flow, self.y, self.physics = flow, _checked(y), physics
+        self._separable: bool | None = None
         shape = self._image_shape()
         self.channels, self.size = shape[0], (shape[1], shape[2])
         channels = flow.image_shape[0]
@@ -64,6 +108,8 @@ class LatentProblem:
                 f"{flow.divisor}; pad or crop the measurement"
             )
         self._check_fit(shape)
+        self.measured = measured_entries(self.y, physics, (shape[0], shape[1], shape[2]))
+        self.y = torch.where(self.measured, self.y, 0)  # whatever stands there, such as the scratch of a photograph
 
     @property
     def has_density(self) -> bool:
@@ -80,17 +126,13 @@ class LatentProblem:
         """D = C H W, or the size of the decoder's latent."""
         return self.channels * math.prod(self.size) if self.has_density else int(self.flow.latent_size)  # pyright: ignore
 
-    def latent_image(self, z: Tensor) -> Tensor:
-        """Flat latents (B, D) arranged as images (B, C, H, W)."""
-        return z.view(-1, self.channels, *self.size)
+    def as_images(self, u: Tensor) -> Tensor:
+        """Rows (B, D) arranged as (B, C, H, W)."""
+        return u.view(-1, self.channels, *self.size)
 
     def decode(self, z: Tensor) -> Tensor:
         """g(z) (B, C, H, W) of flat latents (B, D)."""
-        return self.flow.decode_image(self.latent_image(z)) if self.has_density else self.flow(z)
-
-    def decode_with_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """g(z) (B, C, H, W) and log|det Dg(z)| (B,)."""
-        return self.flow.inverse_image(self.latent_image(z))
+        return self.flow.decode_image(self.as_images(z)) if self.has_density else self.flow(z)
 
     def residual(self, x: Tensor) -> Tensor:
         """y - A x."""
@@ -124,17 +166,27 @@ class LatentProblem:
         noise = torch.randn(n_restarts, self.dimension, generator=generator, dtype=zeros.dtype)
         return zeros + start * noise.to(zeros.device).repeat(self.n_images // n_restarts, 1)
 
-    def evaluation(self, objective: Callable[[Tensor], Tensor]) -> Evaluate:
-        """``objective``, from latents (B, D) to (B,), with its gradient."""
+    def select(self, images: Tensor) -> LatentProblem:
+        """The problem of some images of the batch, by their indices; only where ``is_separable`` says so."""
+        chosen = copy.copy(self)
+        chosen.y, chosen.measured = self.y[images], self.measured[images]
+        return chosen
 
-        def evaluate(z: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.enable_grad():
-                z = z.detach().requires_grad_(True)
-                value = objective(z)
-                (gradient,) = torch.autograd.grad(value.sum(), z)
-            return value.detach(), gradient
+    def nothing(self) -> Solution:
+        """The solution of an empty batch."""
+        u, none = self.latents("zero"), torch.zeros(0, dtype=torch.long, device=self.y.device)
+        return Solution(u.view(0, self.channels, *self.size), u, u.new_zeros(1, 0), [], none)
 
-        return evaluate
+    def is_separable(self, misfit: Callable[[Tensor], Tensor]) -> bool:
+        """Whether operator and ``misfit`` of a residual take one image of the batch alone, none having its own parameters."""
+        if self._separable is None:
+            try:
+                with torch.no_grad():
+                    x = torch.zeros(1, self.channels, *self.size).to(self._like)
+                    self._separable = len(misfit(self.y[:1] - self.physics.A(x))) == 1
+            except (RuntimeError, ValueError):
+                self._separable = False
+        return self._separable
 
     def channel_scales(self, seed: int = 0, n_probes: int = 4, damping: float = 0.02) -> Tensor:
         """1 / (c + damping max c) per image and latent dimension (B, D): c is the mean square of J^T w over a channel.
@@ -200,7 +252,7 @@ class LatentProblem:
             (shape[0], shape[1], shape[2]),
             device=self.y.device,
             dtype=self._like.dtype,
-            n_images=self.n_images,
+            n_images=max(1, self.n_images),
         )
 
 
@@ -221,6 +273,15 @@ def null_space_perturbed(x: Tensor, physics: LinearPhysics, scale: float = 1.0, 
     noise = noise.expand_as(x)
     with torch.no_grad():
         return x + noise - physics.A_dagger(physics.A(noise))
+
+
+def measured_entries(y: Tensor, physics: Physics, image_shape: tuple[int, int, int]) -> Tensor:
+    """Which entries of y (B, ...) a linear operator measures: where images of positive pixels do not give 0 exactly."""
+    if not isinstance(physics, LinearPhysics):
+        return torch.ones_like(y, dtype=torch.bool)
+    pixels = 0.5 + torch.rand(1, *image_shape, generator=torch.Generator().manual_seed(0), dtype=y.real.dtype)
+    with torch.no_grad():
+        return physics.A(pixels.to(y.device).expand(len(y), -1, -1, -1)) != 0
 
 
 def noise_density(noise: Any, physics: Physics) -> Any:
@@ -250,7 +311,7 @@ def noise_density(noise: Any, physics: Physics) -> Any:
 
 
 def _checked(y: Tensor) -> Tensor:
-    if not isinstance(y, Tensor) or y.ndim < 2 or len(y) == 0 or not (y.is_floating_point() or y.is_complex()):
+    if not isinstance(y, Tensor) or y.ndim < 2 or not (y.is_floating_point() or y.is_complex()):
         found = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"y must be a floating-point batch of measurements (B, ...), got {found}")
     if not bool(torch.isfinite(y).all()):

@@ -28,6 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flowprox.solvers.optimizers import Adam
+
 __all__ = ["KERNELS", "Chains", "Kernel", "Moments", "Position", "Randomness"]
 
 
@@ -312,20 +314,29 @@ class Chains:
         self.reference = Reference(mean if self.kernel.rotates else self.reference.mean, scale)
 
     def _descend(self, n_steps: int, after_step: Callable[[], None]) -> None:
-        """Adam on -log p from where the chains are, ``n_leapfrog`` updates per step; its rate falls from 0.1 to 0.01."""
-        mean = square = torch.zeros_like(self.position.z)
-        n_updates = n_steps * self.kernel.n_leapfrog
-        for i in range(n_updates):
-            here = self.position
-            mean, square = 0.9 * mean + 0.1 * here.gradient, 0.99 * square + 0.01 * here.gradient.square()
-            direction = mean / (1 - 0.9 ** (i + 1)) / ((square / (1 - 0.99 ** (i + 1))).sqrt() + 1e-8)
-            there = self.target(here.z + 0.1 ** (1 + i / n_updates) * direction)
+        """``Adam`` on -log p from where the chains are, ``n_leapfrog`` updates per step, to the best point of each."""
+        if not n_steps:
+            return
+        shape, n = self.position.z.shape, 0
+
+        def evaluate(z: Tensor) -> tuple[Tensor, Tensor]:
+            nonlocal n
+            there = self.target(z.view(shape)) if n else self.position
             finite = torch.isfinite(there.log_prob) & torch.isfinite(there.gradient).all(dim=-1)
-            self.position = Position(*(_choose(finite, new, old) for new, old in zip(there, here, strict=True)))
-            mean = mean * finite[..., None]
+            self.position = Position(
+                *(_choose(finite, new, old) for new, old in zip(there, self.position, strict=True))
+            )
             self.n_not_finite = self.n_not_finite + (~finite).sum(dim=0)
-            if (i + 1) % self.kernel.n_leapfrog == 0:
+            if n and n % self.kernel.n_leapfrog == 0:
                 after_step()
+            n += 1
+            return -there.log_prob.flatten(), -there.gradient.flatten(0, 1)
+
+        adam = Adam(n_steps * self.kernel.n_leapfrog, 0.1, 0.1, betas=(0.9, 0.99))
+        trace = adam.minimize(evaluate, self.position.z.flatten(0, 1))
+        if trace.interrupted:
+            raise KeyboardInterrupt
+        self.position = self.target(trace.z.view(shape))
 
 
 def _choose(accepted: Tensor, new: Tensor, old: Tensor) -> Tensor:

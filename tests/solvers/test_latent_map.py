@@ -11,12 +11,21 @@ from deepinv.physics import Denoising, GaussianNoise, Inpainting, LinearPhysics,
 from solver_cases import SHAPE, affine, gaussian_flow, matrix, operators, small_glow
 from torch import Tensor
 
-from flowprox.flows import Glow
+from flowprox.flows import Flow, Glow, HaarSqueeze, Sequential, Unsqueeze
 from flowprox.noise import FlowNoise, Noise
 from flowprox.operators import make_physics
-from flowprox.solvers import LBFGS, Adam, Discrepancy, LatentMAP, SolverInterrupted, null_space_perturbed
+from flowprox.solvers import (
+    LBFGS,
+    Adam,
+    Discrepancy,
+    LatentMAP,
+    SolverInterrupted,
+    TorchLBFGS,
+    null_space_perturbed,
+)
 from flowprox.solvers.discrepancy import noise_energy
-from flowprox.solvers.problem import LatentProblem
+from flowprox.solvers.objective import Objective, squared_error
+from flowprox.solvers.problem import LatentProblem, measured_entries
 
 EXACT = LBFGS(n_iterations=300, tolerance=0)
 OPERATORS = ["denoising", "inpainting", "deblurring", "compressed-sensing"]
@@ -109,7 +118,8 @@ def test_the_energy_of_the_noise_is_what_the_operator_adds(name: str) -> None:
         parameters = parameters | {"sigma": 0.1}
     physics = make_physics(problem, shape, **parameters)
     x = torch.zeros(3, *shape)
-    energy, _ = noise_energy(physics(x), physics)
+    y = physics(x)
+    energy, _ = noise_energy(y, physics, measured_entries(y, physics, shape))
     drawn = torch.stack([(physics(x) - physics.A(x)).square().flatten(1).sum(1) for _ in range(400)]).mean()
     assert energy.shape == (3,) and bool((energy / drawn - 1).abs().max() < 0.1)
 
@@ -223,10 +233,10 @@ def test_the_energy_of_a_noise_without_formula_is_drawn() -> None:
         physics = Denoising(noise_model=noise)
         y = torch.zeros(200, *SHAPE, dtype=torch.float64)
         drawn = noise.sample_like(y, torch.Generator().manual_seed(1)).square().flatten(1).sum(1).mean()
-        energy, n = noise_energy(y, physics)
+        energy, n = noise_energy(y, physics, torch.ones_like(y))
         assert n[0] == 16 and 0.8 < energy[0] / drawn < 1.25
     with pytest.raises(ValueError, match="PoissonGaussianNoise does not tell"):
-        noise_energy(torch.ones(1, *SHAPE), Denoising(noise_model=PoissonGaussianNoise()))
+        noise_energy(torch.ones(1, *SHAPE), Denoising(noise_model=PoissonGaussianNoise()), torch.ones(1, *SHAPE))
 
 
 def test_the_discrepancy_principle_stays_near_the_rule_of_bayes() -> None:
@@ -248,10 +258,19 @@ def test_both_norms_have_the_same_estimate_by_the_rule_of_bayes() -> None:
 
 
 def test_operators_that_blow_up_are_survived() -> None:
-    """A x is infinite wherever a pixel passes 0.9, which the first trial steps do."""
-    physics = Physics(A=lambda x: torch.where(x > 0.9, torch.inf, x), noise_model=GaussianNoise(0.1))
-    y = torch.full((1, *SHAPE), 0.89, dtype=torch.float64)
-    solution = LatentMAP(gaussian_flow(), 1e-4, optimizer=EXACT).solve(y, physics)
+    """A x is infinite wherever a pixel passes 0.56, which trial steps do that are three times too long."""
+    seen = []
+
+    def blow_up(x: Tensor) -> Tensor:
+        seen.append(float(x.detach().max()))
+        return torch.where(x > 0.56, torch.inf, x)
+
+    physics = Physics(A=blow_up, noise_model=GaussianNoise(0.1))
+    y = torch.full((1, *SHAPE), 0.55, dtype=torch.float64)
+    flow = Flow(Sequential([HaarSqueeze(), Unsqueeze()]), SHAPE, n_levels=1).double()
+    optimizer = LBFGS(n_iterations=300, learning_rate=3.0, tolerance=0)
+    solution = LatentMAP(flow, 1e-4, optimizer=optimizer, precondition=False).solve(y, physics)
+    assert max(seen) > 0.56
     assert bool(torch.isfinite(solution.estimate).all())
     assert (solution.estimate - y).abs().max() < 0.01
 
@@ -297,6 +316,8 @@ BAD = {
     "negative gamma": ({"gamma": -1.0}, "gamma must be finite and at least 0"),
     "gamma by another name": ({"gamma": "discrepance"}, "gamma must be a number"),
     "norm": ({"norm": "l1"}, "norm must be one of unsquared, squared"),
+    "space": ({"space": "pixels"}, "space must be one of latent, image"),
+    "kink in image space": ({"space": "image"}, "has a kink that x does not show"),
     "form": ({"form": "x"}, "form must be one of latent, image"),
 }
 
@@ -334,3 +355,69 @@ def test_what_does_not_fit_is_refused() -> None:
         LatentMAP(flow, "discrepancy")(y, LinearPhysics(A=lambda x: x, A_adjoint=lambda y: y))
     with pytest.raises(ValueError, match="its level is 0"):
         LatentMAP(flow, "discrepancy")(y, make_physics("denoising", SHAPE, sigma=0.0))
+
+
+@pytest.mark.parametrize("form", ["latent", "image"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_both_spaces_have_the_analytic_answer(name: str, form: str) -> None:
+    """An affine flow: F is the same quadratic over z and over x; its density adds a constant and halves the weight."""
+    flow, physics = gaussian_flow(), operators()[name]
+    y = measurement(physics)
+    W, b = affine(flow)
+    z = squared_solution(matrix(physics), W, b, y, 0.3 if form == "latent" else 0.15)
+    for space in ("latent", "image"):
+        solver = LatentMAP(flow, 0.3, norm="squared", form=form, optimizer=EXACT, space=space)
+        solution = solver.solve(y, physics)
+        torch.testing.assert_close(solution.estimate.flatten(1), z @ W.T + b, atol=1e-5, rtol=0)
+        torch.testing.assert_close(solution.latent, z, atol=1e-4, rtol=0)
+
+
+def test_both_spaces_minimize_one_function() -> None:
+    """At the minimum over x no z around has a lower objective, for a flow that is not affine."""
+    flow, physics = small_glow(), operators()["inpainting"]
+    y = measurement(physics, 1)
+    solution = LatentMAP(flow, 0.02, form="image", space="image", optimizer=EXACT).solve(y, physics)
+    assert solution.latent is not None
+    objective = Objective(
+        LatentProblem(flow, y.expand(200, -1, -1, -1), physics), squared_error, 0.02, "density", "latent"
+    )
+    around = solution.latent + 1e-2 * torch.randn(200, 16, dtype=torch.float64)
+    assert bool((objective(around)[0] >= solution.losses[-1] - 1e-9).all())
+
+
+@pytest.mark.parametrize("optimizer", [TorchLBFGS(10), Adam(600, 0.05, 0.0)], ids=["lbfgs", "adam"])
+def test_published_optimizers_reach_the_analytic_answer(optimizer: Any) -> None:
+    flow, physics = gaussian_flow(), operators()["deblurring"]
+    y = measurement(physics)
+    W, b = affine(flow)
+    z = squared_solution(matrix(physics), W, b, y, 0.3)
+    solution = LatentMAP(flow, 0.3, norm="squared", optimizer=optimizer).solve(y, physics)
+    torch.testing.assert_close(solution.latent, z, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("optimizer", [LBFGS(8), Adam(8), TorchLBFGS(1)])
+@pytest.mark.parametrize("gamma", [0.1, "discrepancy"])
+def test_progress_is_told(gamma: float | str, optimizer: Any) -> None:
+    calls: list[tuple[int, int]] = []
+    flow, physics = gaussian_flow(), operators()["denoising"]
+    LatentMAP(flow, gamma, optimizer=optimizer).solve(
+        measurement(physics), physics, callback=lambda n, n_at_most: calls.append((n, n_at_most))
+    )
+    done, at_most = zip(*calls, strict=True)
+    assert list(done) == sorted(done) and done[0] == 1 and len(set(at_most)) == 1 and done[-1] <= at_most[0]
+
+
+@pytest.mark.parametrize("gamma", [0.0, "discrepancy"])
+def test_what_stands_in_hidden_pixels_changes_nothing(gamma: float | str) -> None:
+    flow, physics = small_glow(), operators()["inpainting"]
+    y = measurement(physics)
+    scratched = torch.where(physics.mask == 0, 7.0, y)  # type: ignore[arg-type]
+    solver = LatentMAP(flow, gamma, optimizer=LBFGS(12))
+    assert torch.equal(solver(scratched, physics), solver(y, physics))
+
+
+def test_an_empty_batch_has_an_empty_result() -> None:
+    flow, physics = small_glow(), operators()["inpainting"]
+    y = measurement(physics)[:0]
+    for solver in (LatentMAP(flow), LatentMAP(flow, "discrepancy"), LatentMAP(flow, 0.1, optimizer=Adam(3))):
+        assert solver(y, physics).shape == (0, *SHAPE)

@@ -14,6 +14,7 @@ from flowprox.networks import DCGANGenerator
 from flowprox.noise import FlowNoise, GaussianNoise, HeteroscedasticNoise, Noise
 from flowprox.operators import make_physics
 from flowprox.solvers import LBFGS, Adam, LatentMAP, NoiseMAP
+from flowprox.solvers.objective import Objective, squared_error
 from flowprox.solvers.problem import LatentProblem
 
 EXACT = LBFGS(n_iterations=300, tolerance=0)
@@ -31,8 +32,9 @@ def difference_of_objectives(
     noise = GaussianNoise(SIGMA)
     problem = LatentProblem(one.flow, y.expand(30, *y.shape[1:]), physics)
     z = torch.randn(30, problem.dimension, dtype=torch.float64)
-    first = one._evaluation(problem, noise)(z)[0]
-    second = other._evaluation(problem, torch.full((30,), gamma, dtype=torch.float64))(z)[0]
+    first = one._objective(problem, noise)(z)[0]
+    prior = "density" if other.form == "image" else other.norm
+    second = Objective(problem, squared_error, gamma, prior)(z)[0]
     assert second.std() > 0.1
     return 2 * SIGMA**2 * first - second
 
@@ -202,7 +204,28 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="y has shape"):
         NoiseMAP(flow, GaussianNoise(0.1))(torch.zeros(1, 9, dtype=torch.float64), operators()["compressed-sensing"])
     masked = Inpainting(SHAPE, mask=torch.ones(2, *SHAPE).double())
-    with pytest.raises(ValueError, match="a mask each"):
+    with pytest.raises(ValueError, match="a mask or the like for each"):
         NoiseMAP(flow, GaussianNoise(0.1), start=0.1, n_restarts=2)(y, masked)
     with pytest.raises(ValueError, match="not finite at the start"):
         NoiseMAP(flow, GaussianNoise(0.1))(y, Physics(A=lambda x: x / (x - 0.5)))
+
+
+def test_both_spaces_have_the_same_answer() -> None:
+    """Gaussian noise and an affine flow: the posterior mode, over z and over x."""
+    flow, physics = gaussian_flow(), operators()["deblurring"]
+    y = measurement(physics)
+    over_z, over_x = (
+        NoiseMAP(flow, beta=0.5, optimizer=EXACT, space=space)(y, physics) for space in ("latent", "image")
+    )
+    torch.testing.assert_close(over_z, over_x, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="space must be 'latent', or for a flow 'image'"):
+        NoiseMAP(DCGANGenerator((1, 8, 8), 2, 4, 2), beta=0.0, space="image")
+
+
+def test_what_stands_in_hidden_pixels_changes_nothing() -> None:
+    flow, physics = small_glow(), operators()["inpainting"]
+    y = measurement(physics)
+    scratched = torch.where(physics.mask == 0, 7.0, y)  # type: ignore[arg-type]
+    solver = NoiseMAP(flow, optimizer=LBFGS(12))
+    assert torch.equal(solver(scratched, physics), solver(y, physics))
+    assert solver(y[:0], physics).shape == (0, *SHAPE)

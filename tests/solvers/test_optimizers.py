@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from scipy.optimize import minimize
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowprox.solvers import LBFGS, Adam
-from flowprox.solvers.optimizers import Evaluate
+from flowprox.solvers import LBFGS, Adam, TorchLBFGS
+from flowprox.solvers.optimizers import _LOOK_EVERY, Evaluate, _Search
 
 OPTIMIZERS = {
     "lbfgs": LBFGS(n_iterations=400, tolerance=0),
@@ -202,3 +206,73 @@ def test_lbfgs_refuses(arguments: dict) -> None:
 def test_adam_refuses(arguments: dict) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(arguments))} must"):
         Adam(**arguments)
+
+
+class Quadratics:
+    """A quadratic per image, of which some can be taken; it notes how many images each evaluation had."""
+
+    def __init__(self, curvature: Tensor, counts: list[int]) -> None:
+        self.curvature, self.counts = curvature, counts
+
+    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        self.counts.append(len(z))
+        return (self.curvature * (z - 1).square()).sum(1), 2 * self.curvature * (z - 1)
+
+    def select(self, images: Tensor) -> Quadratics:
+        return Quadratics(self.curvature[images], self.counts)
+
+
+def test_images_that_have_stopped_leave_the_batch() -> None:
+    """Without changing anything for the others, also with scales."""
+    hard = torch.logspace(-3, 3, 6, dtype=torch.float64)
+    curvature = torch.stack([torch.ones(6, dtype=torch.float64), hard, torch.full((6,), 2.0).double(), hard.flip(0)])
+    z, counts = torch.zeros(4, 6, dtype=torch.float64), []
+    lbfgs = LBFGS(n_iterations=60, tolerance=0)
+    for scales in (None, torch.linspace(0.5, 2, 6, dtype=torch.float64)):
+        staying = lbfgs.minimize(Quadratics(curvature, counts).__call__, z, scales)
+        assert counts.pop() == 4
+        leaving = lbfgs.minimize(Quadratics(curvature, counts), z, scales)
+        assert counts.pop() < 4
+        for name in ("z", "losses", "norms", "status", "restarts", "n_evaluations"):
+            assert torch.equal(getattr(staying, name), getattr(leaving, name)), name
+
+
+class HostReads(TorchDispatchMode):
+    """Refuses whatever makes the host wait for the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"):
+            raise AssertionError(f"{func} reads a value on the host")
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_iteration_reads_nothing_on_the_host() -> None:
+    """Between two looks at which images have stopped."""
+    evaluate, z = with_gradient(rosenbrock), torch.randn(3, 4, dtype=torch.float64)
+    search = _Search(evaluate, z, LBFGS(), None)
+    with HostReads():
+        for _ in range(_LOOK_EVERY - 1):
+            search.trial()
+        with pytest.raises(AssertionError, match="on the host"):
+            search.look()
+
+
+def test_every_optimizer_agrees_with_scipy_on_a_convex_problem() -> None:
+    """A logistic regression with a ridge."""
+    features = torch.randn(40, 5, dtype=torch.float64)
+    labels = torch.sign(features.sum(1) + torch.randn(40).double())
+
+    def loss(z: Tensor) -> Tensor:
+        return nn.functional.softplus(-labels * (z @ features.T)).sum(1) + 0.1 * z.square().sum(1)
+
+    evaluate, start = with_gradient(loss), torch.zeros(1, 5, dtype=torch.float64)
+
+    def peer(z: np.ndarray) -> tuple[float, np.ndarray]:
+        f, g = evaluate(torch.from_numpy(z)[None])
+        return float(f), g[0].numpy()
+
+    expected = minimize(peer, start[0].numpy(), jac=True, method="L-BFGS-B", options={"ftol": 1e-15, "gtol": 1e-10})
+    for optimizer in (LBFGS(200, tolerance=0), TorchLBFGS(10), Adam(2000, 0.05, 0.0)):
+        np.testing.assert_allclose(optimizer.minimize(evaluate, start).z[0].numpy(), expected.x, atol=1e-5)
+    ours = LBFGS(200, tolerance=1e-12).minimize(evaluate, start)
+    assert ours.n_evaluations.item() < 1.5 * expected.nfev

@@ -283,7 +283,7 @@ def test_interruption_keeps_what_is_finished() -> None:
     arguments: dict[str, Any] = {"sampler": "mala", "n_samples": 20, "n_warmup": 5, "n_chains": 2}
     flow = linear_flow()
     complete = PosteriorSampling(flow, Interrupting(0), **arguments).solve(y, physics)
-    solution = PosteriorSampling(flow, Interrupting(1 + 5 + 13), **arguments).solve(y, physics)
+    solution = PosteriorSampling(flow, Interrupting(1 + 5 + 1 + 13), **arguments).solve(y, physics)
     assert solution.reasons == ["interrupted"] * 2
     assert solution.traces.shape[2] == 12
     torch.testing.assert_close(solution.traces, complete.traces[:, :, :12])

@@ -1,0 +1,150 @@
+r"""What the MAP solvers minimize: the misfit of the measurement and a weight times a prior, over z or over x.
+
+    F = misfit(y - A x) + weight * prior,      x = g(z)
+
+    misfit    ||r||^2                                     Asim et al. 2020
+              -log p_noise(r)                             Whang et al. 2021, Eqs. (3) to (5)
+    prior     "unsquared"  ||z||                          Asim, Eq. (2)
+              "squared"    ||z||^2                        Asim, Eq. (4) of their appendix
+              "normal"     -log N(z; 0, I)                Whang without the log-determinant
+              "density"    -log p(x) = -log N(z; 0, I) + log|det Dg(z)|         Asim, Eq. (1); Whang, Eq. (4)
+    weight    gamma (Asim), the smoothing parameter beta (Whang, Eq. (10)); 0 is the MLE (Whang, Eq. (5))
+
+Symbols: z latent (B, D), g flow from latent to image x (B, C, H, W), y measurement, A operator. F is one number per image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from flowprox.solvers.optimizers import Optimizer, Trace
+from flowprox.solvers.problem import LatentProblem, Solution, SolverInterrupted, Start
+
+__all__ = ["SPACES", "Callback", "Objective", "squared_error"]
+
+SPACES = ("latent", "image")
+
+Callback = Callable[[int, int], object]
+"""Called with the number of evaluations done and of those there will be at most."""
+
+
+@dataclass
+class Objective:
+    """F and its gradient, as the optimizers call it.
+
+    Arguments:
+        problem: flow, operator and measurements.
+        misfit: residual (B, ...) to (B,).
+        weight: of the prior, a number or one per image (B,).
+        prior: "unsquared", "squared", "normal" or "density"; a decoder has only the first three.
+        space: what is minimized over, u: the latent z (B, D), or "image", x with its pixels in a row (B, D).
+        scales: the diagonal the optimizer begins with, (B, D) or None; decides how the start z = 0 of "unsquared" is left.
+        callback: see ``Callback``.
+        n_evaluations: at most, for the callback.
+        n_done: evaluations so far.
+        at_kink: whether the next evaluation is the first, where ||z|| may have no gradient.
+    """
+
+    problem: LatentProblem
+    misfit: Callable[[Tensor], Tensor]
+    weight: float | Tensor
+    prior: str
+    space: str = "latent"
+    scales: Tensor | None = None
+    callback: Callback | None = None
+    n_evaluations: int = 0
+
+    n_done: int = 0
+    at_kink: bool = False
+
+    def start(self, start: Start, seed: int, n_restarts: int = 1) -> Tensor:
+        """Where the descent begins, (B, D); see ``LatentProblem.latents``."""
+        z = self.problem.latents(start, seed, n_restarts)
+        return self.problem.decode(z).flatten(1) if self.space == "image" else z
+
+    def minimize(self, optimizer: Optimizer, u: Tensor) -> Trace:
+        """Minimize from u (B, D)."""
+        self.at_kink = self.prior == "unsquared" and bool((torch.as_tensor(self.weight) > 0).any())
+        return optimizer.minimize(self, u, self.scales)
+
+    def solution(self, trace: Trace, gamma: Tensor | None = None) -> Solution:
+        """What the solver returns; raises ``SolverInterrupted`` with it after Ctrl-C."""
+        x = self.image(trace.z)
+        z = self.problem.flow.encode(x) if self.space == "image" else trace.z
+        facts = (trace.losses, trace.reasons, trace.n_evaluations, gamma, trace.restarts, trace.norms)
+        if trace.interrupted:
+            raise SolverInterrupted(Solution(x, z, *facts))
+        return Solution(x, z, *facts)
+
+    def value(self, u: Tensor) -> Tensor:
+        """F (B,) at u (B, D), differentiable."""
+        x, z, logdet = self._point(u)
+        if self.prior == "unsquared":
+            prior = torch.linalg.vector_norm(z, dim=1)  # ||z||, Asim (2)
+        elif self.prior == "squared":
+            prior = z.square().sum(dim=1)  # ||z||^2, Asim (4)
+        else:  # -log p(x) = -log N(z; 0, I) + log|det Dg(z)|, Asim (1), Whang (4)
+            prior = 0.5 * (z.square().sum(dim=1) + z.shape[1] * math.log(2 * math.pi)) + logdet
+        return self.misfit(self.problem.residual(x)) + self.weight * prior  # Asim (1), (2), (4); Whang (3), (5), (10)
+
+    def _point(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+        """(x, z, log|det Dg(z)|) of what is minimized over; the last is 0 where the prior does not ask for it."""
+        problem = self.problem
+        if self.space == "image":
+            x = problem.as_images(u)
+            z, logdet = problem.flow(x)
+            return x, z, -logdet if self.prior == "density" else 0.0
+        if self.prior == "density":
+            x, logdet = problem.flow.inverse_image(problem.as_images(u))
+            return x, u, logdet
+        return problem.decode(u), u, 0.0
+
+    def image(self, u: Tensor) -> Tensor:
+        """x (B, C, H, W)."""
+        return self.problem.as_images(u) if self.space == "image" else self.problem.decode(u)
+
+    def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            u = u.detach().requires_grad_(True)
+            value = self.value(u)
+            (gradient,) = torch.autograd.grad(value.sum(), u)
+        if self.at_kink:
+            self.at_kink = False  # torch gives ||z|| the gradient 0 there
+            gradient = torch.where((u == 0).all(dim=1, keepdim=True), self._out_of_the_kink(gradient), gradient)
+        self.n_done += 1
+        if self.callback is not None:
+            self.callback(min(self.n_done, self.n_evaluations), self.n_evaluations)
+        return value.detach(), gradient
+
+    def select(self, images: Tensor) -> Objective | None:
+        """The objective of some images of the batch (their indices); None where it cannot be taken apart."""
+        if not self.problem.is_separable(self.misfit):
+            return None
+        weight = self.weight[images] if isinstance(self.weight, Tensor) and self.weight.ndim else self.weight
+        return replace(self, problem=self.problem.select(images), weight=weight, scales=None)
+
+    def _out_of_the_kink(self, gradient: Tensor) -> Tensor:
+        """At z = 0, where gamma ||z|| has no gradient, the descent along -S v takes the subgradient v of least v S v.
+
+        That is v = (1 + S / mu)^-1 grad with ||v - grad|| = gamma; any other may point uphill.
+        """
+        gamma = torch.as_tensor(self.weight).to(gradient).expand(len(gradient))
+        scales = torch.ones_like(gradient) if self.scales is None else self.scales
+        length = torch.linalg.vector_norm(gradient, dim=1)
+        excess = (length / gamma - 1).nan_to_num(0.0).clamp_min(0)[:, None]  # all of the subgradient is 0 without
+        low, high = (excess * end for end in (scales.amin(1, keepdim=True), scales.amax(1, keepdim=True)))
+        for _ in range(60):
+            mu = low.sqrt() * high.sqrt()
+            far = torch.linalg.vector_norm(gradient / (1 + mu / scales), dim=1, keepdim=True) > gamma[:, None]
+            low, high = torch.where(far, mu, low), torch.where(far, high, mu)
+        return gradient / (1 + scales / high)
+
+
+def squared_error(residual: Tensor) -> Tensor:
+    """||r||^2 per image, for complex measurements too."""
+    return residual.abs().square().flatten(1).sum(dim=1)
