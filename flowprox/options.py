@@ -275,63 +275,32 @@ class UnfoldedOptions:
     learn_operator: bool = False
 
     def __post_init__(self) -> None:
-        with_flow = self.prox in ("flow", "plug-and-play")
-        _require(self.n_folds >= 1, f"n_folds must be at least 1; got {self.n_folds}")
-        _require(self.step_size > 0, f"step_size must be positive; got {self.step_size}")
-        _require(self.penalty > 0, f"penalty must be positive; got {self.penalty}")
-        _require(self.shrinkage > 0, f"shrinkage must be positive; got {self.shrinkage}")
+        for name in ("n_folds", "step_size", "penalty", "shrinkage"):
+            _require(getattr(self, name) > 0, f"{name} must be positive; got {getattr(self, name)}")
         _require(self.likelihood_weight >= 0, f"likelihood_weight must not be negative; got {self.likelihood_weight}")
-        _require(
-            not with_flow or self.flow is not None,
-            f'prox "{self.prox}" needs flow: the name or folder of a pretrained flow, or its specification',
-        )
-        _require(
-            with_flow or self.start != "flow",
-            f'start "flow" needs a flow prox; with prox "{self.prox}" choose start "adjoint"',
-        )
-        _require(
-            self.prox != "plug-and-play" or self.likelihood_weight == 0,
-            "plug-and-play keeps the flow frozen: set likelihood_weight to 0",
-        )
-        _require(
-            with_flow or self.likelihood_weight == 0,
-            f'prox "{self.prox}" has no likelihood: set likelihood_weight to 0',
-        )
-        _require(
-            self.prox != "plug-and-play" or not self.channelwise,
-            "plug-and-play learns step sizes and shrinkages only: set channelwise to false",
-        )
-        _require(self.loss in ("mse", "log-mse"), f'loss must be "mse" or "log-mse"; got {self.loss!r}')
-        _require(
-            self.adaptation_rank is None or (self.prox == "flow" and self.n_folds >= 2 and not self.tied),
-            'adaptation_rank is for prox "flow" with n_folds of 2 or more and tied: false; leave it out',
-        )
-        _require(
-            self.adaptation_rank is None or self.adaptation_rank >= 1,
-            f"adaptation_rank must be at least 1; got {self.adaptation_rank}",
-        )
         _require(0 < self.teacher_weight <= 1, f"teacher_weight must lie in (0, 1]; got {self.teacher_weight}")
-        unknown = sorted((self.latent_mean or {}).keys() - {"hidden_channels", "n_blocks"})
+        _require(self.loss in ("mse", "log-mse"), f'loss must be "mse" or "log-mse"; got {self.loss!r}')
+        for name, proxes in _OPTIONS_OF_A_PROX.items():
+            _require(
+                self.prox in proxes or not getattr(self, name),
+                f'prox "{self.prox}" has no use for {name}, which is for {" and ".join(proxes)}: leave it out',
+            )
         _require(
-            not unknown and (self.latent_mean is None or "hidden_channels" in self.latent_mean),
-            f"latent_mean takes hidden_channels and, if wanted, n_blocks; got {self.latent_mean}",
+            self.flow is not None or self.prox in ("resnet", "unet"),
+            f'prox "{self.prox}" needs flow: the name or folder of a pretrained flow, or its specification',
         )
         _require(
             self.latent_mean is None or self.likelihood_weight == 0,
             "likelihood_weight pulls the latents of clean images to 0 and latent_mean to the mean: use one of them",
         )
-        _require(
-            self.latent_mean is None or self.shrink_last,
-            "shrink_last: false leaves the last fold's latent_mean untrained; leave one of them out",
-        )
-        _require(
-            self.prox == "flow" or self.latent_mean is None,
-            f'prox "{self.prox}" trains no latent that could be shrunk towards a mean: leave out latent_mean',
-        )
-        _require(
-            self.prox != "plug-and-play" or self.pretrained is None,
-            "plug-and-play takes a pretrained flow: give it as flow, and leave out pretrained",
-        )
+
+
+_OPTIONS_OF_A_PROX = {
+    "flow": ("flow", "plug-and-play"),
+    "pretrained": ("flow", "resnet", "unet"),
+    "prox_arguments": ("resnet", "unet"),
+    **dict.fromkeys(("channelwise", "adaptation_rank", "latent_mean", "likelihood_weight"), ("flow",)),
+}
 
 
 @dataclass

@@ -605,31 +605,13 @@ BAD_OPTIONS: dict[str, tuple[type, dict[str, Any], str]] = {
     "bits": (LikelihoodOptions, {"bit_depth": 9}, "bit_depth"),
     "noise": (LikelihoodOptions, {"noise_range": [0.2, 0.1]}, "noise_range"),
     "no flow": (UnfoldedOptions, {}, "needs flow"),
-    "adaptation of one fold": (UnfoldedOptions, {"flow": FLOW, "n_folds": 1, "adaptation_rank": 2}, "adaptation_rank"),
-    "adaptation of tied folds": (
-        UnfoldedOptions,
-        {"flow": FLOW, "tied": True, "adaptation_rank": 2},
-        "adaptation_rank",
-    ),
-    "rank": (UnfoldedOptions, {"flow": FLOW, "adaptation_rank": 0}, "at least 1"),
     "teacher's weight": (UnfoldedOptions, {"flow": FLOW, "teacher_weight": 0.0}, "teacher_weight"),
-    "start": (UnfoldedOptions, {"prox": "unet", "start": "flow"}, "start"),
     "likelihood of a U-Net": (UnfoldedOptions, {"prox": "unet", "likelihood_weight": 1.0}, "likelihood_weight"),
     "loss": (UnfoldedOptions, {"flow": "a", "loss": "log_mse"}, "loss must be"),
-    "a misspelt key of latent_mean": (
-        UnfoldedOptions,
-        {"flow": "a", "latent_mean": {"widths": [4]}},
-        "hidden_channels and",
-    ),
     "latent mean and likelihood": (
         UnfoldedOptions,
         {"flow": "a", "latent_mean": {"hidden_channels": [4]}, "likelihood_weight": 0.1},
         "likelihood_weight pulls",
-    ),
-    "latent mean and no last shrinkage": (
-        UnfoldedOptions,
-        {"flow": "a", "latent_mean": {"hidden_channels": [4]}, "shrink_last": False},
-        "shrink_last",
     ),
     "latent mean of a U-Net": (
         UnfoldedOptions,
@@ -668,15 +650,35 @@ def test_recipe_with_a_misspelt_key_fails(capsys: pytest.CaptureFixture[str]) ->
     assert "lerning_rate" in capsys.readouterr().err
 
 
+MISFITS: dict[str, tuple[dict[str, Any], str]] = {
+    "adaptation of one fold": ({"n_folds": 1, "adaptation_rank": 2}, "two flows or more"),
+    "adaptation of tied folds": ({"tied": True, "adaptation_rank": 2}, "two flows or more"),
+    "rank": ({"adaptation_rank": -1}, "at least 1"),
+    "start": ({"prox": "unet", "flow": None, "start": "flow"}, "start='adjoint'"),
+    "a misspelt key of latent_mean": ({"latent_mean": {"hidden_channels": [4], "widths": [4]}}, "widths"),
+    "widths of latent_mean": ({"latent_mean": {"hidden_channels": [4, 4.5]}}, "whole numbers"),
+    "levels of latent_mean": ({"latent_mean": {"hidden_channels": [4, 4, 4]}}, "n_levels 3"),
+    "latent mean and no last shrinkage": (
+        {"latent_mean": {"hidden_channels": [4]}, "shrink_last": False},
+        "shrink_last",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_parts_that_do_not_fit_are_refused_before_data_is_read(case: str) -> None:
+    options, message = MISFITS[case]
+    with pytest.raises(ValueError, match=message):
+        reconstruction_task(
+            UnfoldedOptions(**{"flow": FLOW, **options}), ProblemOptions(), DataOptions("nowhere", image_size=16)
+        )
+
+
 def test_misfits_name_the_remedy(images: Path, flow: str) -> None:
     with pytest.raises(ValueError, match="divisible by 8"):
         make_flow("compact", data(images, image_size=12))
     with pytest.raises(ValueError, match="deblurring"):
         reconstruction_task(UnfoldedOptions(flow=flow, learn_operator=True), ProblemOptions(), data(images))
-    for widths, message in (([4, 4.5], "whole numbers"), ([4, 4, 4], "n_levels 3")):
-        model = UnfoldedOptions(flow=flow, latent_mean={"hidden_channels": widths})
-        with pytest.raises(ValueError, match=message):
-            reconstruction_task(model, ProblemOptions(), data(images))
     with pytest.raises(ValueError, match="unknown kind"):
         LikelihoodTask(make_flow({"kind": "Glov"}, data(images)))
 

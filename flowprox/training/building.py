@@ -16,7 +16,7 @@ from flowprox.noise import FlowNoise
 from flowprox.operators import LearnedBlur
 from flowprox.options import DataOptions, NoiseOptions, ProblemOptions, UnfoldedOptions
 from flowprox.prox import FlowProx, ResNetProx, UNetProx, at_level
-from flowprox.unfolding import LatentMeanNet, Unfolded, UnfoldedHQS, UnfoldedPGD
+from flowprox.unfolding import Unfolded, UnfoldedHQS, UnfoldedPGD
 
 __all__ = ["image_shape", "make_flow", "make_net_prox", "make_unfolded"]
 
@@ -82,35 +82,31 @@ def make_unfolded(options: UnfoldedOptions, problem: ProblemOptions, data: DataO
     """
     first = _make_prox(options, data)
     shared = options.tied or options.prox == "plug-and-play"
-    common: dict[str, Any] = {
-        "proxes": [first if shared or k == 0 else copy.deepcopy(first) for k in range(options.n_folds)],
-        "shrinkage": options.shrinkage,
+    proxes = [first if shared or k == 0 else copy.deepcopy(first) for k in range(options.n_folds)]
+    alike = ("shrinkage", "shrink_last", "final_data_step", "levels", "adaptation_rank")
+    arguments: dict[str, Any] = {
+        **{name: getattr(options, name) for name in alike},
         "start": options.start or ("flow" if isinstance(first, FlowProx) else "adjoint"),
-        "shrink_last": options.shrink_last,
-        "final_data_step": options.final_data_step,
         "operator": _learned_blur(problem) if options.learn_operator else None,
-        "levels": options.levels,
         "latent_mean": _latent_mean(options, data),
-        "adaptation_rank": options.adaptation_rank,
     }
     if options.iteration == "hqs":
-        model: Unfolded = UnfoldedHQS(penalty=options.penalty, **common)
+        model: Unfolded = UnfoldedHQS(proxes, options.penalty, **arguments)
     else:
-        model = UnfoldedPGD(step_size=options.step_size, **common)
+        model = UnfoldedPGD(proxes, options.step_size, **arguments)
     if options.prox == "plug-and-play":
         model.freeze_proxes()
-    if not isinstance(first, FlowProx):
-        model.log_shrinkage.requires_grad_(False)  # these proxes ignore it
-    elif options.pretrained is not None:
+    if isinstance(first, FlowProx) and options.pretrained is not None:
         _start_from(model, options.pretrained)
     return model
 
 
-def _latent_mean(options: UnfoldedOptions, data: DataOptions) -> LatentMeanNet | None:
+def _latent_mean(options: UnfoldedOptions, data: DataOptions) -> nn.Module | None:
     if options.latent_mean is None:
         return None
     n_inputs = data.channels + 1 + int(options.levels is not None)
-    return LatentMeanNet(n_inputs, data.channels, options.n_folds, **options.latent_mean)
+    sizes = {"n_inputs": n_inputs, "n_channels": data.channels, "n_folds": options.n_folds}
+    return build({"kind": "LatentMeanNet", "arguments": {**sizes, **options.latent_mean}})
 
 
 def _start_from(model: Unfolded, name: str) -> None:
