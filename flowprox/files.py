@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-__all__ = ["atomic_write", "first_line", "force_to_disk", "sha256", "sole_writer"]
+__all__ = ["atomic_write", "first_line", "force_to_disk", "remove_temporaries", "sha256", "sole_writer"]
 
 
 @contextmanager
@@ -46,7 +47,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
         raise FileNotFoundError(f"cannot write {os.fspath(path)}: the folder {target.parent} does not exist; create it")
     if target.exists() and not target.is_file():
         raise OSError(f"cannot write {os.fspath(path)}: it exists and is not a regular file; choose another path")
-    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(6)}.tmp")
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")  # short, however long the name is
     # "x" and not mkstemp, which ignores the umask
     file: IO[Any] = open(temporary, "xb") if mode == "wb" else open(temporary, "x", encoding="utf-8", newline="")
     try:
@@ -58,6 +59,13 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(target.parent)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete the hidden files that killed runs left in a folder; while no other process writes to it."""
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\.[0-9a-f]{16}\.tmp", path.name):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

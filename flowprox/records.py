@@ -1,8 +1,8 @@
-"""Results as JSON lines that survive an interruption: one record per line, flushed as it comes, final when complete.
+"""Results as JSON lines: one record per line, appended as it comes, by any number of processes.
 
-While records are written they stand in ``<name>.partial``; a clean end renames that to ``<name>``. A run that was
-killed leaves the partial file, whose last line may be cut short: ``read_records`` drops that line, and
-``RecordWriter`` with ``resume=True`` goes on behind the last whole one.
+A line is handed to the system in one call that appends, so that lines of several processes do not mix and a kill loses at most
+the last. Nothing is changed afterwards: what is done again is appended again, and of records with one ``id`` a reader takes the
+last. ``read_records`` drops a last line that was cut short, and ``RecordWriter`` removes it before it goes on behind it.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from flowprox.files import atomic_write
 
-__all__ = ["RecordWriter", "read_records"]
+__all__ = ["UNFINISHED", "Record", "RecordWriter", "read_records", "write_records"]
+
+Record = dict[str, Any]
+
+UNFINISHED = "unfinished"
+"""Empty file in a folder of results whose run has not ended yet."""
 
 
 class RecordWriter:
@@ -27,9 +31,8 @@ class RecordWriter:
     Non-finite numbers (the PSNR of a perfect estimate) become null, for JSON knows no infinity.
 
     Arguments:
-        path: the final file; its folder is created.
-        resume: keep the records an earlier run left in the file or its partial, in ``records``; otherwise begin anew,
-            and an old final file stays until the new one is complete.
+        path: the file; its folder is created.
+        resume: go on behind the records that stand there, which are in ``records``; otherwise begin anew.
         keep: with ``resume``, which of the earlier records to keep; None keeps all.
 
     Raises:
@@ -46,86 +49,79 @@ class RecordWriter:
         [{'method': 'bm3d', 'psnr': 25.5}]
     """
 
-    def __init__(
-        self, path: str | Path, resume: bool = False, keep: Callable[[dict[str, Any]], bool] | None = None
-    ) -> None:
+    def __init__(self, path: str | Path, resume: bool = False, keep: Callable[[Record], bool] | None = None) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.records: list[dict[str, Any]] = []
-        if resume and (self.path.exists() or _partial(self.path).exists()):
-            earlier = read_records(_partial(self.path) if _partial(self.path).exists() else self.path)
-            self.records = [record for record in earlier if keep is None or keep(record)]
-        with atomic_write(_partial(self.path), "w") as file:  # whole before the old partial goes
-            file.writelines(_line(record) for record in self.records)
-        self._file: IO[str] = open(_partial(self.path), "a", encoding="utf-8", newline="\n")
+        earlier = read_records(self.path) if resume and self.path.exists() else []
+        self.records = [record for record in earlier if keep is None or keep(record)]
+        if not resume or len(self.records) < len(earlier) or not _is_whole(self.path):
+            write_records(self.path, self.records)
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record; it is handed to the operating system before this returns."""
-        # one call per line, so that an interruption cuts at most the last one
-        self._file.write(_line(record))
-        self._file.flush()
+        line = _line(record)
+        while line:  # a disk that is full takes a part, and says why at the next call
+            line = line[os.write(self._descriptor, line) :]
         self.records.append(dict(record))
+
+    def close(self) -> None:
+        """Force what was written to disk."""
+        try:
+            os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
 
     def __enter__(self) -> RecordWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        if kind is None:
-            os.replace(_partial(self.path), self.path)
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
-def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """Records of a JSON-lines file, or of its partial where a run that has not finished has more.
+def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Put these records in the place of those of a file, whole or not at all; while no other process writes to it."""
+    with atomic_write(path, "wb") as file:
+        file.writelines(_line(record) for record in records)
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """Records of a JSON-lines file, of those with one ``id`` the last, in the place of the first.
 
     A last line that was cut short is dropped with a warning.
 
     Raises:
-        FileNotFoundError: neither the file nor its partial exists.
+        FileNotFoundError: there is no such file.
         ValueError: another line is not a JSON object; the message gives file and line.
     """
     path = Path(path)
-    source = path
-    if _partial(path).is_file() and not (path.is_file() and _n_lines(path) >= _n_lines(_partial(path))):
-        source = _partial(path)
-    if not source.is_file():
+    if not path.is_file():
         raise FileNotFoundError(f"no records at {path}; give the file that a run or the demo wrote")
-    lines = source.read_bytes().split(b"\n")
-    complete, rest = lines[:-1], lines[-1]
-    records = []
-    for number, line in enumerate(complete, start=1):
+    lines = path.read_bytes().rstrip(b"\n").split(b"\n")
+    records: dict[str | int, Record] = {}
+    for number, line in enumerate(lines, start=1):
         record = _parse(line)
-        if record is None and number == len(complete) and not rest:
-            rest = line  # a crash of the machine may leave the line end but not the line
-        elif record is None:
-            raise ValueError(f"{source}, line {number}: not a JSON object; remove the line or make the records again")
-        else:
-            records.append(record)
-    last = _parse(rest)
-    if last is not None:
-        records.append(last)
-    elif rest.strip():
-        warnings.warn(f"{source}: the last line was cut short and is left out", stacklevel=2)
-    return records
+        if record is not None:
+            records[record.get("id", number)] = record
+        elif number < len(lines):
+            raise ValueError(f"{path}, line {number}: not a JSON object; remove the line or make the records again")
+        elif line:
+            warnings.warn(f"{path}: the last line was cut short and is left out", stacklevel=2)
+    return list(records.values())
 
 
-def _n_lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n")
+def _is_whole(path: Path) -> bool:
+    """Whether a file ends with a whole line, or there is none yet."""
+    content = path.read_bytes() if path.exists() else b""
+    return not content or (content.endswith(b"\n") and _parse(content.splitlines()[-1]) is not None)
 
 
-def _partial(path: Path) -> Path:
-    return path if path.name.endswith(".partial") else path.with_name(path.name + ".partial")
+def _line(record: Mapping[str, Any]) -> bytes:
+    text = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")  # of a file name that is no UTF-8, as JSON escapes it
 
 
-def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse(line: bytes) -> Record | None:
     try:
         value = json.loads(line.decode("utf-8"))
     except ValueError:  # includes UnicodeDecodeError

@@ -1,5 +1,1 @@
-"""Measuring reconstructions, and showing them: metrics, records, report, demo."""
-
-from flowprox.metrics import psnr, ssim
-
-__all__ = ["psnr", "ssim"]
+"""Measuring reconstructions, and showing them: the loop, records, report, demo."""

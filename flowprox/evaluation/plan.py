@@ -32,7 +32,6 @@ __all__ = [
     "AS_WRITTEN",
     "SMOKE",
     "Case",
-    "PlannedMethod",
     "PlannedProblem",
     "at_scale",
     "combinations",
@@ -56,35 +55,29 @@ class PlannedProblem(NamedTuple):
     published_in: str | None = None
 
 
-class PlannedMethod(NamedTuple):
-    """One variant of a method, without what depends on the problem."""
-
-    label: str
-    name: str
-    flow: str | None
-    model: str | None
-    noise: str | Mapping[str, Any] | None
-    options: Mapping[str, Any]
-    options_for: Mapping[str, Mapping[str, Any]]
-    tune: Mapping[str, Sequence[Any]]
-    problems: Sequence[str] | None
-    batch_size: int
-
-    def options_on(self, problem: PlannedProblem) -> dict[str, Any]:
-        """The options that are given for a problem."""
-        names = (problem.problem.name, problem.label)
-        return {**self.options, **{k: v for name in names for k, v in self.options_for.get(name, {}).items()}}
-
-    def is_used_for(self, problem: PlannedProblem) -> bool:
-        named = self.problems is None or bool({problem.label, problem.problem.name} & set(self.problems))
-        return named and METHODS[self.name].applies_to(problem.problem.name)
-
-
 class Case(NamedTuple):
-    """A problem and a method that is used for it."""
+    """A problem and one variant of a method that is used for it."""
 
     problem: PlannedProblem
-    method: PlannedMethod
+    method: EvaluatedMethod
+
+    @property
+    def label(self) -> str:
+        """What the method is called."""
+        return self.method.label or self.method.name
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the method on the problem."""
+        names = (self.problem.problem.name, self.problem.label)
+        differing = {key: value for name in names for key, value in self.method.options_for.get(name, {}).items()}
+        return {**self.method.options, **differing}
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Which trained models the method uses: flow, model or noise -> name, folder or hub id."""
+        parts = {"flow": self.method.flow, "model": self.method.model, "noise": self.method.noise}
+        return {part: name for part, name in parts.items() if isinstance(name, str) and name not in NOISES}
 
 
 def at_scale(recipe: EvaluationOptions, scale: str) -> EvaluationOptions:
@@ -135,18 +128,17 @@ def _names(problems: Sequence[EvaluatedProblem]) -> set[str]:
 
 
 def _smoke(recipe: EvaluationOptions) -> EvaluationOptions:
-    """What runs anywhere within seconds: networks that are not trained yet are replaced or left out."""
+    """What runs anywhere within seconds: a flow that is not trained yet is replaced."""
     quick = {method.name: dict(METHODS[method.name].quick) for method in recipe.methods if method.name in METHODS}
     small = _replaced(recipe, ScaleOptions(limit=1, tune_limit=1, source=SAMPLES, tune_source=SAMPLES, options=quick))
     methods = [
         dataclasses.replace(
             method,
-            flow=method.flow if _is_at_hand(method.flow) else SMOKE_FLOW,
+            flow=method.flow if method.flow is None or _is_at_hand(method.flow) else SMOKE_FLOW,
             tune=_first(method.tune),
             series=_first(method.series),
         )
         for method in small.methods
-        if _is_at_hand(method.model) and _is_at_hand(method.noise)
     ]
     problems = [_first_place(problem) for problem in small.problems if _has_its_files(problem)]
     return _restricted(small, problems, methods)
@@ -166,10 +158,8 @@ def _has_its_files(problem: EvaluatedProblem) -> bool:
     return all(Path(given[key]).is_file() for key in ("path", "mask", "kernel") if isinstance(given.get(key), str))
 
 
-def _is_at_hand(name: Any) -> bool:
-    """Whether a model can be loaded; true where there is none, or a noise by name."""
-    if not isinstance(name, str) or name in NOISES:
-        return True
+def _is_at_hand(name: str) -> bool:
+    """Whether a model can be loaded."""
     try:
         load_card(name)
     except (CheckpointError, OSError):
@@ -224,22 +214,27 @@ def planned(recipe: EvaluationOptions) -> list[Case]:
     """
     problems = planned_problems(recipe.problems)
     methods = [one for method in recipe.methods for one in _methods(method)]
+    cases = [Case(problem, method) for problem in problems for method in methods if _is_used(method, problem)]
     _check_distinct("problems", [problem.label for problem in problems])
     names = {name for problem in problems for name in (problem.label, problem.problem.name)}
     for method in methods:
         for name in {*(method.problems or ()), *method.options_for} - names:
             raise ValueError(f"method {method.label} names the problem {name!r}; {nearest(name, names)}")
-        if not any(method.is_used_for(problem) for problem in problems):
+        if not any(case.method is method for case in cases):
             kinds = ", ".join(METHODS[method.name].applicable)
             raise ValueError(f"method {method.label} is used for no problem here; {method.name} is for {kinds}")
-    labels = [method.label for method in methods]
+    labels = [str(method.label) for method in methods]
     for problem in problems:  # published figures may be of methods that are not compared here; a misspelt label is not
         for label in set(problem.published) - set(labels):
             if near := difflib.get_close_matches(label, labels, n=1, cutoff=0.8):
                 raise ValueError(f"published of {problem.label} names {label!r}; did you mean {near[0]}?")
-    cases = [Case(problem, method) for problem in problems for method in methods if method.is_used_for(problem)]
-    _check_distinct("methods", [f"{case.method.label} on {case.problem.label}" for case in cases])
+    _check_distinct("methods", [f"{case.label} on {case.problem.label}" for case in cases])
     return cases
+
+
+def _is_used(method: EvaluatedMethod, problem: PlannedProblem) -> bool:
+    named = method.problems is None or bool({problem.label, problem.problem.name} & set(method.problems))
+    return named and METHODS[method.name].applies_to(problem.problem.name)
 
 
 def planned_problems(problems: Sequence[EvaluatedProblem]) -> list[PlannedProblem]:
@@ -270,28 +265,16 @@ def _problems(given: EvaluatedProblem) -> Iterator[PlannedProblem]:
         yield PlannedProblem(problem, given.seed, published, label, given.published_in)
 
 
-def _methods(given: EvaluatedMethod) -> Iterator[PlannedMethod]:
-    if given.name not in METHODS:
-        raise ValueError(f"unknown method {given.name!r}; {nearest(given.name, METHODS)}")
+def _methods(given: EvaluatedMethod) -> Iterator[EvaluatedMethod]:
+    """The variants of a method, each with a label."""
+    used = {*given.options, *given.series, *given.tune, *(key for each in given.options_for.values() for key in each)}
+    check_options(given.name, used)
     missing = METHODS[given.name].missing({"flow": given.flow, "model": given.model})
     if missing is not None:
         raise ValueError(f"method {given.label or given.name} needs {missing}: the name, folder or hub id of one")
-    used = {*given.options, *given.series, *given.tune, *(key for each in given.options_for.values() for key in each)}
-    check_options(given.name, used)
     for values in _places(given.series):
         label = " ".join([given.label or given.name, *(f"{key}={value}" for key, value in values.items())])
-        yield PlannedMethod(
-            label,
-            given.name,
-            given.flow,
-            given.model,
-            given.noise,
-            {**given.options, **values},
-            given.options_for,
-            given.tune,
-            given.problems,
-            given.batch_size,
-        )
+        yield dataclasses.replace(given, label=label, options={**given.options, **values}, series={})
 
 
 def _places(series: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:

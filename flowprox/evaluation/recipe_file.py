@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from jsonargparse import get_loader
 
 from flowprox.evaluation.plan import planned_problems
 from flowprox.evaluation_options import EvaluatedProblem, EvaluationOptions
@@ -51,7 +52,7 @@ def read_published(path: Path, scales: Collection[str] = ()) -> Published:
         ValueError: it is no recipe of ``flowprox evaluate``.
     """
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        given = get_loader("yaml")(path.read_text(encoding="utf-8"))  # as flowprox evaluate reads it: 1e-1 is a number
         known = {field.name for field in dataclasses.fields(EvaluatedProblem)}
         problems = [
             EvaluatedProblem(**{key: value for key, value in problem.items() if key in known})

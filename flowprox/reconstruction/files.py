@@ -1,12 +1,10 @@
-"""Files in, files out: which inputs there are, what they are called, and a folder that appears when it is complete."""
+"""Files in, files out: which inputs there are, what they are called, and a folder that fills as they are finished."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,11 +12,14 @@ import numpy as np
 from torch import Tensor
 
 from flowprox.data import IMAGE_SUFFIXES, save_image
-from flowprox.files import atomic_write
+from flowprox.files import atomic_write, remove_temporaries
+from flowprox.records import UNFINISHED, Record, RecordWriter, read_records, write_records
 
-__all__ = ["Input", "check_free", "list_inputs", "new_folder", "write_array", "write_picture"]
+__all__ = ["Input", "check_place", "earlier_records", "list_inputs", "results_folder", "write_array", "write_picture"]
 
 ARRAY = ".npy"
+RECORDS = "records.jsonl"
+_FOLDERS = ("", "measurements", "deviations")
 
 
 class Input(NamedTuple):
@@ -36,27 +37,31 @@ class Input(NamedTuple):
         return str(self.path) if self.index is None else f"{self.path}[{self.index}]"
 
 
-def list_inputs(inputs: Sequence[str | Path], measured: bool, load_batch: Callable[[Path], Tensor]) -> list[Input]:
+def list_inputs(
+    inputs: Sequence[str | Path], measured: bool, load_batch: Callable[[Path], Tensor], names: Mapping[str, str]
+) -> list[Input]:
     """The images of all inputs, each with a name of its own.
 
     Arguments:
         inputs: image files, arrays (.npy) and folders of either.
         measured: image files are measurements.
         load_batch: reads an array of measurements, (B, ...).
+        names: label of an input -> the name it has already.
     """
-    images: list[Input] = []
-    taken: set[str] = set()
+    images: dict[str, Input] = {}
+    taken = {name.casefold() for name in names.values()}
     for path in (file for given in inputs for file in _files(Path(given))):
         is_array = path.suffix.lower() == ARRAY
         batch = load_batch(path) if is_array else None
-        if batch is None or len(batch) == 1:
-            images.append(Input(path, _free_name(path.stem, taken), is_array or measured, part=batch))
-        else:
-            for i in range(len(batch)):
-                images.append(Input(path, _free_name(f"{path.stem}-{i}", taken), True, i, batch[i : i + 1]))
+        for i in range(1 if batch is None else len(batch)):
+            image = Input(path, path.stem, is_array or measured, part=batch)
+            if batch is not None and len(batch) > 1:
+                image = image._replace(name=f"{path.stem}-{i}", index=i, part=batch[i : i + 1])
+            if image.label not in images:
+                images[image.label] = image._replace(name=names.get(image.label) or _free_name(image.name, taken))
     if not images:
         raise ValueError("inputs is empty; give image files, .npy arrays or folders of them")
-    return images
+    return list(images.values())
 
 
 def _files(path: Path) -> list[Path]:
@@ -79,47 +84,73 @@ def _free_name(name: str, taken: set[str]) -> str:
     return free
 
 
-def check_free(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()):
-        raise FileExistsError(f"out {str(out)!r} is not empty; choose another folder")
+# The folder of results -----------------------------------------------------------------------------------------------
+
+
+def check_place(out: Path) -> None:
+    """Refuse what is no folder, or one with files that no reconstruction wrote."""
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"out {str(out)!r} is a file; choose a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / RECORDS).exists():
+        raise FileExistsError(f"out {str(out)!r} is not empty; choose another folder")
+
+
+def earlier_records(out: Path) -> list[Record]:
+    """What an earlier run left in the folder."""
+    return read_records(out / RECORDS) if (out / RECORDS).exists() else []
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside ``out`` that becomes ``out`` when the block ends well, and vanishes otherwise."""
+def results_folder(out: Path, overwrite: bool) -> Iterator[RecordWriter]:
+    """The folder, made where it is missing, and the records in it, to which the block appends.
+
+    A folder that was made here and in which nothing is finished when the block ends is removed.
+
+    Arguments:
+        out: the folder; a link to one is followed.
+        overwrite: remove the images of earlier records first, and begin anew.
+    """
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
-        made = [parent for parent in out.parents if not parent.exists()]
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        (out / "measurements").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise type(error)(error.errno, f"out cannot be written ({error.strerror})", str(out)) from error
-    try:
-        yield folder
-        folder.chmod(0o777 & ~_umask())
-        os.replace(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        for parent in made:
-            if not any(parent.iterdir()):
-                parent.rmdir()
-        raise
+    if overwrite:
+        for record in earlier_records(out):
+            remove_image(out, str(record["image"]))
+        write_records(out / RECORDS, [])
+    for name in _FOLDERS:
+        remove_temporaries(out / name)
+    with RecordWriter(out / RECORDS, resume=True) as records:
+        (out / UNFINISHED).touch()
+        try:
+            yield records
+            (out / UNFINISHED).unlink()
+        finally:
+            if made and not records.records:
+                for path in (out / UNFINISHED, out / RECORDS):
+                    path.unlink(missing_ok=True)
+                for folder in (out / "measurements", *made):
+                    with suppress(OSError):  # something else stands in it
+                        folder.rmdir()
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def remove_image(out: Path, name: str) -> None:
+    """Delete what was written of an image."""
+    for folder in _FOLDERS:
+        for suffix in (".png", ARRAY):
+            (out / folder / f"{name}{suffix}").unlink(missing_ok=True)
 
 
 def write_picture(x: Tensor, folder: Path, name: str) -> None:
-    """x (1, C, H, W) as ``name.png`` and, not clipped, ``name.npy``."""
+    """x (C, H, W) as ``name.png`` and, not clipped, ``name.npy``."""
     save_image(x, folder / f"{name}.png")
     write_array(x, folder, name)
 
 
 def write_array(x: Tensor, folder: Path, name: str) -> None:
-    """x (1, ...) as ``name.npy``, float32 and without the batch axis."""
+    """x as ``name.npy``, float32."""
+    content = io.BytesIO()  # written to a file, numpy hides the system's reason when it fails
+    np.save(content, x.numpy().astype(np.float32), allow_pickle=False)
     with atomic_write(folder / f"{name}{ARRAY}", "wb") as file:
-        np.save(file, x[0].numpy().astype(np.float32), allow_pickle=False)
+        file.write(content.getbuffer())

@@ -1,33 +1,47 @@
-"""A method applied to files, into a new folder."""
+"""A method applied to files, into a folder that fills as they are finished."""
 
 from __future__ import annotations
 
-import hashlib
-import time
-from collections.abc import Mapping, Sequence
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any
 
 import torch
 from deepinv.models import Reconstructor
 from deepinv.physics import Physics
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from flowprox.checkpoints import load_model
 from flowprox.data import load_array, load_image, load_measurement
-from flowprox.flows import Flow, NonFiniteError
-from flowprox.methods import METHODS, check_options, make_method, outcome_of, run_method
-from flowprox.metrics import best_scaled, psnr, ssim
+from flowprox.evaluation.estimates import estimate
+from flowprox.evaluation.images import image_seed
+from flowprox.evaluation.run import hashed
+from flowprox.files import sha256, sole_writer
+from flowprox.flows import Flow
+from flowprox.methods import METHODS, check_options, make_method
 from flowprox.noise import NOISES
-from flowprox.operators import PROBLEMS, Fitted, Problem, ProblemKind, make_physics, measure_each, measurement_shape
-from flowprox.reconstruction.files import Input, check_free, list_inputs, new_folder, write_array, write_picture
-from flowprox.records import RecordWriter
-from flowprox.solvers import SolverInterrupted
+from flowprox.operators import PROBLEMS, Problem, ProblemKind, make_physics, measure_each, measurement_shape
+from flowprox.reconstruction.files import (
+    Input,
+    check_place,
+    earlier_records,
+    list_inputs,
+    remove_image,
+    results_folder,
+    write_array,
+    write_picture,
+)
+from flowprox.records import Record
 
-__all__ = ["ReconstructionInterrupted", "ReconstructionJob", "image_seed", "reconstruct_files"]
+__all__ = ["ReconstructionInterrupted", "ReconstructionJob", "reconstruct_files"]
 
 DEFAULT_FLOW = "glow-faces64"
+_HELD = 2**27  # pixels that are held between their check and their turn
 
 
 @dataclass
@@ -38,8 +52,8 @@ class ReconstructionJob:
         model: folder of a trained network, name of a shipped one, or hub id.
         problem: name of the measurement problem; None takes the one in the model's card.
         parameters: of the problem, where they differ. Without another problem those of the card hold otherwise.
-        measured: image files are measurements; otherwise they are clean images, which are measured first. Arrays always
-            are measurements.
+        measured: image files are measurements (True), or clean images, which are measured first (False). None takes them
+            for measurements where the model is used by itself and they can be. Arrays always are.
         seed: of the noise; an image's own seed follows from it and the file's name (``image_seed``).
         operator_seed: of what is drawn with the operator, such as a random mask; None takes the card's.
         pad: extend images whose sides are not multiples of the model's divisor; otherwise they are refused.
@@ -54,7 +68,7 @@ class ReconstructionJob:
     model: str | None = None
     problem: str | None = None
     parameters: Mapping[str, Any] | None = None
-    measured: bool = False
+    measured: bool | None = None
     seed: int = 0
     operator_seed: int | None = None
     pad: bool = True
@@ -70,203 +84,339 @@ class ReconstructionInterrupted(KeyboardInterrupt):
     """Ctrl-C; what is finished has been kept, and the message says how much that is."""
 
 
-class _Engine(NamedTuple):
-    """The method, with what it was made of and what that demands of an image."""
+def reconstruct_files(
+    job: ReconstructionJob,
+    inputs: Sequence[str | Path],
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> list[Record]:
+    """Reconstruct files into a folder; what is finished there is not done again.
 
-    method: str
-    label: str
-    parts: Mapping[str, Any]  # flow, model, noise
-    facts: Mapping[str, Any]  # for the records
-    channels: int | None  # None: as the file has it
-    divisor: int
-    image_shape: tuple[int, int, int] | None
-    trained: Mapping[str, Any]  # the problem in the model's card
+    For input a.png it holds ``a.png``, ``a.npy`` (float32 (C, H, W), not clipped), the measurement likewise as
+    ``measurements/a.png`` (where it is a picture) and ``measurements/a.npy``, and a line of ``records.jsonl``; from a
+    method that tells how sure it is also the standard deviation of each pixel, ``deviations/a.npy``. Each file appears whole.
+    Inputs of equal names become a, a-2, ...; the images of an array (B, ...) a-0, a-1, .... Every input is read and checked
+    before the first is reconstructed.
 
-    def make(self, job: ReconstructionJob, problem: Problem, shape: Sequence[int]) -> Reconstructor:
-        """The method for measurements of a shape."""
-        return make_method(self.method, problem, **self.parts, shape=shape, device=job.device, **job.options)
+    Arguments:
+        job: method, problem and settings.
+        inputs: image files, measured arrays (.npy; see ``flowprox.data.load_measurement``) and folders of either, whose
+            subfolders are not entered.
+        out: folder for the results, empty, or that of an earlier run of the same job, which is continued.
+        overwrite: remove the images of an earlier job from it and begin anew.
+        console: for the progress; None shows none.
+
+    Returns:
+        one record per image: input, image (its name in ``out``), problem, parameters, method, measured, assumed (what was
+        not given), height, width, seconds; for inputs that were clean images also the figures and seed; what the solver
+        tells: reason, n_evaluations, gamma.
+
+    Raises:
+        ValueError: an input, a parameter or the model does not fit, or ``out`` holds the results of another job; the
+            message names it.
+        OSError: a file cannot be read, ``out`` holds other files or cannot be written.
+        NonFiniteError, MemoryError: the method diverged on an image, or it is too large; the message names it. After these
+            ``out`` holds the images that are finished, and the same call continues.
+        ReconstructionInterrupted: on Ctrl-C after the first image, or within the run of a solver, whose best estimate so
+            far is kept and whose record says so (reason "interrupted").
+    """
+    out = Path(out).absolute()
+    check_place(out)
+    with sole_writer(out):
+        earlier = [] if overwrite else earlier_records(out)
+        task = _Task(job)
+        names = {str(record["input"]): str(record["image"]) for record in earlier}
+        images = list_inputs(inputs, task.measured, task.load_batch, names)
+        task.check(images)
+        if any(record.get("job") != task.hash for record in earlier):
+            raise ValueError(f"{out} holds results of another job; choose another out, or overwrite them")
+        found: dict[str, Record] = {}
+        with results_folder(out, overwrite) as records:
+            done = {str(record["id"]): record for record in records.records if record.get("reason") != "interrupted"}
+            try:
+                for image in _shown(images, console):
+                    key = {"id": hashed({"job": task.hash, "input": image.label}), "content": sha256(image.path)[:16]}
+                    record = done.get(key["id"], {})
+                    if record.get("content") != key["content"]:
+                        record = key | task.reconstruct(image, out)
+                        records.write(record)
+                    found[image.label] = record
+                    if record.get("reason") == "interrupted":
+                        raise KeyboardInterrupt
+            except KeyboardInterrupt as error:
+                if not found:
+                    raise KeyboardInterrupt("no image is finished, nothing is written") from error
+                raise ReconstructionInterrupted(_progress(found, images, out)) from error
+            except Exception as error:
+                raise _explained(error, images[len(found)].label, _progress(found, images, out) if found else "") from error
+    return list(found.values())
 
 
-class _Operators:
-    """The operator for each size of image; the last one is kept."""
+def _shown(images: Sequence[Input], console: Console | None) -> Iterator[Input]:
+    """The images one by one, with a line that says how far they are."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    quiet = console or Console(quiet=True)
+    with Progress(*columns, TimeRemainingColumn(), console=quiet, transient=True) as progress:
+        task = progress.add_task("", total=len(images))
+        for image in images:
+            progress.update(task, description=image.name[:40])
+            yield image
+            progress.advance(task)
 
-    def __init__(self, problem: Problem, seed: int) -> None:
-        self.problem, self.seed = problem, seed
-        self._last: tuple[Any, Physics] | None = None
+
+def _progress(found: Mapping[str, Record], images: Sequence[Input], out: Path) -> str:
+    return f"{len(found)} of {len(images)} images are finished, in {out}; the same command continues"
+
+
+def _explained(error: Exception, label: str, progress: str) -> Exception:
+    """The error with the image and how far the run came; memory that does not suffice is a ``MemoryError``."""
+    after = f"; {progress}" if progress else ""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "memory" in str(error).lower():
+        reason = next(iter(str(error).splitlines()), "") or "out of memory"
+        return MemoryError(f"{label}: not enough memory ({reason[:120]}); crop or shrink the image{after}")
+    if isinstance(error, OSError) and error.strerror:
+        return type(error)(error.errno, f"{error.strerror}{after}", error.filename or label)
+    if isinstance(error, ValueError | ArithmeticError):
+        return type(error)(f"{label}: {error}{after}")
+    return error
+
+
+class _Task:
+    """A job with all it needs: the method's parts, the problem, and what they demand of an image."""
+
+    def __init__(self, job: ReconstructionJob) -> None:
+        self.job, self.name = job, job.method or "unfolded"
+        if job.method is None and job.model is None:
+            raise ValueError(f"give a method, one of {', '.join(METHODS)}, or a model, which means unfolded")
+        if self.name == "unfolded" and job.model is None:
+            raise ValueError("method unfolded needs model: a shipped one (see flowprox models), a folder or a hub id")
+        check_options(self.name, job.options)
+        missing = METHODS[self.name].missing({"flow": job.flow, "model": job.model}) or ""
+        flow = DEFAULT_FLOW if "flow" in missing.split(" or ") else job.flow
+        names = {"flow": flow, "model": job.model, "noise": job.noise}
+        self.parts = {
+            part: load_model(name, device=job.device) if isinstance(name, str) and name not in NOISES else name
+            for part, name in names.items()
+        }
+        if isinstance(self.parts["noise"], Flow):
+            raise ValueError(
+                f"noise {job.noise!r} is a flow of images; train one on noise (train-flow with noise), or give one of "
+                f"{', '.join(NOISES)}"
+            )
+        card: Any = getattr(self.parts["model"], "card", None)
+        self.trained: Mapping[str, Any] = getattr(card, "problem", None) or {}
+        self.label = card.name if self.name == "unfolded" and card is not None else self.name
+        named = {key: value for key, value in {**names, "options": dict(job.options)}.items() if value}
+        self.facts: Record = {} if self.name == "unfolded" else named
+        source = self.parts["flow"] if self.parts["flow"] is not None else self.parts["model"]
+        self.channels = None if source is None else _n_channels(source)
+        self.image_shape: tuple[int, int, int] | None = getattr(source, "image_shape", None)
+        self.problem, self.operator_seed = self._problem()
+        pictures = self.kind.measures_pictures
+        self.measured = (job.method is None and pictures) if job.measured is None else job.measured
+        self.assumed: list[str] = []
+        self._physics: tuple[tuple[int, ...], Physics] | None = None
+        self._methods: dict[tuple[int, ...] | None, Reconstructor] = {}
+        self._held: dict[str, Tensor] = {}
 
     @property
     def kind(self) -> ProblemKind:
         """What there is to know of the operator."""
         return PROBLEMS[self.problem.name]
 
-    def make(self, shape: Sequence[int], device: str = "cpu") -> Physics:
-        """The operator for images (C, H, W)."""
-        channels, height, width = shape
-        key = (channels, height, width, device)
-        if self._last is None or self._last[0] != key:
-            physics = make_physics(self.problem, (channels, height, width), seed=self.seed, device=device)
-            self._last = (key, physics)
-        return self._last[1]
+    @property
+    def hash(self) -> str:
+        """Of all that a reconstruction depends on apart from its input."""
+        models = {part: getattr(getattr(model, "card", None), "sha256", model) for part, model in self.parts.items()}
+        problem = {"name": self.problem.name, **self.problem.parameters}
+        job = {"options": dict(self.job.options), "seed": self.job.seed, "size": self.job.size, "measured": self.measured}
+        return hashed({"method": self.name, "problem": problem, "operator": self.operator_seed, **models, **job})
 
+    def _problem(self) -> tuple[Problem, int]:
+        name = self.job.problem or self.trained.get("name")
+        if name is None:
+            raise ValueError(f"{self.label} is for no problem in particular; give one with problem")
+        known = self.trained.get("parameters", {}) if name == self.trained.get("name") else {}
+        problem = Problem(name, known).replaced(**(self.job.parameters or {}))
+        seed = self.trained.get("seed", 0) if self.job.operator_seed is None else self.job.operator_seed
+        return problem, int(seed)
 
-def reconstruct_files(job: ReconstructionJob, inputs: Sequence[str | Path], out: str | Path) -> list[dict[str, Any]]:
-    """Reconstruct files into a new folder, which appears when it is complete, or holds whole images only.
+    def physics(self, shape: tuple[int, ...]) -> Physics:
+        """The operator for images (C, H, W); the last one is kept."""
+        if self._physics is None or self._physics[0] != shape:
+            physics = make_physics(self.problem, shape, seed=self.operator_seed, device=self.job.device)  # type: ignore[arg-type]
+            self._physics = (shape, physics)
+        return self._physics[1]
 
-    For input a.png it holds ``a.png``, ``a.npy`` (float32 (C, H, W), not clipped), the measurement likewise as
-    ``measurements/a.png`` (where it is a picture) and ``measurements/a.npy``, and a line of ``records.jsonl``; from a
-    method that tells how sure it is also the standard deviation of each pixel, ``deviations/a.npy``. Inputs of equal
-    names become a, a-2, ...; the images of an array (B, ...) a-0, a-1, .... Every input is read and checked before the
-    first is reconstructed.
+    def method(self, shape: Sequence[int]) -> Reconstructor:
+        """The method for measurements of a shape, made once; only a noise by name asks for the shape."""
+        key = tuple(shape) if isinstance(self.job.noise, Mapping) or self.job.noise in NOISES else None
+        if key not in self._methods:
+            self._methods[key] = make_method(
+                self.name, self.problem, **self.parts, shape=shape, device=self.job.device, **self.job.options
+            )
+        return self._methods[key]
 
-    Arguments:
-        job: method, problem and settings.
-        inputs: image files, measured arrays (.npy; see ``flowprox.data.load_measurement``) and folders of either, whose
-            subfolders are not entered.
-        out: folder to make; it may exist if it is empty.
+    # Inputs -----------------------------------------------------------------------------------------------------------
 
-    Returns:
-        one record per image: input, image (its name in ``out``), problem, method, height, width, seconds; for inputs
-        that were clean images also psnr (dB), ssim, seed; what the solver tells: reason, n_evaluations, gamma.
+    def load_batch(self, path: Path) -> Tensor:
+        """The measurements of an array, (B, ...)."""
+        if self.kind.measures_pictures:
+            return load_measurement(path, self.channels)
+        shape = self._hidden_shape(str(path))
+        try:
+            physics = self.physics(shape)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return load_array(path, measurement_shape(physics, shape, device=self.job.device))
 
-    Raises:
-        ValueError: an input, a parameter or the model does not fit; the message names it.
-        OSError: a file cannot be read, ``out`` is not empty or cannot be written.
-        NonFiniteError: the method diverged on an image; the message names it. After this or a ValueError from a later
-            image ``out`` holds those that are finished.
-        ReconstructionInterrupted: on Ctrl-C after the first image, or within the run of a solver, whose best estimate so
-            far is kept and whose record says so (reason "interrupted"); ``out`` holds the images that are finished.
-    """
-    out = Path(out).absolute()
-    check_free(out)
-    engine = _load(job)
-    operators = _operators(job, engine)
-    images = list_inputs(inputs, job.measured, lambda path: _load_batch(path, job, operators, engine))
-    if any(image.is_measurement for image in images):
-        _check_operator_is_known(job, operators)
-        _check_level_is_known(job, engine)
-    for image in images:
-        _check(image, job, operators, engine)
-    interrupted, failure = False, None
-    with new_folder(out) as folder:
-        (folder / "measurements").mkdir()
-        with RecordWriter(folder / "records.jsonl") as writer:
+    def _hidden_shape(self, where: str) -> tuple[int, int, int]:
+        """(C, H, W) of an image of which only a measurement in another form is known."""
+        size = tuple(self.job.size or ())
+        if len(size) not in (0, 2, 3) or any(side < 1 for side in size):
+            raise ValueError(
+                f"size must be two positive numbers, height and width, or three with the channels; got {size}"
+            )
+        if not size and self.image_shape is None:
+            raise ValueError(f"{where} does not tell the size of the image behind it; give size, height and width")
+        shape = (self.channels or 3, *size) if len(size) == 2 else (size or self.image_shape)
+        return shape  # type: ignore[return-value]
+
+    def check(self, images: Sequence[Input]) -> None:
+        """Read every input, and refuse what does not fit before anything is reconstructed."""
+        measured = [image for image in images if image.is_measurement]
+        if measured:
+            self._check_operator_is_known()
+            self._check_level_is_known()
+        self._assume(pictures=[image for image in images if image.part is None], measured=measured)
+        for image in images:
+            content, shape = self._read(image)
+            if math.prod(content.shape) + sum(one.numel() for one in self._held.values()) < _HELD:
+                self._held[image.label] = content
             try:
-                for image in images:
-                    writer.write(_reconstruct(image, job, operators, engine, folder))
-                    if writer.records[-1].get("reason") == "interrupted":
-                        interrupted = True
-                        break
-            except KeyboardInterrupt as error:
-                if not writer.records:
-                    raise KeyboardInterrupt("no image is finished, nothing is written") from error
-                interrupted = True
-                _remove_unfinished(folder, {record["image"] for record in writer.records})
-            except (ValueError, ArithmeticError) as error:
-                if not writer.records:
-                    raise
-                failure = error
-                _remove_unfinished(folder, {record["image"] for record in writer.records})
-    if failure is not None:
-        finished = f"the {len(writer.records)} of {len(images)} images before are finished, in {out}"
-        raise type(failure)(f"{failure}; {finished}") from failure
-    if interrupted:
-        raise ReconstructionInterrupted(f"{len(writer.records)} of {len(images)} images are finished, in {out}")
-    return writer.records
+                y_shape = measurement_shape(self.physics(shape), shape, device=self.job.device)  # type: ignore[arg-type]
+                divisor = max(int(getattr(part, "divisor", 1)) for part in self.method(y_shape).modules())
+            except ValueError as error:
+                raise ValueError(f"{image.label}: {error}") from error
+            (_, height, width), can_extend = shape, self.kind.extend is not None
+            if (height % divisor or width % divisor) and not (self.job.pad and can_extend):
+                remedy = "allow padding (--pad) or crop it"
+                remedy = remedy if can_extend else f"{self.problem.name} allows no padding: crop it"
+                raise ValueError(
+                    f"{image.label} has size {height}x{width}, and the model needs multiples of {divisor}; {remedy}"
+                )
 
+    def _check_operator_is_known(self) -> None:
+        """A measurement needs the random operator it was made with; another one would be believed silently."""
+        name, drawn = self.problem.name, self.kind.drawn
+        if not drawn or self.job.operator_seed is not None:
+            return
+        if drawn not in self.kind.parameters:
+            raise ValueError(
+                f"measurements of {name} need the {drawn} they were made with: give the operator_seed it was drawn with"
+            )
+        if self.problem.parameters.get(drawn) is None:
+            raise ValueError(
+                f"measurements of {name} need the {drawn} they were made with: give parameter {drawn} (an .npy file), "
+                "or the operator_seed it was drawn with"
+            )
 
-def image_seed(seed: int, name: str) -> int:
-    """Seed of an image's noise, below 2^62: it depends on the file's name without suffix, not on the other inputs.
+    def _check_level_is_known(self) -> None:
+        """A network that is told the level reconstructs at any other one too, and wrongly."""
+        if getattr(self.parts["model"], "levels", None) is None:
+            return
+        if not {"sigma", "noise_norm"} & {*(self.job.parameters or {}), *self.trained.get("parameters", {})}:
+            raise ValueError(
+                f"{self.label} is told the noise level of a measurement: give parameter sigma, its standard deviation "
+                "where images lie in [0, 1]"
+            )
 
-    Example:
-        >>> image_seed(0, "a") == image_seed(0, "a") != image_seed(1, "a")
-        True
-    """
-    digest = hashlib.blake2b(f"{seed},{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 2
+    def _assume(self, pictures: Sequence[Input], measured: Sequence[Input]) -> None:
+        """Fill in what was not given, and say so; say too where a network is used for what it was not trained for."""
+        if pictures and self.job.measured is None:
+            self.assumed.append(
+                "pictures are the measurements (--simulate degrades clean ones first and compares)"
+                if self.measured
+                else "pictures are clean: they were degraded first and compared (--measured takes them as they are)"
+            )
+        if pictures and self.measured and "boundary" in self.kind.parameters and "boundary" not in (self.job.parameters or {}):
+            self.problem, self._physics = self.problem.replaced(boundary="replicate"), None
+            self._methods.clear()
+            self.assumed.append("beyond its border a photograph goes on as its last pixel, boundary=replicate")
+        if self.name != "unfolded" or not self.trained:
+            return
+        if self.problem.name != self.trained["name"]:
+            self.assumed.append(f"{self.label} serves {self.problem.name} too, though trained for {self.trained['name']} only")
+            return
+        level = self.problem.parameters.get("sigma")
+        fixed = Problem(self.trained["name"], self.trained.get("parameters", {})).parameters.get("sigma")
+        low, high = self.trained.get("ranges", {}).get("sigma", (fixed, fixed))
+        if isinstance(level, int | float) and low is not None and not low <= level <= high:
+            span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+            self.assumed.append(f"{self.label} works at sigma {level:g} too, though trained at {span} only")
 
+    def _read(self, image: Input) -> tuple[Tensor, tuple[int, ...]]:
+        """The input (1, ...), and the shape (C, H, W) of the image that is to be found."""
+        held = self._held.pop(image.label, None)
+        if image.is_measurement:
+            if not self.kind.measures_pictures and image.part is None:
+                raise ValueError(f"{image.path}: measurements of {self.problem.name} are arrays; give an .npy file")
+            y = image.part if image.part is not None else held
+            y = load_measurement(image.path, self.channels) if y is None else y
+            if not self.kind.measures_pictures:
+                return y, self._hidden_shape(image.label)
+            factor = int(self.problem.parameters.get(self.kind.magnification, 1))
+            return y, (y.shape[1], y.shape[2] * factor, y.shape[3] * factor)
+        x = load_image(image.path)[None] if held is None else held
+        if self.channels is not None and x.shape[1] > self.channels:
+            raise ValueError(
+                f"{image.path} has {x.shape[1]} channels but the model takes {self.channels}; convert it to gray"
+            )
+        x = x if self.channels is None else x.expand(-1, self.channels, -1, -1)
+        return x, tuple(x.shape[1:])
 
-# The method and the problem ------------------------------------------------------------------------------------------
+    # One image --------------------------------------------------------------------------------------------------------
 
+    def reconstruct(self, image: Input, out: Path) -> Record:
+        """Write the image's files; its record."""
+        content, shape = self._read(image)
+        content, physics = content.to(self.job.device), self.physics(shape)
+        seed = image_seed(self.job.seed, image.path.stem)
+        y = content if image.is_measurement else measure_each(content, physics, [seed])
+        x = None if image.is_measurement else content
+        (found,) = estimate(self.method(y.shape[1:]), y, physics, self.kind, x)
+        try:
+            write_picture(found.x_hat, out, image.name)
+            write = write_picture if self.kind.measures_pictures else write_array
+            write(y[0].cpu(), out / "measurements", image.name)
+            if found.deviation is not None:
+                (out / "deviations").mkdir(exist_ok=True)
+                write_array(found.deviation, out / "deviations", image.name)
+        except BaseException:
+            remove_image(out, image.name)
+            raise
+        return {
+            "job": self.hash,
+            "input": image.label,
+            "image": image.name,
+            "problem": self.problem.label,
+            "parameters": {key: value for key, value in self._parameters().items() if value is not None},
+            "method": self.label,
+            **self.facts,
+            "measured": image.is_measurement,
+            "assumed": self.assumed,
+            "height": shape[1],
+            "width": shape[2],
+            **({"operator_seed": self.operator_seed} if self.kind.drawn else {}),
+            **({} if image.is_measurement else {"seed": seed}),
+            **found.facts,
+        }
 
-def _load(job: ReconstructionJob) -> _Engine:
-    method = job.method or "unfolded"
-    if job.method is None and job.model is None:
-        raise ValueError(f"give a method, one of {', '.join(METHODS)}, or a model, which means unfolded")
-    if method == "unfolded" and job.model is None:
-        raise ValueError("method unfolded needs model: a shipped one (see flowprox models), a folder or a hub id")
-    check_options(method, job.options)
-    flow, given = job.flow, {"flow": job.flow, "model": job.model}
-    if "flow" in (METHODS[method].missing(given) or "").split(" or "):
-        flow = DEFAULT_FLOW
-    model: Any = None if job.model is None else load_model(job.model, device=job.device)
-    prior = None if flow is None else load_model(flow, device=job.device)
-    if method == "unfolded" and not isinstance(model, Reconstructor):
-        raise ValueError(
-            f"model {job.model!r} is a {type(model).__name__}, which does not reconstruct by itself; give an unfolded "
-            "network (flowprox train-unfolded makes one of it), or a method that uses it, such as latent-map with flow"
-        )
-    if prior is not None and not isinstance(prior, Flow):
-        raise ValueError(f"flow {flow!r} is a {type(prior).__name__}, not a flow; see flowprox models")
-    noise = load_model(job.noise, device=job.device) if _is_model(job.noise) else job.noise
-    if isinstance(noise, Flow):
-        raise ValueError(
-            f"noise {job.noise!r} is a flow of images; train one on noise (train-flow with noise), or give one of "
-            f"{', '.join(NOISES)}"
-        )
-    source: Any = prior if prior is not None else model
-    card: Any = getattr(model, "card", None)
-    names = {"flow": flow, "model": job.model, "noise": job.noise, "options": dict(job.options)}
-    return _Engine(
-        method,
-        card.name if method == "unfolded" and card is not None else method,
-        {"flow": prior, "model": model, "noise": noise},
-        {key: value for key, value in names.items() if value} if method != "unfolded" else {},
-        None if source is None else _n_channels(source),
-        int(getattr(source, "divisor", 1)),
-        getattr(source, "image_shape", None),
-        getattr(card, "problem", None) or {},
-    )
-
-
-def _is_model(noise: Any) -> TypeGuard[str]:
-    return isinstance(noise, str) and noise not in NOISES
-
-
-def _operators(job: ReconstructionJob, engine: _Engine) -> _Operators:
-    name = job.problem or engine.trained.get("name")
-    if name is None:
-        raise ValueError(f"{engine.label} is for no problem in particular; give one with problem")
-    known = engine.trained.get("parameters", {}) if name == engine.trained.get("name") else {}
-    problem = Problem(name, known).replaced(**(job.parameters or {}))
-    seed = engine.trained.get("seed", 0) if job.operator_seed is None else job.operator_seed
-    return _Operators(problem, int(seed))
-
-
-def _check_operator_is_known(job: ReconstructionJob, operators: _Operators) -> None:
-    """A measurement needs the random operator it was made with; another one would be believed silently."""
-    name, drawn = operators.problem.name, operators.kind.drawn
-    if not drawn or job.operator_seed is not None:
-        return
-    if drawn not in operators.kind.parameters:
-        raise ValueError(
-            f"measurements of {name} need the {drawn} they were made with: give the operator_seed it was drawn with"
-        )
-    if operators.problem.parameters.get(drawn) is None:
-        raise ValueError(
-            f"measurements of {name} need the {drawn} they were made with: give parameter {drawn} (an .npy file), "
-            "or the operator_seed it was drawn with"
-        )
-
-
-def _check_level_is_known(job: ReconstructionJob, engine: _Engine) -> None:
-    """A network that is told the level reconstructs at any other one too, and wrongly."""
-    if getattr(engine.parts["model"], "levels", None) is None:
-        return
-    if not {"sigma", "noise_norm"} & {*(job.parameters or {}), *engine.trained.get("parameters", {})}:
-        raise ValueError(
-            f"{engine.label} is told the noise level of a measurement: give parameter sigma, its standard deviation "
-            "where images lie in [0, 1]"
-        )
+    def _parameters(self) -> dict[str, Any]:
+        """Those of the problem, as JSON has them."""
+        return json.loads(json.dumps(self.problem.parameters, default=lambda value: type(value).__name__))
 
 
 def _n_channels(model: Any) -> int:
@@ -277,146 +427,3 @@ def _n_channels(model: Any) -> int:
         return 3
     trained_on = card.training.get("recipe", {}).get("data", {})  # a ResNet or U-Net does not tell
     return int(card.preprocessing.get("channels") or trained_on.get("channels") or 3)
-
-
-# Inputs --------------------------------------------------------------------------------------------------------------
-
-
-def _load_batch(path: Path, job: ReconstructionJob, operators: _Operators, engine: _Engine) -> Tensor:
-    """The measurements of an array, (B, ...)."""
-    if operators.kind.measures_pictures:
-        return load_measurement(path, engine.channels)
-    shape = _hidden_shape(job, engine, str(path))
-    try:
-        physics = operators.make(shape, job.device)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return load_array(path, measurement_shape(physics, shape, device=job.device))
-
-
-def _hidden_shape(job: ReconstructionJob, engine: _Engine, where: str) -> tuple[int, int, int]:
-    """(C, H, W) of an image of which only a measurement in another form is known."""
-    size = tuple(job.size or ())
-    if len(size) not in (0, 2, 3) or any(side < 1 for side in size):
-        raise ValueError(f"size must be two positive numbers, height and width, or three with the channels; got {size}")
-    if len(size) == 3:
-        return size[0], size[1], size[2]
-    if not size and engine.image_shape is None:
-        raise ValueError(f"{where} does not tell the size of the image behind it; give size, height and width")
-    channels = engine.channels or 3
-    return (channels, *size) if size else engine.image_shape  # type: ignore[return-value]
-
-
-def _read(
-    image: Input, job: ReconstructionJob, operators: _Operators, engine: _Engine
-) -> tuple[Tensor, tuple[int, ...]]:
-    """The input (1, ...), and the shape (C, H, W) of the image that is to be found."""
-    channels = engine.channels
-    if image.is_measurement:
-        if not operators.kind.measures_pictures and image.part is None:
-            raise ValueError(f"{image.path}: measurements of {operators.problem.name} are arrays; give an .npy file")
-        y = load_measurement(image.path, channels) if image.part is None else image.part
-        if not operators.kind.measures_pictures:
-            return y, _hidden_shape(job, engine, image.label)
-        factor = int(operators.problem.parameters.get(operators.kind.magnification, 1))
-        return y, (y.shape[1], y.shape[2] * factor, y.shape[3] * factor)
-    x = load_image(image.path)
-    if channels is not None and x.shape[0] > channels:
-        raise ValueError(f"{image.path} has {x.shape[0]} channels but the model takes {channels}; convert it to gray")
-    x = (x if channels is None else x.expand(channels, -1, -1))[None]
-    return x, tuple(x.shape[1:])
-
-
-def _check(image: Input, job: ReconstructionJob, operators: _Operators, engine: _Engine) -> None:
-    _, shape = _read(image, job, operators, engine)
-    (_, height, width), divisor, name = shape, engine.divisor, operators.problem.name
-    misfit = height % divisor or width % divisor
-    if misfit and (not job.pad or operators.kind.extend is None):
-        remedy = "allow padding (--pad) or crop it" if operators.kind.extend else f"{name} allows no padding: crop it"
-        raise ValueError(
-            f"{image.label} has size {height}x{width}, and the model needs multiples of {divisor}; {remedy}"
-        )
-    try:
-        physics = operators.make(shape, job.device)
-        engine.make(job, operators.problem, measurement_shape(physics, shape, device=job.device))  # type: ignore[arg-type]
-    except ValueError as error:
-        raise ValueError(f"{image.label}: {error}") from error
-
-
-# One image -----------------------------------------------------------------------------------------------------------
-
-
-def _reconstruct(
-    image: Input, job: ReconstructionJob, operators: _Operators, engine: _Engine, folder: Path
-) -> dict[str, Any]:
-    given, shape = _read(image, job, operators, engine)
-    given = given.to(job.device)
-    physics = operators.make(shape, job.device)
-    seed = image_seed(job.seed, image.path.stem)
-    y = given if image.is_measurement else measure_each(given, physics, [seed])
-    method = engine.make(job, operators.problem, y.shape[1:])
-    try:
-        fitted = _fitted(y, physics, shape, operators.kind, engine.divisor)
-        _wait(y)
-        started = time.perf_counter()
-        try:
-            outcome = run_method(method, fitted.y, fitted.physics)
-        except SolverInterrupted as error:  # of a long solve the best so far is worth keeping
-            outcome = outcome_of(error.solution)
-        _wait(y)
-        seconds = time.perf_counter() - started
-    except NonFiniteError as error:
-        raise NonFiniteError(f"{image.label}: {error}") from error
-    except ValueError as error:  # what only the method can tell
-        raise ValueError(f"{image.label}: {error}") from error
-    x_hat = outcome.estimate[..., fitted.rows, fitted.columns]
-    if not torch.isfinite(x_hat).all():
-        raise NonFiniteError(f"{image.label}: the reconstruction is not finite; the measurement may be unlike training")
-    write_picture(x_hat.cpu(), folder, image.name)
-    write = write_picture if operators.kind.measures_pictures else write_array
-    write(y.cpu(), folder / "measurements", image.name)
-    if outcome.deviation is not None:
-        (folder / "deviations").mkdir(exist_ok=True)
-        write_array(outcome.deviation[..., fitted.rows, fitted.columns].cpu(), folder / "deviations", image.name)
-    record: dict[str, Any] = {
-        "input": image.label,
-        "image": image.name,
-        "problem": operators.problem.label,
-        "method": engine.label,
-        **engine.facts,
-        "height": shape[1],
-        "width": shape[2],
-        "seconds": seconds,
-        **outcome.facts[0],
-    }
-    if operators.kind.drawn:
-        record["operator_seed"] = operators.seed
-    if image.is_measurement:
-        return record
-    return record | {"seed": seed} | _figures(x_hat.cpu(), given.cpu(), operators.kind.loses_scale)
-
-
-def _fitted(y: Tensor, physics: Physics, shape: Sequence[int], kind: ProblemKind, divisor: int) -> Fitted:
-    if kind.extend is None or (shape[-2] % divisor == 0 and shape[-1] % divisor == 0):
-        return Fitted(y, physics, slice(0, shape[-2]), slice(0, shape[-1]))  # type: ignore[arg-type]
-    return kind.extend(y, physics, divisor)  # type: ignore[arg-type]
-
-
-def _figures(x_hat: Tensor, x: Tensor, up_to_scale: bool) -> dict[str, Any]:
-    """PSNR and SSIM; signs do not tell the scale of the image, so that there the estimate is scaled to fit."""
-    if up_to_scale:
-        return _figures(best_scaled(x_hat, x), x, False) | {"scaled_to_fit": True}
-    figures = {"psnr": float(psnr(x_hat, x))}
-    return figures | ({"ssim": float(ssim(x_hat, x))} if min(x.shape[-2:]) >= 11 else {})
-
-
-def _wait(y: Tensor) -> None:
-    if y.is_cuda:
-        torch.cuda.synchronize(y.device)
-
-
-def _remove_unfinished(folder: Path, finished: set[str]) -> None:
-    """Delete what was written of an image that has no record."""
-    for path in (*folder.glob("*/*"), *folder.glob("*")):
-        if path.suffix in (".png", ".npy") and path.stem not in finished:
-            path.unlink()

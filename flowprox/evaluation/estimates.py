@@ -1,0 +1,177 @@
+"""One method on measurements of one operator: the estimates, how good they are, and what they cost.
+
+    x_hat_i = method(y_i)  ->  PSNR, SSIM, residual, seconds, peak memory
+
+Symbols: y_i measurement of image i, x_hat_i its estimate.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from deepinv.models import Reconstructor
+from deepinv.physics import Inpainting, Physics
+from torch import Tensor
+
+from flowprox.flows import NonFiniteError
+from flowprox.metrics import best_scaled, psnr, ssim
+from flowprox.operators import Fitted, ProblemKind
+from flowprox.records import Record
+from flowprox.solvers import Solution, SolverInterrupted
+
+__all__ = ["Cost", "Estimate", "estimate", "figures", "measured_cost"]
+
+_SSIM_SIDE = 11
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class Estimate(NamedTuple):
+    """What a method makes of one measurement.
+
+    Arguments:
+        x_hat: (C, H, W), on the processor.
+        facts: figures where the truth is known, cost, and what a solver says about itself: reason ("interrupted" where
+            it was and this is the best so far), n_evaluations, gamma, restarts.
+        deviation: standard deviation of each pixel (C, H, W), from a method that samples the posterior.
+    """
+
+    x_hat: Tensor
+    facts: Record
+    deviation: Tensor | None
+
+
+@torch.no_grad()
+def estimate(
+    method: Reconstructor, y: Tensor, physics: Physics, kind: ProblemKind, x: Tensor | None = None
+) -> list[Estimate]:
+    """The estimates of a batch of measurements, their figures and cost.
+
+    A method that does not take the image's sides gets an extended measurement, and its estimate is cropped.
+
+    Arguments:
+        method: ``x_hat = method(y, physics)``; a solver's ``solve`` is used where there is one.
+        y: measurements (B, ...).
+        physics: their operator.
+        kind: what it is.
+        x: the images (B, C, H, W) behind them, if they are known.
+
+    Raises:
+        NonFiniteError: an estimate holds NaN or infinity.
+        ValueError: what the method refuses.
+    """
+    divisor = max(int(getattr(part, "divisor", 1)) for part in method.modules())
+    fitted = Fitted(y, physics, slice(None), slice(None))  # type: ignore[arg-type]
+    if kind.extend is not None and any(side % divisor for side in y.shape[-2:]):
+        fitted = kind.extend(y, physics, divisor)  # type: ignore[arg-type]
+    solve = getattr(method, "solve", method)
+    with measured_cost(y.device) as cost:
+        try:
+            found = solve(fitted.y, fitted.physics)
+        except SolverInterrupted as error:  # of a long solve the best so far is worth keeping
+            found = error.solution
+    x_hat = (found.estimate if isinstance(found, Solution) else found)[..., fitted.rows, fitted.columns]
+    if not torch.isfinite(x_hat).all():
+        raise NonFiniteError("the estimate is not finite; the measurement may be unlike those of training")
+    facts = _facts(found, len(x_hat))
+    if x is not None:
+        facts = [figure | fact for figure, fact in zip(figures(x_hat, x, y, physics, kind), facts, strict=True)]
+    shared = {"seconds": cost.seconds / len(y), "peak_memory_mib": cost.peak_memory_mib, "batch": len(y)}
+    deviation = getattr(found, "std", None)
+    deviations = [None] * len(y) if deviation is None else deviation[..., fitted.rows, fitted.columns].cpu()
+    return [
+        Estimate(one, fact | shared | {"device": str(y.device)}, std)
+        for one, fact, std in zip(x_hat.cpu(), facts, deviations, strict=True)
+    ]
+
+
+def _facts(found: Any, n: int) -> list[Record]:
+    """Per image what a solver says about itself."""
+    facts: list[Record] = [{} for _ in range(n)]
+    for key, name in (("reason", "reasons"), *((key, key) for key in ("n_evaluations", "gamma", "restarts"))):
+        values = getattr(found, name, None) if isinstance(found, Solution) else None
+        if values is not None:
+            for fact, value in zip(facts, values.tolist() if isinstance(values, Tensor) else values, strict=True):
+                fact[key] = value
+    return facts
+
+
+def figures(x_hat: Tensor, x: Tensor, y: Tensor, physics: Physics, kind: ProblemKind) -> list[Record]:
+    """Per image: PSNR clipped and not, of masked images also of the hidden pixels alone, SSIM, root mean square of y - A x_hat.
+
+    Where measurements say nothing about brightness, every method's estimate is scaled to fit the truth first.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if x_hat.shape != x.shape:
+        raise ValueError(f"the estimate has shape {tuple(x_hat.shape)}, the images {tuple(x.shape)}")
+    residual = (y - physics.A(x_hat)).abs().flatten(1).square().mean(1).sqrt()
+    if kind.loses_scale:
+        x_hat = best_scaled(x_hat, x)
+    columns = {"psnr": psnr(x_hat, x), "psnr_unclipped": psnr(x_hat, x, clip=False), "residual": residual}
+    if min(x.shape[-2:]) >= _SSIM_SIDE:
+        columns["ssim"] = ssim(x_hat, x)
+    if isinstance(physics, Inpainting):
+        hidden = (physics.get_buffer("mask") == 0).expand_as(x)
+        if hidden.any():  # the mean over all pixels is that over the hidden ones times their share
+            columns["psnr_hidden"] = psnr(torch.where(hidden, x_hat, x), x) + 10 * hidden.double().flatten(1).mean(1).log10()
+    lists = {key: values.cpu().tolist() for key, values in columns.items()}
+    scaled = {"scaled_to_fit": True} if kind.loses_scale else {}
+    return [{key: values[i] for key, values in lists.items()} | scaled for i in range(len(x))]
+
+
+@dataclass
+class Cost:
+    """Filled when the block ends.
+
+    Arguments:
+        seconds: on the clock, the device's queue emptied.
+        peak_memory_mib: on a GPU, of its tensors; on the CPU, of the whole process, weights and libraries included.
+            None where the system does not tell.
+    """
+
+    seconds: float = 0.0
+    peak_memory_mib: float | None = None
+
+
+@contextmanager
+def measured_cost(device: str | torch.device) -> Iterator[Cost]:
+    """Measure the block.
+
+    Example:
+        >>> with measured_cost("cpu") as cost:
+        ...     _ = torch.zeros(10)
+        >>> cost.seconds >= 0
+        True
+    """
+    target = torch.device(device)
+    on_gpu = target.type == "cuda"
+    cost = Cost()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(target)
+        torch.cuda.synchronize(target)
+    elif sys.platform == "linux":  # the high-water mark can be set back; elsewhere it stays that of the whole run
+        try:
+            _RESET.write_text("5")
+        except OSError:  # not allowed in some containers: the mark then includes earlier methods
+            pass
+    start = time.perf_counter()
+    yield cost
+    if on_gpu:
+        torch.cuda.synchronize(target)
+    cost.seconds = time.perf_counter() - start
+    cost.peak_memory_mib = torch.cuda.max_memory_allocated(target) / 2**20 if on_gpu else _peak()
+
+
+def _peak() -> float | None:
+    if sys.platform == "linux" and (found := re.search(r"VmHWM:\s*(\d+) kB", _STATUS.read_text())):
+        return int(found[1]) / 1024
+    return None

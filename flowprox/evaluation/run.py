@@ -1,0 +1,504 @@
+"""Methods x problems x images in one loop, recorded as it goes.
+
+    y_i = A x_i + noise_i  ->  x_hat_i = method(y_i)  ->  PSNR, SSIM, residual, seconds, peak memory
+
+The noise of image i depends on the run's seed and the image's name alone: every method, problem, batch and run sees the
+same. Results stand in a folder:
+
+    recipe.yaml     what was run, with the published figures
+    records.jsonl   one line per problem, method and image, appended by all processes of the run
+    tuning.jsonl    one line per problem, method and combination of the options that are tuned
+    images/         pictures of the first images, for the report
+    unfinished      there until the run has ended
+
+A run that was interrupted is continued by the same command. What is already recorded is recognized by ``id``, a hash of
+everything it depends on, so images, problems and methods may also be added later. Failures are tried again. A method whose
+package or trained network is missing is recorded as failed with the words "not run", and keeps no other from running.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import deepinv
+import torch
+from deepinv.models import Reconstructor
+from deepinv.physics import Physics
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.multiprocessing.spawn import ProcessException, spawn
+
+from flowprox import __version__
+from flowprox.checkpoints import CheckpointError, load_card, load_model, require_device
+from flowprox.data import save_image
+from flowprox.evaluation.estimates import Estimate, estimate
+from flowprox.evaluation.images import EvaluatedImage, load_images
+from flowprox.evaluation.plan import AS_WRITTEN, Case, at_scale, combinations, planned
+from flowprox.evaluation.recipe_file import write_recipe
+from flowprox.evaluation.report.pictures import picture_path, truth_path
+from flowprox.evaluation_options import SAMPLES, EvaluationOptions, ImageOptions
+from flowprox.files import remove_temporaries, sole_writer
+from flowprox.methods import make_method
+from flowprox.operators import PROBLEMS, make_physics, measure_each, measurement_shape
+from flowprox.records import UNFINISHED, Record, RecordWriter, read_records, write_records
+
+__all__ = ["NOT_RUN", "EvaluationInterrupted", "RunOptions", "evaluate", "hashed"]
+
+NOT_RUN = "not run: "
+"""What the message of a failure begins with where a package or a trained network is missing."""
+
+
+@dataclass
+class RunOptions:
+    """How an evaluation is run.
+
+    Arguments:
+        scale: "smoke" (seconds, on the pictures that ship), "small" (the recipe as written) or a scale of the recipe.
+        limit: use only the first so many images; None leaves it to the recipe.
+        seed: of the noise.
+        device: where the methods run: "cpu", "cuda" or "mps".
+        devices: how many of them, or processes on the CPU; each takes whole cases of a problem and a method.
+        n_pictures: of so many images pictures are written.
+        console: for the progress; None is standard error.
+    """
+
+    scale: str = AS_WRITTEN
+    limit: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    devices: int = 1
+    n_pictures: int = 4
+    console: Console | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be positive, got {self.limit}")
+        if self.devices < 1:
+            raise ValueError(f"devices must be positive, got {self.devices}")
+        if self.devices > 1 and ":" in self.device:
+            raise ValueError(f"device {self.device!r} is a single one; with devices={self.devices} give its kind only")
+
+
+class EvaluationInterrupted(KeyboardInterrupt):
+    """The run was interrupted; what is finished is recorded."""
+
+
+def evaluate(recipe: EvaluationOptions, out: str | Path, run: RunOptions | None = None) -> list[Record]:
+    """Run an evaluation, or what is left of it.
+
+    Arguments:
+        recipe: images, problems, methods.
+        out: folder of the results; one that holds an earlier run of the same recipe is continued.
+        run: scale, seed, devices.
+
+    Returns:
+        the records of this recipe, in its order, those of earlier runs included. A method that failed on an image has
+        one with the key failed in the place of the figures.
+
+    Raises:
+        ValueError, OSError: before anything runs: something in the recipe does not fit, images cannot be read, or another
+            process is writing to ``out``.
+        EvaluationInterrupted: on Ctrl-C; the message says how far it came.
+    """
+    run, out = run or RunOptions(), Path(out)
+    scaled = at_scale(recipe, run.scale)
+    _check_apart(scaled, out)
+    require_device(run.device)
+    evaluation = _Evaluation(scaled, planned(scaled), out, run)
+    with sole_writer(out):
+        evaluation.begin(recipe)
+        try:
+            evaluation.run_all()
+        except KeyboardInterrupt as error:
+            ids = set(evaluation.ids())
+            n_done = len(ids & {r["id"] for r in read_records(out / "records.jsonl") if _is_success(r)})
+            raise EvaluationInterrupted(
+                f"{n_done} of {len(ids)} reconstructions are recorded in {out}; the same command continues the run"
+            ) from error
+        return evaluation.end()
+
+
+class _Evaluation:
+    """One run: what it has loaded, where it writes, how far it is.
+
+    Arguments:
+        recipe: at the scale of the run.
+        cases: what is run of it.
+        out: folder of the results.
+        run: scale, seed, device.
+    """
+
+    def __init__(self, recipe: EvaluationOptions, cases: Sequence[Case], out: Path, run: RunOptions) -> None:
+        self.recipe, self.cases, self.out, self.options = recipe, cases, out, run
+        self.console = run.console or Console(stderr=True)
+        self.models: dict[str, Any] = {}
+        self.methods: dict[str, Reconstructor] = {}
+        self.hashes: dict[str, str] = {}
+        self._last: tuple[str, tuple[int, ...], Physics] | None = None
+        self.images = _images_of("images", recipe.images, run.seed, run.limit)
+        self.tune_images: list[EvaluatedImage] = []
+        if recipe.tune_images and any(case.method.tune for case in cases):
+            self.tune_images = _images_of("tune_images", recipe.tune_images, run.seed, None)
+        # every method and operator is made once, so that a mistake is found before the first hour of work
+        self.not_run = [self._why_not(case) for case in cases]
+        self.identities = [self._identity(case) for case in cases]
+
+    def _why_not(self, case: Case) -> str:
+        """What a case lacks to be run, "" if nothing: an optional package, or a network that is not trained yet."""
+        self._physics(case, self.images[0])
+        for name in case.models.values():
+            try:
+                self.hashes[name] = self.hashes.get(name) or load_card(name).sha256[:16]
+            except (CheckpointError, OSError) as error:
+                if "/" not in name or Path(name).exists():  # a misspelt name, or a damaged model
+                    raise
+                return _one_line(error)
+        try:
+            self._method(case, combinations({key: values[:1] for key, values in case.method.tune.items()})[0])
+        except ImportError as error:
+            if error.name is not None:  # not an optional package, for which our own message names the remedy
+                raise
+            return _one_line(error)
+        return ""
+
+    # The folder -------------------------------------------------------------------------------------------------------
+
+    def begin(self, as_written: EvaluationOptions) -> None:
+        """Make the folder, or check the one that an earlier run left, and forget its failures."""
+        if all(self.not_run):
+            raise ValueError(f"no method can run: {self.not_run[0]}")
+        (self.out / "images").mkdir(parents=True, exist_ok=True)
+        for folder in (self.out, self.out / "images"):
+            remove_temporaries(folder)
+        earlier = read_records(self.out / "records.jsonl") if (self.out / "records.jsonl").exists() else []
+        self._check_earlier(filter(_is_success, earlier))
+        RecordWriter(self.out / "records.jsonl", resume=True, keep=_is_success).close()
+        write_recipe(as_written, self.out / "recipe.yaml")
+        (self.out / UNFINISHED).touch()
+        for image in self.images[: self.options.n_pictures]:
+            save_image(image.x, truth_path(self.out, image.name))
+
+    def _check_earlier(self, records: Iterator[Record]) -> None:
+        """Two different reconstructions under one name in one file would be averaged by a reader."""
+        expected = {
+            (case.problem.label, case.label, image.name): _id(identity, image)
+            for case, identity in zip(self.cases, self.identities, strict=True)
+            for image in self.images
+        }
+        for record in records:
+            if expected.get((record["problem"], record["method"], record["image"]), record["id"]) != record["id"]:
+                raise ValueError(
+                    f"{self.out} holds {record['method']} on {record['problem']}, {record['image']}, from other options, "
+                    "images, models or another seed; choose another out, or give the method another label"
+                )
+
+    def ids(self) -> Iterator[str]:
+        """Of every reconstruction, in the recipe's order."""
+        return (_id(identity, image) for identity in self.identities for image in self.images)
+
+    def end(self) -> list[Record]:
+        """The records of the recipe, in its order, which is also that of the file."""
+        path = self.out / "records.jsonl"
+        found = {record["id"]: record for record in read_records(path)}
+        ordered = [found.pop(i) for i in dict.fromkeys(self.ids())]
+        if self.options.devices > 1:
+            write_records(path, [*ordered, *found.values()])
+        (self.out / UNFINISHED).unlink()
+        for case, reason in zip(self.cases, self.not_run, strict=True):
+            if reason:
+                self._say(f"{NOT_RUN}{case.label} on {case.problem.label}: {reason}")
+        return ordered
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+    # The loop ---------------------------------------------------------------------------------------------------------
+
+    def run_all(self) -> None:
+        """Do what is not recorded yet, on as many devices as the options say."""
+        done = self._done()
+        left = [
+            case
+            for case, identity in zip(self.cases, self.identities, strict=True)
+            if any(_id(identity, image) not in done for image in self.images)
+        ]
+        n = min(self.options.devices, len(left))
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True) as progress:
+            task = progress.add_task("", total=len(set(self.ids())), completed=len(done & {*self.ids()}))
+            if n <= 1:
+                self.run_cases(lambda label, n: progress.update(task, description=label, advance=n))
+            else:
+                self._run_shares([left[i::n] for i in range(n)], lambda n: progress.update(task, completed=n))
+
+    def _run_shares(self, shares: Sequence[Sequence[Case]], show: Callable[[int], None]) -> None:
+        """A process for each share; all append to one file."""
+        quiet = replace(self.options, devices=1, console=Console(quiet=True))
+        context = spawn(_run_share, (self.recipe, shares, self.out, quiet), len(shares), join=False, daemon=True)
+        try:
+            while not context.join(timeout=1):
+                show(len(self._done()))
+        except ProcessException as error:
+            raise RuntimeError(
+                f"a process of the run has ended ({_one_line(error)[-300:]}); the same command continues the run"
+            ) from error
+        finally:
+            for process in context.processes:
+                process.terminate()
+
+    def run_cases(self, advance: Callable[[str, int], Any] = lambda label, n: None) -> None:
+        """Every case of this process, one after the other."""
+        done = self._done()
+        with RecordWriter(self.out / "records.jsonl", resume=True) as records:
+            for case, identity, reason in zip(self.cases, self.identities, self.not_run, strict=True):
+                left = [image for image in self.images if _id(identity, image) not in done]
+                label = f"{case.problem.label}: {case.label}"
+                advance(label, 0)
+                for record in self._reconstructed(case, identity, reason, left) if left else ():
+                    records.write(record)
+                    advance(label, 1)
+
+    def _reconstructed(
+        self, case: Case, identity: Record, reason: str, images: Sequence[EvaluatedImage]
+    ) -> Iterator[Record]:
+        """The record of each image; its picture is written before."""
+        failure, chosen, method = {"failed": NOT_RUN + reason}, {}, None
+        if not reason:
+            try:
+                chosen = self._tuned(case, identity)
+                method = self._method(case, chosen)
+            except Exception as error:  # one method must not end the others' run; the message is recorded
+                failure = _failure(error)
+        if method is None:
+            yield from (self._record(case, identity, image, {}) | failure for image in images)
+            return
+        pictured = {image.name for image in self.images[: self.options.n_pictures]}
+        for batch in _batches(images, case.method.batch_size):
+            for image, (x_hat, facts) in zip(batch, self._attempt(case, method, batch), strict=True):
+                if x_hat is not None and image.name in pictured:
+                    save_image(x_hat, picture_path(self.out, case.problem.label, image.name, case.label))
+                yield self._record(case, identity, image, chosen) | facts
+
+    def _attempt(
+        self, case: Case, method: Reconstructor, batch: Sequence[EvaluatedImage]
+    ) -> list[tuple[Tensor | None, Record]]:
+        """The estimates and their figures, of images of one size; a batch that fails is repeated image by image."""
+        x = torch.stack([image.x for image in batch]).to(self.options.device)
+        try:
+            physics = self._physics(case, batch[0])
+            y = measure_each(x, physics, [image.seed for image in batch])
+            estimates: list[Estimate] = estimate(method, y, physics, PROBLEMS[case.problem.problem.name], x)
+        except Exception as error:  # recorded, and the run ends with status 1
+            if len(batch) > 1:
+                return [one for image in batch for one in self._attempt(case, method, [image])]
+            return [(None, _failure(error))]
+        if any(one.facts.get("reason") == "interrupted" for one in estimates):
+            raise KeyboardInterrupt
+        return [(one.x_hat, one.facts) for one in estimates]
+
+    def _tuned(self, case: Case, identity: Record) -> Record:
+        """The combination with the highest mean PSNR on the images for tuning; every one is recorded."""
+        grid = combinations(case.method.tune)
+        if len(grid) == 1:
+            return grid[0]
+        scores: list[float] = []
+        with RecordWriter(self.out / "tuning.jsonl", resume=True) as tuning:
+            known = {record["id"]: record for record in tuning.records if _is_success(record)}
+            for values in grid:
+                i = hashed(identity | {"combination": values, "images": [image.hash for image in self.tune_images]})
+                record = known.get(i) or self._score(case, values) | {"id": i}
+                if i not in known:
+                    tuning.write(record)
+                exact = math.inf if record["psnr"] is None else float(record["psnr"])  # JSON knows no infinity
+                scores.append(exact if _is_success(record) else -math.inf)
+        best = max(range(len(grid)), key=scores.__getitem__)
+        if scores[best] == -math.inf:
+            raise ValueError(f"no combination of {', '.join(case.method.tune)} gave a finite result; see tuning.jsonl")
+        for key, values in case.method.tune.items():
+            numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+            if len(numbers) > 2 and grid[best][key] in (min(numbers), max(numbers)):
+                self._say(
+                    f"{case.problem.label}: {case.label} is best at the end of its grid, {key}={grid[best][key]}; "
+                    "a wider one may be better"
+                )
+        return grid[best]
+
+    def _score(self, case: Case, values: Mapping[str, Any]) -> Record:
+        method = self._method(case, values)
+        batches = _batches(self.tune_images, case.method.batch_size)
+        facts = [facts for batch in batches for _, facts in self._attempt(case, method, batch)]
+        failures = [{"failed": fact["failed"]} for fact in facts if "failed" in fact]
+        return {
+            "problem": case.problem.label,
+            "method": case.label,
+            "options": dict(values),
+            "psnr": None if failures else math.fsum(fact["psnr"] for fact in facts) / len(facts),
+            "n_images": len(facts),
+            "images": [image.name for image in self.tune_images],
+        } | (failures[0] if failures else {})
+
+    # Parts ------------------------------------------------------------------------------------------------------------
+
+    def _done(self) -> set[str]:
+        return {record["id"] for record in read_records(self.out / "records.jsonl") if _is_success(record)}
+
+    def _physics(self, case: Case, image: EvaluatedImage) -> Physics:
+        """The operator of a problem for an image's size; the last one is kept, for a sensing matrix takes seconds to draw."""
+        shape = (image.x.shape[0], image.x.shape[1], image.x.shape[2])
+        if self._last is None or self._last[:2] != (case.problem.label, shape):
+            physics = make_physics(case.problem.problem, shape, seed=case.problem.seed, device=self.options.device)
+            self._last = (case.problem.label, shape, physics)
+        return self._last[2]
+
+    def _method(self, case: Case, chosen: Mapping[str, Any]) -> Reconstructor:
+        """The method with its options, made once."""
+        given, shape = case.method, None
+        if given.noise is not None:
+            channels, height, width = self.images[0].x.shape
+            physics = self._physics(case, self.images[0])
+            shape = tuple(measurement_shape(physics, (channels, height, width), device=self.options.device))
+        options = {**case.options, **chosen}
+        parts = {"flow": given.flow, "model": given.model, "noise": given.noise}
+        key = hashed({"name": given.name, "problem": case.problem.problem.name, "shape": shape, **parts, "o": options})
+        if key not in self.methods:
+            for name in case.models.values():
+                if name not in self.models:
+                    self.models[name] = load_model(name, device=self.options.device)
+            loaded = {part: self.models[name] for part, name in case.models.items()}
+            self.methods[key] = make_method(
+                given.name, case.problem.problem, **(parts | loaded), shape=shape, device=self.options.device, **options
+            )
+        return self.methods[key]
+
+    def _identity(self, case: Case) -> Record:
+        """Everything a reconstruction depends on apart from the image."""
+        given = case.method
+        tuned = {"tune": {k: list(v) for k, v in given.tune.items()}} if given.tune else {}
+        parts = (("flow", given.flow), ("model", given.model), ("noise", given.noise))
+        return {
+            "problem_name": case.problem.problem.name,
+            "parameters": json.loads(case.problem.problem.to_json())["parameters"],
+            "operator_seed": case.problem.seed,
+            "method_name": given.name,
+            "label": case.label,
+            "options": case.options,
+            "models": {
+                part: self.hashes.get(name, name) if isinstance(name, str) else name
+                for part, name in parts
+                if name is not None
+            },
+        } | tuned
+
+    def _record(
+        self, case: Case, identity: Mapping[str, Any], image: EvaluatedImage, chosen: Mapping[str, Any]
+    ) -> Record:
+        given = case.method
+        return {
+            "id": _id(identity, image),
+            "problem": case.problem.label,
+            "problem_name": identity["problem_name"],
+            "parameters": identity["parameters"],
+            "operator_seed": case.problem.seed,
+            "method": case.label,
+            "method_name": given.name,
+            "options": {**identity["options"], **chosen},
+            "tuned": dict(chosen),
+            **{part: getattr(given, part) for part in ("flow", "model", "noise") if getattr(given, part)},
+            "model_hashes": identity["models"],
+            "image": image.name,
+            "image_hash": image.hash,
+            **({} if image.group is None else {"group": image.group}),
+            "channels": image.x.shape[0],
+            "height": image.x.shape[1],
+            "width": image.x.shape[2],
+            "seed": image.seed,
+            "run_seed": self.options.seed,
+            "recipe": self.recipe.name,
+            "scale": self.options.scale,
+            "version": __version__,
+            "versions": _versions(),
+        }
+
+
+def _run_share(
+    rank: int, recipe: EvaluationOptions, shares: Sequence[Sequence[Case]], out: Path, run: RunOptions
+) -> None:
+    """What one process of several runs."""
+    if run.device == "cuda":
+        run = replace(run, device=f"cuda:{rank}")
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // len(shares)))
+    _Evaluation(recipe, shares[rank], out, run).run_cases()
+
+
+def _check_apart(recipe: EvaluationOptions, out: Path) -> None:
+    """Refuse to write pictures where a later run would read them as test images."""
+    for images in (recipe.images, recipe.tune_images):
+        sources = [] if images is None or images.source == SAMPLES else images.source
+        for source in [sources] if isinstance(sources, str) else sources:
+            folder = Path(source).resolve()
+            if folder.is_dir() and (folder == out.resolve() or folder in out.resolve().parents):
+                raise ValueError(
+                    f"out {str(out)!r} lies in the images' own folder {source!r}; choose one outside of it"
+                )
+
+
+def _images_of(part: str, options: ImageOptions, seed: int, limit: int | None) -> list[EvaluatedImage]:
+    try:
+        return load_images(options, seed, limit)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{part}.{error}; give your own images with --{part}.source, or run --scale smoke on the pictures that ship"
+        ) from error
+
+
+def _batches(images: Sequence[EvaluatedImage], size: int) -> Iterator[list[EvaluatedImage]]:
+    """At most ``size`` images of one shape at a time."""
+    shapes = dict.fromkeys(image.x.shape for image in images)
+    for shape in shapes:
+        alike = [image for image in images if image.x.shape == shape]
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _failure(error: Exception) -> Record:
+    return {"failed": f"{type(error).__name__}: {_one_line(error)}"}
+
+
+def _is_success(record: Mapping[str, Any]) -> bool:
+    """Whether a record holds figures, and not the message of a failure."""
+    return "failed" not in record
+
+
+def _id(identity: Mapping[str, Any], image: EvaluatedImage) -> str:
+    """The image's name is left out: what it is called may depend on others that came later."""
+    return hashed({**identity, "image_hash": image.hash, "seed": image.seed})
+
+
+def hashed(value: Mapping[str, Any]) -> str:
+    """A hash of plain values, as hexadecimal digits."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "flowprox": __version__,
+        "torch": torch.__version__,
+        "deepinv": deepinv.__version__,
+        "python": platform.python_version(),
+        "platform": sys.platform,
+    }

@@ -1,0 +1,423 @@
+"""Every reconstruction method by name.
+
+    x_hat = make_method(name, ...)(y, physics)
+
+Symbols: y measurement, physics the operator with its noise, x_hat the estimate. A method is one entry of ``METHODS``: a function,
+often the class itself, whose arguments named flow, model and noise are the trained parts it uses, and whose other arguments
+are its options. To add one, enter it:
+
+    METHODS["brighter"] = Method(Brighter, "twice the measurement")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from deepinv.models import Reconstructor
+from deepinv.physics import Denoising, LinearPhysics, Physics
+from torch import Tensor, nn
+
+from flowprox.baselines import BM3D, Biharmonic, GANPrior, Lasso, PlugAndPlay, TotalVariation, WaveletPrior, Wiener
+from flowprox.checkpoints import load_model
+from flowprox.flows import Flow
+from flowprox.naming import nearest
+from flowprox.noise import NOISES, FlowNoise, make_noise
+from flowprox.operators import PROBLEMS, Problem
+from flowprox.solvers import LBFGS, Adam, LatentMAP, NoiseMAP, PosteriorSampling, SamplerOptions
+
+__all__ = [
+    "METHODS",
+    "Adjoint",
+    "Measurement",
+    "Method",
+    "Option",
+    "SelfEnsemble",
+    "check_options",
+    "make_method",
+    "method_options",
+]
+
+_PARTS = ("flow", "model", "noise")
+
+
+class Adjoint(Reconstructor):
+    """x_hat = A^T y: what the measurement shows by itself.
+
+    Example:
+        >>> from flowprox.operators import make_physics
+        >>> physics = make_physics("denoising", (1, 4, 4))
+        >>> y = torch.rand(1, 1, 4, 4)
+        >>> torch.equal(Adjoint()(y, physics), y)
+        True
+    """
+
+    def forward(self, y: Tensor, physics: Physics) -> Tensor:  # type: ignore[override]
+        if not isinstance(physics, LinearPhysics):
+            raise ValueError(f"{type(physics).__name__} is not linear and has no adjoint; use another method")
+        return physics.A_adjoint(y)
+
+
+class Measurement(Reconstructor):
+    """x_hat = y: what doing nothing gives, where the measurement is a picture of the image's size."""
+
+    def forward(self, y: Tensor, physics: Physics) -> Tensor:  # type: ignore[override]
+        return y
+
+
+class SelfEnsemble(Reconstructor):
+    """x_hat = (D(y) + M D(M y)) / 2: a denoising network D averaged over the image and its mirror image, M left to right.
+
+    What a network does differently to the two is its own error, at twice the time.
+
+    References:
+        Lim et al. 2017, Enhanced deep residual networks for single image super-resolution,
+        https://arxiv.org/abs/1707.02921, Sec. 3.4 (there over eight transforms)
+
+    Arguments:
+        model: ``x_hat = model(y, physics)`` for a denoising physics, which knows nothing of left and right.
+
+    Example:
+        >>> from flowprox.operators import make_physics
+        >>> y = torch.rand(1, 3, 4, 4)
+        >>> x_hat = SelfEnsemble(Adjoint())(y, make_physics("denoising", (3, 4, 4)))
+        >>> torch.allclose(x_hat, y)
+        True
+    """
+
+    def __init__(self, model: Reconstructor) -> None:
+        super().__init__()
+        self.model = network(model)
+
+    def forward(self, y: Tensor, physics: Physics) -> Tensor:  # type: ignore[override]
+        if not isinstance(physics, Denoising):
+            raise ValueError(f"{type(physics).__name__} has another mirror image; a self-ensemble is for denoising")
+        return (self.model(y, physics) + self.model(y.flip(-1), physics).flip(-1)) / 2
+
+
+# Factories -----------------------------------------------------------------------------------------------------------
+
+
+def network(model: Reconstructor) -> Reconstructor:
+    """A network trained to reconstruct, as it is."""
+    if not isinstance(model, Reconstructor):
+        raise ValueError(
+            f"model is a {type(model).__name__}, which does not reconstruct by itself; give an unfolded network "
+            "(flowprox train-unfolded makes one of it), or a method that uses it, such as latent-map with flow"
+        )
+    return model
+
+
+def gan(
+    model: nn.Module,
+    n_restarts: int = 3,
+    n_steps: int = 500,
+    learning_rate: float = 0.3,
+    regularization: float = 1e-2,
+    seed: int = 0,
+) -> GANPrior:
+    """``GANPrior`` of a trained generator."""
+    return GANPrior(model, n_restarts, n_steps, learning_rate, regularization, seed)
+
+
+def plug_and_play(
+    model: nn.Module | None = None,
+    flow: Flow | None = None,
+    sigma: float | None = None,
+    n_iterations: int = 8,
+    sigma_start: float = 49 / 255,
+    weight: float = 0.23,
+    iteration: str = "hqs",
+    start: str = "adjoint",
+) -> PlugAndPlay:
+    """``PlugAndPlay`` with a trained denoiser, or a flow."""
+    return PlugAndPlay(model, flow, sigma, n_iterations, sigma_start, weight, iteration, start)  # type: ignore[arg-type]
+
+
+def _flat(make: Callable[..., Reconstructor], argument: str, **choices: Any) -> Callable[..., Reconstructor]:
+    """``make`` with the fields of the option object it takes as arguments of its own.
+
+    Arguments:
+        make: the class.
+        argument: which of its arguments takes an option object.
+        choices: the word that picks an object -> the object with its defaults; the first holds where no word is given.
+    """
+
+    def make_flat(**options: Any) -> Reconstructor:
+        word = options.pop(argument, None) or next(iter(choices))
+        if word not in choices:
+            raise ValueError(f"{argument} must be {' or '.join(choices)}, got {word!r}")
+        names = {field.name for field in dataclasses.fields(choices[word])}
+        settings = {name: options.pop(name) for name in names & {*options}}
+        if useless := [name for name in options if name not in own]:
+            raise ValueError(f"{', '.join(useless)} is of no use with {argument} {word}; leave it out")
+        return make(**options, **{argument: dataclasses.replace(choices[word], **settings)})
+
+    own = {name: p for name, p in inspect.signature(make).parameters.items() if name != argument}
+    fields = {f.name: getattr(choice, f.name) for choice in [*choices.values()][::-1] for f in dataclasses.fields(choice)}
+    fields = ({argument: next(iter(choices))} if len(choices) > 1 else {}) | fields
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    added = [inspect.Parameter(name, keyword, default=default) for name, default in fields.items()]
+    make_flat.__signature__ = inspect.Signature([*own.values(), *added])  # type: ignore[attr-defined]
+    return make_flat
+
+
+# The registry --------------------------------------------------------------------------------------------------------
+
+
+class Method(NamedTuple):
+    """One line of the registry.
+
+    Arguments:
+        make: makes the method; its arguments flow, model and noise are what it uses, the others its options.
+        description: one line.
+        problems: names of the problems it applies to; None: all.
+        needs_linear: whether it applies to linear operators only.
+        needs: what must be given where its arguments do not say: "flow or model".
+        defaults: problem -> options that differ from the defaults of ``make`` there.
+        quick: the options that make it end within seconds, for trying a recipe out.
+        explained_in: classes whose docstrings say what the options mean; none means ``make`` is one.
+    """
+
+    make: Callable[..., Reconstructor]
+    description: str
+    problems: tuple[str, ...] | None = None
+    needs_linear: bool = False
+    needs: str = ""
+    defaults: Mapping[str, Mapping[str, Any]] = {}
+    quick: Mapping[str, Any] = {}
+    explained_in: tuple[type, ...] = ()
+
+    @property
+    def parts(self) -> dict[str, bool]:
+        """Which of flow, model and noise it takes -> whether it must be given."""
+        parameters = inspect.signature(self.make).parameters
+        return {part: parameters[part].default is inspect.Parameter.empty for part in _PARTS if part in parameters}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Its options with their defaults."""
+        parameters = inspect.signature(self.make).parameters
+        return {name: one.default for name, one in parameters.items() if name not in _PARTS}
+
+    def missing(self, parts: Mapping[str, Any]) -> str | None:
+        """What it needs and is None in ``parts``, which has the keys flow and model."""
+        ways = [part for part, is_needed in self.parts.items() if is_needed] + ([self.needs] if self.needs else [])
+        return next((way for way in ways if all(parts.get(key) is None for key in way.split(" or "))), None)
+
+    def applies_to(self, problem: str) -> bool:
+        """Whether it can be used for a problem of this name."""
+        fits = not self.needs_linear or (problem in PROBLEMS and PROBLEMS[problem].is_linear)
+        return fits and (self.problems is None or problem in self.problems)
+
+    @property
+    def applicable(self) -> list[str]:
+        """Names of the problems that it can be used for."""
+        return [name for name in PROBLEMS if self.applies_to(name)]
+
+
+# a line search cannot follow the straight-through gradient of a sign
+_STRAIGHT_THROUGH = {"optimizer": "adam", "n_iterations": 150, "learning_rate": 0.05, "final_learning_rate": 0.0}
+_OPTIMIZERS = {"lbfgs": LBFGS(n_iterations=200), "adam": Adam()}
+_MASKED = ("inpainting", "random-inpainting")
+_OF_THE_IMAGES_SIZE = ("denoising", *_MASKED, "deblurring")
+
+METHODS: dict[str, Method] = {
+    "measurement": Method(Measurement, "the measurement itself", _OF_THE_IMAGES_SIZE),
+    "adjoint": Method(Adjoint, "A^T y: the measurement carried back", needs_linear=True),
+    "unfolded": Method(network, "a network trained for the operator", needs_linear=True),
+    "self-ensemble": Method(
+        SelfEnsemble, "a network trained to denoise, averaged over the image and its mirror image", ("denoising",)
+    ),
+    "latent-map": Method(
+        _flat(LatentMAP, "optimizer", **_OPTIMIZERS),
+        "MAP in the latent space of a flow (Asim et al. 2020)",
+        # Asim et al. (2020), App. A.1: no prior term where A loses much
+        defaults={
+            "denoising": {"gamma": "discrepancy"},
+            "deblurring": {"gamma": "discrepancy"},
+            "one-bit": {"gamma": 1.0, **_STRAIGHT_THROUGH},
+        },
+        quick={"n_iterations": 2},
+        explained_in=(LatentMAP, LBFGS, Adam),
+    ),
+    "noise-map": Method(
+        _flat(NoiseMAP, "optimizer", **_OPTIMIZERS),
+        "MAP with a flow and a density of the noise (Whang et al. 2021)",
+        defaults={"one-bit": {"form": "latent", **_STRAIGHT_THROUGH}},
+        quick={"n_iterations": 2},
+        explained_in=(NoiseMAP, LBFGS, Adam),
+    ),
+    "posterior": Method(
+        _flat(PosteriorSampling, "options", sampler=SamplerOptions()),
+        "mean of posterior samples drawn in the latent space of a flow",
+        quick={"n_samples": 4, "n_warmup": 4, "n_chains": 2},
+        explained_in=(PosteriorSampling, SamplerOptions),
+    ),
+    "bm3d": Method(BM3D, "block matching and 3D filtering", ("denoising",)),
+    "lasso-dct": Method(
+        partial(Lasso, "dct"),
+        "sparse in a cosine basis",
+        needs_linear=True,
+        quick={"n_iterations": 5},
+        explained_in=(Lasso,),
+    ),
+    "lasso-wavelet": Method(
+        partial(Lasso, "wavelet"),
+        "sparse in a wavelet basis",
+        needs_linear=True,
+        quick={"n_iterations": 5},
+        explained_in=(Lasso,),
+    ),
+    "tv": Method(
+        TotalVariation,
+        "total variation",
+        needs_linear=True,
+        # tuned on validation faces (recipes/evaluate/classical.yaml)
+        defaults={
+            "denoising": {"regularization": 0.24, "dual_step": 0.05},
+            "compressed-sensing": {"regularization": 0.1},
+            **dict.fromkeys(_MASKED, {"regularization": 6e-3, "n_iterations": 4000}),
+        },
+        quick={"n_iterations": 5},
+    ),
+    "wavelet": Method(WaveletPrior, "wavelet shrinkage prior", needs_linear=True, quick={"n_iterations": 5}),
+    "gan": Method(
+        gan,
+        "in the range of a generator (Bora et al. 2017)",
+        quick={"n_steps": 2, "n_restarts": 1},
+        explained_in=(GANPrior,),
+    ),
+    "plug-and-play": Method(
+        plug_and_play,
+        "a flow, or a network trained as a denoiser, in the place of the prox",
+        needs_linear=True,
+        needs="flow or model",
+        # a denoiser takes black holes for content
+        defaults=dict.fromkeys(_MASKED, {"n_iterations": 24, "start": "biharmonic", "sigma_start": 0.1}),
+        quick={"n_iterations": 2},
+        explained_in=(PlugAndPlay,),
+    ),
+    "biharmonic": Method(Biharmonic, "the smoothest filling", _MASKED),
+    "wiener": Method(Wiener, "regularized inverse filter", ("deblurring",)),
+}
+"""Method name -> how it is made."""
+
+
+class Option(NamedTuple):
+    """An option of a method: its default for a problem, and what it means."""
+
+    default: Any
+    meaning: str
+
+
+def method_options(name: str, problem: str | None = None) -> dict[str, Option]:
+    """The options of a method with their defaults for a problem.
+
+    Raises:
+        ValueError: no such method; the message offers the nearest.
+
+    Example:
+        >>> method_options("tv", "denoising")["regularization"].default
+        0.24
+        >>> method_options("latent-map")["n_pairs"].meaning
+        'changes of z and of the gradient that are remembered.'
+    """
+    method = _known(name)
+    defaults = {**method.options, **method.defaults.get(problem or "", {})}
+    meanings = [_meanings(cls) for cls in (method.explained_in or (method.make,))]
+    return {key: Option(value, next((m[key] for m in meanings if key in m), "")) for key, value in defaults.items()}
+
+
+def check_options(name: str, options: Iterable[str]) -> None:
+    """Raise ``ValueError`` with the nearest names if a method has no such option."""
+    known = _known(name).options
+    for option in options:
+        if option not in known:
+            if not known:
+                raise ValueError(f"method {name} has no options, got {option}; it is as it was trained")
+            raise ValueError(f"method {name} has no option {option!r}; {nearest(option, sorted(known))}")
+
+
+def make_method(
+    name: str,
+    problem: Problem | str | None = None,
+    flow: Flow | str | None = None,
+    model: Any = None,
+    noise: Any = None,
+    shape: Sequence[int] | None = None,
+    device: str | torch.device = "cpu",
+    **options: Any,
+) -> Reconstructor:
+    """Make a reconstruction method by name.
+
+    Arguments:
+        name: a key of ``METHODS``.
+        problem: what it will be used for; some methods have other defaults for other problems.
+        flow: the prior: a flow, or the name, folder or hub id of one; for "noise-map" with beta 0 also a generator.
+        model: the trained network ("unfolded"), generator ("gan") or denoiser ("plug-and-play"), or where it is.
+        noise: density of the noise: a ``flowprox.noise.Noise``; a flow trained on noise, or where it is; a name of
+            ``flowprox.noise.NOISES``, or {"name": ..., parameters}, made for ``shape``. None takes the physics' own.
+        shape: of one measurement, (C, H, W) or (m,), for a noise by name.
+        device: where models that are loaded here are put.
+        options: of the method, see ``method_options``.
+
+    Raises:
+        ValueError: unknown name or option (the message offers the nearest), something needed is missing, given but of
+            no use, or of another kind; the method is not for this problem.
+        ImportError: an optional package is missing; the message names it.
+
+    Example:
+        >>> make_method("tv", problem="denoising").regularization
+        0.24
+    """
+    method, parts = _known(name), {"flow": flow, "model": model, "noise": noise}
+    if (missing := method.missing(parts)) is not None:
+        raise ValueError(f"method {name} needs {missing}: give the name, folder or hub id of a trained one")
+    for key, part in parts.items():
+        if part is not None and key not in method.parts:
+            takers = [other for other, one in METHODS.items() if key in one.parts]
+            raise ValueError(f"method {name} has no use for {key}, which is for {', '.join(takers)}; leave it out")
+    problem_name = problem.name if isinstance(problem, Problem) else problem
+    if problem_name is not None and not method.applies_to(problem_name):
+        raise ValueError(f"method {name} is not for {problem_name}; it is for {', '.join(method.applicable)}")
+    check_options(name, options)
+    loaded = {
+        key: _noise(part, shape, device) if key == "noise" else _loaded(part, device)
+        for key, part in parts.items()
+        if part is not None
+    }
+    return method.make(**loaded, **{**method.defaults.get(problem_name or "", {}), **options}).to(device)
+
+
+def _known(name: str) -> Method:
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; {nearest(name, sorted(METHODS))}")
+    return METHODS[name]
+
+
+def _loaded(part: Any, device: str | torch.device) -> Any:
+    return load_model(part, device=device) if isinstance(part, str) else part
+
+
+def _noise(noise: Any, shape: Sequence[int] | None, device: str | torch.device) -> Any:
+    named = {"name": noise} if isinstance(noise, str) and noise in NOISES else noise
+    if isinstance(named, Mapping):
+        if shape is None or "name" not in named:
+            raise ValueError(f"noise {named!r} by name needs a name, one of {', '.join(NOISES)}, and shape")
+        parameters = {key: value for key, value in named.items() if key != "name"}
+        return make_noise(named["name"], shape, **parameters).to(device)
+    loaded = _loaded(named, device)
+    return FlowNoise(loaded) if isinstance(loaded, Flow) else loaded
+
+
+def _meanings(cls: Any) -> dict[str, str]:
+    """What the section ``Arguments:`` of a docstring says of each."""
+    section = re.search(r"\n *Arguments:\n(.*?)(?:\n\n|\Z)", inspect.getdoc(cls) or "", re.DOTALL)
+    found = re.findall(r"^ {4}([\w, ]+): (.*(?:\n {5,}.*)*)", section[1] if section else "", re.MULTILINE)
+    return {name: " ".join(text.split()) for names, text in found for name in names.split(", ")}
