@@ -27,7 +27,7 @@ from flowprox import __version__
 from flowprox.baselines import BM3D, Biharmonic, TotalVariation, Wiener
 from flowprox.checkpoints import load_model
 from flowprox.data import ImageDataset
-from flowprox.methods.running import SelfEnsemble
+from flowprox.methods import SelfEnsemble
 from flowprox.metrics import psnr, ssim
 from flowprox.operators import PROBLEMS, make_physics, measure_each
 from flowprox.records import RecordWriter

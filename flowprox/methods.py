@@ -2,9 +2,9 @@
 
     x_hat = make_method(name, ...)(y, physics)
 
-Symbols: y measurement, physics the operator with its noise, x_hat the estimate. A method is one entry of ``METHODS``: a function,
-often the class itself, whose arguments named flow, model and noise are the trained parts it uses, and whose other arguments
-are its options. To add one, enter it:
+Symbols: y measurement, physics the operator with its noise, x_hat the estimate. A method is one entry of ``METHODS``: a
+function, often the class itself, whose arguments named flow, model and noise are the trained parts it uses, and whose other
+arguments are its options. To add one, enter it:
 
     METHODS["brighter"] = Method(Brighter, "twice the measurement")
 """
@@ -159,7 +159,9 @@ def _flat(make: Callable[..., Reconstructor], argument: str, **choices: Any) -> 
         return make(**options, **{argument: dataclasses.replace(choices[word], **settings)})
 
     own = {name: p for name, p in inspect.signature(make).parameters.items() if name != argument}
-    fields = {f.name: getattr(choice, f.name) for choice in [*choices.values()][::-1] for f in dataclasses.fields(choice)}
+    fields = {
+        f.name: getattr(choice, f.name) for choice in [*choices.values()][::-1] for f in dataclasses.fields(choice)
+    }
     fields = ({argument: next(iter(choices))} if len(choices) > 1 else {}) | fields
     keyword = inspect.Parameter.KEYWORD_ONLY
     added = [inspect.Parameter(name, keyword, default=default) for name, default in fields.items()]
@@ -203,7 +205,7 @@ class Method(NamedTuple):
     def options(self) -> dict[str, Any]:
         """Its options with their defaults."""
         parameters = inspect.signature(self.make).parameters
-        return {name: one.default for name, one in parameters.items() if name not in _PARTS}
+        return {name: one.default for name, one in parameters.items() if name not in (*_PARTS, "device")}
 
     def missing(self, parts: Mapping[str, Any]) -> str | None:
         """What it needs and is None in ``parts``, which has the keys flow and model."""
@@ -254,7 +256,7 @@ METHODS: dict[str, Method] = {
         explained_in=(NoiseMAP, LBFGS, Adam),
     ),
     "posterior": Method(
-        _flat(PosteriorSampling, "options", sampler=SamplerOptions()),
+        _flat(PosteriorSampling, "options", only=SamplerOptions()),
         "mean of posterior samples drawn in the latent space of a flow",
         quick={"n_samples": 4, "n_warmup": 4, "n_chains": 2},
         explained_in=(PosteriorSampling, SamplerOptions),
@@ -282,7 +284,7 @@ METHODS: dict[str, Method] = {
         defaults={
             "denoising": {"regularization": 0.24, "dual_step": 0.05},
             "compressed-sensing": {"regularization": 0.1},
-            **dict.fromkeys(_MASKED, {"regularization": 6e-3, "n_iterations": 4000}),
+            **{problem: {"regularization": 6e-3, "n_iterations": 4000} for problem in _MASKED},
         },
         quick={"n_iterations": 5},
     ),
@@ -299,7 +301,7 @@ METHODS: dict[str, Method] = {
         needs_linear=True,
         needs="flow or model",
         # a denoiser takes black holes for content
-        defaults=dict.fromkeys(_MASKED, {"n_iterations": 24, "start": "biharmonic", "sigma_start": 0.1}),
+        defaults={problem: {"n_iterations": 24, "start": "biharmonic", "sigma_start": 0.1} for problem in _MASKED},
         quick={"n_iterations": 2},
         explained_in=(PlugAndPlay,),
     ),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +15,19 @@ import torch
 import yaml
 from deepinv.models import Reconstructor
 from deepinv.physics import Physics
+from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
 from flowprox.checkpoints import save_model
 from flowprox.cli import main, make_parser
 from flowprox.data import save_image
-from flowprox.evaluation import comparison
-from flowprox.evaluation.benchmark import EvaluationInterrupted, RunOptions, evaluate
+from flowprox.evaluation import run as run_module
+from flowprox.evaluation.estimates import Estimate, estimate
 from flowprox.evaluation.images import load_images
 from flowprox.evaluation.plan import at_scale, planned, published_figures
 from flowprox.evaluation.report import picture_path, write_report
+from flowprox.evaluation.run import NOT_RUN, EvaluationInterrupted, RunOptions, evaluate
 from flowprox.evaluation.summary import summary_rows
 from flowprox.evaluation_options import (
     EvaluatedMethod,
@@ -36,11 +38,10 @@ from flowprox.evaluation_options import (
 )
 from flowprox.files import sole_writer
 from flowprox.flows import Glow
-from flowprox.methods import Outcome, run_method
 from flowprox.metrics import psnr
-from flowprox.operators import make_physics, measure_each
-from flowprox.prox import FlowProx
-from flowprox.records import read_records
+from flowprox.operators import ProblemKind, make_physics, measure_each
+from flowprox.prox import FlowProx, UNetProx
+from flowprox.records import RecordWriter, read_records
 from flowprox.unfolding import UnfoldedPGD
 
 OWN_TABLES = ("family", "family-deblurring", "family-inpainting", "levels", "natural", "readme")
@@ -80,13 +81,13 @@ def _fail_on(monkeypatch: pytest.MonkeyPatch, wrong: Callable[[Tensor], bool], e
     """Let the method fail on some measurements; returns the sizes of the batches that were given to one."""
     calls: list[int] = []
 
-    def run(method: Reconstructor, y: Tensor, physics: Physics) -> Outcome:
+    def run(method: Reconstructor, y: Tensor, physics: Physics, kind: ProblemKind, x: Tensor) -> list[Estimate]:
         calls.append(len(y))
         if any(wrong(one) for one in y):
             raise error
-        return run_method(method, y, physics)
+        return estimate(method, y, physics, kind, x)
 
-    monkeypatch.setattr(comparison, "run_method", run)
+    monkeypatch.setattr(run_module, "estimate", run)
     return calls
 
 
@@ -124,16 +125,9 @@ def test_devices_give_what_one_gives(recipe: EvaluationOptions, tmp_path: Path) 
     assert [r["id"] for r in read_records(tmp_path / "two/records.jsonl")] == [r["id"] for r in one]
 
 
-def test_shares_of_an_interrupted_run_are_taken_up(recipe: EvaluationOptions, tmp_path: Path) -> None:
-    records = evaluate(recipe, tmp_path / "whole", _run())
-    share = tmp_path / "out/share-1"
-    share.mkdir(parents=True)
-    (share / "records.jsonl.partial").write_text("".join(json.dumps(record) + "\n" for record in records[:5]))
+def test_one_run_writes_to_a_folder_at_a_time(recipe: EvaluationOptions, tmp_path: Path) -> None:
     with sole_writer(tmp_path / "out"), pytest.raises(ValueError, match="another process is writing to"):
         evaluate(recipe, tmp_path / "out", _run())
-    again = evaluate(recipe, tmp_path / "out", _run())
-    assert again[:5] == records[:5] and len(again) == len(records)
-    assert not share.exists()
 
 
 def test_results_do_not_become_test_images(recipe: EvaluationOptions, pictures: Path) -> None:
@@ -150,29 +144,36 @@ def test_missing_device_is_refused(recipe: EvaluationOptions, tmp_path: Path, mo
     assert not (tmp_path / "out").exists()
 
 
-def test_devices_do_nothing_twice(recipe: EvaluationOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_do_nothing_twice_and_what_a_killed_run_left_is_used(
+    recipe: EvaluationOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class HereAndNow:
-        """Fabric's part, in this process: every share one after the other."""
+        """The processes' part, in this one: every share one after the other."""
 
-        def __init__(self, accelerator: str, devices: int, strategy: str) -> None:
-            self.n, self.device = devices, accelerator
+        processes = ()
 
-        def launch(self, function: Callable[..., None]) -> None:
-            for rank in range(self.n):
-                self.global_rank = rank
-                function(self)
+        def __init__(self, function: Callable[..., None], arguments: tuple[Any, ...], n: int, **options: Any) -> None:
+            for rank in range(n):
+                function(rank, *arguments)
 
-    monkeypatch.setattr("flowprox.evaluation.devices.Fabric", HereAndNow)
+        def join(self, timeout: float) -> bool:
+            return True
+
+    monkeypatch.setattr(run_module, "spawn", HereAndNow)
+    monkeypatch.setattr("torch.set_num_threads", lambda n: None)
     calls = _fail_on(monkeypatch, lambda y: False, ValueError())
-    (tmp_path / "out").mkdir()
     records = evaluate(recipe, tmp_path / "whole", _run())
-    with (tmp_path / "out/records.jsonl.partial").open("w") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records if record["image"] != "p1")
+    (tmp_path / "out/images").mkdir(parents=True)
+    (tmp_path / "out/images/.0123456789abcdef.tmp").touch()
+    with RecordWriter(tmp_path / "out/records.jsonl") as writer:
+        for record in records[::-1]:
+            writer.write(record if record["image"] != "p1" else {**record, "failed": "no luck"})
     calls.clear()
     again = evaluate(recipe, tmp_path / "out", _run(devices=2))
+    assert [r["id"] for r in again] == [r["id"] for r in read_records(tmp_path / "out/records.jsonl")]
     assert [r["id"] for r in again] == [r["id"] for r in records]
     assert calls == [1] * (len(records) // 3)
-    assert not list((tmp_path / "out").glob("share-*"))
+    assert not [*(tmp_path / "out").rglob(".*"), *(tmp_path / "out").glob("unfinished")]
 
 
 def test_figures_are_those_of_the_method_on_the_seeded_measurement(recipe: EvaluationOptions, tmp_path: Path) -> None:
@@ -234,13 +235,14 @@ def test_an_interrupted_run_continues(
         _fail_on(patch, lambda y: float(y.abs().min()) == 0.0, KeyboardInterrupt())  # at the first masked measurement
         with pytest.raises(EvaluationInterrupted, match="12 of 21 reconstructions are recorded"):
             evaluate(recipe, tmp_path / "out", _run())
-    partial = tmp_path / "out/records.jsonl.partial"
-    partial.write_bytes(partial.read_bytes()[:-5])  # as a crash would leave it
+    path = tmp_path / "out/records.jsonl"
+    path.write_bytes(path.read_bytes()[:-5])  # as a crash would leave it
+    assert (tmp_path / "out/unfinished").exists()
     calls = _fail_on(monkeypatch, lambda y: False, ValueError())
     with pytest.warns(UserWarning, match="cut short"):
         again = evaluate(recipe, tmp_path / "out", _run())
     assert sum(calls) == 21 - 11
-    assert not partial.exists()
+    assert not (tmp_path / "out/unfinished").exists()
     for one, other in zip(whole, again, strict=True):
         assert {**one, **(costs := dict.fromkeys(("seconds", "peak_memory_mib", "batch")))} == {**other, **costs}
     calls.clear()
@@ -278,6 +280,53 @@ def test_other_options_are_not_mixed_into_earlier_records(recipe: EvaluationOpti
     assert len(evaluate(more, tmp_path / "out", _run())) == 30
 
 
+def test_what_is_missing_is_a_row_and_keeps_nothing_from_running(
+    recipe: EvaluationOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bm3d", None)
+    absent = EvaluatedMethod("unfolded", "later", model=str(tmp_path / "runs/later/model"), problems=["inpainting"])
+    recipe = replace(recipe, methods=[recipe.methods[0], EvaluatedMethod("bm3d"), absent])
+    run = _run()
+    records = evaluate(recipe, tmp_path / "out", run)
+    lacking = {r["method"]: r["failed"] for r in records if "failed" in r}
+    assert set(lacking) == {"bm3d", "later"} and all(text.startswith(NOT_RUN) for text in lacking.values())
+    assert "pip install" in lacking["bm3d"] and "runs/later/model" in lacking["later"]
+    assert sum("psnr" in r for r in records) == 9
+    said = run.console.file.getvalue()  # type: ignore[union-attr]
+    assert "not run: bm3d on denoising-sigma0.1" in said
+    save_model(
+        UnfoldedPGD([UNetProx(hidden_channels=4)], start="adjoint"), tmp_path / "runs/later/model", {"name": "later"}
+    )
+    assert {r["method"] for r in evaluate(recipe, tmp_path / "out", _run()) if "failed" in r} == {"bm3d"}
+    assert {r["method"] for r in read_records(tmp_path / "out/records.jsonl") if "failed" in r} == {"bm3d"}
+    with pytest.raises(ValueError, match="no method can run"):
+        evaluate(replace(recipe, methods=[EvaluatedMethod("bm3d")]), tmp_path / "none", _run())
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_image_that_comes_later_changes_nothing_for_the_others(tmp_path: Path) -> None:
+    for name in ("x/a", "x/b"):
+        (tmp_path / "pictures/x").mkdir(parents=True, exist_ok=True)
+        save_image(torch.rand(3, 16, 16), tmp_path / f"pictures/{name}.png")
+    images = ImageOptions(str(tmp_path / "pictures"), image_size=16)
+    recipe = EvaluationOptions(images, [EvaluatedProblem("denoising")], [EvaluatedMethod("adjoint")])
+    before = evaluate(recipe, tmp_path / "out", _run())
+    (tmp_path / "pictures/y").mkdir()
+    Image.new("RGB", (16, 16), (9, 9, 9)).save(tmp_path / "pictures/y/a.jpg")
+    Image.new("RGB", (16, 16), (99, 9, 9)).save(tmp_path / "pictures/x/a.jpg")
+    after = evaluate(recipe, tmp_path / "out", _run())
+    assert [r for r in after if r["image_hash"] in {r["image_hash"] for r in before}] == before
+    assert len(after) == 4 == len({r["image"] for r in after})
+
+
+def test_a_tuning_that_goes_on_chooses_what_it_chose(recipe: EvaluationOptions, tmp_path: Path) -> None:
+    tv = EvaluatedMethod("tv", options={"n_iterations": 1}, tune={"regularization": [0.0, 1.0]})
+    problem = EvaluatedProblem("denoising", {"sigma": 0.0})  # without noise, no regularization has an infinite PSNR
+    recipe = EvaluationOptions(recipe.images, [problem], [tv], ImageOptions(image_size=16, limit=1))
+    chosen = evaluate(recipe, tmp_path / "out", _run(limit=1))[0]["tuned"]
+    assert evaluate(recipe, tmp_path / "out", _run())[2]["tuned"] == chosen == {"regularization": 0.0}
+
+
 # Tuning and scales ---------------------------------------------------------------------------------------------------
 
 
@@ -312,7 +361,7 @@ def test_a_series_of_a_method_and_published_figures(recipe: EvaluationOptions) -
         *recipe.methods[:1],
         EvaluatedMethod("tv", series={"regularization": [0.1, 0.2], "n_iterations": [1, 2]}),
     ]
-    labels = [case.method.label for case in planned(replace(recipe, methods=methods))]
+    labels = [case.label for case in planned(replace(recipe, methods=methods))]
     assert labels[1:3] == ["tv regularization=0.1 n_iterations=1", "tv regularization=0.2 n_iterations=2"]
     assert published_figures(recipe) == {
         ("denoising-sigma0.1", "measurement"): 20.0,
@@ -461,7 +510,8 @@ def test_recipe_in_miniature(path: Path, tmp_path: Path, capsys: pytest.CaptureF
         capsys.readouterr()
     )
     records = read_records(tmp_path / "records.jsonl")
-    assert records and all(record["psnr"] > 0 for record in records)
+    assert all(record["psnr"] > 0 if "psnr" in record else record["failed"].startswith(NOT_RUN) for record in records)
+    assert any("psnr" in record for record in records)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

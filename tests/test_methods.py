@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from deepinv.models import Reconstructor
+from deepinv.physics import Physics
+from torch import Tensor
 
+from flowprox.evaluation.estimates import estimate
 from flowprox.flows import Flow, Glow
-from flowprox.methods import METHODS, check_options, default_options, make_method, run_method
+from flowprox.methods import METHODS, Method, check_options, make_method, method_options
 from flowprox.networks import DCGANGenerator
 from flowprox.operators import PROBLEMS, make_physics, measure_each
 from flowprox.prox import UNetProx
@@ -33,12 +37,11 @@ def _flow() -> Flow:
 
 
 def _parts(name: str) -> dict[str, Any]:
-    needs = METHODS[name].needs
     if name in ("unfolded", "self-ensemble"):
         return {"model": UnfoldedPGD([UNetProx(hidden_channels=4)], start="adjoint").eval()}
     if name == "gan":
         return {"model": DCGANGenerator(SHAPE, latent_size=2, hidden_channels=4, n_scales=2)}
-    return {"flow": _flow()} if needs else {}
+    return {"flow": _flow()} if "flow" in METHODS[name].parts else {}
 
 
 CASES = [(name, problem) for name, kind in METHODS.items() for problem in PROBLEMS if kind.applies_to(problem)]
@@ -53,9 +56,9 @@ def test_every_method_reconstructs_from_every_problem_it_is_for(case: tuple[str,
     physics = make_physics(problem, shape, **{"sigma": 0.1, **PARAMETERS.get(problem, {})})
     y = measure_each(torch.rand(2, *shape), physics, [0, 1])
     method = make_method(name, problem, **_parts(name), **METHODS[name].quick)
-    outcome = run_method(method, y, physics)
-    assert outcome.estimate.shape == (2, *shape) and bool(outcome.estimate.isfinite().all())
-    assert len(outcome.facts) == 2
+    estimates = estimate(method, y, physics, PROBLEMS[problem])
+    assert [one.x_hat.shape for one in estimates] == [shape, shape]
+    assert all(one.x_hat.isfinite().all() and one.facts["seconds"] >= 0 for one in estimates)
 
 
 def test_a_self_ensemble_commutes_with_the_mirror() -> None:
@@ -69,12 +72,36 @@ def test_a_self_ensemble_commutes_with_the_mirror() -> None:
         method(y, make_physics("inpainting", SHAPE, mask_size=3))
 
 
-def test_default_options_are_options_of_the_class() -> None:
-    for name, kind in METHODS.items():
-        check_options(name, kind.quick)
-        for problem in kind.defaults:
-            assert problem == "" or (problem in PROBLEMS and kind.applies_to(problem))
-            check_options(name, default_options(name, problem))
+@pytest.mark.parametrize("name", METHODS)
+def test_every_option_has_a_meaning_and_defaults_are_options(name: str) -> None:
+    assert all(option.meaning for option in method_options(name).values())
+    check_options(name, METHODS[name].quick)
+    for problem, options in METHODS[name].defaults.items():
+        assert METHODS[name].applies_to(problem)
+        check_options(name, options)
+
+
+def test_a_method_of_ones_own_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Shifted(Reconstructor):
+        """x_hat = y + by.
+
+        Arguments:
+            by: added to every pixel.
+        """
+
+        def __init__(self, by: float = 1.0) -> None:
+            super().__init__()
+            self.by = by
+
+        def forward(self, y: Tensor, physics: Physics) -> Tensor:  # type: ignore[override]
+            return y + self.by
+
+    monkeypatch.setitem(METHODS, "shifted", Method(Shifted, "brighter", ("denoising",)))
+    assert method_options("shifted") == {"by": (1.0, "added to every pixel.")}
+    y = torch.zeros(1, *SHAPE)
+    assert make_method("shifted", "denoising", by=0.5)(y, make_physics("denoising", SHAPE)).max() == 0.5
+    with pytest.raises(ValueError, match="no option 'bye'; did you mean by"):
+        make_method("shifted", bye=1)
 
 
 def test_options_override_the_defaults_of_the_problem() -> None:
@@ -90,8 +117,6 @@ def test_options_of_an_optimizer_are_options_of_the_method() -> None:
     assert type(method.optimizer).__name__ == "LBFGS" and method.optimizer.n_iterations == 7
     method = make_method("latent-map", flow=flow, optimizer="adam", learning_rate=0.5)
     assert type(method.optimizer).__name__ == "Adam" and method.optimizer.learning_rate == 0.5
-    with pytest.raises(ValueError, match="n_pairs is of no use"):
-        make_method("latent-map", flow=flow, optimizer="adam", n_pairs=3)
     with pytest.raises(ValueError, match="optimizer must be lbfgs or adam"):
         make_method("latent-map", flow=flow, optimizer="sgd")
     assert make_method("posterior", flow=flow, step_size=0.1).options.step_size == 0.1
@@ -111,7 +136,7 @@ def test_a_generator_is_a_prior_of_noise_map_only() -> None:
     method = make_method("noise-map", flow=generator, beta=0.0, start=0.1, n_iterations=1)
     y = torch.rand(1, *SHAPE)
     assert method(y, make_physics("denoising", SHAPE)).shape == y.shape
-    with pytest.raises(ValueError, match="is a DCGANGenerator, not a flow"):
+    with pytest.raises(ValueError, match="flow must be a Flow, got DCGANGenerator"):
         make_method("latent-map", flow=generator)
 
 
@@ -119,14 +144,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown name": ({"name": "latentmap"}, "did you mean latent-map"),
     "unknown option": ({"name": "tv", "regularizer": 1.0}, "did you mean regularization"),
     "flow missing": ({"name": "latent-map"}, "method latent-map needs flow"),
+    "option of another optimizer": (
+        {"name": "latent-map", "flow": "glow-faces64", "optimizer": "adam", "n_pairs": 3},
+        "n_pairs is of no use with optimizer adam",
+    ),
     "either missing": ({"name": "plug-and-play"}, "needs flow or model"),
     "model missing": ({"name": "gan"}, "method gan needs model"),
     "flow of no use": ({"name": "tv", "flow": "glow-faces64"}, "tv has no use for flow"),
     "noise of no use": (
         {"name": "bm3d", "noise": "gaussian"},
-        "no use for noise, which is for noise-map and posterior",
+        "no use for noise, which is for noise-map, posterior",
     ),
-    "no flow": ({"name": "latent-map", "flow": "unfolded-denoising-faces64"}, "is a UnfoldedPGD, not a flow"),
+    "no flow": ({"name": "latent-map", "flow": "unfolded-denoising-faces64"}, "flow must be a Flow, got UnfoldedPGD"),
     "no reconstructor": ({"name": "unfolded", "model": "glow-faces64"}, "does not reconstruct by itself"),
     "wrong problem": ({"name": "wiener", "problem": "denoising"}, "wiener is not for denoising; it is for deblurring"),
     "option of a network": ({"name": "unfolded", "model": "x", "n_folds": 3}, "method unfolded has no options"),

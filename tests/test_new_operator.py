@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from flowprox.data import save_image
-from flowprox.evaluation.benchmark import RunOptions, evaluate
+from flowprox.evaluation.run import RunOptions, evaluate
 from flowprox.evaluation_options import EvaluatedMethod, EvaluatedProblem, EvaluationOptions, ImageOptions
 from flowprox.operators import (
     PROBLEMS,

@@ -43,7 +43,7 @@ def test_a_last_line_cut_short_is_left_out_and_noted(results: Path) -> None:
 
 
 def test_a_run_that_has_not_finished(results: Path) -> None:
-    (results / "records.jsonl").rename(results / "records.jsonl.partial")
+    (results / "unfinished").touch()
     evaluation = read(results)
     assert len(evaluation.records) == 9
     assert [note for note in evaluation.notes if "has not finished" in note]

@@ -46,8 +46,8 @@ def evaluate(
         name: of the recipe, for the records.
     """
     recipe = EvaluationOptions(images, problems, methods, tune_images, scales or {}, name)
-    from flowprox.evaluation.benchmark import RunOptions, evaluate
     from flowprox.evaluation.plan import published_figures
+    from flowprox.evaluation.run import RunOptions, evaluate
     from flowprox.evaluation.summary import summary_markdown, summary_rows
     from flowprox.files import atomic_write
 
@@ -98,7 +98,9 @@ def _evaluated(row: Any) -> list[str]:
 
 def _report_failures(records: Sequence[Mapping[str, Any]], n_shown: int = 5) -> int:
     """One line per failure, on standard error; the exit status."""
-    failures = [record for record in records if "failed" in record]
+    from flowprox.evaluation.run import NOT_RUN
+
+    failures = [r for r in records if not str(r.get("failed", NOT_RUN)).startswith(NOT_RUN)]
     for record in failures[:n_shown]:
         place = f"{record['problem']}, {record['method']}, {record['image']}"
         print(f"flowprox: failed: {place}: {record['failed']}", file=sys.stderr)

@@ -22,6 +22,8 @@ def reconstruct(
     parameters: list[str] | None = None,
     size: list[int] | None = None,
     measured: bool = False,
+    simulate: bool = False,
+    overwrite: bool = False,
     seed: int = 0,
     operator_seed: int | None = None,
     pad: bool = True,
@@ -29,11 +31,12 @@ def reconstruct(
 ) -> None:
     """Reconstruct images or measurements with a trained network, a flow as it is, or a classical method.
 
-    Clean images are measured first, and compared with what is reconstructed from that.
+    Pictures are the measurements where a model is used by itself; with --simulate, or a method by name, they are clean images,
+    which are measured first and compared with what is reconstructed from that. The same command continues an earlier run.
 
     Arguments:
         inputs: image files, measured arrays (.npy), folders of either; before an option of several words, or after "--".
-        out: folder to make: images, measurements, records.jsonl with the figures, and from posterior the deviations.
+        out: folder to fill: images, measurements, records.jsonl with the figures, and from posterior the deviations.
         model: the trained network: a shipped model (see "flowprox models"), a folder, or a hub id. Alone it means method
             unfolded.
         method: adjoint, unfolded, latent-map, noise-map, posterior, bm3d, lasso-dct, lasso-wavelet, tv, wavelet, gan,
@@ -49,6 +52,8 @@ def reconstruct(
         size: height and width, or channels, height and width, of the image behind measurements that do not show it
             (compressed sensing, MRI, CT); by default those of the flow.
         measured: image files are measurements, not clean images; arrays always are.
+        simulate: image files are clean images: degrade them first and compare.
+        overwrite: remove the images of an earlier job from out and begin anew.
         seed: of the noise; each image's own follows from it and the file's name.
         operator_seed: of what is drawn with the operator, such as a mask or matrix; by default the one in the model's
             card.
@@ -58,12 +63,17 @@ def reconstruct(
     given = key_values(parameters or [], "parameters")
     chosen = key_values(options or [], "options")
     density = {"name": noise[0], **key_values(noise[1:], "noise")} if noise and len(noise) > 1 else (noise or [None])[0]
+    if measured and simulate:
+        raise ValueError("--measured and --simulate exclude each other; give one of them")
+    from rich.console import Console
+
     from flowprox.reconstruction import ReconstructionJob, reconstruct_files
 
+    taken = True if measured else False if simulate else None
     job = ReconstructionJob(
-        model, problem, given, measured, seed, operator_seed, pad, device, method, flow, density, chosen, size
+        model, problem, given, taken, seed, operator_seed, pad, device, method, flow, density, chosen, size
     )
-    records = reconstruct_files(job, inputs, out)
+    records = reconstruct_files(job, inputs, out, overwrite=overwrite, console=Console(stderr=True))
     print_table(*_results(records))
     _print_notes(records)
     print(f"written to {out}")
@@ -87,6 +97,10 @@ def _result(record: Mapping[str, Any], with_figures: bool) -> list[str]:
 
 def _print_notes(records: list[dict[str, Any]]) -> None:
     """What the figures do not tell."""
+    parameters = ", ".join(f"{key} {value}" for key, value in records[0]["parameters"].items())
+    print(f"problem {records[0]['problem']}: {parameters}")
+    for assumption in records[0]["assumed"]:
+        print(f"assumed: {assumption}")
     unmixed = [record for record in records if str(record.get("reason", "")).startswith("not mixed")]
     if unmixed:
         print(

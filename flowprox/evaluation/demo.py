@@ -6,6 +6,7 @@ Nothing but the pictures and models inside the package is needed.
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -41,16 +42,17 @@ def demo_recipe() -> EvaluationOptions:
     for its license; without it total variation denoises.
     """
     classical = {"denoising": "bm3d" if _has_bm3d() else "tv", "inpainting": "biharmonic", "deblurring": "tv"}
-    one_by_one = {"batch_size": 1}
-    methods = [EvaluatedMethod("measurement", **one_by_one)]
-    methods += [EvaluatedMethod(name, problems=[problem], **one_by_one) for problem, name in classical.items()]
-    methods += [
-        EvaluatedMethod("unfolded", demo_model_name(problem), model=demo_model_name(problem), problems=[problem], **one_by_one)
-        for problem in DEMO_PROBLEMS
-    ]
+    methods = [EvaluatedMethod("measurement")]
+    methods += [EvaluatedMethod(name, problems=[problem]) for problem, name in classical.items()]
+    for problem in DEMO_PROBLEMS:
+        name = demo_model_name(problem)
+        methods.append(EvaluatedMethod("unfolded", name, model=name, problems=[problem]))
+    methods = [replace(method, batch_size=1) for method in methods]
     others = sorted(path.stem for path in SAMPLES_FOLDER.glob("*.png") if path.stem not in PORTRAITS)
     images = ImageOptions([str(SAMPLES_FOLDER / f"{name}.png") for name in (*PORTRAITS, *others)], image_size=None)
-    return EvaluationOptions(images, [EvaluatedProblem(name, label=name) for name in DEMO_PROBLEMS], methods, name="demo")
+    return EvaluationOptions(
+        images, [EvaluatedProblem(name, label=name) for name in DEMO_PROBLEMS], methods, name="demo"
+    )
 
 
 def _has_bm3d() -> bool:

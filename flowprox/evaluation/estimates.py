@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from deepinv.models import Reconstructor
@@ -77,14 +77,15 @@ def estimate(
             found = solve(fitted.y, fitted.physics)
         except SolverInterrupted as error:  # of a long solve the best so far is worth keeping
             found = error.solution
-    x_hat = (found.estimate if isinstance(found, Solution) else found)[..., fitted.rows, fitted.columns]
+    solution = found if isinstance(found, Solution) else None
+    x_hat = (found if solution is None else solution.estimate)[..., fitted.rows, fitted.columns]
     if not torch.isfinite(x_hat).all():
         raise NonFiniteError("the estimate is not finite; the measurement may be unlike those of training")
-    facts = _facts(found, len(x_hat))
+    facts = _facts(solution, len(x_hat))
     if x is not None:
         facts = [figure | fact for figure, fact in zip(figures(x_hat, x, y, physics, kind), facts, strict=True)]
     shared = {"seconds": cost.seconds / len(y), "peak_memory_mib": cost.peak_memory_mib, "batch": len(y)}
-    deviation = getattr(found, "std", None)
+    deviation = getattr(solution, "std", None)
     deviations = [None] * len(y) if deviation is None else deviation[..., fitted.rows, fitted.columns].cpu()
     return [
         Estimate(one, fact | shared | {"device": str(y.device)}, std)
@@ -92,11 +93,11 @@ def estimate(
     ]
 
 
-def _facts(found: Any, n: int) -> list[Record]:
+def _facts(solution: Solution | None, n: int) -> list[Record]:
     """Per image what a solver says about itself."""
     facts: list[Record] = [{} for _ in range(n)]
     for key, name in (("reason", "reasons"), *((key, key) for key in ("n_evaluations", "gamma", "restarts"))):
-        values = getattr(found, name, None) if isinstance(found, Solution) else None
+        values = getattr(solution, name, None)
         if values is not None:
             for fact, value in zip(facts, values.tolist() if isinstance(values, Tensor) else values, strict=True):
                 fact[key] = value
@@ -122,7 +123,9 @@ def figures(x_hat: Tensor, x: Tensor, y: Tensor, physics: Physics, kind: Problem
     if isinstance(physics, Inpainting):
         hidden = (physics.get_buffer("mask") == 0).expand_as(x)
         if hidden.any():  # the mean over all pixels is that over the hidden ones times their share
-            columns["psnr_hidden"] = psnr(torch.where(hidden, x_hat, x), x) + 10 * hidden.double().flatten(1).mean(1).log10()
+            columns["psnr_hidden"] = (
+                psnr(torch.where(hidden, x_hat, x), x) + 10 * hidden.double().flatten(1).mean(1).log10()
+            )
     lists = {key: values.cpu().tolist() for key, values in columns.items()}
     scaled = {"scaled_to_fit": True} if kind.loses_scale else {}
     return [{key: values[i] for key, values in lists.items()} | scaled for i in range(len(x))]

@@ -1,4 +1,7 @@
-"""The images of an evaluation: the names, noise seeds and hashes they are recorded with, none of which depends on the others."""
+"""The images of an evaluation: the names, noise seeds and hashes they are recorded with.
+
+Seeds and hashes depend on no other image.
+"""
 
 from __future__ import annotations
 

@@ -243,8 +243,9 @@ class _Evaluation:
 
     def _run_shares(self, shares: Sequence[Sequence[Case]], show: Callable[[int], None]) -> None:
         """A process for each share; all append to one file."""
-        quiet = replace(self.options, devices=1, console=Console(quiet=True))
-        context = spawn(_run_share, (self.recipe, shares, self.out, quiet), len(shares), join=False, daemon=True)
+        run = replace(self.options, devices=1, console=None)  # which would not go to another process
+        context = spawn(_run_share, (self.recipe, shares, self.out, run), len(shares), join=False, daemon=True)
+        assert context is not None
         try:
             while not context.join(timeout=1):
                 show(len(self._done()))
@@ -254,7 +255,7 @@ class _Evaluation:
             ) from error
         finally:
             for process in context.processes:
-                process.terminate()
+                process.terminate()  # type: ignore[attr-defined]
 
     def run_cases(self, advance: Callable[[str, int], Any] = lambda label, n: None) -> None:
         """Every case of this process, one after the other."""
@@ -438,7 +439,7 @@ def _run_share(
         run = replace(run, device=f"cuda:{rank}")
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // len(shares)))
-    _Evaluation(recipe, shares[rank], out, run).run_cases()
+    _Evaluation(recipe, shares[rank], out, replace(run, console=Console(quiet=True))).run_cases()
 
 
 def _check_apart(recipe: EvaluationOptions, out: Path) -> None:

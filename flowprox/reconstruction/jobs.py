@@ -150,7 +150,9 @@ def reconstruct_files(
                     raise KeyboardInterrupt("no image is finished, nothing is written") from error
                 raise ReconstructionInterrupted(_progress(found, images, out)) from error
             except Exception as error:
-                raise _explained(error, images[len(found)].label, _progress(found, images, out) if found else "") from error
+                raise _explained(
+                    error, images[len(found)].label, _progress(found, images, out) if found else ""
+                ) from error
     return list(found.values())
 
 
@@ -231,7 +233,12 @@ class _Task:
         """Of all that a reconstruction depends on apart from its input."""
         models = {part: getattr(getattr(model, "card", None), "sha256", model) for part, model in self.parts.items()}
         problem = {"name": self.problem.name, **self.problem.parameters}
-        job = {"options": dict(self.job.options), "seed": self.job.seed, "size": self.job.size, "measured": self.measured}
+        job = {
+            "options": dict(self.job.options),
+            "seed": self.job.seed,
+            "size": self.job.size,
+            "measured": self.measured,
+        }
         return hashed({"method": self.name, "problem": problem, "operator": self.operator_seed, **models, **job})
 
     def _problem(self) -> tuple[Problem, int]:
@@ -341,14 +348,21 @@ class _Task:
                 if self.measured
                 else "pictures are clean: they were degraded first and compared (--measured takes them as they are)"
             )
-        if pictures and self.measured and "boundary" in self.kind.parameters and "boundary" not in (self.job.parameters or {}):
+        if (
+            pictures
+            and self.measured
+            and "boundary" in self.kind.parameters
+            and "boundary" not in (self.job.parameters or {})
+        ):
             self.problem, self._physics = self.problem.replaced(boundary="replicate"), None
             self._methods.clear()
             self.assumed.append("beyond its border a photograph goes on as its last pixel, boundary=replicate")
         if self.name != "unfolded" or not self.trained:
             return
         if self.problem.name != self.trained["name"]:
-            self.assumed.append(f"{self.label} serves {self.problem.name} too, though trained for {self.trained['name']} only")
+            self.assumed.append(
+                f"{self.label} serves {self.problem.name} too, though trained for {self.trained['name']} only"
+            )
             return
         level = self.problem.parameters.get("sigma")
         fixed = Problem(self.trained["name"], self.trained.get("parameters", {})).parameters.get("sigma")
@@ -359,23 +373,20 @@ class _Task:
 
     def _read(self, image: Input) -> tuple[Tensor, tuple[int, ...]]:
         """The input (1, ...), and the shape (C, H, W) of the image that is to be found."""
-        held = self._held.pop(image.label, None)
-        if image.is_measurement:
-            if not self.kind.measures_pictures and image.part is None:
-                raise ValueError(f"{image.path}: measurements of {self.problem.name} are arrays; give an .npy file")
-            y = image.part if image.part is not None else held
-            y = load_measurement(image.path, self.channels) if y is None else y
-            if not self.kind.measures_pictures:
-                return y, self._hidden_shape(image.label)
-            factor = int(self.problem.parameters.get(self.kind.magnification, 1))
-            return y, (y.shape[1], y.shape[2] * factor, y.shape[3] * factor)
-        x = load_image(image.path)[None] if held is None else held
-        if self.channels is not None and x.shape[1] > self.channels:
+        if image.part is not None and not self.kind.measures_pictures:
+            return image.part, self._hidden_shape(image.label)
+        if image.is_measurement and not self.kind.measures_pictures:
+            raise ValueError(f"{image.path}: measurements of {self.problem.name} are arrays; give an .npy file")
+        content = image.part if image.part is not None else self._held.pop(image.label, None)
+        content = load_image(image.path)[None] if content is None else content
+        n_channels, height, width = content.shape[1:]
+        if self.channels is not None and n_channels > self.channels:
             raise ValueError(
-                f"{image.path} has {x.shape[1]} channels but the model takes {self.channels}; convert it to gray"
+                f"{image.path} has {n_channels} channels but the model takes {self.channels}; convert it to gray"
             )
-        x = x if self.channels is None else x.expand(-1, self.channels, -1, -1)
-        return x, tuple(x.shape[1:])
+        content = content if self.channels is None else content.expand(-1, self.channels, -1, -1)
+        factor = int(self.problem.parameters.get(self.kind.magnification, 1)) if image.is_measurement else 1
+        return content, (content.shape[1], height * factor, width * factor)
 
     # One image --------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from flowprox.evaluation.recipe_file import Published, read_published
 from flowprox.evaluation.summary import measurement_of
-from flowprox.records import read_records
+from flowprox.records import UNFINISHED, read_records
 
 __all__ = ["Evaluation", "Illustration", "ordered", "read_evaluations"]
 
@@ -104,7 +104,7 @@ def _read(source: Path, recipe: str | Path | None) -> Evaluation:
 def _read_folder(folder: Path) -> Evaluation:
     notes: list[str] = []
     records, tuning = (_records(folder / name, notes, optional=True) for name in ("records.jsonl", "tuning.jsonl"))
-    if records and (folder / "records.jsonl.partial").exists():
+    if records and (folder / UNFINISHED).exists():
         notes.append(f"{folder}: the run has not finished; the same flowprox evaluate command continues it")
     published = Published({}, {})
     if (folder / "recipe.yaml").is_file():
@@ -129,7 +129,7 @@ def _read_file(path: Path) -> Evaluation:
 
 
 def _records(path: Path, notes: list[str], optional: bool = False) -> list[dict[str, Any]]:
-    if optional and not path.exists() and not path.with_name(path.name + ".partial").exists():
+    if optional and not path.exists():
         return []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
