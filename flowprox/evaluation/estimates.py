@@ -78,7 +78,7 @@ def estimate(
         except SolverInterrupted as error:  # of a long solve the best so far is worth keeping
             found = error.solution
     solution = found if isinstance(found, Solution) else None
-    x_hat = (found if solution is None else solution.estimate)[..., fitted.rows, fitted.columns]
+    x_hat = (found.estimate if isinstance(found, Solution) else found)[..., fitted.rows, fitted.columns]
     if not torch.isfinite(x_hat).all():
         raise NonFiniteError("the estimate is not finite; the measurement may be unlike those of training")
     facts = _facts(solution, len(x_hat))
