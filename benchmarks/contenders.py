@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowprox.coupling_nets import CouplingNet
 from flowprox.flows import Flow, Glow
+from flowprox.flows.conditioners import CouplingNet
 
 __all__ = ["CONTENDERS", "PRESETS", "TRAINING_ONLY", "Architecture", "Contender", "MultiScale"]
 

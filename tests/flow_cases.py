@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowprox.flows import Bijection, FastSteps, Flow, Glow, RealNVP, Reversible, Sequential
+from flowprox.flows import Bijection, Flow, Glow, GlowSteps, RealNVP, Reversible, Sequential
 
 MODES = ("inputs", "invert")
 FAST_MODES = ("fast-nothing", "fast-early", "fast-inputs", "fast-invert")
@@ -20,7 +20,7 @@ def chain(steps: Sequence[Bijection], mode: str, **options: int) -> Sequential:
     if mode == "plain":
         return Sequential(steps)
     if mode in FAST_MODES:
-        return FastSteps(steps, mode.removeprefix("fast-"), **options)
+        return GlowSteps(steps, mode, **options)
     return Reversible(steps, mode, **options)
 
 

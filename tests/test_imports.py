@@ -29,7 +29,7 @@ MODULES: dict[str, Path] = {name: path for name, path in measures.modules().item
 FLOORS = """
 files naming metrics records
 options evaluation_options
-networks coupling_nets noise operators
+networks noise operators
 flows prox solvers priors
 unfolding baselines
 data samples checkpoints

@@ -17,8 +17,8 @@ from helpers import terminated_while_validating
 
 from flowprox.checkpoints import load_card, load_model, load_training_state
 from flowprox.cli import main
-from flowprox.coupling_nets import CouplingNet
 from flowprox.flows import ActNorm, AffineCoupling, Conv1x1, Flow, Glow, PixelwiseFlow, Sequential
+from flowprox.flows.conditioners import CouplingNet
 from flowprox.noise import (
     FlowNoise,
     GaussianNoise,

@@ -1,8 +1,8 @@
 """Normalizing flows: bijections with both directions and their determinants, and the flows made of them."""
 
-from flowprox.flows.bijection import Bijection, NonFiniteError, Sequential
-from flowprox.flows.fast import FastSteps
-from flowprox.flows.flow import Flow
+from flowprox.flows.bijection import Bijection, FiniteChecks, NonFiniteError, Sequential, check_finite, gathered_checks
+from flowprox.flows.fast import GlowSteps
+from flowprox.flows.flow import Flow, PixelwiseFlow
 from flowprox.flows.frozen import frozen
 from flowprox.flows.glow import Glow
 from flowprox.flows.layers import (
@@ -11,11 +11,11 @@ from flowprox.flows.layers import (
     Conv1x1,
     GlowStep,
     HaarSqueeze,
+    PixelNorm,
     Split,
     Squeeze,
     Unsqueeze,
 )
-from flowprox.flows.pixel_norm import PixelNorm, PixelwiseFlow
 from flowprox.flows.realnvp import RealNVP
 from flowprox.flows.reversible import DriftError, Reversible
 
@@ -25,10 +25,11 @@ __all__ = [
     "Bijection",
     "Conv1x1",
     "DriftError",
-    "FastSteps",
+    "FiniteChecks",
     "Flow",
     "Glow",
     "GlowStep",
+    "GlowSteps",
     "HaarSqueeze",
     "NonFiniteError",
     "PixelNorm",
@@ -39,5 +40,7 @@ __all__ = [
     "Split",
     "Squeeze",
     "Unsqueeze",
+    "check_finite",
     "frozen",
+    "gathered_checks",
 ]

@@ -6,16 +6,31 @@
 so that the change of variables reads log p(x) = log p_base(f(x)) + log|det Df(x)|. Symbols: x image (B, C, H, W),
 z latent, B batch. Both directions always return value and log-determinant; ``encode`` and ``decode`` are the value
 alone, for callers (every prox) that have no use for the determinant.
+
+Values that are not finite are reported by ``NonFiniteError``. On an accelerator a look at a value makes the host wait, so there
+are two ways. A call by itself (``flow.log_prob(x)``) looks before it returns. A loop gathers flags on the device and looks when
+it reads its own results:
+
+    with gathered_checks() as checks:
+        for i in range(n):
+            loss = -flow.log_prob(x).mean()                 no host read here
+            ...
+            if i % 50 == 0:
+                checks.report()                             one host read; raises
+                print(float(loss))
+                                                            the end of the block reports too
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Bijection", "NonFiniteError", "Sequential", "check_finite"]
+__all__ = ["Bijection", "FiniteChecks", "NonFiniteError", "Sequential", "check_finite", "gathered_checks"]
 
 
 class NonFiniteError(ArithmeticError):
@@ -87,14 +102,86 @@ class Sequential(Bijection):
         return z
 
 
-def check_finite(value: Tensor, block: str, direction: str) -> Tensor:
-    """Return ``value`` unchanged, or raise ``NonFiniteError`` naming the block and the direction.
+class FiniteChecks:
+    """Flags on the device, one per block and direction: whether a value there was not finite."""
 
-    One reduction and one host synchronization: called at the ends of a flow, not per layer.
+    def __init__(self) -> None:
+        self._flags: dict[tuple[str, str, torch.device], Tensor] = {}
+
+    def add(self, value: Tensor, block: str, direction: str) -> None:
+        """Note whether ``value`` is finite: one reduction, no host read. Flags are updated in place, as CUDA graphs need."""
+        with torch.inference_mode(False), torch.no_grad():
+            total = value.detach().sum(dtype=torch.promote_types(value.dtype, torch.float32))
+            flag = torch.isfinite(total).logical_not()
+            gathered = self._flags.setdefault((block, direction, value.device), flag)
+            if gathered is not flag:
+                gathered.logical_or_(flag)
+
+    def report(self) -> None:
+        """Read all flags at once and lower them.
+
+        Raises:
+            NonFiniteError: one of them was up; the first block and direction are named.
+        """
+        if not self._flags:
+            return
+        flags = list(self._flags.values())
+        found = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
+        for (block, direction, _), is_bad in zip(self._flags, found, strict=True):
+            if is_bad:
+                for flag in flags:
+                    flag.zero_()
+                raise NonFiniteError(f"{block} gave a non-finite value in the {direction} direction; {REMEDY}")
+
+
+REMEDY = "check the input for NaN, and train with a tighter bound on the log-scale or a smaller learning rate"
+_GATHERED: ContextVar[FiniteChecks | None] = ContextVar("gathered checks", default=None)
+
+
+@contextmanager
+def gathered_checks() -> Iterator[FiniteChecks]:
+    """Within the block no flow looks at its values; the flags it raises are read by ``report`` and at the end of the block.
+
+    Blocks nest (the inner one gathers), and each thread has its own.
+
+    Example:
+        >>> from flowprox.flows import Glow
+        >>> flow = Glow((3, 8, 8), n_levels=1, n_steps=1, hidden_channels=4).eval()
+        >>> with gathered_checks() as checks:
+        ...     z = flow.encode(torch.full((1, 3, 8, 8), float("nan")))
+        ...     try:
+        ...         checks.report()
+        ...     except NonFiniteError as error:
+        ...         print(str(error).split(";")[0])
+        Glow gave a non-finite value in the forward direction
     """
-    if not bool(torch.isfinite(value.sum())):
-        raise NonFiniteError(
-            f"{block} gave a non-finite value in the {direction} direction; "
-            "check the input for NaN, and train with a tighter bound on the log-scale or a smaller learning rate"
-        )
+    checks = FiniteChecks()
+    token = _GATHERED.set(checks)
+    try:
+        yield checks
+    finally:
+        _GATHERED.reset(token)
+    checks.report()
+
+
+def current_checks() -> FiniteChecks | None:
+    """Those of the innermost ``gathered_checks`` block."""
+    return _GATHERED.get()
+
+
+def check_finite(value: Tensor, block: str, direction: str) -> Tensor:
+    """Return ``value`` unchanged; where it is not finite, ``NonFiniteError`` names the block and the direction.
+
+    It is raised at once, at the price of one host read, or within ``gathered_checks`` later. Nothing is read, nor reported,
+    in a program that is compiled or captured as a CUDA graph outside of such a block.
+    """
+    checks = current_checks()
+    if torch.compiler.is_compiling() or (checks is None and value.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return value
+    if checks is None:
+        checks = FiniteChecks()
+        checks.add(value, block, direction)
+        checks.report()
+    else:
+        checks.add(value, block, direction)
     return value

@@ -11,8 +11,8 @@ r"""The fast path: the steps of a level as one autograd node whose backward pass
 Symbols: x (B, C, H, W) in, z out, index 1 and 2 the halves of the channels, M (C, C), V_j convolutions; sums run over images
 and pixels. The inverse direction is u_1 = (z_1 - t) / e^s, x = N u + n with N = M^-1, and its backward likewise.
 
-The reference is the plain path, ``Sequential`` of ``GlowStep``, which computes the same from the same parameters. This one is
-faster since tensors stay channels-last, every matrix of a level is inverted in one batched call, relu is in place, the hidden
+The reference is the plain path, autograd through the layers of a ``GlowStep``; both compute the same from the same parameters.
+This one is faster since tensors stay channels-last, the matrices of a level are inverted in one batched call, the hidden
 layers, wide as they are, are computed for a chunk of images that fits the cache, and weights and their gradients, which
 outweigh the images at coarse levels, are passed over few times. Under autocast the nets run in its precision, sums over pixels
 and the bijection itself in the dtype of x.
@@ -21,7 +21,7 @@ and the bijection itself in the dtype of x.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -29,32 +29,48 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from flowprox.coupling_nets import CouplingNet
-from flowprox.flows.bijection import Bijection, Sequential
-from flowprox.flows.layers import AffineCoupling, GlowStep, mixing_parts, soft_bound, unmixing_parts
+from flowprox.flows.bijection import Bijection, current_checks
+from flowprox.flows.conditioners import CouplingNet, folded
+from flowprox.flows.layers import AffineCoupling, GlowStep, LinearParts, full_precision, halves, pixelwise
 from flowprox.flows.packed import PackedConvolution
-from flowprox.flows.reversible import AutocastState, Reversible, StepChain
+from flowprox.flows.reversible import (
+    AutocastState,
+    ParameterSlots,
+    Reversible,
+    StepChain,
+    applied,
+    parameter_slots,
+    recomputed,
+)
 
-__all__ = ["FastSteps"]
+__all__ = ["GlowSteps", "all_modules"]
 
 _CHUNK = 2**21  # hidden values computed at a time on the CPU: 8 MiB in float32; larger tensors leave the cache
 _FEW_CHANNELS = 8
 _KEPT_LAYERS = {"nothing": slice(None), "early": slice(-1, None), "inputs": slice(0, 0)}  # of h_1 .. h_{n-1}
 
 
-class FastSteps(Reversible):
-    """Glow steps with ``CouplingNet`` conditioners, computed fast: values, gradients and parameter names of ``Sequential``.
+class GlowSteps(Reversible):
+    """The steps of a level: the values, gradients and parameter names of ``Sequential``, by the fastest way there is.
 
-    As ``Reversible`` it records one node per call, which has no second derivatives, initializes ActNorm before the recorded
-    pass, and guards against drift and non-finite values.
+    The rule. In ``eval()`` and without gradients the fast path computes (where the conditioners are ``CouplingNet``), with
+    matrices and folded weights that are kept until a parameter changes, ``train()`` is called or the module moves; the same
+    within ``frozen``, with gradients of images and latents. What is differentiated otherwise goes by ``recompute``.
+
+    A changed parameter is known by its version, which every operation in place raises except one on ``parameter.data``: after
+    such a change call ``train()`` and ``eval()``.
 
     Arguments:
-        layers: ``GlowStep`` with a ``CouplingNet`` each.
-        recompute: what the backward pass computes again. "nothing": all hidden layers are kept, the least work.
-            "early": the hidden layers but the last; in Glow's nets (3x3, 1x1, 3x3) that halves the memory and costs little.
-            "inputs": all hidden layers, from each step's input and net output, two small tensors per step.
-            "invert": everything, from the output of the chain.
-        check_drift: as in ``Reversible``, for "invert".
+        layers: ``GlowStep``, with a ``CouplingNet`` each for the fast path.
+        recompute: how a pass is recorded.
+            "plain": ordinary autograd; second derivatives.
+            "auto": "fast-early" on the CPU, "plain" on an accelerator, whose kernels are the same on both paths.
+            "inputs", "invert": as in ``Reversible``.
+            "fast-nothing": the fast path as one node per call (``once_differentiable``); all hidden layers are kept.
+            "fast-early": the hidden layers but the last; in Glow's nets (3x3, 1x1, 3x3) half of the memory, and costs little.
+            "fast-inputs": all hidden layers are computed again, from each step's input and net output, two small tensors.
+            "fast-invert": everything, from the output of the chain.
+        check_drift: as in ``Reversible``, for "invert" and "fast-invert".
 
     Raises:
         ValueError: a layer of another kind, an unknown ``recompute``, a negative ``check_drift``.
@@ -68,140 +84,220 @@ class FastSteps(Reversible):
         True
     """
 
-    MODES = ("nothing", "early", "inputs", "invert")
+    MODES = ("plain", "auto", "inputs", "invert", "fast-nothing", "fast-early", "fast-inputs", "fast-invert")
 
-    def __init__(self, layers: Iterable[Bijection], recompute: str = "inputs", check_drift: int = 100) -> None:
+    def __init__(self, layers: Iterable[Bijection], recompute: str = "plain", check_drift: int = 100) -> None:
         super().__init__(layers, recompute, check_drift)
         for layer in self.layers:
-            if not _is_supported(layer):
-                raise ValueError(
-                    f"the fast path is for Glow steps with convolutional coupling nets, got {_described(layer)}; "
-                    "use backward='plain', 'inputs' or 'invert'"
-                )
+            if not isinstance(layer, GlowStep):
+                raise ValueError(f"layers must be GlowStep, got {type(layer).__name__}; use Sequential or Reversible")
         self._constants: _Constants | None = None
-
-    @staticmethod
-    def supports(chain: nn.Module) -> bool:
-        """Whether a chain of layers could be computed by this class."""
-        return isinstance(chain, Sequential) and len(chain.layers) > 0 and all(map(_is_supported, chain.layers))
-
-    @torch.no_grad()
-    def hold(self) -> None:
-        """Compute matrices and folded weights once, for all passes until ``release``; parameters must stay as they are."""
-        steps: list[Any] = list(self.layers)
-        self._constants = _Constants(mixing_parts(steps), unmixing_parts(steps), {})
+        self._is_frozen = False
+        if recompute.startswith("fast") and not self.has_fast_path:
+            nets = sorted({type(step.coupling.net).__name__ for step in self.layers})  # type: ignore[union-attr]
+            raise ValueError(
+                f"the fast path is for convolutional coupling nets, got {', '.join(nets)}; "
+                "use backward='plain', 'inputs' or 'invert'"
+            )
 
     @property
-    def is_held(self) -> bool:
-        """Whether constants are kept at present."""
-        return self._constants is not None
+    def has_fast_path(self) -> bool:
+        """Whether every step is an ``AffineCoupling`` with a ``CouplingNet``."""
+        couplings: list[Any] = [step.coupling for step in self.layers]
+        return all(type(c) is AffineCoupling and isinstance(c.net, CouplingNet) for c in couplings)
 
-    def release(self) -> None:
-        """Forget what ``hold`` keeps."""
-        self._constants = None
+    def freeze(self, is_frozen: bool) -> None:
+        """Record passes by the fast path with kept constants; parameters must stay as they are until this is undone."""
+        self._is_frozen = is_frozen
+        if is_frozen:
+            self._constants = self._current_constants() or _Constants(all_modules(self), None)
+        elif self.training or self._constants is None or self._constants.stamp is None:
+            self._constants = None
 
-    def _record(self, method: str, x: Tensor) -> tuple[Any, ...] | None:
+    def train(self, mode: bool = True) -> GlowSteps:
+        """As ``torch.nn.Module.train``; training forgets what is kept."""
+        if mode:
+            self._constants = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is kept: a copy computes it again."""
+        return {**self.__dict__, "_constants": None, "_is_frozen": False}
+
+    def _stepwise(self, method: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not len(self.layers) or (self.training and not self._is_initialized()):
+            return super()._stepwise(method, x)
+        may_be_fast = not self.training and (self._is_frozen or not torch.compiler.is_compiling())
+        return self._fast(method, x, None) if may_be_fast and self.has_fast_path else self._plain(method, x)
+
+    def _recorded(self, method: str, x: Tensor, recompute: str) -> tuple[Tensor, Tensor | None]:
         if not len(self.layers):
-            return None
-        if self.training and not self._is_initialized():  # the inverse direction before any data
-            return _plain(self, method, x)
-        chain, tensors = self._prepared(method, x)
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.contiguous(memory_format=torch.channels_last)
-            if chain.keep is not None:
-                z, logdet = _FastPass.apply(chain, x, *tensors)  # type: ignore[misc]
-            else:
-                z, logdet, _ = chain.run(x, tensors)
-        if method in ("encode", "decode"):
-            return z, None
-        steps: list[Any] = list(self.layers)
-        constant = sum(s.actnorm.log_scale.sum() + s.mix.log_determinant() for s in steps) * (x.shape[-2] * x.shape[-1])
-        return z, logdet - constant if chain.backwards else logdet + constant
+            return super()._stepwise(method, x)
+        if recompute == "auto":
+            recompute = "fast-early" if x.device.type == "cpu" else "plain"
+        if self._is_frozen and self.has_fast_path:
+            recompute = {"plain": "fast-nothing", "inputs": "fast-inputs", "invert": "fast-invert"}.get(
+                recompute, recompute
+            )
+        if recompute in ("plain", "inputs"):
+            return self._plain(method, x, checkpointed=recompute == "inputs")
+        if recompute.startswith("fast-"):
+            return self._fast(method, x, recompute.removeprefix("fast-"))
+        return super()._recorded(method, x, recompute)
 
-    def _prepared(self, method: str, x: Tensor) -> tuple[_Chain, list[Tensor]]:
-        """One pass, and the tensors it may have to differentiate: matrices, their biases, parameters of the nets."""
+    def _plain(self, method: str, x: Tensor, checkpointed: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Step by step; all matrices in one batched call. ``checkpointed``: each step's input is kept, the rest recomputed."""
+        backwards = method in ("inverse", "decode")
+        linear = self._linear(self._kept(), backwards)
+        logdet = _whole(linear.logdet.sum(), x) if method in ("forward", "inverse") else None
+        for i in reversed(range(len(self.layers))) if backwards else range(len(self.layers)):
+            coupling: Any = self.layers[i].coupling
+            slots = parameter_slots(coupling) if checkpointed else []
+            tensors = x, linear.matrix[i], linear.bias[i], *(values[name] for values, name in slots)
+            x, step_logdet = (recomputed(_step) if checkpointed else _step)(coupling, method, slots, *tensors)
+            if logdet is not None and step_logdet is not None:
+                logdet = logdet + step_logdet
+        return x, logdet
+
+    def _fast(self, method: str, x: Tensor, recompute: str | None) -> tuple[Tensor, Tensor | None]:
+        """One pass on the fast path, without gradients or as one autograd node."""
         backwards = method in ("inverse", "decode")
         steps: list[Any] = list(reversed(self.layers)) if backwards else list(self.layers)
         autocast = AutocastState.current(x.device.type)
-        dtype = (autocast.dtype if autocast.enabled else None) or x.dtype
-        nets = self._held_nets(backwards, dtype)
-        parts = [_net_parts(step.coupling.net) for step in steps] if nets is None else [net.parts for net in nets]
-        tensors = [*self._linear_parts(steps, backwards), *(p for step in parts for layer in step for p in layer)]
-        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
-        invert = recorded and self.recompute == "invert"
-        guarded = recorded and bool(self.check_drift) and self._n_recorded % self.check_drift == 0
-        self._n_recorded += int(recorded)
+        dtype = (autocast.dtype if autocast.enabled else None) or steps[0].coupling.net.last.bias.dtype
+        constants = self._kept()
+        linear = self._linear(constants, backwards)
+        nets = None if constants is None else constants.nets_for(self.layers, dtype)
+        parts = [step.coupling.net.parts() for step in steps] if nets is None else [net.parts for net in nets]
+        if nets is not None and backwards:
+            nets, parts = nets[::-1], parts[::-1]
+        matrix, bias = (part.flip(0) if backwards else part for part in (linear.matrix, linear.bias))
+        undo = None
+        if recompute == "invert":
+            with torch.no_grad():
+                undone = self._linear(constants, not backwards)
+            undo = (
+                undone.matrix.flip(0) if backwards else undone.matrix,
+                undone.bias.flip(0) if backwards else undone.bias,
+            )
         chain = _Chain(
             couplings=[step.coupling for step in steps],
             layout=[[len(layer) for layer in step] for step in parts],
             backwards=backwards,
-            keep=self.recompute if recorded else None,
-            undo=self._linear_parts(steps, backwards, undo=True) if invert else None,
+            keep=recompute,
+            undo=undo,
             nets=nets,
             dtype=dtype,
-            plain=StepChain(steps, [], method, 0, invert, guarded, autocast),
+            plain=StepChain(steps, method, recompute == "invert" and self._is_guarded(), autocast, current_checks()),
         )
-        return chain, tensors
+        tensors = [matrix, bias, *(p for step in parts for layer in step for p in layer)]
+        with full_precision(x):
+            x = x.contiguous(memory_format=torch.channels_last)
+            if recompute is None:
+                logdets = (linear.logdet.flip(0) if backwards else linear.logdet) * (x.shape[-2] * x.shape[-1])
+                z, logdet, _ = chain.run(x, tensors, logdets)
+            else:
+                z, logdet = _FastPass.apply(chain, x, *tensors)  # type: ignore[misc]
+                logdet = logdet + _whole(linear.logdet.sum(), x)
+        return z, logdet if method in ("forward", "inverse") else None
 
-    def _linear_parts(self, steps: list[Any], backwards: bool, undo: bool = False) -> tuple[Tensor, Tensor]:
-        """Matrices and biases of the pass or of its inverse, in the order of application."""
-        unmix = backwards != undo
-        if self._constants is not None:
-            matrix, bias = self._constants.unmix if unmix else self._constants.mix
-            return (matrix.flip(0), bias.flip(0)) if backwards else (matrix, bias)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not undo):
-            return unmixing_parts(steps) if unmix else mixing_parts(steps)
+    def _linear(self, constants: _Constants | None, inverse: bool) -> LinearParts:
+        steps: list[Any] = list(self.layers)
+        if constants is None:
+            return LinearParts.of(steps, inverse)
+        return constants.linear_for(steps, inverse, is_exact=self._is_frozen)
 
-    def _held_nets(self, backwards: bool, dtype: torch.dtype) -> list[_Net] | None:
-        if self._constants is None:
+    def _kept(self) -> _Constants | None:
+        """What depends on the parameters alone, where they are constant: in evaluation mode, not to be differentiated."""
+        if self._is_frozen:
+            return self._constants
+        if self.training or torch.compiler.is_compiling():
             return None
-        if dtype not in self._constants.nets:
-            steps: list[Any] = list(self.layers)
-            with torch.no_grad():
-                self._constants.nets[dtype] = [
-                    _Net(_net_parts(step.coupling.net), dtype, packed=True) for step in steps
-                ]
-        nets = self._constants.nets[dtype]
-        return nets[::-1] if backwards else nets
+        constants = self._current_constants()
+        if constants is None or (torch.is_grad_enabled() and any(p.requires_grad for p in constants.parameters())):
+            return None
+        self._constants = constants
+        return constants
+
+    def _current_constants(self) -> _Constants | None:
+        """Those at hand if no parameter has changed since, else empty ones; None if a change could not be seen later."""
+        if self._constants is not None and self._constants.stamp == _stamp(self._constants.modules):
+            return self._constants
+        modules = all_modules(self)
+        stamp = _stamp(modules)
+        return None if stamp is None else _Constants(modules, stamp)
 
 
-class _Constants(NamedTuple):
-    """What does not change while the parameters are held."""
-
-    mix: tuple[Tensor, Tensor]
-    unmix: tuple[Tensor, Tensor]
-    nets: dict[torch.dtype, list[_Net]]
-
-
-def _plain(chain: Sequential, method: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The reference, for the rare pass that comes before the initialization from data."""
-    out = getattr(Sequential, method)(chain, x)
-    return out if isinstance(out, tuple) else (out, None)
-
-
-def _is_supported(layer: nn.Module) -> bool:
-    return (
-        isinstance(layer, GlowStep)
-        and type(layer.coupling) is AffineCoupling
-        and isinstance(layer.coupling.net, CouplingNet)
-    )
-
-
-def _described(layer: nn.Module) -> str:
-    return (
-        f"{type(layer).__name__} with {type(layer.coupling.net).__name__}"
-        if isinstance(layer, GlowStep)
-        else (type(layer).__name__)
-    )
+def _step(
+    coupling: AffineCoupling,
+    method: str,
+    slots: ParameterSlots,
+    x: Tensor,
+    matrix: Tensor,
+    bias: Tensor,
+    *parameters: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """One step, its linear part M x + m given; (value, logdet of the coupling, if asked for)."""
+    if method in ("forward", "encode"):
+        with full_precision(x):
+            x = pixelwise(x, matrix, bias)
+    out = applied(coupling, method, slots, x, *parameters)
+    x, logdet = out if isinstance(out, tuple) else (out, None)
+    if method in ("inverse", "decode"):
+        with full_precision(x):
+            x = pixelwise(x, matrix, bias)
+    return x, logdet
 
 
-def _net_parts(net: CouplingNet) -> list[list[Tensor]]:
-    """Per convolution: weight, bias, then log-scale and shift of what follows it, where there are such."""
-    layers = [[c.weight, c.bias] for c in net.hidden]
-    if net.norms is not None:
-        layers = [[*layer, norm.log_scale, norm.bias] for layer, norm in zip(layers, net.norms, strict=True)]
-    last = net.last
-    return [*layers, [last.weight, last.bias, *([] if last.log_scale is None else [last.log_scale])]]  # type: ignore[list-item]
+def _whole(logdet: Tensor, x: Tensor) -> Tensor:
+    """log|det M| of the steps, at every pixel, as (B,)."""
+    return (logdet * (x.shape[-2] * x.shape[-1])).expand(x.shape[0])
+
+
+def all_modules(parent: nn.Module) -> list[nn.Module]:
+    """``parent.modules()`` without its nested generators, which take longer than a small network."""
+    found, waiting = {}, [parent]
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found[module] = None
+            waiting += [child for child in module._modules.values() if child is not None]
+    return list(found)
+
+
+def _stamp(modules: list[nn.Module]) -> tuple[Any, ...] | None:
+    """Another one after any change of a parameter or buffer; None for tensors whose changes are not counted."""
+    tensors = [t for m in modules for values in (m._parameters, m._buffers) for t in values.values() if t is not None]
+    if any(type(t) not in (nn.Parameter, Tensor) or t.is_inference() for t in tensors):
+        return None
+    return tuple((id(t), t._version, t.data_ptr()) for t in tensors)
+
+
+@dataclass
+class _Constants:
+    """Matrices and folded nets of a chain, computed when they are first asked for."""
+
+    modules: list[nn.Module]
+    stamp: tuple[Any, ...] | None
+    linear: dict[tuple[bool, bool], LinearParts] = field(default_factory=dict)
+    nets: dict[torch.dtype, list[_Net]] = field(default_factory=dict)
+
+    def parameters(self) -> Iterable[Tensor]:
+        return (p for m in self.modules for p in m._parameters.values() if p is not None)
+
+    def linear_for(self, steps: list[Any], inverse: bool, is_exact: bool) -> LinearParts:
+        """Rounded from float64 if ``is_exact``; else those of the layers, to the bit."""
+        if (inverse, is_exact) not in self.linear:
+            with torch.inference_mode(False), torch.no_grad():
+                compute = LinearParts.of if is_exact else LinearParts.stepwise
+                self.linear[inverse, is_exact] = compute(steps, inverse)
+        return self.linear[inverse, is_exact]
+
+    def nets_for(self, steps: Iterable[Any], dtype: torch.dtype) -> list[_Net]:
+        if dtype not in self.nets:
+            with torch.inference_mode(False), torch.no_grad():
+                self.nets[dtype] = [_Net(step.coupling.net.parts(), dtype, packed=True) for step in steps]
+        return self.nets[dtype]
 
 
 _NetSums = list[Any]  # per convolution [dV, dv], None before the first chunk
@@ -212,8 +308,11 @@ class _Net:
 
     def __init__(self, parts: Sequence[Sequence[Tensor]], dtype: torch.dtype, packed: bool = False) -> None:
         self.parts = parts
-        self.rates = [1.0] * (len(parts) - 1) + [3.0]  # of the exponent of the log-scale, see ``ZeroConv2d``
-        self.layers = [_folded(layer, rate, dtype) for layer, rate in zip(parts, self.rates, strict=True)]
+        self.rates = [1.0] * (len(parts) - 1) + [3.0]  # of the exponent of the log-scale, see ``CouplingNet.rates``
+        self.layers = [
+            (weight.to(dtype).contiguous(memory_format=torch.channels_last), bias.to(dtype))
+            for weight, bias in map(folded, parts, self.rates)
+        ]
         self.packed = [PackedConvolution(*layer) for layer in self.layers] if packed else None
 
     def hidden(self, h: Tensor, n: int | None = None) -> list[Tensor]:
@@ -254,16 +353,6 @@ class _Net:
             d_scale = (d_weight * weight).sum((1, 2, 3)) + d_bias * bias
             found += [d_weight, d_bias, rate * d_scale, d_shift][: 2 + len(affine)]
         return found
-
-
-def _folded(layer: Sequence[Tensor], rate: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    weight, bias, *affine = layer
-    if affine:
-        scale = torch.exp(rate * affine[0])
-        weight, bias = weight * scale.view(-1, 1, 1, 1), bias * scale
-    if len(affine) > 1:
-        bias = bias + affine[1]
-    return weight.to(dtype).contiguous(memory_format=torch.channels_last), bias.to(dtype)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -323,11 +412,8 @@ class _Coupling(NamedTuple):
     @classmethod
     def of(cls, raw: Tensor, coupling: AffineCoupling, dtype: torch.dtype) -> _Coupling:
         """From the net's output (B, 2 (C//2), H, W)."""
-        log_scale, shift = raw.to(dtype).chunk(2, dim=1)
         bounds = coupling.scale_bound, coupling.shift_bound
-        return cls(
-            soft_bound(log_scale, bounds[0]), shift if bounds[1] is None else soft_bound(shift, bounds[1]), bounds
-        )
+        return cls(*coupling.bounded(*raw.to(dtype).chunk(2, dim=1)), bounds)
 
     def pull(self, d_log_scale: Tensor, d_shift: Tensor) -> Tensor:
         """draw; the derivative of the bound is 1 - (value / bound)^2."""
@@ -377,8 +463,8 @@ class _Step:
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """(z, log-scales summed, raw, hidden)."""
-        u = _mixed(x, self.linear)
-        first, second = _halves(u)
+        u = pixelwise(x, *self.linear)
+        first, second = halves(u)
         hidden = self.net.hidden(self._condition(second))
         raw = self.net.last(hidden[-1])
         c = _Coupling.of(raw, self.coupling, x.dtype)
@@ -387,50 +473,50 @@ class _Step:
 
     def decode(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """(x, minus log-scales summed, raw, hidden)."""
-        first, second = _halves(z)
+        first, second = halves(z)
         hidden = self.net.hidden(self._condition(second))
         raw = self.net.last(hidden[-1])
         c = _Coupling.of(raw, self.coupling, z.dtype)
         u = _cat((first - c.shift) * torch.exp(-c.log_scale), second)
-        return _mixed(u, self.linear), -c.log_scale.sum((1, 2, 3)), raw, hidden
+        return pixelwise(u, *self.linear), -c.log_scale.sum((1, 2, 3)), raw, hidden
 
     def pull_encode(self, kept: _Kept, a: Tensor, b: Tensor | None, sums: _Sums) -> tuple[Tensor, Tensor]:
         """(dL/dx, x) from a = dL/dz, b = dL/dlogdet."""
         if self.undo is None:
             x = kept.x
-            first, second = _halves(_mixed(x, self.linear))
+            first, second = halves(pixelwise(x, *self.linear))
             hidden, c = self._again(second, kept)
         else:
-            z_1, second = _halves(kept.x)
+            z_1, second = halves(kept.x)
             hidden, c = self._again(second, kept)
             first = (z_1 - c.shift) * torch.exp(-c.log_scale)
-            x = _mixed(_cat(first, second), self.undo)
-        a_1, a_2 = _halves(a)
+            x = pixelwise(_cat(first, second), *self.undo)
+        a_1, a_2 = halves(a)
         d_first = a_1 * torch.exp(c.log_scale)
         d_log_scale = d_first * first if b is None else d_first * first + b
         d_second = self._through_net(hidden, c, d_log_scale, a_1, sums)
         du = _cat(d_first, a_2 + d_second)
         sums.add_linear(du, x)
-        return _mixed(du, (self.linear[0].T, None)), x
+        return pixelwise(du, self.linear[0].T), x
 
     def pull_decode(self, kept: _Kept, a: Tensor, b: Tensor | None, sums: _Sums) -> tuple[Tensor, Tensor]:
         """(dL/dz, z) from a = dL/dx, b = dL/dlogdet."""
         if self.undo is None:
             z = kept.x
-            z_1, second = _halves(z)
+            z_1, second = halves(z)
             hidden, c = self._again(second, kept)
             inverse_scale = torch.exp(-c.log_scale)
             u = _cat((z_1 - c.shift) * inverse_scale, second)
         else:
-            u = _mixed(kept.x, self.undo)
-            first, second = _halves(u)
+            u = pixelwise(kept.x, *self.undo)
+            first, second = halves(u)
             hidden, c = self._again(second, kept)
             inverse_scale = torch.exp(-c.log_scale)
             z = _cat(first / inverse_scale + c.shift, second)
         sums.add_linear(a, u)
-        du_1, du_2 = _halves(_mixed(a, (self.linear[0].T, None)))
+        du_1, du_2 = halves(pixelwise(a, self.linear[0].T))
         d_1 = du_1 * inverse_scale
-        d_log_scale = du_1 * _halves(u)[0] if b is None else du_1 * _halves(u)[0] + b
+        d_log_scale = du_1 * halves(u)[0] if b is None else du_1 * halves(u)[0] + b
         return _cat(d_1, du_2 + self._through_net(hidden, c, -d_log_scale, -d_1, sums)), z
 
     def _condition(self, second: Tensor) -> Tensor:
@@ -484,8 +570,10 @@ class _Chain:
         n = max(1, _CHUNK // (self.couplings[i].net.last.in_channels * x.shape[-2] * x.shape[-1]))
         return [slice(start, start + n) for start in range(0, len(x), n)]
 
-    def run(self, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[_Memory]]:
-        """(output, logdet of the couplings, the input of each step that is kept with what is kept of its chunks)."""
+    def run(
+        self, x: Tensor, tensors: Sequence[Tensor], logdets_of_linear_parts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, list[_Memory]]:
+        """(output, logdet, the input of each step that is kept with what is kept of its chunks)."""
         logdet, kept = x.new_zeros(x.shape[0]), []
         for i in range(len(self.couplings)):
             step = self.step(i, tensors)
@@ -496,10 +584,13 @@ class _Chain:
                 logdets.append(step_logdet)
                 if self.keep in _KEPT_LAYERS:
                     memory.append((raw, *hidden[1:][_KEPT_LAYERS[self.keep]]))
-            if memory or (i == 0 and self.keep == "invert" and self.plain.guarded):
+            if memory or (i == 0 and self.keep == "invert" and self.plain.is_guarded):
                 kept.append((x, memory))
             x = _joined(outputs)
-            logdet = logdet + _joined(logdets)
+            step_logdet = _joined(logdets)
+            if logdets_of_linear_parts is not None:
+                step_logdet = step_logdet + logdets_of_linear_parts[i]
+            logdet = logdet + step_logdet
         return x, logdet, kept
 
     def backward(
@@ -562,24 +653,11 @@ class _FastPass(torch.autograd.Function):
         grad = torch.zeros_like(y) if grad is None else grad.contiguous(memory_format=torch.channels_last)
         needs = ctx.needs_input_grad[1:]
         start, kept = ([x for x, _ in kept], []) if chain.keep == "invert" else ([], kept)
-        if kept:
-            chain.plain.check_output([x for x, _ in kept], y)
-        with torch.autocast(y.device.type, enabled=False):
+        with full_precision(y):
             x, found = chain.backward(y, kept, tensors, needs, grad, grad_logdet)
-        if not kept:
-            chain.plain.check_input(x, [*start, y])
+            if chain.keep == "invert":
+                chain.plain.check(x, y, start[0] if start else None)
         return None, *(g if needed else None for g, needed in zip(found, needs, strict=True))
-
-
-def _mixed(x: Tensor, linear: tuple[Tensor, Tensor | None]) -> Tensor:
-    """The same affine map of the channels at every pixel."""
-    matrix, bias = linear
-    return F.conv2d(x, matrix[:, :, None, None], bias)
-
-
-def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    half = x.shape[1] // 2
-    return x[:, :half], x[:, half:]
 
 
 def _cat(first: Tensor, second: Tensor) -> Tensor:

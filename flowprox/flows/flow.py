@@ -9,13 +9,16 @@ convolutional: any H, W divisible by ``divisor`` will do, whatever size it was m
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from flowprox.flows.bijection import Bijection, check_finite
+from flowprox.flows.bijection import Bijection, Sequential, check_finite
+from flowprox.flows.layers import PixelNorm
+from flowprox.naming import Specified
 
-__all__ = ["Flow"]
+__all__ = ["Flow", "PixelwiseFlow"]
 
 
 class Flow(Bijection):
@@ -194,6 +197,34 @@ class Flow(Bijection):
             raise ValueError(
                 f"{name} has size {height}x{width}; height and width must be divisible by {self.divisor}: pad or crop"
             )
+
+
+class PixelwiseFlow(Specified, Flow):
+    """Any flow behind a scale and shift per pixel.
+
+    Arguments:
+        flow: the flow that sees images whose pixels all have mean 0 and variance 1.
+        image_shape: (C, H, W); by default that of the flow.
+
+    Raises:
+        ValueError: image_shape is not the flow's.
+
+    Example:
+        >>> from flowprox.flows import Glow
+        >>> flow = PixelwiseFlow(Glow((1, 8, 8), n_levels=1, n_steps=1, hidden_channels=8))
+        >>> x = torch.rand(2, 1, 8, 8)
+        >>> bool((flow.decode(flow.encode(x)) - x).abs().max() < 1e-5)
+        True
+    """
+
+    def __init__(self, flow: Flow, image_shape: Sequence[int] | None = None) -> None:
+        if image_shape is not None and tuple(image_shape) != flow.image_shape:
+            raise ValueError(
+                f"image_shape is {tuple(image_shape)} but the flow's is {flow.image_shape}; give both alike"
+            )
+        Flow.__init__(
+            self, Sequential([PixelNorm(flow.image_shape), flow.bijection]), flow.image_shape, flow.n_levels, offset=0.0
+        )
 
 
 def _laid_out(x: Tensor) -> Tensor:

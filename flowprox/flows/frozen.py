@@ -2,10 +2,9 @@
 latent only.
 
 Inside the block the model is in evaluation mode, no parameter asks for a gradient, so that autograd computes none for the
-weights (a third of the work of a backward pass), and nothing that depends on the weights alone is computed twice. Glow steps
-run on the fast path (``flowprox.flows.fast``) with matrices, their inverses and folded weights kept; matrices are computed
-in float64 and rounded once, which gains half a digit of the round trip. Where the fast path does not apply (U-Net
-conditioners) each step keeps its two matrices, and on the CPU the convolutions' weights are laid out channels-last.
+weights (a third of the work of a backward pass), and Glow steps run on the fast path also where they are differentiated
+(``flowprox.flows.fast``), with matrices, their inverses and folded weights kept; matrices are computed in float64 and rounded
+once, which gains half a digit of the round trip. Other convolutions' weights are laid out channels-last on the CPU.
 """
 
 from __future__ import annotations
@@ -20,10 +19,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from flowprox.flows.bijection import Sequential
-from flowprox.flows.fast import FastSteps
-from flowprox.flows.layers import GlowStep
-from flowprox.flows.reversible import Reversible
+from flowprox.flows.fast import GlowSteps, all_modules
 
 __all__ = ["frozen"]
 
@@ -66,66 +62,33 @@ def frozen(flow: nn.Module) -> Iterator[None]:
 
 def _prepare(flow: nn.Module) -> ExitStack:
     """Fix everything; closing the stack undoes it."""
-    modules = _modules(flow)
+    modules = all_modules(flow)
+    chains = [module for module in modules if isinstance(module, GlowSteps)]
     in_training = [module for module in modules if module.training]
     parameters = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]
     with ExitStack() as stack:
-        stack.callback(_restore, parameters, in_training)
+        stack.callback(_restore, parameters, in_training, chains)
         for parameter in parameters:
             parameter.requires_grad_(False)
         for module in in_training:
             module.training = False
-        _run_fast(modules, stack)
+        for chain in chains:
+            chain.freeze(True)
+        on_the_fast_path = {module for chain in chains if chain.has_fast_path for module in all_modules(chain)}
+        for module in modules:
+            if module not in on_the_fast_path and _has_own_weight(module) and module.weight.device.type == "cpu":
+                stack.callback(setattr, module.weight, "data", module.weight.data)
+                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
         return stack.pop_all()
 
 
-def _modules(flow: nn.Module) -> list[nn.Module]:
-    """``flow.modules()`` without its nested generators, which take longer than a small network."""
-    found, waiting = {}, [flow]
-    while waiting:
-        module = waiting.pop()
-        if module not in found:
-            found[module] = None
-            waiting += [child for child in module._modules.values() if child is not None]
-    return list(found)
-
-
-def _restore(parameters: list[nn.Parameter], in_training: list[nn.Module]) -> None:
+def _restore(parameters: list[nn.Parameter], in_training: list[nn.Module], chains: list[GlowSteps]) -> None:
     for module in in_training:
         module.training = True
     for parameter in parameters:
         parameter.requires_grad_(True)
-
-
-def _run_fast(modules: list[nn.Module], stack: ExitStack) -> None:
-    """Put ``FastSteps`` in the place of every chain of Glow steps, and let those that are there keep their constants."""
-    chains = [module for module in modules if isinstance(module, FastSteps)]
-    for parent in modules:
-        for name, chain in list(parent._modules.items()):
-            if isinstance(chain, Sequential) and type(chain) in (Sequential, Reversible) and FastSteps.supports(chain):
-                recompute = chain.recompute if isinstance(chain, Reversible) else "nothing"
-                fast = FastSteps(chain.layers, recompute)  # type: ignore[arg-type]
-                fast.training = fast.layers.training = False
-                parent._modules[name] = fast
-                stack.callback(parent._modules.__setitem__, name, chain)
-                chains.append(fast)
     for chain in chains:
-        if not chain.is_held:
-            chain.hold()
-            stack.callback(chain.release)
-    on_the_fast_path = {module for chain in chains for module in _modules(chain)}
-    _fix_the_rest([module for module in modules if module not in on_the_fast_path], stack)
-
-
-def _fix_the_rest(modules: list[nn.Module], stack: ExitStack) -> None:
-    for module in modules:
-        if isinstance(module, GlowStep) and module.fixed is None:
-            stack.callback(setattr, module, "fixed", None)
-            with torch.no_grad():
-                module.fixed = module.matrices()
-        if _has_own_weight(module) and module.weight.device.type == "cpu":
-            stack.callback(setattr, module.weight, "data", module.weight.data)
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+        chain.freeze(False)
 
 
 def _has_own_weight(module: nn.Module) -> TypeGuard[nn.Conv2d]:

@@ -16,20 +16,18 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from flowprox.coupling_nets import CouplingAttention, CouplingNet, CouplingResNet, CouplingUNet
 from flowprox.flows.bijection import Bijection, Sequential
-from flowprox.flows.fast import FastSteps
+from flowprox.flows.conditioners import CouplingAttention, CouplingNet, CouplingResNet, CouplingUNet
+from flowprox.flows.fast import GlowSteps
 from flowprox.flows.flow import Flow
 from flowprox.flows.layers import GlowStep, HaarSqueeze, Split, Squeeze, Unsqueeze
-from flowprox.flows.reversible import Reversible
 from flowprox.naming import Specified
 
 __all__ = ["Glow"]
 
-BACKWARD = ("plain", "inputs", "invert", "fast", "fast-nothing", "fast-early", "fast-inputs", "fast-invert")
+BACKWARD = (*GlowSteps.MODES, "fast")
 FAST_WIDTH = 128
-"""Widest coupling nets for which ``backward="fast"`` is the plain path, which trains faster there; wider ones get
-"fast-inputs", which takes about as long and a small part of the memory."""
+"""Widest coupling nets for which ``backward`` "auto" and "fast" are plain autograd, which trains faster there."""
 
 
 class Glow(Specified, Flow):
@@ -40,17 +38,20 @@ class Glow(Specified, Flow):
         n_levels: L; H and W must be divisible by 2^L.
         n_steps: steps of flow per level, one number or one per level.
         hidden_channels: width of the coupling nets, one number or one per level.
-        coupling: the conditioners (``flowprox.coupling_nets``), one kind or one per level: "conv" (3x3, 1x1, 3x3),
+        coupling: the conditioners (``flowprox.flows.conditioners``), one kind or one per level: "conv" (3x3, 1x1, 3x3),
             "conv-actnorm" (the same with ActNorm after the hidden convolutions, as published), "residual", "attention", for
             coarse levels, or "unet" (its entry of ``hidden_channels`` is a list of widths, finest scale first).
         scale_bound: bound of the log-scales.
         shift_bound: bound of the shifts, None for none; 4 keeps the inverse from blowing up when a flow is trained as a
             prox.
         squeeze: "pixels" or "haar" (orthonormal averages and details).
-        backward: "plain" autograd, the reference; "inputs" keeps each step's input and recomputes the coupling nets; "invert"
-            keeps only a level's output and recomputes everything from it (memory flat in depth). With "fast" (see
-            ``FAST_WIDTH``), "fast-nothing", "fast-early", "fast-inputs" and "fast-invert" both directions run on the fast
-            path, and what follows the dash is recomputed, see ``FastSteps``; for coupling "conv" and "conv-actnorm".
+        backward: how passes are recorded for the backward pass; those without gradients in ``eval()`` are fast in any case (see
+            ``GlowSteps``). "auto", the default, is the fastest: "plain" for nets up to ``FAST_WIDTH`` and on accelerators,
+            "fast-early" for wider ones on the CPU. "plain" is autograd, the reference; "inputs" keeps each step's input and
+            recomputes the coupling nets; "invert" keeps only a level's output (memory flat in depth). "fast-nothing",
+            "fast-early", "fast-inputs" and "fast-invert" take the fast path and recompute what follows the dash; "fast" is
+            "fast-inputs" for nets wider than ``FAST_WIDTH`` and "plain" below. The fast path is for coupling "conv" and
+            "conv-actnorm"; only "plain" and "inputs" have second derivatives.
 
     Raises:
         ValueError: lists whose length is not n_levels, an image size not divisible by 2^L, an unknown option.
@@ -70,7 +71,7 @@ class Glow(Specified, Flow):
         scale_bound: float = 0.5,
         shift_bound: float | None = None,
         squeeze: str = "pixels",
-        backward: str = "plain",
+        backward: str = "auto",
     ) -> None:
         steps = _per_level(n_steps, n_levels, "n_steps")
         widths = _per_level(hidden_channels, n_levels, "hidden_channels")
@@ -86,7 +87,7 @@ class Glow(Specified, Flow):
                 GlowStep(channels, _coupling_net(couplings[index], channels, widths[index]), scale_bound, shift_bound)
                 for _ in range(steps[index])
             ]
-            body = _chain(flow_steps, backward, widths[index])
+            body = GlowSteps(flow_steps, _recompute(backward, couplings[index], widths[index]))
             layers: list[Bijection] = [HaarSqueeze() if squeeze == "haar" else Squeeze(), body]
             if index + 1 < n_levels:
                 layers.append(Split(level(index + 1, channels // 2)))
@@ -97,24 +98,25 @@ class Glow(Specified, Flow):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the layout of the nets' convolutions
 
     @classmethod
-    def paper(cls, image_shape: Sequence[int] = (3, 64, 64), backward: str = "plain") -> Glow:
+    def paper(cls, image_shape: Sequence[int] = (3, 64, 64), backward: str = "auto") -> Glow:
         """The Glow of Asim et al. and Wei et al.: 18 steps in three levels and one in the fourth, width 512, 25,771,456
         parameters for 3 channels; the log-scale is bounded where theirs is a sigmoid."""
         return cls(image_shape, 4, [18, 18, 18, 1], 512, coupling="conv-actnorm", backward=backward)
 
     @classmethod
-    def compact(cls, image_shape: Sequence[int] = (3, 64, 64), backward: str = "plain") -> Glow:
+    def compact(cls, image_shape: Sequence[int] = (3, 64, 64), backward: str = "auto") -> Glow:
         """The small preset for laptops: three levels of four steps, width 64."""
         return cls(image_shape, 3, 4, 64, squeeze="haar", backward=backward)
 
 
-def _chain(steps: list[GlowStep], backward: str, width: int | Sequence[int]) -> Sequential:
-    wide = isinstance(width, int) and width > FAST_WIDTH
-    if backward == "plain" or (backward == "fast" and not wide):
-        return Sequential(steps)
-    if backward in ("inputs", "invert"):
-        return Reversible(steps, recompute=backward)
-    return FastSteps(steps, recompute="inputs" if backward == "fast" else backward.removeprefix("fast-"))
+def _recompute(backward: str, coupling: str, width: int | Sequence[int]) -> str:
+    """The mode of a level."""
+    is_wide = coupling.startswith("conv") and isinstance(width, int) and width > FAST_WIDTH
+    if backward == "auto":
+        return "auto" if is_wide else "plain"
+    if backward == "fast":
+        return "fast-inputs" if is_wide else "plain"
+    return backward
 
 
 def _coupling_net(kind: str, channels: int, width: int | Sequence[int]) -> nn.Module:

@@ -1,6 +1,7 @@
 r"""The layers that Glow and RealNVP are made of.
 
     ActNorm         z = exp(s) * x + b                    logdet = H W sum(s)
+    PixelNorm       the same with s, b (C, H, W)          logdet = sum(s)
     Conv1x1         z = W x,  W = P L (U + diag(d))       logdet = H W sum(log|d|)
     AffineCoupling  z_a = exp(s(x_b)) * x_a + t(x_b)      logdet = sum(s(x_b))
     Squeeze         2x2 pixels to 4 channels              logdet = 0
@@ -16,12 +17,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowprox.coupling_nets import ChannelAffine
 from flowprox.flows.bijection import Bijection
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Conv1x1",
     "GlowStep",
     "HaarSqueeze",
+    "PixelNorm",
     "Split",
     "Squeeze",
     "Unsqueeze",
@@ -42,10 +44,11 @@ def _per_sample(value: Tensor, x: Tensor) -> Tensor:
     return (value * (x.shape[-2] * x.shape[-1])).expand(x.shape[0])
 
 
-class ActNorm(Bijection, ChannelAffine):
+class ActNorm(Bijection):
     """Scale and shift per channel, initialized so that the first training batch has mean 0 and variance 1.
 
-    The flag that says so, ``initialized``, is a buffer and is saved with the weights.
+    The flag that says so, ``initialized``, is a buffer and is saved with the weights. A channel that is constant in that batch
+    keeps scale 1: its reciprocal standard deviation would blow up whatever another image has there.
 
     References:
         Kingma and Dhariwal 2018, Glow, https://arxiv.org/abs/1807.03039, Sec. 3.1
@@ -60,16 +63,29 @@ class ActNorm(Bijection, ChannelAffine):
         (1.0, torch.Size([64]))
     """
 
+    initialized: Tensor
+    CONSTANT = 1e-4
+    """Standard deviation below which a channel counts as constant; one of 256 gray levels, dequantized, has 1e-3."""
+
     def __init__(self, n_channels: int) -> None:
-        ChannelAffine.__init__(self, n_channels)
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(n_channels))
+        self.bias = nn.Parameter(torch.zeros(n_channels))
+        self.register_buffer("initialized", torch.tensor(False))
         self._initialization_pending = True
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Set scale and shift from x (B, C, H, W)."""
+        std, mean = torch.std_mean(x.float(), dim=(0, 2, 3), correction=0)
+        self.log_scale.copy_(torch.where(std > self.CONSTANT, -torch.log(std + 1e-6), 0.0))
+        self.bias.copy_(-mean * torch.exp(self.log_scale))
+        self.initialized.fill_(True)
 
     def initialize_once(self, x: Tensor) -> None:
         """Initialize from x in train mode unless that has happened; the buffer is read until it is known to be set."""
-        if self._initialization_pending:
+        if self._initialization_pending and self.training:
             if not bool(self.initialized):
-                if not self.training:
-                    return
                 self.initialize(x)
             self._initialization_pending = False
 
@@ -79,11 +95,80 @@ class ActNorm(Bijection, ChannelAffine):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self.initialize_once(x)
-        return ChannelAffine.forward(self, x), _per_sample(self.log_scale.sum(), x)
+        return self.scaled(x), _per_sample(self.log_scale.sum(), x)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """exp(s) * x + b in the dtype of x, whatever is initialized."""
+        scale = torch.exp(self.log_scale).to(x.dtype).view(1, -1, 1, 1)
+        return x * scale + self.bias.to(x.dtype).view(1, -1, 1, 1)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         scale = torch.exp(-self.log_scale).view(1, -1, 1, 1)
         return (z - self.bias.view(1, -1, 1, 1)) * scale, _per_sample(-self.log_scale.sum(), z)
+
+
+class PixelNorm(Bijection):
+    """Scale and shift per pixel, initialized so that the first training batch has mean 0 and variance 1 in each.
+
+    The other layers treat all places alike: ActNorm has one scale per channel, and a coupling net sees a place only through its
+    distance from the border. Noise whose level changes from row to row needs this layer at its end of the flow. The price is
+    that the flow then belongs to one image size.
+
+    Arguments:
+        image_shape: (C, H, W); no other size is taken.
+
+    Example:
+        >>> layer = PixelNorm((1, 2, 2))
+        >>> z, logdet = layer(torch.randn(1000, 1, 2, 2) * torch.tensor([[1.0], [9.0]]))
+        >>> z.detach().std(dim=0).round(decimals=2).flatten()
+        tensor([1., 1., 1., 1.])
+    """
+
+    initialized: Tensor
+
+    def __init__(self, image_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(*image_shape))
+        self.bias = nn.Parameter(torch.zeros(*image_shape))
+        self.register_buffer("initialized", torch.tensor(False))
+        self._initialization_pending = True
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Set scale and shift from x (B, C, H, W); of one image only the shift."""
+        std, mean = torch.std_mean(x.float(), dim=0, correction=0)
+        self.log_scale.copy_(torch.where(std > 0, -torch.log(std + 1e-6), 0.0))
+        self.bias.copy_(-mean * torch.exp(self.log_scale))
+        self.initialized.fill_(True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """z and log|det|.
+
+        Raises:
+            ValueError: x is not of the size the layer was made for.
+        """
+        self._check(x)
+        if self._initialization_pending and self.training:
+            if not bool(self.initialized):
+                self.initialize(x)
+            self._initialization_pending = False
+        return x * torch.exp(self.log_scale) + self.bias, self.log_scale.sum().expand(len(x))
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """x and log|det|; errors as in ``forward``."""
+        self._check(z)
+        return (z - self.bias) * torch.exp(-self.log_scale), -self.log_scale.sum().expand(len(z))
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._initialization_pending = True
+
+    def _check(self, x: Tensor) -> None:
+        if x.shape[1:] != self.log_scale.shape:
+            raise ValueError(
+                f"the flow has a scale for each pixel of images of shape {tuple(self.log_scale.shape)} and takes no other "
+                f"size, got {tuple(x.shape[1:])}; train one for that size"
+            )
 
 
 def mixing_matrix(permutation: Tensor, lu: Tensor, sign: Tensor) -> Tensor:
@@ -143,17 +228,36 @@ class Conv1x1(Bijection):
         return self.lu.diagonal().sum()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        with _full_precision(x):
-            return F.conv2d(x, self.weight()[:, :, None, None]), _per_sample(self.log_determinant(), x)
+        with full_precision(x):
+            return pixelwise(x, self.weight()), _per_sample(self.log_determinant(), x)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        with _full_precision(z):
-            return F.conv2d(z, self.inverse_weight()[:, :, None, None]), _per_sample(-self.log_determinant(), z)
+        with full_precision(z):
+            return pixelwise(z, self.inverse_weight()), _per_sample(-self.log_determinant(), z)
 
 
-def _full_precision(x: Tensor) -> torch.autocast:
+def full_precision(x: Tensor) -> torch.autocast:
     """Autocast off: the bijection's own arithmetic stays in the dtype of x."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+def pixelwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same affine map of the channels at every pixel, M x + m; never in TF32, which would undo the exact inverse.
+
+    On a GPU cuDNN's convolutions are in TF32 unless they are told otherwise, and products of matrices are not: so there it is a
+    product, and where TF32 is allowed for products too, one in float64. What the coupling nets use is the user's choice.
+    """
+    if x.device.type == "cpu":
+        return F.conv2d(x, matrix[:, :, None, None].to(x.dtype), None if bias is None else bias.to(x.dtype))
+    exact = torch.float64 if x.dtype == torch.float32 and x.is_cuda and _products_are_tf32() else x.dtype
+    pixels, bias = x.permute(0, 2, 3, 1).to(exact), None if bias is None else bias.to(exact)
+    return F.linear(pixels, matrix.to(exact), bias).permute(0, 3, 1, 2).to(x.dtype)
+
+
+def _products_are_tf32() -> bool:
+    """Whether ``torch.backends`` allows TF32 for products of matrices on CUDA (torch 2.9 renamed the switch)."""
+    matmul = torch.backends.cuda.matmul
+    return bool(matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32)
 
 
 def soft_bound(value: Tensor, bound: float) -> Tensor:
@@ -185,37 +289,36 @@ class AffineCoupling(Bijection):
     def scale_and_shift(self, condition: Tensor) -> tuple[Tensor, Tensor]:
         """(s, t) from the half that passes; in the dtype of the input whatever the net computed in."""
         raw, shift = self.net(condition).to(condition.dtype).chunk(2, dim=1)
-        return soft_bound(raw, self.scale_bound), shift if self.shift_bound is None else soft_bound(
-            shift, self.shift_bound
-        )
+        return self.bounded(raw, shift)
+
+    def bounded(self, raw: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """(s, t) from the net's raw output."""
+        if self.shift_bound is not None:
+            shift = soft_bound(shift, self.shift_bound)
+        return soft_bound(raw, self.scale_bound), shift
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = _halves(x)
+        a, b = halves(x)
         log_scale, shift = self.scale_and_shift(b)
         return torch.cat([a * torch.exp(log_scale) + shift, b], dim=1), log_scale.sum(dim=(1, 2, 3))
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = _halves(z)
+        a, b = halves(z)
         log_scale, shift = self.scale_and_shift(b)
         return torch.cat([(a - shift) * torch.exp(-log_scale), b], dim=1), -log_scale.sum(dim=(1, 2, 3))
 
     def encode(self, x: Tensor) -> Tensor:
-        a, b = _halves(x)
+        a, b = halves(x)
         log_scale, shift = self.scale_and_shift(b)
         return torch.cat([a * torch.exp(log_scale) + shift, b], dim=1)
 
     def decode(self, z: Tensor) -> Tensor:
-        a, b = _halves(z)
+        a, b = halves(z)
         log_scale, shift = self.scale_and_shift(b)
         return torch.cat([(a - shift) * torch.exp(-log_scale), b], dim=1)
 
 
-def _pixelwise(x: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
-    """The same affine map of the channels at every pixel."""
-    return F.conv2d(x, matrix[:, :, None, None], bias)
-
-
-def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
     half = x.shape[1] // 2
     return x[:, :half], x[:, half:]
 
@@ -238,50 +341,25 @@ class GlowStep(Bijection):
         self.actnorm = ActNorm(n_channels)
         self.mix = Conv1x1(n_channels)
         self.coupling = AffineCoupling(net, scale_bound, shift_bound)
-        self.fixed: dict[str, tuple[Tensor, Tensor]] | None = None  # see flowprox.flows.frozen
 
-    def matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Matrix and bias of the linear part ("mix") and of its inverse ("unmix"), rounded from float64."""
-        return {
-            name: (matrix[0], bias[0])
-            for name, (matrix, bias) in (("mix", mixing_parts([self])), ("unmix", unmixing_parts([self])))
-        }
-
-    def _mixed(self, x: Tensor) -> Tensor:
-        if self.actnorm._initialization_pending:
-            self._initialize_once(x)
-        with _full_precision(x):
-            if self.fixed is not None:
-                return _pixelwise(x, *self.fixed["mix"])
-            weight = self.mix.weight()
-            bias = weight @ self.actnorm.bias
-            return _pixelwise(x, weight * torch.exp(self.actnorm.log_scale), bias)
-
-    def _unmixed(self, z: Tensor) -> Tensor:
-        with _full_precision(z):
-            if self.fixed is not None:
-                return _pixelwise(z, *self.fixed["unmix"])
-            inverse_scale = torch.exp(-self.actnorm.log_scale)
-            return _pixelwise(z, inverse_scale[:, None] * self.mix.inverse_weight(), -inverse_scale * self.actnorm.bias)
-
-    def _initialize_once(self, x: Tensor) -> None:
-        fresh = self.training and not bool(self.actnorm.initialized)
+    def initialize_once(self, x: Tensor) -> None:
+        """Initialize ActNorm, and those inside the net, from x in train mode unless that has happened."""
+        if not (self.training and self.actnorm._initialization_pending):
+            return
+        fresh = not bool(self.actnorm.initialized)
         self.actnorm.initialize_once(x)
         if fresh and hasattr(self.coupling.net, "initialize"):
             with torch.no_grad():
                 mixed = self.mix.forward(self.actnorm.forward(x)[0])[0]
-                self.coupling.net.initialize(_halves(mixed)[1])  # type: ignore[operator]
-
-    def _logdet(self, x: Tensor) -> Tensor:
-        return _per_sample(self.actnorm.log_scale.sum() + self.mix.log_determinant(), x)
+                self.coupling.net.initialize(halves(mixed)[1])  # type: ignore[operator]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         z, logdet = self.coupling(self._mixed(x))
-        return z, logdet + self._logdet(x)
+        return z, logdet + _per_sample(self._logdet(), x)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         x, logdet = self.coupling.inverse(z)
-        return self._unmixed(x), logdet - self._logdet(z)
+        return self._unmixed(x), logdet - _per_sample(self._logdet(), z)
 
     def encode(self, x: Tensor) -> Tensor:
         return self.coupling.encode(self._mixed(x))
@@ -289,20 +367,53 @@ class GlowStep(Bijection):
     def decode(self, z: Tensor) -> Tensor:
         return self._unmixed(self.coupling.decode(z))
 
+    def linear(self, inverse: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """M (C, C), m (C,) and log|det M| of the linear part u = M x + m, or of its inverse."""
+        log_scale, logdet = self.actnorm.log_scale, self._logdet()
+        if inverse:
+            scale = torch.exp(-log_scale)
+            return scale[:, None] * self.mix.inverse_weight(), -scale * self.actnorm.bias, -logdet
+        weight = self.mix.weight()
+        return weight * torch.exp(log_scale), weight @ self.actnorm.bias, logdet
 
-def mixing_parts(steps: Sequence[GlowStep]) -> tuple[Tensor, Tensor]:
-    """The linear part of every step, x -> M x + m, as M (n, C, C) and m (n, C); computed in float64, then rounded."""
-    permutation, lu, sign, log_scale, bias = _stacked(steps)
-    weight = mixing_matrix(permutation, lu, sign)
-    return _rounded(steps, weight * torch.exp(log_scale)[:, None], (weight @ bias[:, :, None])[:, :, 0])
+    def _mixed(self, x: Tensor) -> Tensor:
+        self.initialize_once(x)
+        with full_precision(x):
+            return pixelwise(x, *self.linear()[:2])
+
+    def _unmixed(self, z: Tensor) -> Tensor:
+        with full_precision(z):
+            return pixelwise(z, *self.linear(inverse=True)[:2])
+
+    def _logdet(self) -> Tensor:
+        return self.actnorm.log_scale.sum() + self.mix.log_determinant()
 
 
-def unmixing_parts(steps: Sequence[GlowStep]) -> tuple[Tensor, Tensor]:
-    """The inverses of ``mixing_parts``, u -> N u + n."""
-    permutation, lu, sign, log_scale, bias = _stacked(steps)
-    inverse_scale = torch.exp(-log_scale)
-    inverse = inverse_mixing_matrix(permutation, lu, sign)
-    return _rounded(steps, inverse_scale[:, :, None] * inverse, -inverse_scale * bias)
+class LinearParts(NamedTuple):
+    """The linear part of every step of a chain, u = M x + m: M (n, C, C), m (n, C), log|det M| (n,)."""
+
+    matrix: Tensor
+    bias: Tensor
+    logdet: Tensor
+
+    @classmethod
+    def stepwise(cls, steps: Sequence[GlowStep], inverse: bool = False) -> LinearParts:
+        """As the steps compute them, one after the other."""
+        return cls(*(torch.stack(parts) for parts in zip(*(step.linear(inverse) for step in steps), strict=True)))
+
+    @classmethod
+    def of(cls, steps: Sequence[GlowStep], inverse: bool = False) -> LinearParts:
+        """All at once, in float64 and rounded at the end, which gains half a digit of the round trip."""
+        permutation, lu, sign, log_scale, bias = _stacked(steps)
+        logdet = log_scale.sum(-1) + lu.diagonal(dim1=-2, dim2=-1).sum(-1)
+        if inverse:
+            scale, logdet = torch.exp(-log_scale), -logdet
+            parts = scale[:, :, None] * inverse_mixing_matrix(permutation, lu, sign), -scale * bias, logdet
+        else:
+            weight = mixing_matrix(permutation, lu, sign)
+            parts = weight * torch.exp(log_scale)[:, None], (weight @ bias[:, :, None])[:, :, 0], logdet
+        like = steps[0].mix.lu
+        return cls(*(part.to(like.device, torch.promote_types(like.dtype, torch.float32)) for part in parts))
 
 
 def _stacked(steps: Sequence[GlowStep]) -> tuple[Tensor, ...]:
@@ -311,11 +422,6 @@ def _stacked(steps: Sequence[GlowStep]) -> tuple[Tensor, ...]:
     # Apple's accelerator has no float64
     device = torch.device("cpu") if parts[0][0].device.type == "mps" else parts[0][0].device
     return tuple(torch.stack(part).to(device, torch.float64) for part in zip(*parts, strict=True))
-
-
-def _rounded(steps: Sequence[GlowStep], *parts: Tensor) -> tuple[Tensor, Tensor]:
-    matrix, bias = (part.to(steps[0].mix.lu) for part in parts)
-    return matrix, bias
 
 
 class Squeeze(Bijection):
@@ -376,12 +482,12 @@ class HaarSqueeze(Squeeze):
 
     def encode(self, x: Tensor) -> Tensor:
         self._check_even(x)
-        with _full_precision(x):
+        with full_precision(x):
             return F.conv2d(x, self._filters(x, x.shape[1]), stride=2)
 
     def decode(self, z: Tensor) -> Tensor:
         self._check_channels(z)
-        with _full_precision(z):
+        with full_precision(z):
             return F.conv_transpose2d(z, self._filters(z, z.shape[1] // 4), stride=2)
 
 
@@ -400,19 +506,19 @@ class Split(Bijection):
         self.inner = inner
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        rest, done = _halves(x)
+        rest, done = halves(x)
         rest, logdet = self.inner(rest)
         return torch.cat([rest, done], dim=1), logdet
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        rest, done = _halves(z)
+        rest, done = halves(z)
         rest, logdet = self.inner.inverse(rest)
         return torch.cat([rest, done], dim=1), logdet
 
     def encode(self, x: Tensor) -> Tensor:
-        rest, done = _halves(x)
+        rest, done = halves(x)
         return torch.cat([self.inner.encode(rest), done], dim=1)
 
     def decode(self, z: Tensor) -> Tensor:
-        rest, done = _halves(z)
+        rest, done = halves(z)
         return torch.cat([self.inner.decode(rest), done], dim=1)

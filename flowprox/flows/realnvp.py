@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from flowprox.coupling_nets import ZeroConv2d
 from flowprox.flows.bijection import Bijection, Sequential
+from flowprox.flows.conditioners import ZeroConv2d
 from flowprox.flows.flow import Flow
 from flowprox.flows.glow import _check_choice, _per_level
 from flowprox.flows.layers import ActNorm, AffineCoupling, Split, Squeeze, Unsqueeze

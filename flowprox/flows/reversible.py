@@ -4,7 +4,7 @@ r"""Backpropagation through a chain of bijections without keeping its activation
 
     backward, for i = n .. 1, given  a_i = dL/dx_i  and  b = dL/dlogdet  (the same for every step, logdet being a sum):
 
-        "inputs"   x_{i-1} was kept                      memory: one tensor per step
+        "inputs"   x_{i-1} was kept                      memory: one tensor per step    (torch.utils.checkpoint)
         "invert"   x_{i-1} = f_i^-1(x_i)                 memory: one tensor per chain
         (x_i, logdet_i) = f_i(x_{i-1}) is evaluated again, and autograd of this one step gives
         a_{i-1} = (df_i/dx)^T a_i + (dlogdet_i/dx)^T b
@@ -23,16 +23,18 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
-from flowprox.flows.bijection import Bijection, NonFiniteError, Sequential
+from flowprox.flows.bijection import REMEDY, Bijection, FiniteChecks, NonFiniteError, Sequential, current_checks
 
 __all__ = ["DriftError", "Reversible"]
 
@@ -46,17 +48,17 @@ class DriftError(NonFiniteError):
 class Reversible(Sequential):
     """``Sequential`` with memory-saving backpropagation: the same values, gradients and parameter names.
 
-    Each call records a single autograd node. The node's backward is not differentiable itself
-    (``once_differentiable``): for second derivatives use ``Sequential``, which loads the same ``state_dict``. Steps
-    must be deterministic functions of their input and parameters (no dropout, no batch statistics); the exception is
-    the data-dependent initialization of ActNorm, which happens before the recorded pass. The recomputation runs under
-    the autocast state of the recorded pass and with the parameters of that pass; changing them in place in between
-    raises the usual error of autograd.
+    Steps must be deterministic functions of their input and parameters (no dropout, no batch statistics); the exception is the
+    data-dependent initialization of ActNorm, which happens before the recorded pass. The recomputation runs under the autocast
+    state and with the parameters of the recorded pass; changing them in place in between raises the usual error of autograd.
+
+    With "inputs" each step is checkpointed, and can be differentiated again and again. With "invert" a call records a single
+    autograd node, whose backward is not differentiable itself (``once_differentiable``).
 
     Drift guard: in mode "invert" every ``check_drift``-th recorded pass, the first included, keeps the chain's input
     and compares the recomputed one with it; they may differ by 1e-3 (1e-7 in float64, 0.1 under autocast, whose
-    rounding amplifies) of the largest magnitude. Non-finite values are looked for in every backward pass on the CPU,
-    and on other devices, where looking makes the host wait, in the guarded ones.
+    rounding amplifies) of the largest magnitude. Values that are not finite are looked for in the guarded passes, and on the
+    CPU in every one; within ``gathered_checks`` a flag is raised in every pass and nothing is read but in the guarded ones.
 
     References:
         Gomez et al. 2017, The reversible residual network, https://arxiv.org/abs/1707.04585
@@ -95,20 +97,16 @@ class Reversible(Sequential):
         self._initialization_pending = True
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        self._initialize_once(x)
-        return self._record("forward", x) or super().forward(x)
+        return self._pass("forward", x)  # type: ignore[return-value]
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return self._record("inverse", z) or super().inverse(z)
+        return self._pass("inverse", z)  # type: ignore[return-value]
 
     def encode(self, x: Tensor) -> Tensor:
-        self._initialize_once(x)
-        recorded = self._record("encode", x)
-        return super().encode(x) if recorded is None else recorded[0]
+        return self._pass("encode", x)[0]
 
     def decode(self, z: Tensor) -> Tensor:
-        recorded = self._record("decode", z)
-        return super().decode(z) if recorded is None else recorded[0]
+        return self._pass("decode", z)[0]
 
     def extra_repr(self) -> str:
         return f"recompute={self.recompute!r}, check_drift={self.check_drift}"
@@ -124,46 +122,58 @@ class Reversible(Sequential):
             self._initialization_pending = any(n.endswith("initialized") and not bool(b) for n, b in buffers)
         return not self._initialization_pending
 
-    @torch.no_grad()
-    def _initialize_once(self, x: Tensor) -> None:
-        """Let the steps initialize themselves from x in a pass of their own, so that recorded passes change nothing."""
-        if self.training and not self._is_initialized():
-            super().encode(x)
+    def _pass(self, method: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``method`` of every step: (value, logdet), the latter None where it is not asked for."""
+        if self.training and not self._is_initialized() and len(self.layers):
+            if method in ("inverse", "decode"):  # before any data: undoing it by ``encode`` would initialize from it
+                return self._stepwise(method, x)
+            with torch.no_grad():
+                self._stepwise("encode", x)  # a pass of its own, so that recorded passes change nothing
+        recorded = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        return self._recorded(method, x, self.recompute) if recorded else self._stepwise(method, x)
 
-    def _record(self, method: str, x: Tensor) -> tuple[Any, ...] | None:
-        """Apply ``method`` of every step as one autograd node, or give None where there is nothing to differentiate."""
-        if not torch.is_grad_enabled() or not len(self.layers):
-            return None
-        backwards = method in ("inverse", "decode")
-        steps: list[Any] = list(reversed(self.layers)) if backwards else list(self.layers)
-        slots = [_parameter_slots(step) for step in steps]
-        parameters = [[values[name] for values, name in part] for part in slots]
-        trained = [any(p.requires_grad for p in part) for part in parameters]
-        if not x.requires_grad and not any(trained):
-            return None
-        # an uninitialized step would take the recomputation by ``encode`` for its first data
-        invert = self.recompute == "invert" and not (backwards and self.training and not self._is_initialized())
-        guarded = bool(self.check_drift) and self._n_recorded % self.check_drift == 0
+    def _stepwise(self, method: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As ``Sequential`` does it, and autograd with it."""
+        out = getattr(Sequential, method)(self, x)
+        return out if isinstance(out, tuple) else (out, None)
+
+    def _recorded(self, method: str, x: Tensor, recompute: str) -> tuple[Tensor, Tensor | None]:
+        """A pass that will be differentiated."""
+        steps: list[Any] = list(reversed(self.layers)) if method in ("inverse", "decode") else list(self.layers)
+        if recompute == "invert" and steps:
+            chain = StepChain(steps, method, self._is_guarded(), AutocastState.current(x.device.type), current_checks())
+            out = _Invert.apply(chain, x, *(p for part in chain.parameters for p in part))
+            return out if len(out) == 2 else (out[0], None)
+        logdet = x.new_zeros(x.shape[0]) if method in ("forward", "inverse") else None
+        for step in steps:
+            slots = parameter_slots(step)
+            out = recomputed(applied)(step, method, slots, x, *(values[name] for values, name in slots))
+            x, step_logdet = out if isinstance(out, tuple) else (out, None)
+            if logdet is not None and step_logdet is not None:
+                logdet = logdet + step_logdet
+        return x, logdet
+
+    def _is_guarded(self) -> bool:
+        """Whether the drift guard looks at this recorded pass; counts them."""
         self._n_recorded += 1
-        chain = StepChain(
-            steps=steps,
-            slots=slots,
-            method=method,
-            first=0 if x.requires_grad else trained.index(True),
-            invert=invert,
-            guarded=guarded,
-            autocast=AutocastState.current(x.device.type),
-        )
-        return _Recompute.apply(chain, x, *(p for part in parameters for p in part))
+        return bool(self.check_drift) and (self._n_recorded - 1) % self.check_drift == 0
 
 
-def _parameter_slots(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
+ParameterSlots = list[tuple[dict[str, Any], str]]
+
+
+def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with ``torch.utils.checkpoint``: what it computes is not kept, and computed again in the backward pass."""
+    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+
+
+def parameter_slots(module: nn.Module) -> ParameterSlots:
     """Where the parameters of a module are kept: (dictionary, name) pairs."""
     return [(m._parameters, name) for m in module.modules() for name, p in m._parameters.items() if p is not None]
 
 
 @contextmanager
-def _substituted(slots: Sequence[tuple[dict[str, Any], str]], tensors: Sequence[Tensor]) -> Iterator[None]:
+def _substituted(slots: ParameterSlots, tensors: Sequence[Tensor]) -> Iterator[None]:
     """Parameters replaced by ``tensors`` for a while."""
     originals = [values[name] for values, name in slots]
     try:
@@ -173,6 +183,12 @@ def _substituted(slots: Sequence[tuple[dict[str, Any], str]], tensors: Sequence[
     finally:
         for (values, name), tensor in zip(slots, originals, strict=True):
             values[name] = tensor
+
+
+def applied(step: Any, method: str, slots: ParameterSlots, x: Tensor, *parameters: Tensor) -> Any:
+    """``step.method(x)`` with those parameters: the recomputation sees what the recorded pass saw, not what came after."""
+    with _substituted(slots, parameters):
+        return step(x) if method == "forward" else getattr(step, method)(x)
 
 
 @dataclass(frozen=True)
@@ -199,100 +215,86 @@ class AutocastState:
 
 @dataclass
 class StepChain:
-    """One recorded pass: the steps in the order in which they were applied, and how to go back."""
+    """One recorded pass of mode "invert": the steps in the order in which they were applied, and how to go back."""
 
     steps: list[Any]
-    slots: list[list[tuple[dict[str, Any], str]]]
     method: str
-    first: int  # steps before this one have nothing to differentiate
-    invert: bool
-    guarded: bool
+    is_guarded: bool
     autocast: AutocastState
+    checks: FiniteChecks | None
+
+    def __post_init__(self) -> None:
+        self.slots = [parameter_slots(step) for step in self.steps]
+        self.parameters = [[values[name] for values, name in part] for part in self.slots]
 
     def apply(self, i: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        step = self.steps[i]
-        if self.method == "forward":
-            return step(x)
-        out = getattr(step, self.method)(x)
-        return out if self.method == "inverse" else (out, None)
+        out = applied(self.steps[i], self.method, [], x)
+        return out if isinstance(out, tuple) else (out, None)
 
     def undo(self, i: int, y: Tensor) -> Tensor:
         with torch.no_grad():
             return getattr(self.steps[i], _UNDO[self.method])(y)
 
-    def run(self, x: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """(output, logdet, tensors to keep)."""
+    def run(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         logdet = x.new_zeros(x.shape[0]) if self.method in ("forward", "inverse") else None
-        kept = []
         for i in range(len(self.steps)):
-            if i >= self.first and not self.invert:
-                kept.append(x)
-            elif i == self.first and self.guarded:
-                kept.append(x)
             x, step_logdet = self.apply(i, x)
             if logdet is not None and step_logdet is not None:
                 logdet = logdet + step_logdet
-        return x, logdet, [*kept, x] if self.invert else kept
+        return x, logdet
 
     def backward(
-        self, kept: Sequence[Tensor], parameters: Sequence[Tensor], needs: Sequence[bool], grads: tuple[Tensor, ...]
-    ) -> list[Tensor | None]:
-        """Gradients of (input, *parameters) from those of (output, logdet)."""
+        self, y: Tensor, parameters: Sequence[Tensor], needs: Sequence[bool], grads: tuple[Tensor, ...]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The input, and the gradients of (input, *parameters) from those of (output, logdet)."""
         grad: Tensor | None = grads[0]
         parameter_grads: list[Tensor | None] = [None] * len(parameters)
-        end, x = len(parameters), kept[-1]
-        for i in reversed(range(self.first, len(self.steps))):
+        end, x = len(parameters), y
+        for i in reversed(range(len(self.steps))):
             start = end - len(self.slots[i])
             leaves = [parameters[j].detach().requires_grad_(needs[1 + j]) for j in range(start, end)]
             with _substituted(self.slots[i], leaves), self.autocast.restored():
-                x = self.undo(i, x) if self.invert else kept[i - self.first]
-                x = x.detach().requires_grad_(i > self.first or needs[0])
+                x = self.undo(i, x).detach().requires_grad_(i > 0 or needs[0])
                 with torch.enable_grad():
                     outputs = self.apply(i, x)
-            if i == len(self.steps) - 1 and not self.invert:
-                self.check_output(kept, outputs[0])
             found = _gradients(outputs, (grad, *grads[1:]), [x, *leaves])
             grad, parameter_grads[start:end] = found[0], found[1:]
             end = start
-        if self.invert:
-            self.check_input(x, kept)
-        return [grad, *parameter_grads]
+        return x, [grad, *parameter_grads]
 
-    def check_output(self, kept: Sequence[Tensor], y: Tensor) -> None:
-        """Mode "inputs": what was finite in the recorded pass is finite now, so one look at the end is enough."""
-        if (y.device.type == "cpu" or self.guarded) and not _is_finite(y):
-            values = [*kept[1:], y]
-            i = next(i for i, value in enumerate(values) if not _is_finite(value) or i == len(values) - 1)
-            raise NonFiniteError(
-                f"{self._name(self.first + i)} gave a non-finite value in its {self._direction}; {_REMEDY}"
-            )
+    def check(self, x: Tensor, y: Tensor, x_was: Tensor | None) -> None:
+        """Report what is wrong with the recomputed input x of a pass with output y.
 
-    def check_input(self, x: Tensor, kept: Sequence[Tensor]) -> None:
-        """Mode "invert": NaN spreads through the steps undone after it, so one look at the end is enough."""
-        if (x.device.type == "cpu" or self.guarded) and not _is_finite(x):
-            x = kept[-1]
-            for i in reversed(range(self.first, len(self.steps))):
-                with self.autocast.restored():
-                    x = self.undo(i, x)
-                if not _is_finite(x):
-                    raise NonFiniteError(
-                        f"{self._name(i)} gave a non-finite value when its {self._direction} was undone; {_REMEDY}"
-                    )
-        if self.guarded and _deviation(x, kept[0]) > self._tolerance(x):
+        NaN spreads through the steps undone after it, so one look at the end is enough.
+        """
+        if self.checks is not None:
+            self.checks.add(x, f"a Reversible chain of {len(self.steps)}, undone,", self._direction.split()[0])
+        if self.is_guarded or (x.device.type == "cpu" and self.checks is None):
             with self.autocast.restored():
-                self._name_drift(*kept)
+                if not _is_finite(x):
+                    self._name_non_finite(y)
+                elif x_was is not None and _deviation(x, x_was) > self._tolerance(x):
+                    self._name_drift(x_was, y)
+
+    def _name_non_finite(self, y: Tensor) -> None:
+        for i in reversed(range(len(self.steps))):
+            y = self.undo(i, y)
+            if not _is_finite(y):
+                raise NonFiniteError(
+                    f"{self._name(i)} gave a non-finite value when its {self._direction} was undone; {REMEDY}"
+                )
 
     def _name_drift(self, x: Tensor, y: Tensor) -> None:
         """Go forward and back once more to find the step, and raise."""
         inputs = []
         with torch.no_grad():
-            for i in range(self.first, len(self.steps)):
+            for i in range(len(self.steps)):
                 inputs.append(x)
                 x = self.apply(i, x)[0]
         deviation = 0.0
-        for i in reversed(range(self.first, len(self.steps))):
+        for i in reversed(range(len(self.steps))):
             y = self.undo(i, y)
-            deviation = _deviation(y, inputs[i - self.first])
+            deviation = _deviation(y, inputs[i])
             if deviation > self._tolerance(y):
                 break
         raise DriftError(
@@ -315,22 +317,25 @@ class StepChain:
         return f"layers.{position} ({type(self.steps[i]).__name__}) of a Reversible chain of {len(self.steps)}"
 
 
-class _Recompute(torch.autograd.Function):
-    """The autograd node of a recorded pass. Parameters are inputs: their gradients leave through autograd."""
+class _Invert(torch.autograd.Function):
+    """The autograd node of mode "invert". Parameters are inputs: their gradients leave through autograd."""
 
     @staticmethod
     def forward(ctx: Any, chain: StepChain, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        y, logdet, kept = chain.run(x)
-        ctx.chain, ctx.n_kept = chain, len(kept)
-        ctx.save_for_backward(*kept, *parameters)
+        y, logdet = chain.run(x)
+        ctx.chain, kept = chain, [x] if chain.is_guarded else []
+        ctx.n_parameters = len(parameters)
+        ctx.save_for_backward(*parameters, y, *kept)
         return (y,) if logdet is None else (y, logdet)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved, chain = ctx.saved_tensors, ctx.chain
+        chain, n = ctx.chain, ctx.n_parameters
+        parameters, (y, *kept) = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
         with replace(chain.autocast, enabled=False).restored():  # autocast is for forward passes only
-            found = chain.backward(saved[: ctx.n_kept], saved[ctx.n_kept :], ctx.needs_input_grad[1:], grads)
+            x, found = chain.backward(y, parameters, ctx.needs_input_grad[1:], grads)
+            chain.check(x.detach(), y, kept[0] if kept else None)
         return None, *found
 
 
@@ -346,9 +351,6 @@ def _gradients(
     wanted = [x for x in inputs if x.requires_grad]
     found = iter(torch.autograd.grad(values, wanted, value_grads, allow_unused=True))
     return [next(found) if x.requires_grad else None for x in inputs]
-
-
-_REMEDY = "check the input for NaN, and train with a tighter bound on the log-scale or a smaller learning rate"
 
 
 def _is_finite(x: Tensor) -> bool:

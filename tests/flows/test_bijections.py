@@ -8,16 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flowprox.coupling_nets import CouplingAttention, CouplingNet, CouplingResNet, CouplingUNet, ZeroConv2d
 from flowprox.flows import (
     ActNorm,
     AffineCoupling,
     Bijection,
     Conv1x1,
-    FastSteps,
     Flow,
     Glow,
     GlowStep,
+    GlowSteps,
     HaarSqueeze,
     PixelNorm,
     PixelwiseFlow,
@@ -28,6 +27,7 @@ from flowprox.flows import (
     Squeeze,
     Unsqueeze,
 )
+from flowprox.flows.conditioners import CouplingAttention, CouplingNet, CouplingResNet, CouplingUNet, ZeroConv2d
 from flowprox.flows.realnvp import ChannelFlip, CheckerboardCoupling, ResidualConditioner
 
 SMALL = (3, 4, 4)
@@ -68,8 +68,8 @@ CASES: dict[str, tuple[Callable[[], Bijection], tuple[int, ...]]] = {
     "glow, as published": (lambda: Glow(SMALL, 2, 1, 4, coupling="conv-actnorm"), SMALL),
     "glow, inputs": (lambda: Glow(SMALL, 2, 2, 4, backward="inputs"), SMALL),
     "glow, invert": (lambda: Glow(SMALL, 2, 2, 4, backward="invert"), SMALL),
-    "fast steps": (lambda: FastSteps(steps(), "nothing"), (4, 4, 4)),
-    "fast steps, odd channels": (lambda: FastSteps([GlowStep(3, CouplingNet(2, 2, 5))], "invert"), (3, 4, 2)),
+    "fast steps": (lambda: GlowSteps(steps(), "fast-nothing"), (4, 4, 4)),
+    "fast steps, odd channels": (lambda: GlowSteps([GlowStep(3, CouplingNet(2, 2, 5))], "fast-invert"), (3, 4, 2)),
     "glow, fast": (lambda: Glow(SMALL, 2, 2, 4, shift_bound=2.0, squeeze="haar", backward="fast-nothing"), SMALL),
     "glow, fast-inputs": (lambda: Glow(SMALL, 2, 2, 4, coupling="conv-actnorm", backward="fast-inputs"), SMALL),
     "glow, fast-invert": (lambda: Glow(SMALL, 2, 2, 4, coupling="conv-actnorm", backward="fast-invert"), SMALL),

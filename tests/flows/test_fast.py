@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from flow_cases import FAST_MODES, chain, decode_loss, every_loss, gradients, log_prob_loss, pair
-from torch import Tensor, nn
+from torch import Tensor
 
-from flowprox.coupling_nets import CouplingNet, CouplingUNet
-from flowprox.flows import FastSteps, Flow, Glow, GlowStep, RealNVP, Reversible, Sequential, fast, frozen
+from flowprox.flows import Flow, Glow, GlowStep, GlowSteps, RealNVP, Reversible, Sequential, fast, frozen
+from flowprox.flows.conditioners import CouplingNet, CouplingUNet
 from flowprox.flows.glow import FAST_WIDTH
 from flowprox.operators import make_physics
 from flowprox.prox import FlowProx
@@ -65,7 +65,7 @@ def test_float32_gradients_are_as_good_as_plain_ones(
     exact, plain, quick, x = flows(mode, coupling)
     expected = flat_gradients(exact, loss, x.double())
     found, plain_found = (relative(flat_gradients(flow, loss, x), expected) for flow in (quick, plain))
-    assert found < 1.5 * plain_found + 1e-7
+    assert found < 2 * plain_found + 1e-7
 
 
 @every_fast_mode
@@ -166,29 +166,23 @@ def test_drift_guard_finds_a_map_that_cannot_be_inverted(mode: str) -> None:
         z.backward()
 
 
-@every_fast_mode
-def test_non_finite_values_are_named(mode: str) -> None:
-    steps = chain([GlowStep(4, CouplingNet(2, 4, 4)) for _ in range(3)], mode).eval()
-    x = torch.randn(2, 4, 4, 4)
-    x[0, 0, 0, 0] = float("nan")
-    with pytest.raises(ArithmeticError, match=r"layers\.\d \(GlowStep\) .* non-finite"):
-        steps.encode(x).sum().backward()
-
-
-def test_the_rule_of_fast() -> None:
-    """Narrow nets take the plain path, wide ones compute their hidden layers again."""
-    flow = Glow((3, 8, 8), 2, 1, [FAST_WIDTH, FAST_WIDTH + 1], backward="fast")
-    found = [m.recompute for m in flow.modules() if isinstance(m, FastSteps)]
-    assert found == ["inputs"]
+def test_the_rule_of_auto_and_fast() -> None:
+    """Narrow nets take the plain path, wide ones compute hidden layers again."""
+    for backward, wide in (("auto", "auto"), ("fast", "fast-inputs"), ("invert", "invert")):
+        flow = Glow((3, 8, 8), 2, 1, [FAST_WIDTH, FAST_WIDTH + 1], backward=backward)
+        narrow = wide if backward == "invert" else "plain"
+        assert [m.recompute for m in flow.modules() if isinstance(m, GlowSteps)] == [narrow, wide]
+    flow = Glow((3, 8, 8), 1, 1, [[FAST_WIDTH + 1]], coupling="unet")
+    assert [m.recompute for m in flow.modules() if isinstance(m, GlowSteps)] == ["plain"]
 
 
 def test_other_layers_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"got GlowStep with CouplingUNet; use backward="):
+    with pytest.raises(ValueError, match=r"got CouplingUNet; use backward="):
         Glow((3, 8, 8), 1, 1, [[4]], coupling="unet", backward="fast-inputs")
-    with pytest.raises(ValueError, match="got Sequential"):
-        FastSteps([Sequential([])])
+    with pytest.raises(ValueError, match="got Sequential; use"):
+        GlowSteps([Sequential([])])
     with pytest.raises(ValueError, match="recompute must be"):
-        FastSteps([], "everything")
+        GlowSteps([], "everything")
 
 
 FROZEN = {
@@ -242,16 +236,14 @@ def test_threads_share_a_frozen_model() -> None:
     with ThreadPoolExecutor(4) as pool:
         assert max(pool.map(encode, range(60))) < 1e-5
     assert list(flow.state_dict()) == names and all(p.requires_grad for p in flow.parameters())
-    assert not any(isinstance(module, FastSteps) for module in flow.modules())
 
 
 def test_frozen_is_undone_after_an_error() -> None:
     flow = Glow((3, 8, 8), 1, 1, 4)
-    before = dict(flow.named_modules())
     with pytest.raises(RuntimeError, match="by hand"), frozen(flow):
-        assert any(isinstance(m, FastSteps) for m in flow.modules())
+        assert not flow.training
         raise RuntimeError("by hand")
-    assert dict(flow.named_modules()) == before and all(p.requires_grad for p in flow.parameters())
+    assert flow.training and all(p.requires_grad for p in flow.parameters())
 
 
 def test_frozen_keeps_the_memory_mode() -> None:
@@ -279,6 +271,5 @@ def test_an_unfolded_network_reconstructs_on_the_fast_path_in_evaluation_mode() 
 
 
 def test_nets_with_a_learned_scale_and_none_are_supported() -> None:
-    assert FastSteps.supports(Sequential([GlowStep(4, CouplingNet(2, 4, 4, actnorm=True))]))
-    assert not FastSteps.supports(Sequential([GlowStep(4, CouplingUNet(2, 4, [4]))]))
-    assert not FastSteps.supports(Sequential([])) and not FastSteps.supports(nn.Identity())
+    assert GlowSteps([GlowStep(4, CouplingNet(2, 4, 4, actnorm=True))]).has_fast_path
+    assert not GlowSteps([GlowStep(4, CouplingUNet(2, 4, [4]))]).has_fast_path

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowprox.coupling_nets import ZeroConv2d
 from flowprox.flows import Flow, Glow, RealNVP
+from flowprox.flows.conditioners import ZeroConv2d
 from flowprox.naming import build
 
 FLOWS = {

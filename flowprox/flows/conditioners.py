@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ChannelAffine", "CouplingAttention", "CouplingNet", "CouplingResNet", "CouplingUNet", "ZeroConv2d"]
+from flowprox.flows.layers import ActNorm
+
+__all__ = ["CouplingAttention", "CouplingNet", "CouplingResNet", "CouplingUNet", "ZeroConv2d"]
 
 
 class ZeroConv2d(nn.Conv2d):
@@ -38,30 +40,6 @@ class ZeroConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x)
         return out if self.log_scale is None else out * torch.exp(3 * self.log_scale).view(1, -1, 1, 1)
-
-
-class ChannelAffine(nn.Module):
-    """Learned scale and shift per channel, set from the first training batch so that each channel has mean 0, variance 1."""
-
-    initialized: Tensor
-
-    def __init__(self, n_channels: int) -> None:
-        super().__init__()
-        self.log_scale = nn.Parameter(torch.zeros(n_channels))
-        self.bias = nn.Parameter(torch.zeros(n_channels))
-        self.register_buffer("initialized", torch.tensor(False))
-
-    @torch.no_grad()
-    def initialize(self, x: Tensor) -> None:
-        """Set scale and shift from x (B, C, H, W)."""
-        std, mean = torch.std_mean(x.float(), dim=(0, 2, 3), correction=0)
-        self.log_scale.copy_(-torch.log(std + 1e-6))
-        self.bias.copy_(-mean * torch.exp(self.log_scale))
-        self.initialized.fill_(True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale = torch.exp(self.log_scale).to(x.dtype).view(1, -1, 1, 1)
-        return x * scale + self.bias.to(x.dtype).view(1, -1, 1, 1)
 
 
 class CouplingNet(nn.Module):
@@ -93,16 +71,27 @@ class CouplingNet(nn.Module):
             nn.Conv2d(c_in, hidden_channels, size, padding=size // 2)
             for c_in, size in zip(widths, kernel_sizes[:-1], strict=False)
         )
-        self.norms = nn.ModuleList(ChannelAffine(hidden_channels) for _ in self.hidden) if actnorm else None
+        self.norms = nn.ModuleList(ActNorm(hidden_channels) for _ in self.hidden) if actnorm else None
         self.last = ZeroConv2d(widths[-1], out_channels, kernel_sizes[-1], learn_scale=actnorm)
 
     def forward(self, x: Tensor) -> Tensor:
-        for i, convolution in enumerate(self.hidden):
-            x = convolution(x)
-            if self.norms is not None:
-                x = self.norms[i](x)
-            x = F.relu(x)
-        return self.last(x)
+        *hidden, last = [folded(layer, rate) for layer, rate in zip(self.parts(), self.rates, strict=True)]
+        for weight, bias in hidden:
+            x = F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2).relu_()
+        return F.conv2d(x, *last, padding=last[0].shape[-1] // 2)
+
+    @property
+    def rates(self) -> list[float]:
+        """Factor of the log-scale in the exponent, per convolution (see ``ZeroConv2d``)."""
+        return [1.0] * len(self.hidden) + [3.0]
+
+    def parts(self) -> list[list[Tensor]]:
+        """Per convolution: weight, bias, then log-scale and shift of what follows it, where there are such."""
+        layers = [[c.weight, c.bias] for c in self.hidden]
+        if self.norms is not None:
+            layers = [[*layer, norm.log_scale, norm.bias] for layer, norm in zip(layers, self.norms, strict=True)]
+        scale = [] if self.last.log_scale is None else [self.last.log_scale]
+        return [*layers, [self.last.weight, self.last.bias, *scale]]  # type: ignore[list-item]
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
@@ -111,8 +100,19 @@ class CouplingNet(nn.Module):
             x = convolution(x)
             if self.norms is not None:
                 self.norms[i].initialize(x)  # type: ignore[operator]
-                x = self.norms[i](x)
+                x = self.norms[i].scaled(x)  # type: ignore[operator]
             x = F.relu(x)
+
+
+def folded(layer: Sequence[Tensor], rate: float) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution with the scale and shift after it: a few weights are multiplied, no activations."""
+    weight, bias, *affine = layer
+    if affine:
+        scale = torch.exp(rate * affine[0])
+        weight, bias = weight * scale.view(-1, 1, 1, 1), bias * scale
+    if len(affine) > 1:
+        bias = bias + affine[1]
+    return weight, bias
 
 
 class CouplingResNet(nn.Module):
