@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from flowprox.noise import noise_level
 from flowprox.operators import make_physics
 from flowprox.prox import at_level, checked_levels
-from flowprox.unfolding.conditioning import noise_level
 
 LEVELS = (0.01, 0.03, 0.2, 0.25)
 

@@ -215,7 +215,7 @@ def test_each_image_is_reconstructed_at_its_own_level() -> None:
 
 def test_noise_without_a_level_cannot_be_told() -> None:
     physics = make_physics("denoising", SHAPE, noise="radial", sigma=None)
-    with pytest.raises(ValueError, match="is told the noise level"):
+    with pytest.raises(ValueError, match="HeteroscedasticNoise, has no level"):
         told_the_level(UnfoldedPGD)(torch.rand(1, *SHAPE), physics)
 
 

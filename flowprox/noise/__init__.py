@@ -7,8 +7,15 @@
 from flowprox.noise.base import Generators, Noise
 from flowprox.noise.digits import MNISTNoise
 from flowprox.noise.flow import FlowNoise
-from flowprox.noise.gaussian import GaussianNoise, HeteroscedasticNoise, radial_noise, sinusoidal_noise
-from flowprox.noise.making import NOISES, make_noise
+from flowprox.noise.gaussian import (
+    NOISES,
+    GaussianNoise,
+    HeteroscedasticNoise,
+    make_noise,
+    noise_level,
+    radial_noise,
+    sinusoidal_noise,
+)
 
 __all__ = [
     "NOISES",
@@ -19,6 +26,7 @@ __all__ = [
     "MNISTNoise",
     "Noise",
     "make_noise",
+    "noise_level",
     "radial_noise",
     "sinusoidal_noise",
 ]

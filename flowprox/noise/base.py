@@ -13,11 +13,12 @@ import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from deepinv.physics import NoiseModel
 from torch import Tensor
 
-__all__ = ["Generators", "Noise", "at_least_zero", "generator_each", "standard_normal"]
+__all__ = ["Generators", "Noise", "at_least_zero", "finite_number", "generator_each", "standard_normal"]
 
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 """One generator for the batch, one per image, or torch's global one."""
@@ -85,8 +86,21 @@ def generator_each(y: Tensor, generator: Generators) -> list[torch.Generator]:
     return list(generator)
 
 
+def finite_number(name: str, value: Any) -> float:
+    """The number as a float, also one of numpy or torch, or an error if it is none or not finite."""
+    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.ndim == 0):
+        value = value.item()
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return float(value)
+
+
 def at_least_zero(name: str, value: Any) -> float:
     """The standard deviation as a float, or an error if it is none."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
+    try:
+        number = finite_number(name, value)
+    except ValueError:
+        number = -1.0
+    if number < 0:
         raise ValueError(f"{name} is a standard deviation and must be a finite number of at least 0, got {value!r}")
-    return float(value)
+    return number

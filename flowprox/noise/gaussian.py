@@ -7,21 +7,33 @@ r"""Independent Gaussian noise, its level one number or one per entry.
     radial       sigma_d = sigma max(exp(-d / length), floor)         d distance from the center in pixels
 
 n noise (B, ...), sigma standard deviation (of sinusoidal and radial: the largest), all in the units of the measurement.
+``make_noise`` makes these, and digits, by name; ``noise_level`` is how everything reads the level of a measurement.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import deepinv
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flowprox.noise.base import Generators, Noise, at_least_zero, standard_normal
+from flowprox.naming import nearest
+from flowprox.noise.base import Generators, Noise, at_least_zero, finite_number, standard_normal
+from flowprox.noise.digits import MNISTNoise
 
-__all__ = ["GaussianNoise", "HeteroscedasticNoise", "radial_noise", "sinusoidal_noise"]
+__all__ = [
+    "NOISES",
+    "GaussianNoise",
+    "HeteroscedasticNoise",
+    "make_noise",
+    "noise_level",
+    "radial_noise",
+    "sinusoidal_noise",
+]
 
 
 class GaussianNoise(Noise, deepinv.physics.GaussianNoise):
@@ -49,7 +61,7 @@ class GaussianNoise(Noise, deepinv.physics.GaussianNoise):
 
     def __init__(self, sigma: float = 0.1, mean: float = 0.0) -> None:
         super().__init__(sigma=at_least_zero("sigma", sigma))
-        self.register_buffer("mean", torch.tensor(_finite("mean", mean)))
+        self.register_buffer("mean", torch.tensor(finite_number("mean", mean)))
 
     def sample_like(self, y: Tensor, generator: Generators = None) -> Tensor:
         sigma, mean = self._parameters_like(y)
@@ -167,7 +179,7 @@ def sinusoidal_noise(
     is_image = len(sizes) >= 2
     i = torch.arange(sizes[-2 if is_image else 0], dtype=torch.float64)
     scale = at_least_zero("sigma", sigma) * torch.exp(torch.sin(2 * math.pi * i / period) - 1)
-    return HeteroscedasticNoise((scale[:, None] if is_image else scale).float(), _finite("mean", mean))
+    return HeteroscedasticNoise((scale[:, None] if is_image else scale).float(), finite_number("mean", mean))
 
 
 def radial_noise(
@@ -206,7 +218,40 @@ def radial_noise(
     rows, columns = (torch.arange(n, dtype=torch.float64) - (n - 1) // 2 for n in sizes[-2:])
     distance = torch.hypot(rows[:, None], columns)
     scale = at_least_zero("sigma", sigma) * torch.exp(-distance / length).clamp(min=floor)
-    return HeteroscedasticNoise(scale.float(), _finite("mean", mean))
+    return HeteroscedasticNoise(scale.float(), finite_number("mean", mean))
+
+
+def noise_level(physics: nn.Module, like: Tensor, *, allow_rms: bool = False) -> Tensor:
+    """The standard deviation of the noise of ``physics`` for each image of ``like`` (B, ...): (B,).
+
+    deepinv's ``ZeroNoise``, which a physics has that was given no noise, is level 0.
+
+    Arguments:
+        physics: an operator with a ``noise_model``, or the noise itself.
+        like: measurements or images; only their number, dtype and device are used.
+        allow_rms: whether a noise with a level for each entry counts with their root mean square.
+
+    Raises:
+        ValueError: the noise has no level ``sigma``, or another number of them.
+
+    Example:
+        >>> noise_level(GaussianNoise(0.5), torch.zeros(2, 3, 8, 8)).tolist()
+        [0.5, 0.5]
+    """
+    noise = physics if isinstance(physics, deepinv.physics.NoiseModel) else getattr(physics, "noise_model", None)
+    sigma = 0.0 if isinstance(noise, deepinv.physics.ZeroNoise) else getattr(noise, "sigma", None)
+    if allow_rms and isinstance(noise, HeteroscedasticNoise):
+        sigma = noise.scale.double().square().mean().sqrt()  # broadcasting repeats every entry equally often
+    if sigma is None:
+        raise ValueError(
+            f"the noise, {type(noise).__name__}, has no level sigma; give the physics a GaussianNoise(sigma), or the level "
+            "to the method where it takes one"
+        )
+    sigma = torch.as_tensor(sigma, dtype=like.dtype.to_real(), device=like.device).flatten()
+    n = like.shape[0]  # not len(like), which would fix the batch size of an exported program
+    if len(sigma) not in (1, n):
+        raise ValueError(f"the noise model has {len(sigma)} levels for {n} images; give one, or one per image")
+    return sigma.expand(n)
 
 
 def _log_normal(residual: Tensor, sigma: Tensor, mean: Tensor) -> Tensor:
@@ -217,14 +262,64 @@ def _log_normal(residual: Tensor, sigma: Tensor, mean: Tensor) -> Tensor:
     return each.flatten(1).sum(1)
 
 
-def _finite(name: str, value: float) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-    return float(value)
-
-
 def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
     sizes = tuple(shape)
     if not sizes or any(not isinstance(n, int) or n < 1 for n in sizes):
         raise ValueError(f"shape must hold the positive sizes of a measurement without its batch axis, got {shape!r}")
     return sizes
+
+
+# By name --------------------------------------------------------------------------------------------------------------
+
+
+def _gaussian(shape: Sequence[int], sigma: float = 0.1, mean: float = 0.0) -> Noise:
+    return GaussianNoise(sigma, mean)
+
+
+def _mnist(
+    shape: Sequence[int],
+    path: str | None = None,
+    n_digits: int = 3,
+    amplitude: float = 1.0,
+    sigma: float = 0.05,
+    split: str = "test",
+) -> Noise:
+    if path is None:
+        raise ValueError("mnist noise needs path: MNIST's image file, such as t10k-images-idx3-ubyte.gz")
+    return MNISTNoise(path, n_digits, amplitude, sigma, split)  # type: ignore[arg-type]
+
+
+NOISES: Mapping[str, Callable[..., Noise]] = {
+    "gaussian": _gaussian,
+    "sinusoidal": sinusoidal_noise,
+    "radial": radial_noise,
+    "mnist": _mnist,
+}
+"""Noise name -> what makes it from a shape and parameters; ``sigma`` is a standard deviation in each."""
+
+
+def make_noise(name: str, shape: Sequence[int], **parameters: Any) -> Noise:
+    """Build a noise.
+
+    Arguments:
+        name: "gaussian" (sigma, mean), "sinusoidal" (sigma, period, mean), "radial" (sigma, length, floor, mean) or
+            "mnist" (path, n_digits, amplitude, sigma, split). Every sigma is a standard deviation: of white noise; the
+            largest of all entries; that in the center; that of the white noise under the digits.
+        shape: of the measurement without its batch axis, (C, H, W) or (m,).
+        parameters: of the noise, see ``GaussianNoise``, ``sinusoidal_noise``, ``radial_noise`` and ``MNISTNoise``.
+
+    Raises:
+        ValueError: unknown name or parameter, or a value that does not fit; the message offers the nearest ones.
+        FileNotFoundError: the file of the digits does not exist.
+
+    Example:
+        >>> make_noise("radial", (3, 64, 64), sigma=0.5).scale.max().item()
+        0.5
+    """
+    if name not in NOISES:
+        raise ValueError(f"unknown noise {name!r}; {nearest(name, NOISES)}")
+    known = [key for key in inspect.signature(NOISES[name]).parameters if key != "shape"]
+    for key in parameters:
+        if key not in known:
+            raise ValueError(f"{name} noise has no parameter {key!r}; {nearest(key, known)}")
+    return NOISES[name](shape, **parameters)

@@ -12,12 +12,18 @@ whatever size they were made for; the other operators belong to one size.
 """
 
 from flowprox.operators.blur import CircularBlur, CircularConvolution, LearnedBlur
-from flowprox.operators.checks import check_adjoint, check_measurement, measurement_shape
-from flowprox.operators.data_steps import data_gradient, data_prox
+from flowprox.operators.data_steps import ExactProx, data_gradient, data_prox
 from flowprox.operators.imaging import FILTERS, ParallelCT, RealMRI, SuperResolution, cartesian_mask
 from flowprox.operators.kinds import BOUNDARIES, PROBLEMS, Parameter, ProblemKind
 from flowprox.operators.masks import center_mask, random_mask
-from flowprox.operators.measuring import measure, measure_each
+from flowprox.operators.measuring import (
+    check_adjoint,
+    check_measurement,
+    measure,
+    measure_each,
+    measured_entries,
+    measurement_shape,
+)
 from flowprox.operators.problems import Problem, make_physics
 from flowprox.operators.sensing import DenseSensing, OneBitSensing, StructuredSensing
 from flowprox.operators.sizes import Fitted, WindowedBlur, fit_to_divisor
@@ -29,6 +35,7 @@ __all__ = [
     "CircularConvolution",
     "DenseSensing",
     "LearnedBlur",
+    "ExactProx",
     "FILTERS",
     "Fitted",
     "OneBitSensing",
@@ -52,6 +59,7 @@ __all__ = [
     "make_physics",
     "measure",
     "measure_each",
+    "measured_entries",
     "measurement_shape",
     "random_mask",
 ]

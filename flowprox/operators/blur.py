@@ -10,18 +10,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from deepinv.physics import LinearPhysics, NoiseModel
+from deepinv.physics import NoiseModel
 from deepinv.physics.functional import filter_fft, gaussian_blur
 from torch import Tensor, nn
 
 from flowprox.naming import Specified
 from flowprox.noise import GaussianNoise
 from flowprox.noise.base import at_least_zero
+from flowprox.operators.data_steps import ExactProx
 
 __all__ = ["CircularBlur", "CircularConvolution", "LearnedBlur", "checked_kernel", "gaussian_kernel"]
 
 
-class CircularConvolution(LinearPhysics):
+class CircularConvolution(ExactProx):
     """Convolution of every channel with one kernel, the image repeated periodically.
 
         A x = F^-1 (h F x),    A^T y = F^-1 (conj(h) F y),    h = F(kernel)
@@ -42,13 +43,6 @@ class CircularConvolution(LinearPhysics):
     def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
         """Correlation of y with the kernel, of the shape of y (B, C, H, W)."""
         return self._filtered(y, self._transfer(y).conj())
-
-    def prox_l2(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, z: Tensor | float | None, y: Tensor, gamma: float | Tensor, **kwargs: Any
-    ) -> Tensor:
-        """argmin_x gamma/2 ||A x - y||^2 + 1/2 ||x - z||^2, in closed form; nothing is written to the operator."""
-        z = y.new_full(y.shape, float(z or 0.0)) if not isinstance(z, Tensor) else z
-        return self.regularized_inverse(z, y, 1.0 / gamma)
 
     def regularized_inverse(self, v: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:
         """argmin_x 1/2 ||y - A x||^2 + rho/2 ||x - v||^2 = F^-1[(conj(h) F y + rho F v) / (|h|^2 + rho)]."""

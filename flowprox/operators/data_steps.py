@@ -9,12 +9,33 @@ x and v images, y measurement, A linear operator, A^T its adjoint, rho > 0 the w
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import torch
 from deepinv.optim.linear import least_squares_implicit_backward
 from deepinv.physics import DecomposablePhysics, LinearPhysics
 from torch import Tensor
 
-__all__ = ["data_gradient", "data_prox"]
+__all__ = ["ExactProx", "data_gradient", "data_prox"]
+
+
+class ExactProx(LinearPhysics):
+    """A linear operator whose ``data_prox`` has a closed form; deepinv's ``prox_l2`` follows from it."""
+
+    def regularized_inverse(self, v: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:
+        """argmin_x 1/2 ||y - A x||^2 + rho/2 ||x - v||^2, for images v (B, C, H, W), measurements y and rho > 0.
+
+        rho broadcasts against v; the result is differentiable in all three, and nothing is written to the operator.
+        """
+        raise NotImplementedError
+
+    def prox_l2(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, z: Tensor | float | None, y: Tensor, gamma: float | Tensor, **kwargs: Any
+    ) -> Tensor:
+        """argmin_x gamma/2 ||A x - y||^2 + 1/2 ||x - z||^2."""
+        if not isinstance(z, Tensor):
+            z = torch.full_like(self.A_adjoint(y), float(z or 0.0))
+        return self.regularized_inverse(z, y, 1.0 / gamma)
 
 
 def data_gradient(x: Tensor, y: Tensor, physics: LinearPhysics) -> Tensor:
@@ -37,8 +58,8 @@ def data_prox(
 ) -> Tensor:
     """argmin_x 1/2 ||y - A x||^2 + rho/2 ||x - v||^2, differentiable in v, y and rho.
 
-    In closed form for operators with a ``regularized_inverse(v, y, rho)`` (circular blur, the learned one included, and
-    structured sensing) and those that deepinv decomposes (denoising, inpainting); otherwise by conjugate gradient, whose
+    In closed form for an ``ExactProx`` (circular blur, the learned one included, structured sensing, super-resolution, MRI)
+    and the operators that deepinv decomposes (denoising, inpainting); otherwise by conjugate gradient, whose
     gradient deepinv computes by implicit differentiation. Nothing is written to ``physics``.
 
     Arguments:
@@ -69,9 +90,8 @@ def data_prox(
             f"data_prox takes a linear operator and {type(physics).__name__} is none; use a solver that takes any operator, "
             "such as NoiseMAP"
         )
-    closed_form = getattr(physics, "regularized_inverse", None)
-    if closed_form is not None:
-        return closed_form(v, y, rho)
+    if isinstance(physics, ExactProx):
+        return physics.regularized_inverse(v, y, rho)
     if isinstance(physics, DecomposablePhysics):
         return physics.prox_l2(v, y, 1.0 / rho)
     # LinearPhysics.prox_l2 would write solver, max_iter and tol to the operator; its default eps of 1e-8 costs 3 digits

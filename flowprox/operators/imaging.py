@@ -13,12 +13,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from deepinv.physics import MRI, Downsampling, LinearPhysics, NoiseModel, Tomography, adjoint_function
+from deepinv.physics import MRI, Downsampling, NoiseModel, Tomography, adjoint_function
 from deepinv.physics.functional import Radon
 from deepinv.physics.generator import RandomMaskGenerator
 from torch import Tensor
 
 from flowprox.noise import GaussianNoise
+from flowprox.operators.data_steps import ExactProx
 from flowprox.operators.masks import checked_mask
 
 __all__ = ["FILTERS", "MATRIX_LIMIT", "ParallelCT", "RealMRI", "SuperResolution", "cartesian_mask"]
@@ -32,7 +33,7 @@ MATRIX_LIMIT = 2 * 10**7
 ImageShape = tuple[int, int, int]
 
 
-class RealMRI(LinearPhysics):
+class RealMRI(ExactProx):
     """Single-coil MRI of a real image: y = M F x, real and imaginary part as channels; the adjoint is Re F^H M y.
 
     A^T A is a circular convolution, so the data step has a closed form. Lines that are not measured are zero in y, with
@@ -95,13 +96,6 @@ class RealMRI(LinearPhysics):
         spectrum = torch.fft.rfft2(self.A_adjoint(y) + rho * v)
         return torch.fft.irfft2(spectrum / (self.get_buffer("gram") + rho), s=v.shape[-2:])
 
-    def prox_l2(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, z: Tensor | float | None, y: Tensor, gamma: float | Tensor, **kwargs: Any
-    ) -> Tensor:
-        """argmin_x gamma/2 ||A x - y||^2 + 1/2 ||x - z||^2, in closed form; nothing is written to the operator."""
-        z = torch.full_like(self.A_adjoint(y), float(z or 0.0)) if not isinstance(z, Tensor) else z
-        return self.regularized_inverse(z, y, 1.0 / gamma)
-
     def A_dagger(self, y: Tensor, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Pseudo-inverse: frequencies that neither the line nor its mirror image measures are set to zero."""
         gram = self.get_buffer("gram")
@@ -123,7 +117,7 @@ class RealMRI(LinearPhysics):
             )
 
 
-class SuperResolution(Downsampling):
+class SuperResolution(ExactProx, Downsampling):
     """Filtering and subsampling: y = S (h * x), every factor-th row and column of the circularly filtered image.
 
     deepinv's ``Downsampling`` with an exact data step that is stable for small rho: A A^T is a circular convolution of
@@ -180,13 +174,6 @@ class SuperResolution(Downsampling):
         gram = torch.fft.rfft2(self.A(self.A_adjoint(impulse))).real  # A A^T in the Fourier domain
         spectrum = torch.fft.rfft2(y - self.A(v)) / (gram + rho)
         return v + self.A_adjoint(torch.fft.irfft2(spectrum, s=y.shape[-2:]))
-
-    def prox_l2(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, z: Tensor | float | None, y: Tensor, gamma: float | Tensor, **kwargs: Any
-    ) -> Tensor:
-        """argmin_x gamma/2 ||A x - y||^2 + 1/2 ||x - z||^2, in closed form."""
-        z = torch.full_like(self.A_adjoint(y), float(z or 0.0)) if not isinstance(z, Tensor) else z
-        return self.regularized_inverse(z, y, 1.0 / gamma)
 
 
 class ParallelCT(Tomography):

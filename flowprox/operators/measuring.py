@@ -1,8 +1,9 @@
-"""Measurements of images.
+"""Measurements of images, and whether a measurement belongs to an operator and an adjoint to its operator.
 
-    y = A(x) + n
+    y = A(x) + n                                   the noise n from a generator, or from a seed per image
+    <A x, w> = <x, A^T w>                          for all images x and measurements w
 
-x image, y measurement, A operator, n noise; the noise comes from a generator or a seed per image.
+x image, y measurement, A operator, A^T its adjoint if it is linear.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from deepinv.physics import Inpainting, Physics
+from deepinv.physics import Inpainting, LinearPhysics, Physics
 from torch import Tensor
 
 from flowprox.noise import Noise
 from flowprox.operators.sensing import OneBitSensing
 
-__all__ = ["measure", "measure_each"]
+__all__ = ["check_adjoint", "check_measurement", "measure", "measure_each", "measured_entries", "measurement_shape"]
+
+ImageShape = tuple[int, int, int]
 
 
 def measure(x: Tensor, physics: Physics, generator: torch.Generator | None = None) -> Tensor:
@@ -93,3 +96,146 @@ def _check_image(x: Tensor, physics: Physics) -> None:
             f"images of {h}x{w} do not fit the operator's mask of {mask_h}x{mask_w}; "
             f"build the operator with image_shape (C, {h}, {w})"
         )
+
+
+def measurement_shape(
+    physics: Physics, image_shape: ImageShape, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> torch.Size:
+    """Shape of the measurement of one image (C, H, W), without the batch: one application of A.
+
+    Example:
+        >>> from flowprox.operators import make_physics
+        >>> measurement_shape(make_physics("compressed-sensing", (3, 8, 8), m=40), (3, 8, 8))
+        torch.Size([40])
+    """
+    with torch.no_grad():
+        return physics.A(torch.zeros(1, *image_shape, device=device, dtype=dtype)).shape[1:]
+
+
+def measured_entries(y: Tensor, physics: Physics, image_shape: ImageShape) -> Tensor:
+    """Which entries of y (B, ...) a linear operator measures: those where positive pixels do not give exactly 0; bool, like y.
+
+    Hidden pixels, lines of k-space that are left out and rays that miss the image tell nothing of it, whatever stands there.
+
+    Example:
+        >>> from flowprox.operators import make_physics
+        >>> physics = make_physics("inpainting", (1, 4, 4), mask_size=2)
+        >>> int(measured_entries(torch.zeros(1, 1, 4, 4), physics, (1, 4, 4)).sum())
+        12
+    """
+    if not isinstance(physics, LinearPhysics):
+        return torch.ones_like(y, dtype=torch.bool)
+    pixels = 0.5 + torch.rand(1, *image_shape, generator=torch.Generator().manual_seed(0), dtype=y.real.dtype)
+    with torch.no_grad():
+        return (physics.A(pixels.to(y.device).expand(len(y), -1, -1, -1)) != 0).expand_as(y)
+
+
+def check_measurement(y: Tensor, physics: Physics | None = None, image_shape: ImageShape | None = None) -> Tensor:
+    """y with 0 in the entries that the operator does not measure, or an error if it is no measurement.
+
+    Arguments:
+        y: measurements (B, ...), floating-point or complex; entries that are not measured may hold anything, NaN included.
+        physics: the operator that is said to have measured them; one or two applications of A tell the shape y must have
+            and which entries are measured. None checks only what y is by itself.
+        image_shape: (C, H, W) of the images to reconstruct; None takes what the adjoint of a linear operator gives.
+
+    Raises:
+        ValueError: y is no tensor of floating-point or complex numbers, no batch, holds NaN or infinity, or is not of the
+            shape that A gives.
+
+    Example:
+        >>> from flowprox.operators import make_physics
+        >>> check_measurement(torch.zeros(2, 40), make_physics("compressed-sensing", (3, 8, 8), m=50), (3, 8, 8))
+        Traceback (most recent call last):
+            ...
+        ValueError: y has shape (2, 40), but the operator measures an image of shape (3, 8, 8) as (50,): y must be (B, 50)
+    """
+    if not isinstance(y, Tensor) or not (y.is_floating_point() or y.is_complex()):
+        kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"y must be a tensor of floating-point numbers, got {kind}; convert it with y.float()")
+    if image_shape is None and (y.ndim < 2 or y.ndim == 3):
+        raise ValueError(f"y must be a batch, (B, C, H, W) or (B, m), got shape {tuple(y.shape)}; use y[None]")
+    if physics is not None:
+        image_shape = _image_shape(y, physics) if image_shape is None else image_shape
+    if physics is not None and image_shape is not None:
+        expected = measurement_shape(physics, image_shape, device=y.device, dtype=y.real.dtype)
+        if y.shape[1:] != expected:
+            raise ValueError(
+                f"y has shape {tuple(y.shape)}, but the operator measures an image of shape {tuple(image_shape)} as "
+                f"{tuple(expected)}: y must be (B, {', '.join(map(str, expected))})"
+            )
+        y = torch.where(measured_entries(y, physics, image_shape), y, 0)
+    finite = torch.isfinite(y)
+    if not bool(finite.all()):
+        bad = (~finite).flatten(1).sum(1)
+        raise ValueError(
+            f"y holds {int(bad.sum())} values that are NaN or infinite, in images {bad.nonzero().flatten().tolist()}; "
+            "hide them with a mask, or leave those images out"
+        )
+    return y
+
+
+def _image_shape(y: Tensor, physics: Physics) -> ImageShape | None:
+    """(C, H, W) of the images behind y, as the adjoint of a linear operator tells; None for another operator."""
+    if not isinstance(physics, LinearPhysics):
+        return None
+    with torch.no_grad():
+        shape = tuple(physics.A_adjoint(y).shape)
+    if len(shape) != 4 or shape[0] != y.shape[0]:
+        raise ValueError(f"the adjoint of the operator maps y {tuple(y.shape)} to {shape}; images are (B, C, H, W)")
+    return shape[1:]
+
+
+def check_adjoint(
+    physics: Physics,
+    image_shape: ImageShape,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    tol: float = 1e-3,
+    n_images: int = 1,
+) -> None:
+    """Raise if ``A_adjoint`` is not the adjoint of A; costs one application of each. Non-linear operators pass.
+
+    Arguments:
+        physics: the operator; only a ``deepinv.physics.LinearPhysics`` is looked at.
+        image_shape: (C, H, W).
+        device: of the operator.
+        dtype: of the images.
+        tol: allowed |<A x, w> - <x, A^T w>| relative to ||A x|| ||w||, for random x and w that are drawn on the CPU
+            with a fixed seed.
+        n_images: how many random images; an operator with parameters per image, such as masks (B, 1, H, W), takes B.
+
+    Raises:
+        ValueError: A_adjoint gives another shape than the image, or the two inner products differ.
+
+    Example:
+        >>> from deepinv.physics import LinearPhysics
+        >>> wrong = LinearPhysics(A=lambda x: 2 * x, A_adjoint=lambda y: y)
+        >>> try:
+        ...     check_adjoint(wrong, (1, 4, 4))
+        ... except ValueError as error:
+        ...     print(str(error)[:36])
+        A_adjoint is not the adjoint of A: <
+    """
+    if not isinstance(physics, LinearPhysics):
+        return
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        x = torch.randn(n_images, *image_shape, generator=generator, dtype=torch.float64).to(device, dtype)
+        Ax = physics.A(x)
+        # w leans towards A x, so that a wrong factor shows as well
+        random = torch.randn(Ax.shape, generator=generator, dtype=torch.float64).to(Ax)
+        w = Ax + random * Ax.norm() / max(1.0, Ax.numel() ** 0.5)
+        back = physics.A_adjoint(w)
+        if back.shape != x.shape:
+            raise ValueError(
+                f"A_adjoint gives shape {tuple(back.shape)} for an image of shape {tuple(x.shape)}: it is not the adjoint "
+                "of A; pass the transpose of A as A_adjoint"
+            )
+        left, right = (Ax * w).double().sum(), (x * back).double().sum()
+        if not abs(left - right) <= tol * Ax.double().norm() * w.double().norm():
+            raise ValueError(
+                f"A_adjoint is not the adjoint of A: <A x, w> = {left:.4g} but <x, A^T w> = {right:.4g} for random x and w; "
+                "pass the transpose of A as A_adjoint, or let deepinv.physics.adjoint_function derive it"
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,8 @@ from torch import Tensor
 from flowprox.naming import nearest
 from flowprox.noise import NOISES, GaussianNoise, Noise, make_noise
 from flowprox.noise.base import at_least_zero
-from flowprox.operators.checks import measurement_shape
 from flowprox.operators.kinds import PROBLEMS, ImageShape
+from flowprox.operators.measuring import measurement_shape
 
 __all__ = ["Problem", "make_physics", "noise_of"]
 
@@ -147,9 +148,10 @@ def make_physics(
         problem = Problem(problem, parameters)
     elif parameters:
         problem = problem.replaced(**parameters)
-    shape = tuple(image_shape)
+    shape = _canonical(tuple(image_shape))
     if len(shape) != 3 or any(not isinstance(n, int) or n < 1 for n in shape):
         raise ValueError(f"image_shape must be three positive numbers (C, H, W), got {image_shape!r}")
+    seed = operator.index(seed)
     physics = PROBLEMS[problem.name].constructor(shape, seed=seed, device=device, **problem.operator_parameters)
     physics.set_noise_model(noise_of(problem, physics, shape, device))
     return physics  # pyright: ignore[reportReturnType]  # one-bit sensing alone is not linear
@@ -205,11 +207,13 @@ def _displaced(given: Mapping[str, Any]) -> set[str]:
 def _canonical(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0:
+        return value.item()  # numbers as numpy and torch give them
     if isinstance(value, Tensor):
         return value.numpy(force=True)
     if isinstance(value, Mapping):
         return {str(key): _canonical(part) for key, part in value.items()}
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(_canonical(part) for part in value) if isinstance(value, list | tuple) else value
 
 
 def _label_part(key: str, value: Any) -> str:

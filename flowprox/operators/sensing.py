@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from flowprox.noise import GaussianNoise
+from flowprox.operators.data_steps import ExactProx
 
 __all__ = ["DenseSensing", "OneBitSensing", "StructuredSensing", "check_memory"]
 
@@ -108,7 +109,7 @@ class DenseSensing(_Sensing):
         return self._image(y @ matrix)
 
 
-class StructuredSensing(_Sensing):
+class StructuredSensing(_Sensing, ExactProx):
     """Compressed sensing without a matrix in memory: y = sqrt(n/m) S H D x in O(n log n) time and O(n) memory.
 
     D are random signs, H is the orthogonal discrete Hartley transform, which is its own inverse, S picks m of n rows at
@@ -176,13 +177,6 @@ class StructuredSensing(_Sensing):
     def regularized_inverse(self, v: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:
         """argmin_x 1/2 ||y - A x||^2 + rho/2 ||x - v||^2 = v + A^T (y - A v) / (n/m + rho)."""
         return v + self.A_adjoint(y - self.A(v)) / (self.scale**2 + rho)
-
-    def prox_l2(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, z: Tensor | float | None, y: Tensor, gamma: float | Tensor, **kwargs: Any
-    ) -> Tensor:
-        """argmin_x gamma/2 ||A x - y||^2 + 1/2 ||x - z||^2, in closed form; nothing is written to the operator."""
-        z = torch.full_like(self.A_adjoint(y), float(z or 0.0)) if not isinstance(z, Tensor) else z
-        return self.regularized_inverse(z, y, 1.0 / gamma)
 
 
 class OneBitSensing(Physics):

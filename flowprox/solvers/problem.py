@@ -21,14 +21,13 @@ from torch import Tensor
 
 from flowprox.flows import Flow
 from flowprox.noise import GaussianNoise
-from flowprox.operators import check_adjoint, check_measurement
+from flowprox.operators import check_adjoint, check_measurement, measured_entries
 
 __all__ = [
     "LatentProblem",
     "Solution",
     "SolverInterrupted",
     "Start",
-    "measured_entries",
     "noise_density",
     "null_space_perturbed",
 ]
@@ -90,7 +89,7 @@ class LatentProblem:
                 f"flow must be a Flow, or a decoder with latent_size, got {type(flow).__name__}; "
                 "flowprox.load_model(name) gives one"
             )
-        self.flow, self.y, self.physics = flow, _checked(y), physics
+        self.flow, self.y, self.physics = flow, check_measurement(y, physics).detach(), physics
         self._separable: bool | None = None
         shape = self._image_shape()
         self.channels, self.size = shape[0], (shape[1], shape[2])
@@ -109,7 +108,6 @@ class LatentProblem:
             )
         self._check_fit(shape)
         self.measured = measured_entries(self.y, physics, (shape[0], shape[1], shape[2]))
-        self.y = torch.where(self.measured, self.y, 0)  # whatever stands there, such as the scratch of a photograph
 
     @property
     def has_density(self) -> bool:
@@ -234,19 +232,15 @@ class LatentProblem:
         """(C, H, W) of the operator's images, as the operator tells; otherwise those the flow was made for."""
         if isinstance(self.physics, LinearPhysics):
             with torch.no_grad():
-                shape = tuple(self.physics.A_adjoint(self.y).shape)
-            if len(shape) != 4 or shape[0] != self.y.shape[0]:
-                raise ValueError(
-                    f"the adjoint of the operator maps y {tuple(self.y.shape)} to {shape}; images are (B, C, H, W)"
-                )
-            return shape[1:]
+                return tuple(self.physics.A_adjoint(self.y).shape[1:])
         size: Any = getattr(self.physics, "img_size", None)
         return tuple(size) if size is not None and len(size) == 3 else self.flow.image_shape
 
     def _check_fit(self, shape: tuple[int, ...]) -> None:
         if self.y.dtype.to_real() != self._like.dtype:
             raise ValueError(f"y is {self.y.dtype} and the flow {self._like.dtype}; convert one of them")
-        check_measurement(self.y, self.physics, (shape[0], shape[1], shape[2]))
+        if not isinstance(self.physics, LinearPhysics):  # whose adjoint has told the shape of its images
+            check_measurement(self.y, self.physics, (shape[0], shape[1], shape[2]))
         check_adjoint(
             self.physics,
             (shape[0], shape[1], shape[2]),
@@ -275,15 +269,6 @@ def null_space_perturbed(x: Tensor, physics: LinearPhysics, scale: float = 1.0, 
         return x + noise - physics.A_dagger(physics.A(noise))
 
 
-def measured_entries(y: Tensor, physics: Physics, image_shape: tuple[int, int, int]) -> Tensor:
-    """Which entries of y (B, ...) a linear operator measures: where images of positive pixels do not give 0 exactly."""
-    if not isinstance(physics, LinearPhysics):
-        return torch.ones_like(y, dtype=torch.bool)
-    pixels = 0.5 + torch.rand(1, *image_shape, generator=torch.Generator().manual_seed(0), dtype=y.real.dtype)
-    with torch.no_grad():
-        return physics.A(pixels.to(y.device).expand(len(y), -1, -1, -1)) != 0
-
-
 def noise_density(noise: Any, physics: Physics) -> Any:
     """The density of the noise, which has ``log_prob``: residual (B, ...) to (B,). deepinv's Gaussian noise becomes ours.
 
@@ -308,12 +293,3 @@ def noise_density(noise: Any, physics: Physics) -> Any:
     density = GaussianNoise()
     density.update_parameters(sigma=model.sigma)
     return density
-
-
-def _checked(y: Tensor) -> Tensor:
-    if not isinstance(y, Tensor) or y.ndim < 2 or not (y.is_floating_point() or y.is_complex()):
-        found = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(f"y must be a floating-point batch of measurements (B, ...), got {found}")
-    if not bool(torch.isfinite(y).all()):
-        raise ValueError("y holds NaN or infinite values; remove them, for example with an inpainting mask")
-    return y.detach()

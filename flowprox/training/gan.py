@@ -18,6 +18,7 @@ from deepinv.physics import Denoising
 from torch import Tensor, nn
 
 from flowprox.baselines import GANPrior
+from flowprox.metrics import psnr
 from flowprox.networks import DCGANDiscriminator, DCGANGenerator
 from flowprox.options import DataOptions, GANOptions, TrainingOptions
 from flowprox.training.tasks import Task
@@ -69,8 +70,7 @@ class GANTask(Task):
         return F.softplus(-real).mean() + F.softplus(fake).mean()
 
     def evaluate(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        projected = self._project(model, x)
-        return {self.figure: -10 * (projected - x).square().flatten(1).mean(1).clamp(min=1e-12).log10()}
+        return {self.figure: psnr(self._project(model, x), x, clip=False)}
 
     def parameter_groups(self, options: TrainingOptions) -> list[dict[str, Any]]:
         (group,) = super().parameter_groups(options)

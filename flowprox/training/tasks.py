@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from flowprox.checkpoints import load_model
 from flowprox.flows import Flow
+from flowprox.metrics import psnr
 from flowprox.noise import FlowNoise, Noise, make_noise
 from flowprox.operators import VariedProblem, make_physics, measure
 from flowprox.options import (
@@ -288,7 +289,7 @@ class ReconstructionTask(Task):
         return loss
 
     def evaluate(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        return {"psnr": _psnr(model(*self._measured(x, generator)), x)}
+        return {"psnr": psnr(model(*self._measured(x, generator)), x).clamp(max=_HIGHEST)}
 
     def initialize(self, x: Tensor) -> None:
         flows = self.model.flows()  # type: ignore[operator]
@@ -328,7 +329,7 @@ class DenoisingTask(Task):
         return nn.functional.mse_loss(self.model(v, 1.0), x)
 
     def evaluate(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        return {"psnr": _psnr(model(_add_noise(x, self.noise_range, generator), 1.0), x)}
+        return {"psnr": psnr(model(_add_noise(x, self.noise_range, generator), 1.0), x).clamp(max=_HIGHEST)}
 
     def pictures(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> list[Tensor]:
         v = _add_noise(x, self.noise_range, generator)
@@ -336,6 +337,7 @@ class DenoisingTask(Task):
 
 
 _SMALL_ERROR, _LARGE_ERROR = 1e-4, 1e-2
+_HIGHEST = 120.0  # dB; a mean over images must stay finite
 
 
 def _logarithm(error: Tensor) -> Tensor:
@@ -357,11 +359,6 @@ def _add_noise(x: Tensor, noise_range: list[float], generator: torch.Generator) 
         return x
     level = low + (high - low) * torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device)
     return x + level * torch.randn(x.shape, generator=generator, device=x.device)
-
-
-def _psnr(x_hat: Tensor, x: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each image (B,), peak 1, the estimate clipped to [0, 1]."""
-    return -10 * (x_hat.clamp(0, 1) - x).square().flatten(1).mean(1).clamp(min=1e-12).log10()
 
 
 def _initialize_flow(flow: nn.Module, x: Tensor) -> bool:

@@ -29,7 +29,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from deepinv.physics import LinearPhysics, Physics, ZeroNoise
+from deepinv.physics import LinearPhysics
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -38,7 +38,7 @@ from flowprox.flows.layers import AffineCoupling
 from flowprox.naming import Specified
 from flowprox.prox import FlowProx, checked_levels
 
-__all__ = ["Conditioning", "LatentMeanNet", "adapt", "noise_level"]
+__all__ = ["Conditioning", "LatentMeanNet", "adapt"]
 
 
 class Conditioning(Specified):
@@ -93,28 +93,6 @@ class Conditioning(Specified):
                 raise ValueError(
                     f"latent_mean has {name} {getattr(self.latent_mean, name)} and the proxes need {wanted}{hint}"
                 )
-
-
-def noise_level(physics: Physics, like: Tensor) -> Tensor:
-    """The standard deviation of the white noise of ``physics``, one per image of ``like`` (B, ...): (B,).
-
-    deepinv's ``ZeroNoise``, which a physics has that was given no noise, is level 0.
-
-    Raises:
-        ValueError: the noise of ``physics`` has no level ``sigma``, or another number of them.
-    """
-    exact = isinstance(physics.noise_model, ZeroNoise)
-    sigma = 0.0 if exact else getattr(physics.noise_model, "sigma", None)
-    if sigma is None:
-        name = type(physics.noise_model).__name__
-        raise ValueError(
-            f"this network is told the noise level, which {name} does not have; give the physics a GaussianNoise(sigma)"
-        )
-    sigma = torch.as_tensor(sigma, dtype=like.dtype, device=like.device).flatten()
-    n = like.shape[0]  # not len(like), which would fix the batch size of an exported program
-    if len(sigma) not in (1, n):
-        raise ValueError(f"the noise model has {len(sigma)} levels for {n} images; give one, or one per image")
-    return sigma.expand(n)
 
 
 class LatentMeanNet(Specified, nn.Module):

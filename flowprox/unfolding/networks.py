@@ -27,9 +27,10 @@ from torch import Tensor, nn
 
 from flowprox.flows import Flow, frozen
 from flowprox.naming import Specified
+from flowprox.noise import noise_level
 from flowprox.operators import data_gradient, data_prox
 from flowprox.prox import FlowProx, at_level
-from flowprox.unfolding.conditioning import Conditioning, noise_level
+from flowprox.unfolding.conditioning import Conditioning
 
 __all__ = ["GradientStep", "ProximalStep", "Unfolded", "UnfoldedHQS", "UnfoldedPGD"]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowprox.flows import Flow, Glow, HaarSqueeze, Sequential, Unsqueeze
 from flowprox.noise import FlowNoise, Noise
-from flowprox.operators import make_physics
+from flowprox.operators import make_physics, measured_entries
 from flowprox.solvers import (
     LBFGS,
     Adam,
@@ -25,7 +25,7 @@ from flowprox.solvers import (
 )
 from flowprox.solvers.discrepancy import noise_energy
 from flowprox.solvers.objective import Objective, squared_error
-from flowprox.solvers.problem import LatentProblem, measured_entries
+from flowprox.solvers.problem import LatentProblem
 
 EXACT = LBFGS(n_iterations=300, tolerance=0)
 OPERATORS = ["denoising", "inpainting", "deblurring", "compressed-sensing"]
@@ -333,9 +333,9 @@ def test_what_does_not_fit_is_refused() -> None:
     flow, physics = gaussian_flow(), operators()["denoising"]
     y = measurement(physics)
     solver = LatentMAP(flow, 0.1)
-    with pytest.raises(ValueError, match="y holds NaN"):
+    with pytest.raises(ValueError, match="NaN or infinite"):
         solver(y * torch.nan, physics)
-    with pytest.raises(ValueError, match="floating-point batch"):
+    with pytest.raises(ValueError, match="must be a batch"):
         solver(torch.zeros(16, dtype=torch.float64), physics)
     with pytest.raises(ValueError, match="3 channels and the flow has 1"):
         solver(torch.zeros(1, 3, 4, 4, dtype=torch.float64), make_physics("denoising", (3, 4, 4)))
