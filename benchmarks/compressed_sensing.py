@@ -29,7 +29,8 @@ from flowprox.data import ImageDataset
 from flowprox.flows import Flow, frozen
 from flowprox.metrics import psnr
 from flowprox.operators import make_physics, measure_each
-from flowprox.solvers import LBFGS, LatentMAP
+from flowprox.solvers import LBFGS
+from flowprox.solvers.objective import Objective, squared_error
 from flowprox.solvers.optimizers import Evaluate
 from flowprox.solvers.problem import LatentProblem
 
@@ -107,7 +108,7 @@ def compare(
     physics = make_physics("compressed-sensing", x.shape[1:], m=m, sigma=0.1 / m**0.5, seed=seed)  # type: ignore[arg-type]
     y = measure_each(x, physics, range(seed, seed + len(x)))
     problem = LatentProblem(flow, y, physics)
-    evaluate = LatentMAP(flow)._evaluation(problem, torch.zeros(len(x)))
+    evaluate = Objective(problem, squared_error, torch.zeros(len(x)), "unsquared")
 
     def with_weight_gradients(z: Tensor) -> tuple[Tensor, Tensor]:
         z = z.detach().requires_grad_(True)

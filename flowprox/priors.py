@@ -26,7 +26,7 @@ from torch import Tensor
 
 from flowprox.flows import Flow, frozen
 from flowprox.prox import FlowProx
-from flowprox.solvers import Adam
+from flowprox.solvers import LBFGS, Adam
 
 __all__ = ["FlowDenoiser", "FlowPrior", "NoiseFidelity", "ReconstructorDenoiser"]
 
@@ -292,7 +292,7 @@ class NoiseFidelity(DataFidelity):
     """The density of a noise as a ``deepinv.optim.DataFidelity``: d(x, y) = -log p_noise(y - A(x)), (B,) in nats.
 
     The gradient of a linear operator is its adjoint's; any other, such as 1-bit sensing, is differentiated by autograd. The
-    prox (HQS, ADMM) is found per image by gradient steps that never ascend.
+    prox (HQS, ADMM) is found per image by L-BFGS.
 
     References:
         Whang et al. 2021, Solving inverse problems with a flow-based noise model, https://arxiv.org/abs/2003.08089, Eq. (3)
@@ -342,14 +342,17 @@ class NoiseFidelity(DataFidelity):
         max_iter_inter: int = 50,
         **kwargs: Any,
     ) -> Tensor:
-        """argmin_u 1/2 ||u - x||^2 + gamma d(u, y), (B, C, H, W), by ``max_iter_inter`` steps, gamma a number or (B,)."""
+        """argmin_u 1/2 ||u - x||^2 + gamma d(u, y), (B, C, H, W), by so many steps of L-BFGS, gamma a number or (B,)."""
         weight = torch.as_tensor(gamma, dtype=x.dtype, device=x.device).flatten()
 
-        def objective(u: Tensor) -> tuple[Tensor, Tensor]:
+        def objective(rows: Tensor) -> tuple[Tensor, Tensor]:
+            u = rows.view_as(x)
             value = 0.5 * _squared_length(u - x) + weight * self.fn(u, y, physics)
-            return value, u - x + weight.view(-1, *[1] * (x.ndim - 1)) * self.grad(u, y, physics)
+            gradient = u - x + weight.view(-1, *[1] * (x.ndim - 1)) * self.grad(u, y, physics)
+            return value, gradient.flatten(1)
 
-        return _monotone_descent(objective, x, max_iter_inter)
+        with torch.no_grad():
+            return LBFGS(max_iter_inter).minimize(objective, x.flatten(1)).z.view_as(x)
 
 
 def _gradient(fn: Any, x: Tensor) -> Tensor:
@@ -358,25 +361,6 @@ def _gradient(fn: Any, x: Tensor) -> Tensor:
     with torch.enable_grad():
         u = x if wanted and x.requires_grad else x.detach().requires_grad_()
         return torch.autograd.grad(fn(u).sum(), u, create_graph=wanted)[0]
-
-
-def _monotone_descent(objective: Any, x: Tensor, n_steps: int) -> Tensor:
-    """Gradient steps of Barzilai-Borwein length, one length per image; a step that ascends is undone and shortened."""
-    value, gradient = objective(x)
-    shape = (-1, *[1] * (x.ndim - 1))
-    length = 1 / (1 + _squared_length(gradient).sqrt() / (1e-12 + _squared_length(x).sqrt()))
-    for _ in range(n_steps):
-        u = x - length.view(shape) * gradient
-        new_value, new_gradient = objective(u)
-        curvature = ((u - x) * (new_gradient - gradient)).flatten(1).sum(1)
-        bold = curvature / _squared_length(new_gradient - gradient).clamp_min(1e-30)
-        accepted = new_value <= value
-        estimate = torch.where(curvature > 0, bold, 2 * length)
-        length = torch.where(accepted, estimate, torch.minimum(length / 4, torch.where(curvature > 0, bold, length)))
-        here = accepted.view(shape)
-        x, gradient = torch.where(here, u, x), torch.where(here, new_gradient, gradient)
-        value = torch.where(accepted, new_value, value)
-    return x
 
 
 def _squared_length(x: Tensor) -> Tensor:

@@ -118,6 +118,18 @@ def test_inpainting_starts_from_the_smoothest_filling() -> None:
         PlugAndPlay(Identity(), start="zero")  # type: ignore[arg-type]
 
 
+def test_holes_are_filled_by_default() -> None:
+    """A scratch of zeros is content to a denoiser: for inpainting the defaults fill it first, and take more steps."""
+    physics = make_physics("inpainting", SHAPE, mask_size=6, sigma=0.02)
+    x = smooth_images()
+    y = measure_each(x, physics, [0, 1])
+    x_hat = PlugAndPlay(Blur())(y, physics)
+    assert (psnr(x_hat, x) > 30).all() and (psnr(PlugAndPlay(Blur(), start="adjoint")(y, physics), x) < 25).all()
+    levels, _ = PlugAndPlay(Blur()).schedule(x, physics)
+    assert len(levels) == 24 and levels[0][0] == pytest.approx(0.1)
+    assert PlugAndPlay(Blur())(y[:0], physics).shape == (0, *SHAPE)
+
+
 def test_a_perfect_denoiser_gives_the_image_back() -> None:
     x = smooth_images()
 
@@ -137,7 +149,7 @@ def test_the_data_step_is_the_posterior_mean_under_a_white_prior() -> None:
 
     physics = make_physics("inpainting", SHAPE, mask_size=4, sigma=0.1)
     y = physics(smooth_images(), seed=0)
-    torch.testing.assert_close(PlugAndPlay(Identity(), n_iterations=3)(y, physics), y)
+    torch.testing.assert_close(PlugAndPlay(Identity(), n_iterations=3, start="adjoint")(y, physics), y)
 
 
 def test_schedule_falls_to_each_images_own_sigma() -> None:

@@ -5,12 +5,10 @@ Each is a ``deepinv.models.Reconstructor``: ``x_hat = method(y, physics)`` with 
 ``GANPrior`` has a generator that was trained; the others learn nothing.
 """
 
-from flowprox.baselines.bm3d import BM3D
 from flowprox.baselines.deconvolution import TotalVariation, Wiener, transfer_function
-from flowprox.baselines.inpainting import Biharmonic
-from flowprox.baselines.lasso import Lasso
+from flowprox.baselines.external import BM3D, Biharmonic
 from flowprox.baselines.plug_and_play import PlugAndPlay
-from flowprox.baselines.wavelet import WaveletPrior
+from flowprox.baselines.sparse import Lasso, WaveletPrior
 from flowprox.solvers import GANPrior
 
 __all__ = [

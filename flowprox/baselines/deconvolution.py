@@ -12,13 +12,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from deepinv.models import Reconstructor
 from deepinv.optim import TVPrior
 from deepinv.physics import LinearPhysics
 from torch import Tensor
 
-from flowprox.baselines._linear import require_count, require_weight, squared_norm
-from flowprox.baselines._numpy import require_images, require_measurement
+from flowprox.baselines.shared import Baseline, require_count, require_weight, squared_norm
 
 __all__ = ["TotalVariation", "Wiener", "transfer_function"]
 
@@ -53,7 +51,7 @@ def transfer_function(physics: LinearPhysics, y: Tensor) -> Tensor:
     return transfer
 
 
-class Wiener(Reconstructor):
+class Wiener(Baseline):
     """Regularized inverse filter for a circular blur, in closed form.
 
         x_hat = F^-1 [ conj(h) y / (|h|^2 + regularization |d|^2) ]
@@ -81,6 +79,8 @@ class Wiener(Reconstructor):
         True
     """
 
+    takes_vectors = False
+
     def __init__(
         self, regularization: float = 3e-3, penalty: Literal["identity", "gradient", "laplacian"] = "gradient"
     ) -> None:
@@ -91,8 +91,8 @@ class Wiener(Reconstructor):
         self.regularization = regularization
         self.penalty = penalty
 
-    def forward(self, y: Tensor, physics: LinearPhysics) -> Tensor:  # type: ignore[override]
-        transfer = transfer_function(physics, require_images(y))
+    def estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
+        transfer = transfer_function(physics, y)
         power = transfer.abs().square() + self.regularization * self._penalty_spectrum(y)
         # frequencies that the blur erased and the penalty leaves free stay zero instead of 0 / 0
         gain = torch.where(power > 0, transfer.conj() / power.clamp_min(torch.finfo(power.dtype).tiny), 0.0)
@@ -106,7 +106,7 @@ class Wiener(Reconstructor):
         return {"identity": torch.ones_like(laplacian), "gradient": laplacian, "laplacian": laplacian**2}[self.penalty]
 
 
-class TotalVariation(Reconstructor):
+class TotalVariation(Baseline):
     """Total variation for any linear operator, solved by the primal-dual iteration of Condat and Vu.
 
         x <- P( x - tau (A^T (A x - y) + grad^T u) )        P: clip to [0, 1]
@@ -169,8 +169,8 @@ class TotalVariation(Reconstructor):
         ).sum(1)
 
     @torch.no_grad()
-    def forward(self, y: Tensor, physics: LinearPhysics) -> Tensor:  # type: ignore[override]
-        x = self._start(require_measurement(y), physics)
+    def estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
+        x = self._start(y, physics)
         primal_step = 1 / (squared_norm(physics, x) / 2 + 8 * self.dual_step)
         u = torch.zeros_like(self._prior.nabla(x))
         for _ in range(self.n_iterations):

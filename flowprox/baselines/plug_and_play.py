@@ -14,12 +14,11 @@ from typing import Any, Literal
 import torch
 from deepinv.models import Denoiser, Reconstructor
 from deepinv.optim import HQS, L2, PGD, PnP
-from deepinv.physics import LinearPhysics, Physics
+from deepinv.physics import Inpainting, LinearPhysics, Physics
 from torch import Tensor, nn
 
-from flowprox.baselines._linear import require_count, squared_norm
-from flowprox.baselines._numpy import noise_sigmas, require_measurement
-from flowprox.baselines.inpainting import Biharmonic
+from flowprox.baselines.external import Biharmonic
+from flowprox.baselines.shared import Baseline, noise_sigmas, require_count, squared_norm
 from flowprox.flows import Flow
 from flowprox.operators import data_prox
 from flowprox.priors import FlowDenoiser, ReconstructorDenoiser
@@ -30,7 +29,7 @@ __all__ = ["PlugAndPlay"]
 _SMALLEST_SIGMA = 0.01  # the floor of Zhang et al., below which the schedule would never end
 
 
-class PlugAndPlay(Reconstructor):
+class PlugAndPlay(Baseline):
     """Any denoiser as the prior of a linear problem, by deepinv's half-quadratic splitting or proximal gradient.
 
     A fixed number of iterations is run, and nothing is written to the physics. An image's estimate does not
@@ -48,12 +47,12 @@ class PlugAndPlay(Reconstructor):
         flow: the prior, if no denoiser is given.
         sigma: noise standard deviation in units of the image range; None takes ``physics.noise_model.sigma``. Below 0.01
             it counts as 0.01.
-        n_iterations: K, one denoising each.
-        sigma_start: s_1; a sigma above it is used throughout.
+        n_iterations: K, one denoising each. None takes 8, and 24 for inpainting, whose holes fill slowly.
+        sigma_start: s_1; a sigma above it is used throughout. None takes 49 / 255, and 0.1 for inpainting.
         weight: of closeness to the denoised image in the data step of "hqs".
         iteration: "hqs" (the data step is solved exactly) or "pgd" (a gradient step).
         start: x before the first step: "adjoint" (A^T y), or for inpainting "biharmonic" (``Biharmonic``): a denoiser takes
-            black holes for content.
+            black holes for content. None takes what fits the operator.
 
     Raises:
         ValueError: neither or both of denoiser and flow, a ``FlowProx`` (which is no denoiser), a number out of range; on
@@ -74,24 +73,24 @@ class PlugAndPlay(Reconstructor):
         denoiser: nn.Module | None = None,
         flow: Flow | None = None,
         sigma: float | None = None,
-        n_iterations: int = 8,
-        sigma_start: float = 49 / 255,
+        n_iterations: int | None = None,
+        sigma_start: float | None = None,
         weight: float = 0.23,
         iteration: Literal["hqs", "pgd"] = "hqs",
-        start: Literal["adjoint", "biharmonic"] = "adjoint",
+        start: Literal["adjoint", "biharmonic"] | None = None,
     ) -> None:
         super().__init__()
         if (denoiser is None) == (flow is None):
             raise ValueError("give either denoiser or flow: PlugAndPlay(denoiser) or PlugAndPlay(flow=flow)")
-        require_count("n_iterations", n_iterations)
+        require_count("n_iterations", 1 if n_iterations is None else n_iterations)
         for name, value in (("sigma_start", sigma_start), ("weight", weight)):
-            if not 0 < value < float("inf"):
+            if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be positive, got {value}")
         if sigma is not None and not 0 <= sigma < float("inf"):
             raise ValueError(f"sigma must be finite and >= 0, got {sigma}")
         if iteration not in ("hqs", "pgd"):
             raise ValueError(f"iteration must be 'hqs' or 'pgd', got {iteration!r}")
-        if start not in ("adjoint", "biharmonic"):
+        if start not in (None, "adjoint", "biharmonic"):
             raise ValueError(f"start must be 'adjoint' or 'biharmonic', got {start!r}")
         self.denoiser = _as_denoiser(flow if denoiser is None else denoiser)
         self.sigma = sigma
@@ -102,16 +101,14 @@ class PlugAndPlay(Reconstructor):
         self.start = start
 
     @torch.no_grad()
-    def forward(self, y: Tensor, physics: Physics) -> Tensor:  # type: ignore[override]
-        if not isinstance(physics, LinearPhysics):
-            raise ValueError("PlugAndPlay needs a linear operator (deepinv.physics.LinearPhysics)")
-        y = require_measurement(y)
-        start = physics.A_adjoint(y) if self.start == "adjoint" else Biharmonic()(y, physics)
+    def estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
+        fills = self.start == "biharmonic" or (self.start is None and isinstance(physics, Inpainting))
+        start = Biharmonic()(y, physics) if fills else physics.A_adjoint(y)
         levels, sigma = self.schedule(start, physics)
         settings: dict[str, Any] = {
             "data_fidelity": _DataStep(),
             "prior": PnP(self.denoiser),
-            "max_iter": self.n_iterations,
+            "max_iter": len(levels),
             "g_param": levels,
         }
         if self.iteration == "hqs":
@@ -121,10 +118,12 @@ class PlugAndPlay(Reconstructor):
 
     def schedule(self, x: Tensor, physics: Physics) -> tuple[list[Tensor], Tensor]:
         """Noise levels of the denoiser s_1, ..., s_K and of the measurement sigma, each (B,), for images like x."""
+        n_iterations, sigma_start = (24, 0.1) if isinstance(physics, Inpainting) else (8, 49 / 255)
+        n_iterations, sigma_start = self.n_iterations or n_iterations, self.sigma_start or sigma_start
         sigmas = [self.sigma] * len(x) if self.sigma is not None else noise_sigmas(physics, len(x))
         sigma = torch.tensor(sigmas, dtype=x.dtype, device=x.device).clamp_min(_SMALLEST_SIGMA)
-        first = sigma.clamp_min(self.sigma_start)
-        share = torch.linspace(0, 1, self.n_iterations).tolist() if self.n_iterations > 1 else [1.0]
+        first = sigma.clamp_min(sigma_start)
+        share = torch.linspace(0, 1, n_iterations).tolist() if n_iterations > 1 else [1.0]
         return [first ** (1 - t) * sigma**t for t in share], sigma
 
 

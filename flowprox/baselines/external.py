@@ -1,0 +1,154 @@
+"""BM3D and biharmonic inpainting, as other packages compute them, one image at a time.
+
+    BM3D:        y = x + noise,  noise ~ N(0, sigma^2 I)
+    biharmonic:  min over x of ||Laplacian x||^2   subject to   M x = y
+
+Symbols: x image in [0, 1], y measurement, sigma noise standard deviation in units of the image range, M pixel mask, y known
+pixels (whatever elsewhere). BM3D clips nothing: y is passed on as measured, with its values outside [0, 1] (clipping would
+bias the noise), and x_hat may leave [0, 1] slightly; the metrics clip.
+
+The package ``bm3d`` is its authors'; its license allows non-commercial use only. Its deblurring function is not offered
+here: in version 4.0.3 it fails with numpy 2.4 (``numpy.trapz`` is gone).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+from deepinv.physics import Inpainting, LinearPhysics
+from torch import Tensor
+
+from flowprox.baselines.shared import Baseline, noise_sigmas, require_package
+
+__all__ = ["BM3D", "Biharmonic"]
+
+_SMALLEST_SIDE = 16
+_SMALLEST_SIGMA = 1e-4  # below this nothing is left to remove, and the package divides by sigma
+
+
+class BM3D(Baseline):
+    """Block-matching and 3D filtering for denoising, in opponent colors for RGB images.
+
+    References:
+        Dabov, Foi, Katkovnik, Egiazarian (2007), Image Denoising by Sparse 3-D Transform-Domain Collaborative
+        Filtering, https://doi.org/10.1109/TIP.2007.901238. Implementation: Mäkinen, Azzari, Foi (2020),
+        https://doi.org/10.1109/TIP.2020.3014721.
+
+    Arguments:
+        sigma: Noise standard deviation in units of the image range [0, 1]; None takes ``physics.noise_model.sigma``, or the
+            root mean square of a noise with a level for each pixel.
+        profile: Settings of the ``bm3d`` package: "np" (normal), "vn" (made for strong noise) or "high" (many
+            overlapping blocks). On 64x64 faces "np" is the best of them at sigma 0.2 as well.
+
+    Raises:
+        ImportError: the package ``bm3d`` is not installed.
+        ValueError: negative sigma, unknown profile; on call: no known noise level, neither 1 nor 3 channels, or a
+            physics that does more than add noise.
+
+    Example:
+        >>> from deepinv.physics import Denoising, GaussianNoise
+        >>> physics = Denoising(GaussianNoise(0.2))
+        >>> x = torch.linspace(0, 1, 16).expand(1, 3, 16, 16)
+        >>> y = physics(x)
+        >>> bool((BM3D()(y, physics) - x).norm() < 0.5 * (y - x).norm())
+        True
+    """
+
+    takes_vectors = False
+
+    def __init__(self, sigma: float | None = None, profile: Literal["np", "vn", "high"] = "np") -> None:
+        super().__init__()
+        if sigma is not None and not sigma >= 0:
+            raise ValueError(f"sigma must be >= 0, got {sigma}")
+        if profile not in ("np", "vn", "high"):
+            raise ValueError(f"profile must be 'np', 'vn' or 'high', got {profile!r}")
+        self.sigma = sigma
+        self.profile = profile
+        require_package("bm3d", "bm3d", "BM3D", extra="bm3d")
+
+    def estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
+        bm3d = require_package("bm3d", "bm3d", "BM3D", extra="bm3d")
+        n_images, n_channels = y.shape[:2]
+        if n_channels not in (1, 3):
+            raise ValueError(f"BM3D takes images with 1 or 3 channels, got {n_channels}")
+        if min(y.shape[-2:]) < _SMALLEST_SIDE:
+            raise ValueError(
+                f"BM3D needs images of at least {_SMALLEST_SIDE}x{_SMALLEST_SIDE} (its package crashes below), got "
+                f"{y.shape[-2]}x{y.shape[-1]}; pad them"
+            )
+        if not torch.allclose(physics.A(y), y):
+            raise ValueError("BM3D only removes noise, and this physics changes the image as well; use another method")
+        sigmas = noise_sigmas(physics, n_images) if self.sigma is None else [self.sigma] * n_images
+
+        settings = {"np": bm3d.BM3DProfile, "vn": bm3d.BM3DProfileVN, "high": bm3d.BM3DProfileHigh}[self.profile]()
+        settings.num_threads = 1  # with more, the order of summation and so the last bits differ from run to run
+
+        def estimate(image: np.ndarray, i: int) -> np.ndarray:
+            if sigmas[i] < _SMALLEST_SIGMA:
+                return image
+            if n_channels == 3:
+                return bm3d.bm3d_rgb(image, sigmas[i], settings)
+            return bm3d.bm3d(image, sigmas[i], settings).reshape(image.shape)
+
+        return _map_images(y, estimate)
+
+
+class Biharmonic(Baseline):
+    """Fills the pixels a mask hides with the solution of the biharmonic equation; known pixels stay as measured.
+
+    The mask is read from ``physics.mask`` (1 known, 0 hidden), of a shape that broadcasts to (B, C, H, W). Filled values are
+    clipped to the range of the known ones (scikit-image does), known ones are not clipped.
+
+    References:
+        Damelin, Hoang (2018), On Surface Completion and Image Inpainting by Biharmonic Functions: Numerical Aspects,
+        https://doi.org/10.1155/2018/3950312.
+
+    Raises:
+        ImportError: the package ``scikit-image`` is not installed.
+        ValueError: on call: the physics has no mask, or hides everything.
+
+    Example:
+        >>> from deepinv.physics import Inpainting
+        >>> mask = torch.ones(1, 8, 8)
+        >>> mask[:, 3:5, 3:5] = 0
+        >>> physics = Inpainting((3, 8, 8), mask=mask)
+        >>> x = torch.linspace(0, 1, 8).expand(1, 3, 8, 8)
+        >>> bool(torch.allclose(Biharmonic()(physics(x), physics), x, atol=1e-3))  # a plane is its own completion
+        True
+    """
+
+    takes_vectors = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        require_package("skimage.restoration", "scikit-image", "Biharmonic")
+
+    def estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
+        restoration = require_package("skimage.restoration", "scikit-image", "Biharmonic")
+        mask = getattr(physics, "mask", None)
+        if not isinstance(mask, Tensor) or not 2 <= mask.ndim <= 4:
+            raise ValueError("Biharmonic needs an inpainting physics: this one has no mask of pixels")
+        known = torch.broadcast_to(mask.to(y.device) > 0, y.shape)
+        if not bool((known == known[:, :1]).all()):  # then every channel is an image of its own
+            each = Inpainting((1, *y.shape[-2:]), mask=known.flatten(0, 1)[:, None].to(y.dtype))  # type: ignore[arg-type]
+            return self(y.flatten(0, 1)[:, None], each).view_as(y)
+        if not bool(known.flatten(1).any(1).all()):
+            raise ValueError("the mask hides every pixel: nothing to inpaint from")
+        hidden = (~known[:, 0]).cpu().numpy()
+
+        def estimate(image: np.ndarray, i: int) -> np.ndarray:
+            return restoration.inpaint_biharmonic(image, hidden[i], channel_axis=-1) if hidden[i].any() else image
+
+        return torch.where(known, y, _map_images(y, estimate))
+
+
+def _map_images(y: Tensor, estimate: Callable[[np.ndarray, int], np.ndarray]) -> Tensor:
+    """Stack ``estimate(image, i)`` over the batch: image i is (H, W, C) in float64 on the CPU, so is the estimate."""
+    images = y.detach().double().cpu().permute(0, 2, 3, 1).numpy()
+    estimates = [np.asarray(estimate(np.ascontiguousarray(image), i)) for i, image in enumerate(images)]
+    if not estimates:
+        return y.clone()
+    return torch.from_numpy(np.stack(estimates)).permute(0, 3, 1, 2).to(device=y.device, dtype=y.dtype).contiguous()
