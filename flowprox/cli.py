@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import errno
 import inspect
-import itertools
+import io
 import os
 import re
 import signal
@@ -20,21 +20,24 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
 from flowprox import __version__
 from flowprox.commands import COMMANDS, Command
+from flowprox.commands.terminal import check_yaml, find_recipe
 from flowprox.evaluation_options import EvaluatedMethod, EvaluatedProblem, ImageOptions, ScaleOptions
-from flowprox.naming import nearest
+from flowprox.naming import nearest, printable
 
 __all__ = ["main"]
 
 TRACEBACK = "FLOWPROX_TRACEBACK"
 """Environment variable; when set, the traceback of an error is shown too."""
 
-_BAD_INPUT = (ValueError, TypeError, OSError, ArithmeticError, argparse.ArgumentError)
+_BAD_INPUT = (ValueError, TypeError, OSError, ArithmeticError, MemoryError, argparse.ArgumentError)
+_BUILDS_DIFFER = "operator torchvision::nms does not exist"
 
 
 def make_parser() -> ArgumentParser:
@@ -56,26 +59,28 @@ def make_parser() -> ArgumentParser:
 def _command_parser(command: Command, summary: str) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False, description=summary)
     if command.has_recipe:
-        parser.add_argument("--config", action="config", help="recipe (YAML) with any of the options below")
-    own: set[str | int] = {*command.several, "n", command.positional}
-    own &= set(inspect.signature(command.function).parameters)
+        text = "recipe with any of the options below: a YAML file, or a name that flowprox recipes lists"
+        parser.add_argument("--config", action="config", help=text)
+    own: set[str | int] = {*command.several, "n", "callbacks", command.positional}
+    own &= set(inspect.signature(command.source).parameters)
     if command.positional:
         parser.add_argument(
-            command.positional, nargs=command.n_positional, help=_help(command.function, command.positional)
+            command.positional, nargs=command.n_positional, help=_help(command.source, command.positional)
         )
     for name, word in command.several.items():
         kind = int if word == "N" else str
-        parser.add_argument(f"--{name}", nargs="+", metavar=word, type=kind, help=_help(command.function, name))
+        parser.add_argument(f"--{name}", nargs="+", metavar=word, type=kind, help=_help(command.source, name))
     if "n" in own:
-        parser.add_argument("-n", "--n", type=int, default=16, help=_help(command.function, "n"))
-    parser.add_function_arguments(command.function, as_positional=False, skip=own)
+        parser.add_argument("-n", "--n", type=int, default=16, help=_help(command.source, "n"))
+    parser.add_function_arguments(command.source, as_positional=False, skip=own)
     return parser
 
 
 def _help(function: Callable[..., Any], name: str) -> str:
     """What the docstring says about an argument, for options that jsonargparse does not make by itself."""
-    found = re.search(rf"^ +{name}: (.*(?:\n {{12,}}.*)*)", function.__doc__ or "", re.MULTILINE)
-    return " ".join(found[1].split()) if found else ""
+    match = re.search(rf"^ +{name}: (.*(?:\n {{8,}}.*)*)", function.__doc__ or "", re.MULTILINE)
+    text = re.split(r"\n {4,8}\w+: ", match[1])[0] if match else ""
+    return " ".join(text.split())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 on success, 2 after bad input, 130 when interrupted or terminated.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may know fewer letters than a file's name has
+            stream.reconfigure(errors="replace")
     try:
         with _terminated_as_interrupted():
             return _run(words)
@@ -113,7 +121,7 @@ def _terminated_as_interrupted() -> Iterator[None]:
         yield
         return
 
-    def on_signal(number: int, frame: Any) -> None:
+    def on_signal(number: int, frame: object) -> None:
         raise KeyboardInterrupt("terminated")
 
     before = signal.signal(signal.SIGTERM, on_signal)
@@ -126,7 +134,7 @@ def _terminated_as_interrupted() -> Iterator[None]:
 def _run(words: list[str]) -> int:
     parser = make_parser()
     try:
-        parsed = parser.parse_args(_recipe_first(_complete_switches(words)))
+        parsed = parser.parse_args(completed(words))
     except argparse.ArgumentError as error:
         raise ValueError(_with_remedy(str(error), words)) from error
     arguments = parser.instantiate(parsed)
@@ -135,7 +143,31 @@ def _run(words: list[str]) -> int:
     return COMMANDS[name].run(**options)
 
 
-def _complete_switches(words: list[str]) -> list[str]:
+def completed(words: list[str]) -> list[str]:
+    """The words as the parser takes them.
+
+    Switches get their value, recipes by name their path; recipes stand right after the command, so that options override
+    them and a later recipe an earlier one; and other training images are validated by their own part.
+    """
+    words = _with_values_of_switches(words)
+    recipes, others, rest = [], [], iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name == "--config":
+            path = find_recipe(value if equals else next(rest, ""))
+            check_yaml(path)
+            recipes.append(f"--config={path}")
+        else:
+            if value.endswith((".yaml", ".yml")) and os.path.exists(value):  # a part of a recipe, such as --data=FILE
+                check_yaml(Path(value))
+            others.append(word)
+    keys = {word.partition("=")[0] for word in others}
+    if recipes and "--data.train" in keys and not {"--data.validation", "--data"} & keys:
+        others.append("--data.validation=null")
+    return [*others[:1], *recipes, *others[1:]]
+
+
+def _with_values_of_switches(words: list[str]) -> list[str]:
     """``--resume`` becomes ``--resume=true`` and ``--no-resume`` becomes ``--resume=false``, for every such option."""
     switches = {f"--{name}" for name, value in _defaults(words).items() if isinstance(value, bool)}
     completed = []
@@ -148,36 +180,21 @@ def _complete_switches(words: list[str]) -> list[str]:
     return completed
 
 
-def _recipe_first(words: list[str]) -> list[str]:
-    """The words with every ``--config`` right after the command: options override recipes, a later recipe an earlier."""
-    if not words or "--config" not in {word.partition("=")[0] for word in words}:
-        return words
-    recipes, others, rest = [], [], iter(words[1:])
-    for word in rest:
-        if word == "--config":
-            recipes += [word, *itertools.islice(rest, 1)]
-        else:
-            (recipes if word.startswith("--config=") else others).append(word)
-    return [words[0], *recipes, *others]
-
-
 def _is_bad_input(error: Exception) -> bool:
-    """Whether the user can mend it; the two classes that are not built in are looked up only where they are loaded."""
+    """Whether the user can mend it; the classes that are not built in are looked up only where they are loaded."""
     if type(error) is ImportError and error.name is None:  # ours: an optional package is missing, and which
         return True
-    classes = [*_BAD_INPUT]
-    for module, name in (
-        ("torch", "OutOfMemoryError"),
-        ("lightning_fabric.utilities.exceptions", "MisconfigurationException"),
-    ):
-        if module in sys.modules:
-            classes.append(getattr(sys.modules[module], name))
-    return isinstance(error, tuple(classes))
+    if _BUILDS_DIFFER in str(error):
+        return True
+    if type(error) is RuntimeError and "DefaultCPUAllocator" in str(error):
+        return True
+    torch = sys.modules.get("torch")
+    return isinstance(error, (*_BAD_INPUT, torch.OutOfMemoryError) if torch else _BAD_INPUT)
 
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
-        places = [str(place) for place in (error.filename, error.filename2) if place is not None]
+        places = [os.fsdecode(place) for place in (error.filename, error.filename2) if place is not None]
         remedy = {
             errno.ENOSPC: "free some space and run the command again, a training run with --resume",
             errno.EEXIST: "a file is in the way: choose another --out",
@@ -185,62 +202,44 @@ def _one_line(error: Exception) -> str:
             errno.EACCES: "choose an --out that can be written",
             errno.EROFS: "choose an --out that can be written",
         }.get(error.errno or 0)
-        return ": ".join([*places[:1], error.strerror]) + (f"; {remedy}" if remedy else "")
-    return " ".join(str(error).split()) or type(error).__name__
+        return printable(": ".join([*places[:1], error.strerror]) + (f"; {remedy}" if remedy else ""))
+    if _BUILDS_DIFFER in str(error):
+        return (
+            "torch and torchvision are builds of two kinds (such as CPU and CUDA); install both again with one command: "
+            "pip install --force-reinstall torch torchvision, with one --index-url"
+        )
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return printable(f"out of memory ({error}); use a smaller image, batch or model")
+    return printable(str(error)) or type(error).__name__
 
 
 def _with_remedy(message: str, words: list[str]) -> str:
-    """jsonargparse's message, shortened, with the nearest names of what is not known."""
+    """jsonargparse's message; for what is not known, the nearest names."""
+    if unknown := re.search(r"class_path '[\w.]*\.(\w+)':\s+Option '([^']+)' is not accepted", message):
+        key = re.match(r'(?:Parser key ")?(\w+)', message)
+        return f"unknown key {unknown[2]!r} in {key[1] if key else 'the recipe'}; {nearest(unknown[2], _fields(unknown[1]))}"
     if unknown := re.search(r"does not accept option '([^']+)'", message):
-        remedy = _whose_key(unknown[1], words) or nearest(unknown[1], _option_names(words))
+        remedy = _whose_key(unknown[1], words) or nearest(unknown[1], _defaults(words))
         return f"unknown key {unknown[1]!r} in the recipe or options; {remedy}"
     if unknown := re.search(r"unrecognized arguments: (\S+)", message):
         name = unknown[1].lstrip("-").partition("=")[0]
-        return f"unknown option {unknown[1]}; {nearest(name, _option_names(words), '--')}"
-    if unknown := re.search(r"invalid choice: '([^']*)'", message):
+        return f"unknown option {unknown[1]}; {nearest(name, _defaults(words), '--')}"
+    if unknown := re.search(r"argument command: invalid choice: '([^']*)'", message):
         return f"unknown command {unknown[1]!r}; {nearest(unknown[1], COMMANDS)}"
-    if missing := re.search(r"arguments are required: (.*)", message):
-        given = [f"--{name}" for name in COMMANDS["reconstruct"].several if f"--{name}" in words]
-        if missing[1] == "reconstruct.inputs" and given:  # which took them for its own
-            return f"missing inputs; put them before {given[-1]}, or after --"
-        return (
-            f"missing {', '.join(name.partition('.')[2] for name in missing[1].split(', '))}; see --help of the command"
-        )
-    if "but it was not provided" in message:
-        return f"give a command: {', '.join(COMMANDS)} (flowprox --help)"
-    return _wrong_value(message)
+    return message
 
 
 def _whose_key(key: str, words: list[str]) -> str:
     """Which other training command has a key that this one lacks: the recipe may be meant for it."""
     top = key.partition(".")[0]
-    having = [n for n, c in COMMANDS.items() if c.has_recipe and top in inspect.signature(c.function).parameters]
+    having = [n for n, c in COMMANDS.items() if c.has_recipe and top in inspect.signature(c.source).parameters]
     return f"{top!r} is a key of {' and '.join(having)}" if having and not {*having} & {*words} else ""
-
-
-def _wrong_value(message: str) -> str:
-    if unknown := re.search(r"class_path '[\w.]*\.(\w+)':\s+Option '([^']+)' is not accepted", message):
-        key = re.match(r'(?:Parser key ")?(\w+)', message)
-        return f"unknown key {unknown[2]!r} in {key[1] if key else 'the recipe'}; {nearest(unknown[2], _fields(unknown[1]))}"
-    found = re.search(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL)
-    if not found:
-        return message
-    key, reason = found.groups()
-    kinds = re.findall(r"<class '(\w+)'>", reason.partition("Errors:")[0])
-    value = re.search(r"(?:Given|Got) value: (.*)", reason)
-    if kinds and value:
-        return f"{key} must be {' or '.join('null' if k == 'NoneType' else k for k in kinds)}, got {value[1]}"
-    return f"{key}: {reason}"
 
 
 def _fields(name: str) -> list[str]:
     """Keys of one of the records that stand in lists of a recipe."""
     record = {cls.__name__: cls for cls in (EvaluatedMethod, EvaluatedProblem, ImageOptions, ScaleOptions)}.get(name)
     return [field.name for field in dataclasses.fields(record)] if record else []
-
-
-def _option_names(words: list[str]) -> list[str]:
-    return list(_defaults(words))
 
 
 def _defaults(words: list[str]) -> dict[str, Any]:

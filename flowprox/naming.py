@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["Specified", "build", "nearest", "registered_kinds"]
+__all__ = ["Specified", "build", "nearest", "printable", "registered_kinds"]
 
 _REGISTRY: dict[str, type] = {}
 
@@ -36,6 +36,16 @@ def nearest(name: object, known: Iterable[str], prefix: str = "") -> str:
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
     said = f"did you mean {' or '.join(prefix + one for one in near)}?"
     return said if near else f"known: {', '.join(prefix + one for one in names) or 'none'}"
+
+
+def printable(text: str) -> str:
+    r"""Text on one line, whose control characters and undecodable bytes are written out: a file's name may hold anything.
+
+    Example:
+        >>> printable("a\x1b[31m\nb")
+        'a\\x1b[31m b'
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
 
 
 class Specified:

@@ -21,8 +21,8 @@ import yaml
 from PIL import Image
 
 from flowprox import FlowProx, Glow, UnfoldedPGD, __version__, checkpoints, files, save_model
-from flowprox.cli import main
-from flowprox.commands.models import _problem
+from flowprox.cli import completed, main
+from flowprox.commands.terminal import key_values
 from flowprox.records import read_records
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*:DeprecationWarning")
@@ -84,7 +84,7 @@ def test_help_does_not_import_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "train-flow", "train-denoiser", "reconstruct", "evaluate", "report", "sample", "models"]
+    "command", ["demo", "train-flow", "train-denoiser", "reconstruct", "evaluate", "report", "sample", "recipes"]
 )
 def test_help_of_each_command_explains_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
@@ -115,9 +115,22 @@ def test_models_lists_shipped_models_and_prints_a_card(
     assert json.loads(capsys.readouterr().out)["metrics"] == {"bits_per_dimension": 3.5}
 
 
-def test_a_network_for_many_measurements_says_which() -> None:
-    problem = {"name": "inpainting", "parameters": {"sigma": 0.1}, "ranges": {"mask_size": [8, 28], "keep": [0.1, 0.9]}}
-    assert _problem(problem) == "inpainting (sigma 0.1, mask_size 8 to 28, keep 0.1 to 0.9)"
+def test_models_fits_the_terminal_and_says_what_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["models"]) == 0
+    printed = capsys.readouterr().out
+    assert max(len(line) for line in printed.splitlines()) <= 80
+    for words in (
+        "prior: --flow NAME",
+        "noise: --noise NAME",
+        "mask_size 19",
+        "CelebA",
+        "license of the weights",
+        "5.4",
+    ):
+        assert words in printed
 
 
 def test_reconstruct_prints_a_table(world: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -359,12 +372,35 @@ def _not_yaml(world: Path) -> list[str]:
     return ["train-flow", "--config", "broken.yaml", "--out", "run"]
 
 
+def _bomb(world: Path) -> list[str]:
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{b}: &{b} [{', '.join(9 * [f'*{a}'])}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)]
+    Path("bomb.yaml").write_text("\n".join(lines))
+    return ["train-flow", "--config", "bomb.yaml"]
+
+
+def _circle(world: Path) -> list[str]:
+    Path("circle.yaml").write_text("data: &a {train: *a}\n")
+    return ["train-flow", "--config", "circle.yaml"]
+
+
+def _pipe(*words: str) -> Callable[[Path], list[str]]:
+    def make(world: Path) -> list[str]:
+        os.mkfifo("pipe")
+        return [*words]
+
+    return make
+
+
 BAD_COMMANDS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
-    "no command": (lambda world: [], "give a command"),
+    "no command": (lambda world: [], 'expected "command" to be one of'),
     "misspelt command": (lambda world: ["train-flo"], "did you mean train-flow"),
     "misspelt option": (lambda world: ["sample", "--temprature", "1"], "did you mean --temperature"),
-    "option missing": (lambda world: ["sample"], "missing model"),
-    "option of another type": (lambda world: ["sample", "--model", "m", "--seed", "one"], "seed must be int, got one"),
+    "option missing": (lambda world: ["sample"], "sample.model"),
+    "option of another type": (
+        lambda world: ["sample", "--model", "m", "--seed", "one"],
+        "Parser key \"seed\": Expected a <class 'int'>. Got value: one",
+    ),
     "sample from no flow": (lambda world: ["sample", "--model", str(world / "network")], "not a flow"),
     "sample of odd size": (lambda world: ["sample", "--model", str(world / "flow"), "--size", "9"], "divisible by 4"),
     "sample nothing": (lambda world: ["sample", "--model", str(world / "flow"), "-n", "0"], "n must be positive"),
@@ -376,6 +412,15 @@ BAD_COMMANDS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "unknown card": (lambda world: ["models", "no-such-model"], "no model 'no-such-model'"),
     "demo into a file": (lambda world: ["demo", "--out", str(world / "recipe.yaml")], "out"),
     "missing recipe": (lambda world: ["train-flow", "--config", "no.yaml"], "no.yaml"),
+    "recipe of nested anchors": (_bomb, "refers to itself"),
+    "recipe within itself": (_circle, "refers to itself"),
+    "recipe from a pipe": (_pipe("train-flow", "--config", "pipe"), "not a regular file"),
+    "picture from a pipe": (_pipe("reconstruct", "pipe", "--method=tv", "--out=rec"), "a device or a pipe"),
+    "misspelt recipe by name": (lambda world: ["train-flow", "--config", "glow-face64"], "did you mean glow-faces64"),
+    "escape sequence in a name": (lambda world: ["models", "a\x1b[31mb"], r"a\x1b[31mb"),
+    "device that is a word": (lambda world: ["demo", "--device", "gpu"], "device must be cpu"),
+    "unknown problem": (lambda world: ["problems", "deblur"], "did you mean deblurring"),
+    "unknown method": (lambda world: ["methods", "latent-mop"], "did you mean latent-map"),
     "recipe is no YAML": (_not_yaml, "parsing"),
     "misspelt key": (
         lambda world: _recipe(world, lambda r: r["training"].update(max_stepz=3)),
@@ -389,7 +434,7 @@ BAD_COMMANDS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "value of another type": (
         lambda world: _recipe(world, lambda r: r["training"].update(max_steps="many")),
-        "training.max_steps must be int or null, got many",
+        "training.max_steps",
     ),
     "never ending": (lambda world: _recipe(world, lambda r: r["training"].pop("max_steps")), "max_steps"),
     "negative rate": (lambda world: _recipe(world, lambda r: r["training"].update(learning_rate=-1)), "learning_rate"),
@@ -421,6 +466,78 @@ def test_out_of_a_run_that_is_a_file(world: Path, here: Path, capsys: pytest.Cap
     Path("taken").write_text("a file")
     words = ["train-flow", "--config", str(world / "recipe.yaml"), "--out", "taken"]
     _assert_refused(words, "taken", capsys)
+
+
+def test_words_of_numbers() -> None:
+    words = {
+        ".1": 0.1,
+        "1.": 1.0,
+        "+0.1": 0.1,
+        "1e-1": 0.1,
+        "-3": -3,
+        "2e3": 2000,
+        "007": 7,
+        "true": True,
+        "1,2": "1,2",
+    }
+    for word, value in words.items():
+        assert (key_values([f"k={word}"], "options")["k"], type(value)) == (value, type(value)), word
+
+
+def test_recipes_by_name_and_other_training_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("glow-faces64", "recipes/glow-faces64.yaml"):
+        command, config, *rest = completed(["train-flow", "--out=x", "--config", name, "--data.train", "mine"])
+        assert (command, Path(config).name) == ("train-flow", "glow-faces64.yaml")
+        assert rest == ["--out=x", "--data.train", "mine", "--data.validation=null"]
+    assert "--data.validation=null" not in completed(
+        ["train-flow", f"--config={name}", "--data.train=a", "--data.validation=b"]
+    )
+    Path("glow-faces64").write_text("name: mine\n")
+    assert "--config=glow-faces64" in completed(["train-flow", "--config", "glow-faces64"])
+
+
+def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    assert "evaluate/readme" in capsys.readouterr().out
+    assert main(["recipes", "evaluate/readme"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["name"] == "readme"
+
+
+def test_problems_are_listed_with_units_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["problems"]) == 0
+    assert "deblurring" in capsys.readouterr().out
+    assert main(["problems", "deblurring"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "sigma_blur 5.0 pixels standard deviation of the Gaussian" in words
+
+
+def test_refusals_do_not_wait_for_torch(world: Path, tmp_path: Path) -> None:
+    """A missing file, a misspelt model and a wrong device are told at once, as ``python -m flowprox``, to any terminal."""
+    code = (
+        "import sys; from flowprox.cli import main;"
+        "codes = [main(w) for w in (['reconstruct', 'no.png', '--method=tv', '--out=x'],"
+        "['reconstruct', sys.argv[1], '--model=glow-face', '--out=x'], ['sample', '--model=m', '--device=gpu'])];"
+        "assert codes == [2, 2, 2] and 'torch' not in sys.modules, codes"
+    )
+    picture = str(world / "a.png")
+    subprocess.run([sys.executable, "-c", code, picture], check=True, capture_output=True, cwd=tmp_path)
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-m", "flowprox", "models"], capture_output=True, text=True, env=ascii_only)
+    assert done.returncode == 0 and "glow-faces64" in done.stdout
+
+
+def test_builds_that_do_not_fit_are_one_line(tmp_path: Path, world: Path) -> None:
+    """A CUDA torchvision beside a CPU torch."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    words = [sys.executable, "-m", "flowprox", "sample", "--model", str(world / "flow")]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "pip install --force-reinstall torch torchvision" in done.stderr
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ data samples checkpoints
 training methods evaluation reconstruction
 commands
 cli
+__main__
 """.split()
 """From the ground up, one floor per part: a part imports only what stands before it."""
 

@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 from flowprox import list_models
-from flowprox.cli import _complete_switches, _recipe_first, main, make_parser
+from flowprox.cli import completed, main, make_parser
 from flowprox.options import NoiseOptions
 from flowprox.training.gan import gan_task
 from flowprox.training.tasks import denoising_task, likelihood_task, noise_task, reconstruction_task
@@ -167,7 +167,7 @@ def test_script_gives_commands_that_can_be_read_and_built(script: str, tmp_path:
     used, outs = set(), []
     for words in _commands(script, tmp_path):
         used |= {Path(word) for word in words if word.endswith(".yaml")}
-        options = parser.instantiate(parser.parse_args(_recipe_first(_complete_switches(words))))[words[0]]
+        options = parser.instantiate(parser.parse_args(completed(words)))[words[0]]
         assert options.training.max_steps or options.training.max_epochs or options.training.max_time
         assert options.resume
         outs.append(options.out)

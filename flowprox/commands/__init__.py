@@ -1,56 +1,97 @@
 """The commands: typed functions whose docstrings are the help and whose arguments become options.
 
-They print results as tables and return the exit status. Nothing heavy is imported before a command runs, so that help is
-immediate. (jsonargparse also executes what stands under ``TYPE_CHECKING``.)
+They print results as tables and return the exit status. Nothing heavy is imported before a command has checked its words, so
+that help and refusals are immediate. (jsonargparse also executes what stands under ``TYPE_CHECKING``.)
 """
 
 from __future__ import annotations
 
-import functools
+import os
+import sys
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from flowprox.commands.evaluate import evaluate
-from flowprox.commands.models import demo, models, sample
-from flowprox.commands.reconstruct import reconstruct
-from flowprox.commands.report import report
-from flowprox.commands.train import run_training
+from flowprox.commands.catalog import demo, methods, models, problems, recipes, sample
+from flowprox.commands.evaluate import EvaluateOptions, evaluate, report
+from flowprox.commands.reconstruct import ReconstructOptions, reconstruct
+from flowprox.options import TrainingOptions
 from flowprox.training import train_denoiser, train_flow, train_gan, train_unfolded
 
 __all__ = ["COMMANDS", "Command"]
 
 
 class Command(NamedTuple):
-    """One subcommand: the function that is its options and help, whether it reads a recipe, its positional arguments."""
+    """One subcommand: the function that is its help and what its words become.
+
+    Arguments:
+        function: its arguments are the options.
+        record: a dataclass whose fields are the options, where the function takes one record instead.
+        has_recipe: whether ``--config`` reads options from YAML.
+        positional: the argument that is no option.
+        n_positional: "?" for at most one, "+" for at least one.
+        several: options of several words, and what a word is called.
+        trains: whether the function starts a training run.
+    """
 
     function: Callable[..., Any]
+    record: type | None = None
     has_recipe: bool = False
     positional: str = ""
     n_positional: str = "?"
-    several: Mapping[str, str] = MappingProxyType({})  # options of several words, and what a word is called
-    runner: Callable[..., int] | None = None  # runs the function, where more stands around it than a call
+    several: Mapping[str, str] = MappingProxyType({})
+    trains: bool = False
+
+    @property
+    def source(self) -> Callable[..., Any]:
+        """What has the options as arguments, and says in its docstring what they mean."""
+        return self.record or self.function
 
     def run(self, **options: Any) -> int:
         """Run the command; the exit status."""
-        run = self.function if self.runner is None else functools.partial(self.runner, self.function)
-        return run(**options) or 0
+        if self.trains:
+            return _train(self.function, **options)
+        return (self.function(self.record(**options)) if self.record else self.function(**options)) or 0
+
+
+def _train(train: Callable[..., Any], training: TrainingOptions, **options: Any) -> int:
+    """Train, and say what came of it; the exit status."""
+    if training.devices > 1 and training.num_threads is None:  # before torch is imported
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // training.devices)))
+    import torch
+
+    cuda, mps = torch.cuda.is_available, torch.backends.mps.is_available
+    is_available = {"cuda": cuda, "gpu": cuda, "mps": mps}.get(training.accelerator, lambda: True)
+    if not is_available():
+        raise ValueError(f"training.accelerator {training.accelerator!r} is not available here; use 'cpu' or 'auto'")
+    result = train(training=training, **options)
+    if result.reason == "signal":
+        print(f"stopped after {result.steps} steps; --resume continues the run in {result.folder}", file=sys.stderr)
+        return 130
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in (result.best or result.metrics).items())
+    print(f"{result.steps} steps in {result.elapsed:.0f} s ({result.reason}), {result.skipped} skipped")
+    print(f"model: {os.path.join(result.folder, 'model')}" + (f" ({figures})" if figures else ""))
+    return 0
 
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(demo),
-    "train-flow": Command(train_flow, has_recipe=True, runner=run_training),
-    "train-unfolded": Command(train_unfolded, has_recipe=True, runner=run_training),
-    "train-denoiser": Command(train_denoiser, has_recipe=True, runner=run_training),
-    "train-gan": Command(train_gan, has_recipe=True, runner=run_training),
+    "train-flow": Command(train_flow, has_recipe=True, trains=True),
+    "train-unfolded": Command(train_unfolded, has_recipe=True, trains=True),
+    "train-denoiser": Command(train_denoiser, has_recipe=True, trains=True),
+    "train-gan": Command(train_gan, has_recipe=True, trains=True),
     "reconstruct": Command(
         reconstruct,
+        ReconstructOptions,
         positional="inputs",
         n_positional="+",
         several={"options": "KEY=VALUE", "parameters": "KEY=VALUE", "noise": "NAME", "size": "N"},
     ),
-    "evaluate": Command(evaluate, has_recipe=True),
+    "evaluate": Command(evaluate, EvaluateOptions, has_recipe=True),
     "report": Command(report, positional="folders", n_positional="+", several={"parts": "PART"}),
     "sample": Command(sample),
     "models": Command(models, positional="name"),
+    "problems": Command(problems, positional="name"),
+    "methods": Command(methods, positional="name"),
+    "recipes": Command(recipes, positional="name"),
 }

@@ -1,34 +1,23 @@
-"""The command that compares methods."""
+"""The commands that compare methods and that show what came of it."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from flowprox.commands.tables import digits
+from flowprox.commands.terminal import check_device, check_inputs, digits
 from flowprox.evaluation_options import EvaluatedMethod, EvaluatedProblem, EvaluationOptions, ImageOptions, ScaleOptions
+from flowprox.naming import printable
 
-__all__ = ["evaluate"]
+__all__ = ["EvaluateOptions", "evaluate", "report"]
 
 
-def evaluate(
-    images: ImageOptions,
-    problems: list[EvaluatedProblem],
-    methods: list[EvaluatedMethod],
-    tune_images: ImageOptions | None = None,
-    scales: dict[str, ScaleOptions] | None = None,
-    out: str = "runs/evaluation",
-    scale: str = "small",
-    limit: int | None = None,
-    seed: int = 0,
-    device: str = "cpu",
-    devices: int = 1,
-    n_pictures: int = 4,
-    name: str = "evaluation",
-) -> int:
-    """Compare methods on problems and images; an interrupted run continues where it was.
+@dataclass
+class EvaluateOptions:
+    """What to compare, and how.
 
     Arguments:
         images: the test images.
@@ -45,19 +34,77 @@ def evaluate(
         n_pictures: write the pictures of so many images.
         name: of the recipe, for the records.
     """
-    recipe = EvaluationOptions(images, problems, methods, tune_images, scales or {}, name)
+
+    images: ImageOptions
+    problems: list[EvaluatedProblem]
+    methods: list[EvaluatedMethod]
+    tune_images: ImageOptions | None = None
+    scales: dict[str, ScaleOptions] = field(default_factory=dict)
+    out: str = "runs/evaluation"
+    scale: str = "small"
+    limit: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    devices: int = 1
+    n_pictures: int = 4
+    name: str = "evaluation"
+
+
+def evaluate(options: EvaluateOptions) -> int:
+    """Compare methods on problems and images; an interrupted run continues where it was."""
+    check_device(options.device)
+    recipe = EvaluationOptions(
+        options.images, options.problems, options.methods, options.tune_images, options.scales, options.name
+    )
     from flowprox.evaluation.plan import published_figures
     from flowprox.evaluation.run import RunOptions, evaluate
     from flowprox.evaluation.summary import summary_markdown, summary_rows
     from flowprox.files import atomic_write
 
-    records = evaluate(recipe, out, RunOptions(scale, limit, seed, device, devices, n_pictures))
-    rows = summary_rows(records, {} if scale == "smoke" else published_figures(recipe, scale))
-    with atomic_write(os.path.join(out, "summary.md"), "w") as file:
+    run = RunOptions(options.scale, options.limit, options.seed, options.device, options.devices, options.n_pictures)
+    records = evaluate(recipe, options.out, run)
+    rows = summary_rows(records, {} if run.scale == "smoke" else published_figures(recipe, run.scale))
+    with atomic_write(os.path.join(options.out, "summary.md"), "w") as file:
         file.write(summary_markdown(rows))
     _print_evaluated(rows)
-    print(f"records: {os.path.join(out, 'records.jsonl')}")
+    print(f"records: {os.path.join(options.out, 'records.jsonl')}")
     return _report_failures(records)
+
+
+def report(
+    folders: list[str],
+    out: str | None = None,
+    metric: str = "psnr",
+    parts: list[str] | None = None,
+    reference: str | None = None,
+    n_images: int | None = None,
+    recipe: str | None = None,
+    title: str | None = None,
+) -> None:
+    """Show finished evaluations as one HTML page and as tables; reads records only and runs no model.
+
+    Arguments:
+        folders: results folders of evaluate or the demo, or files of records; those of one recipe are one chapter.
+        out: folder to write report.html and tables/ to; by default the results folder, if it is one.
+        metric: what tables and charts are about: psnr, psnr_unclipped, ssim or residual.
+        parts: show only these: overview, curves, comparisons, cost, spread, cases, images, tuning, figures.
+        reference: method that the others are compared with; by default the best of each problem.
+        n_images: show the pictures of so many images of each problem; by default all there are.
+        recipe: recipe with the published figures, for records without a recipe.yaml beside them.
+        title: heading of the page.
+    """
+    check_inputs(folders)
+    from flowprox.evaluation.report import ReportOptions, read_results, write_page, write_tables
+
+    options = ReportOptions(title, metric, parts, reference, n_images, recipe)
+    results = read_results(folders, out, options)
+    for note in results.notes:
+        print(f"flowprox: note: {note}", file=sys.stderr)
+    tables = write_tables(results)
+    page = write_page(results, options)
+    if tables:
+        print(f"tables: {os.path.join(results.out, 'tables')} ({len(tables)} files)")
+    print(f"report: {page}")
 
 
 def _print_evaluated(rows: Sequence[Any]) -> None:
@@ -103,7 +150,7 @@ def _report_failures(records: Sequence[Mapping[str, Any]], n_shown: int = 5) -> 
     failures = [r for r in records if not str(r.get("failed", NOT_RUN)).startswith(NOT_RUN)]
     for record in failures[:n_shown]:
         place = f"{record['problem']}, {record['method']}, {record['image']}"
-        print(f"flowprox: failed: {place}: {record['failed']}", file=sys.stderr)
+        print(printable(f"flowprox: failed: {place}: {record['failed']}"), file=sys.stderr)
     if len(failures) > n_shown:
         print(f"flowprox: failed: {len(failures) - n_shown} more, see the records", file=sys.stderr)
     return 1 if failures else 0

@@ -3,52 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from flowprox.commands.tables import digits, key_values, mean, print_table
+from flowprox.commands.terminal import (
+    check_device,
+    check_inputs,
+    check_models,
+    digits,
+    key_values,
+    mean,
+    print_table,
+)
 
-__all__ = ["reconstruct"]
+__all__ = ["ReconstructOptions", "reconstruct"]
 
 
-def reconstruct(
-    inputs: list[str],
-    out: str,
-    model: str | None = None,
-    method: str | None = None,
-    flow: str | None = None,
-    noise: list[str] | None = None,
-    options: list[str] | None = None,
-    problem: str | None = None,
-    parameters: list[str] | None = None,
-    size: list[int] | None = None,
-    measured: bool = False,
-    simulate: bool = False,
-    overwrite: bool = False,
-    seed: int = 0,
-    operator_seed: int | None = None,
-    pad: bool = True,
-    device: str = "cpu",
-) -> None:
-    """Reconstruct images or measurements with a trained network, a flow as it is, or a classical method.
-
-    Pictures are the measurements where a model is used by itself; with --simulate, or a method by name, they are clean images,
-    which are measured first and compared with what is reconstructed from that. The same command continues an earlier run.
+@dataclass
+class ReconstructOptions:
+    """What to reconstruct, with what, from what.
 
     Arguments:
         inputs: image files, measured arrays (.npy), folders of either; before an option of several words, or after "--".
         out: folder to fill: images, measurements, records.jsonl with the figures, and from posterior the deviations.
-        model: the trained network: a shipped model (see "flowprox models"), a folder, or a hub id. Alone it means method
-            unfolded.
-        method: adjoint, unfolded, latent-map, noise-map, posterior, bm3d, lasso-dct, lasso-wavelet, tv, wavelet, gan,
-            plug-and-play, biharmonic or wiener.
-        flow: the prior of latent-map, noise-map, posterior and plug-and-play: a shipped model, a folder, or a hub id;
+        model: the trained network: a shipped model (see "flowprox models"), a folder, or hf:ORG/NAME. Alone it means
+            method unfolded.
+        method: how; "flowprox methods" lists them.
+        flow: the prior of latent-map, noise-map, posterior and plug-and-play: a shipped model, a folder, or hf:ORG/NAME;
             by default glow-faces64.
         noise: density of the noise, for noise-map and posterior: a flow trained on noise (a shipped model such as
-            noise-mnist64, a folder or hub id), or a name with KEY=VALUE ... (gaussian, sinusoidal, radial); by default
-            the noise of the problem.
-        options: KEY=VALUE ... of the method.
-        problem: name of a measurement problem, such as denoising; by default the one in the model's card.
-        parameters: KEY=VALUE ... of the problem.
+            noise-mnist64, a folder or hf:ORG/NAME), or a name with KEY=VALUE ... (gaussian, sinusoidal, radial); by
+            default the noise of the problem.
+        options: KEY=VALUE ... of the method; "flowprox methods NAME" lists them.
+        problem: what was measured; "flowprox problems" lists them; by default the one in the model's card.
+        parameters: KEY=VALUE ... of the problem; "flowprox problems NAME" lists them.
         size: height and width, or channels, height and width, of the image behind measurements that do not show it
             (compressed sensing, MRI, CT); by default those of the flow.
         measured: image files are measurements, not clean images; arrays always are.
@@ -60,23 +48,68 @@ def reconstruct(
         pad: extend images whose sides the model cannot take, and crop back; --no-pad refuses them.
         device: cpu, cuda or mps.
     """
-    given = key_values(parameters or [], "parameters")
-    chosen = key_values(options or [], "options")
-    density = {"name": noise[0], **key_values(noise[1:], "noise")} if noise and len(noise) > 1 else (noise or [None])[0]
-    if measured and simulate:
+
+    inputs: list[str]
+    out: str
+    model: str | None = None
+    method: str | None = None
+    flow: str | None = None
+    noise: list[str] | None = None
+    options: list[str] | None = None
+    problem: str | None = None
+    parameters: list[str] | None = None
+    size: list[int] | None = None
+    measured: bool = False
+    simulate: bool = False
+    overwrite: bool = False
+    seed: int = 0
+    operator_seed: int | None = None
+    pad: bool = True
+    device: str = "cpu"
+
+
+def reconstruct(options: ReconstructOptions) -> None:
+    """Reconstruct images or measurements with a trained network, a flow as it is, or a classical method.
+
+    Pictures are the measurements where a model is used by itself; with --simulate, or a method by name, they are clean images,
+    which are measured first and compared with what is reconstructed from that. The same command continues an earlier run.
+    """
+    parameters = key_values(options.parameters, "parameters")
+    of_method = key_values(options.options, "options")
+    name, *rest = options.noise or [None]
+    noise = {"name": name, **key_values(rest, "noise")} if rest else name
+    if options.measured and options.simulate:
         raise ValueError("--measured and --simulate exclude each other; give one of them")
+    check_device(options.device)
+    check_inputs(options.inputs)
+    check_models(options.model, options.flow)
     from rich.console import Console
 
+    from flowprox.checkpoints import require_device
     from flowprox.reconstruction import ReconstructionJob, reconstruct_files
 
-    taken = True if measured else False if simulate else None
+    require_device(options.device)
     job = ReconstructionJob(
-        model, problem, given, taken, seed, operator_seed, pad, device, method, flow, density, chosen, size
+        model=options.model,
+        problem=options.problem,
+        parameters=parameters,
+        measured=options.measured or (False if options.simulate else None),
+        seed=options.seed,
+        operator_seed=options.operator_seed,
+        pad=options.pad,
+        device=options.device,
+        method=options.method,
+        flow=options.flow,
+        noise=noise,
+        options=of_method,
+        size=options.size,
     )
-    records = reconstruct_files(job, inputs, out, overwrite=overwrite, console=Console(stderr=True))
+    records = reconstruct_files(
+        job, options.inputs, options.out, overwrite=options.overwrite, console=Console(stderr=True)
+    )
     print_table(*_results(records))
     _print_notes(records)
-    print(f"written to {out}")
+    print(f"written to {options.out}")
 
 
 def _results(records: list[dict[str, Any]], n_shown: int = 40) -> tuple[list[str], list[list[str]]]:

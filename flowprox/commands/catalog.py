@@ -1,0 +1,198 @@
+"""The commands that show what there is: the demo, models and samples of them, problems, methods, recipes."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import TYPE_CHECKING
+
+from flowprox.commands.terminal import (
+    check_device,
+    check_models,
+    check_picture,
+    digits,
+    find_recipe,
+    list_recipes,
+    print_table,
+)
+
+if TYPE_CHECKING:
+    from flowprox.checkpoints import Card
+
+__all__ = ["demo", "methods", "models", "problems", "recipes", "sample"]
+
+
+def demo(out: str = "flowprox-demo", device: str = "cpu", seed: int = 0, overwrite: bool = False) -> None:
+    """Reconstruct the bundled pictures for three problems and write a report. Needs no download.
+
+    Arguments:
+        out: folder to write; report.html in it shows the result.
+        device: cpu, cuda or mps.
+        seed: of the noise.
+        overwrite: replace the folder if an earlier demo is in it.
+    """
+    check_device(device)
+    from flowprox.checkpoints import require_device
+    from flowprox.evaluation.demo import run_demo
+
+    require_device(device)
+    print(f"report: {run_demo(out, device=device, seed=seed, overwrite=overwrite)}")
+
+
+def sample(
+    model: str,
+    out: str = "samples.png",
+    n: int = 16,
+    temperature: float = 0.7,
+    seed: int = 0,
+    size: int | None = None,
+    device: str = "cpu",
+) -> None:
+    """Draw images or noise from a trained flow, as one picture.
+
+    Noise is stretched so that its lowest value is black and its highest white.
+
+    Arguments:
+        model: a shipped model (see "flowprox models"), a folder, or hf:ORG/NAME.
+        out: PNG file to write.
+        n: how many images.
+        temperature: standard deviation of the latent; below 1 images are smoother.
+        seed: the same seed draws the same images.
+        size: height and width in pixels; by default those the flow was made for.
+        device: cpu, cuda or mps.
+    """
+    if n < 1:
+        raise ValueError(f"n must be positive, got {n}")
+    check_picture(out)
+    check_device(device)
+    check_models(model)
+    import torch
+    from torchvision.utils import make_grid
+
+    from flowprox.checkpoints import load_model
+    from flowprox.data import save_image
+    from flowprox.flows import Flow
+    from flowprox.noise import FlowNoise
+
+    loaded = load_model(model, device=device)
+    flow = loaded.flow if isinstance(loaded, FlowNoise) else loaded
+    if not isinstance(flow, Flow):
+        raise ValueError(f"model {model!r} is a {type(flow).__name__}, not a flow; see flowprox models")
+    generator = torch.Generator(device).manual_seed(seed)
+    x = flow.sample(n, temperature, None if size is None else (size, size), generator)
+    if isinstance(loaded, FlowNoise):
+        x = (x - x.amin()) / (x.amax() - x.amin())
+    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+    save_image(make_grid(x.clamp(0, 1).cpu(), nrow=math.ceil(math.sqrt(n)), padding=2, pad_value=1.0), out)
+    print(f"written to {out}")
+
+
+def models(name: str | None = None) -> None:
+    """List the shipped models and what to use them for, or print the card of one.
+
+    Arguments:
+        name: a shipped model, a folder, or hf:ORG/NAME whose card to print.
+    """
+    from flowprox.checkpoints import list_models, load_card
+
+    if name is not None:
+        print(load_card(name).to_json(), end="")
+        return
+    cards = [load_card(name) for name in list_models()]
+    if not cards:
+        print("no models are shipped with this installation")
+        return
+    rows = [[card.name, _purpose(card), _terms(card).partition(":")[0], f"{card.n_bytes / 1e6:.1f}"] for card in cards]
+    print_table(["model", "use it for", "trained on", "MB"], rows, justify="left")
+    for license in sorted({card.license for card in cards}):
+        print(f"license of the weights: {license}")
+    print("\n".join(sorted({f"  {_terms(card)}" for card in cards if ":" in _terms(card)})))
+
+
+def _purpose(card: Card) -> str:
+    """What to give the model to, with what it was trained for."""
+    if card.problem is None:
+        return "noise: --noise NAME" if card.model["kind"] == "FlowNoise" else "prior: --flow NAME"
+    settings = [f"{key} {value}" for key, value in card.problem.get("parameters", {}).items() if value is not None]
+    settings += [f"{key} {low:g} to {high:g}" for key, (low, high) in card.problem.get("ranges", {}).items()]
+    return f"{card.problem.get('name')}" + (f", {', '.join(settings)}" if settings else "")
+
+
+def _terms(card: Card) -> str:
+    """Of the training data, as "name: terms"."""
+    return str(card.training.get("terms") or "drawn noise").replace(" (LeCun, Cortes, Burges)", "")
+
+
+def problems(name: str | None = None) -> None:
+    """List the measurement problems, or the parameters of one with their meaning, default and unit.
+
+    Arguments:
+        name: the problem.
+    """
+    from flowprox.naming import nearest
+    from flowprox.operators import PROBLEMS
+
+    if name is None:
+        print_table(
+            ["problem", "what is measured"], [[key, kind.description] for key, kind in PROBLEMS.items()], "left"
+        )
+        print("flowprox problems NAME lists the parameters of one")
+        return
+    if name not in PROBLEMS:
+        raise ValueError(f"unknown problem {name!r}; {nearest(name, PROBLEMS)}")
+    kind = PROBLEMS[name]
+    print(f"{name}: {kind.description}")
+    rows = [
+        [key, _word(kind.defaults[key]), parameter.unit, parameter.meaning]
+        for key, parameter in kind.parameters.items()
+    ]
+    rows += [
+        ["noise", "null", "", "another noise, by name: gaussian, sinusoidal, radial"],
+        ["noise_parameters", "null", "", "of that noise"],
+    ]
+    print_table(["parameter", "default", "unit", "meaning"], rows, "left")
+    print(
+        f"as in --problem {name} --parameters {rows[0][0]}=VALUE; a VALUE is a number, true, false, null, [list] or text"
+    )
+
+
+def _word(value: object) -> str:
+    """A default as it is written after KEY=."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return digits(value, 4).rstrip("0") if isinstance(value, float) and 1e-3 < value < 1 else str(value)
+
+
+def recipes(name: str | None = None) -> None:
+    """List the recipes of the package, or print one; --config takes their names.
+
+    Arguments:
+        name: the recipe.
+    """
+    if name is not None:
+        print(find_recipe(name).read_text(encoding="utf-8"), end="")
+        return
+    rows = []
+    for known in list_recipes():
+        first = find_recipe(known).read_text(encoding="utf-8").partition("\n")[0]
+        rows.append([known, first.removeprefix("#").strip() if first.startswith("#") else ""])
+    print_table(["recipe", "what for"], rows, "left")
+
+
+def methods(name: str | None = None) -> None:
+    """List the reconstruction methods, or the options of one with their meaning and default.
+
+    Arguments:
+        name: the method.
+    """
+    from flowprox.methods import METHODS
+    from flowprox.naming import nearest
+
+    if name is None:
+        print_table(["method", "what it is"], [[key, kind.description] for key, kind in METHODS.items()], "left")
+        print("flowprox methods NAME lists the options of one")
+        return
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; {nearest(name, METHODS)}")
+    print(f"{name}: {METHODS[name].description}")
+    print(f"for {', '.join(METHODS[name].applicable)}")
