@@ -23,6 +23,7 @@ from PIL import Image
 from flowprox import FlowProx, Glow, UnfoldedPGD, __version__, checkpoints, files, save_model
 from flowprox.cli import completed, main
 from flowprox.commands.terminal import key_values
+from flowprox.methods import METHODS
 from flowprox.records import read_records
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*:DeprecationWarning")
@@ -125,7 +126,7 @@ def test_models_fits_the_terminal_and_says_what_for(
     for words in (
         "prior: --flow NAME",
         "noise: --noise NAME",
-        "mask_size 19",
+        "mask_size",
         "CelebA",
         "license of the weights",
         "5.4",
@@ -510,6 +511,17 @@ def test_problems_are_listed_with_units_and_defaults(capsys: pytest.CaptureFixtu
     assert main(["problems", "deblurring"]) == 0
     words = " ".join(capsys.readouterr().out.split())
     assert "sigma_blur 5.0 pixels standard deviation of the Gaussian" in words
+
+
+def test_methods_are_listed_with_options_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    for method in capsys.readouterr().out.split():
+        if method in METHODS:
+            assert main(["methods", method]) == 0
+            assert f"{method}: {METHODS[method].description}" in capsys.readouterr().out
+    assert main(["methods", "tv"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "n_iterations" in words and "for denoising by default regularization=0.24" in words
 
 
 def test_refusals_do_not_wait_for_torch(world: Path, tmp_path: Path) -> None:

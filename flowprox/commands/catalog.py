@@ -185,7 +185,7 @@ def methods(name: str | None = None) -> None:
     Arguments:
         name: the method.
     """
-    from flowprox.methods import METHODS
+    from flowprox.methods import METHODS, method_options
     from flowprox.naming import nearest
 
     if name is None:
@@ -194,5 +194,16 @@ def methods(name: str | None = None) -> None:
         return
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; {nearest(name, METHODS)}")
-    print(f"{name}: {METHODS[name].description}")
-    print(f"for {', '.join(METHODS[name].applicable)}")
+    kind = METHODS[name]
+    print(f"{name}: {kind.description}")
+    print(f"for {', '.join(kind.applicable)}")
+    if kind.parts:
+        print(
+            "uses " + ", ".join(f"--{part}" + ("" if needed else " (if given)") for part, needed in kind.parts.items())
+        )
+    rows = [[key, _word(option.default), option.meaning] for key, option in method_options(name).items()]
+    if not rows:
+        return
+    print_table(["option", "default", "meaning"], rows, "left")
+    for problem, defaults in kind.defaults.items():
+        print(f"for {problem} by default {', '.join(f'{key}={_word(value)}' for key, value in defaults.items())}")

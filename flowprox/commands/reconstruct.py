@@ -76,8 +76,10 @@ def reconstruct(options: ReconstructOptions) -> None:
     """
     parameters = key_values(options.parameters, "parameters")
     of_method = key_values(options.options, "options")
-    name, *rest = options.noise or [None]
-    noise = {"name": name, **key_values(rest, "noise")} if rest else name
+    of_noise = key_values((options.noise or [])[1:], "noise")
+    noise = (
+        {"name": options.noise[0], **of_noise} if options.noise and of_noise else next(iter(options.noise or []), None)
+    )
     if options.measured and options.simulate:
         raise ValueError("--measured and --simulate exclude each other; give one of them")
     check_device(options.device)
