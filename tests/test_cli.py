@@ -135,7 +135,7 @@ def test_models_fits_the_terminal_and_says_what_for(
 
 
 def test_reconstruct_prints_a_table(world: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["reconstruct", str(world / "a.png"), "--no-measured", "--model", str(world / "network"), "--out", "rec"]
+    words = ["reconstruct", str(world / "a.png"), "--simulate", "--model", str(world / "network"), "--out", "rec"]
     assert main([*words, "--parameters", "sigma=1e-2"]) == 0
     assert "PSNR" in capsys.readouterr().out
     assert read_records("rec/records.jsonl")[0]["problem"] == "denoising-sigma0.01"
@@ -313,12 +313,12 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "mask too large": (_picture("--problem=inpainting", "--parameters", "mask_size=9"), "mask_size 9x9"),
     "kernel too large": (_picture("--problem=deblurring", "--parameters", "kernel_size=11"), "kernel"),
     "which mask": (_picture("--problem=random-inpainting", "--measured"), "operator_seed"),
-    "option of the method": (_picture("--options", "n_folds=3"), "unfolded has no option 'n_folds'"),
+    "option of the method": (_picture("--options", "n_folds=3"), "unfolded has no options, got n_folds"),
     "unknown method": (_picture("--method", "latent-mop", "--problem=denoising"), "did you mean latent-map"),
     "noise of no use": (_picture("--noise", "gaussian", "sigma=0.1"), "no use for noise"),
     "unknown model": (_picture("--model", "unfolded-denoisin"), "unfolded-denoisin"),
     "a flow does not reconstruct": (
-        lambda world: [str(world / "a.png"), "--model", str(world / "flow")],
+        lambda world: [str(world / "a.png"), "--model", str(world / "flow"), "--problem", "denoising"],
         "does not reconstruct by itself",
     ),
     "card does not fit weights": (_model(_misfit), "does not fit its weights"),
