@@ -1,0 +1,222 @@
+r"""Calibrated error bars: for each pixel an interval around an estimate, with a promise that is kept on average.
+
+    interval       x_hat -+ c s(x_hat, y)              s half-width that a small network predicts, c one number
+    training of s  min E pinball(|x - x_hat| - s),     pinball(t) = max((1 - alpha) t, -alpha t)
+    choice of c    the smallest with   n/(n + 1) R(c) + 1/(n + 1) <= alpha,
+                   R(c) = mean over n images of the part of their pixels with |x - x_hat| > c s
+
+Symbols: y measurement, x truth, x_hat the estimate of a method that stays as it is. For images exchangeable with the n
+calibration images, the expected part of pixels outside is at most alpha (conformal risk control). The promise is about the
+mean over pixels and images: it says nothing of a single pixel, of one image, or of images of another kind.
+
+References:
+    Angelopoulos, Bates, Fisch, Lei, Schuster 2022, Conformal risk control, https://arxiv.org/abs/2208.02814, Eq. (4), Thm. 1
+    Koenker, Bassett 1978, Regression quantiles (the pinball loss)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from deepinv.models import Reconstructor
+from deepinv.physics import LinearPhysics
+from torch import Tensor, nn
+
+from flowprox.naming import Specified
+from flowprox.operators import measure_each
+from flowprox.uncertainty.checks import coverage, required
+
+__all__ = ["Intervals", "ScaleNet", "conformal_factor", "fit_intervals", "interval_statistics"]
+
+_SMALLEST = 1e-4  # in units of the image: a half-width of zero could not be scaled up
+
+
+class ScaleNet(Specified, nn.Module):
+    """Half-widths s(x_hat, y) > 0 from the estimate, A^T y - x_hat and A^T A 1: residual blocks at half the resolution.
+
+    Arguments:
+        n_channels: C of the images.
+        hidden_channels: width.
+        n_blocks: residual blocks of two 3x3 convolutions.
+
+    Example:
+        >>> x = torch.rand(2, 3, 10, 9)
+        >>> ScaleNet(hidden_channels=8, n_blocks=1)(x, x, torch.ones(1, 1, 10, 9)).shape
+        torch.Size([2, 3, 10, 9])
+    """
+
+    def __init__(self, n_channels: int = 3, hidden_channels: int = 48, n_blocks: int = 3) -> None:
+        super().__init__()
+        width = hidden_channels
+        self.first = nn.Conv2d(4 * (2 * n_channels + 1), width, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
+            for _ in range(n_blocks)
+        )
+        self.last = nn.Conv2d(width, 4 * n_channels, 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.constant_(self.last.bias, -2.5)  # softplus(-2.5) = 0.08: a usual error
+
+    def forward(self, x_hat: Tensor, adjoint: Tensor, seen: Tensor) -> Tensor:
+        """s (B, C, H, W) from x_hat and A^T y (B, C, H, W) and A^T A 1 (1 or B, 1, H, W)."""
+        height, width = x_hat.shape[-2:]
+        features = torch.cat([x_hat - 0.5, adjoint - x_hat, seen.expand(len(x_hat), -1, -1, -1)], dim=1)
+        features = F.pad(features, (0, width % 2, 0, height % 2), mode="replicate")
+        h = self.first(F.pixel_unshuffle(features, 2))
+        for block in self.blocks:
+            h = h + block(h)
+        s = F.pixel_shuffle(self.last(F.relu(h)), 2)[..., :height, :width]
+        return F.softplus(s) + _SMALLEST
+
+
+class Intervals(Specified, nn.Module):
+    """Half-widths of calibrated intervals for one network and problem.
+
+    Saved as any model (``save_model``); its card says for which network (hash), problem and images it holds.
+
+    Arguments:
+        scale: network of the half-widths before calibration.
+        alpha: one minus the coverage, in (0, 1).
+        factor: c, by which they are multiplied.
+
+    Raises:
+        ValueError: alpha is outside (0, 1), or the factor is not positive.
+    """
+
+    def __init__(self, scale: ScaleNet, alpha: float, factor: float = 1.0) -> None:
+        super().__init__()
+        if not 0 < alpha < 1:
+            raise ValueError(f"alpha must lie between 0 and 1, got {alpha}; 0.1 asks for intervals that hold 90 %")
+        if not factor > 0:
+            raise ValueError(f"factor must be positive, got {factor}")
+        self.scale, self.alpha, self.factor = scale, alpha, factor
+
+    def forward(self, x_hat: Tensor, y: Tensor, physics: LinearPhysics) -> Tensor:
+        """c s(x_hat, y), (B, C, H, W): the interval of a pixel is x_hat -+ this."""
+        return self.factor * self.scale(x_hat, *_conditions(x_hat, y, physics))
+
+
+def _conditions(x_hat: Tensor, y: Tensor, physics: LinearPhysics) -> tuple[Tensor, Tensor]:
+    """A^T y, and A^T A 1 averaged over the channels."""
+    seen = physics.A_adjoint(physics.A(torch.ones_like(x_hat[:1]))).mean(dim=1, keepdim=True)
+    return physics.A_adjoint(y), seen
+
+
+def conformal_factor(errors: Tensor, scales: Tensor, alpha: float) -> float:
+    """The smallest c for which c s holds enough of n images' pixels, with the correction for n (conformal risk control).
+
+    Arguments:
+        errors: |x - x_hat| of the calibration images (n, ...).
+        scales: s of the same shape, positive.
+        alpha: largest expected part of pixels outside.
+
+    Raises:
+        ValueError: alpha is outside (0, 1), or there are too few images for it; the message says how many are needed.
+
+    Example:
+        >>> errors = torch.linspace(0, 1, 1000).repeat(99, 1)
+        >>> round(conformal_factor(errors, torch.ones_like(errors), 0.1), 2)
+        0.91
+    """
+    n = len(errors)
+    required(n, alpha)
+    ratios = (errors / scales).flatten().double()
+    allowed = (alpha * (n + 1) - 1) / n  # of R(c)
+    ordered = ratios.sort().values
+    n_outside = int(allowed * len(ordered) + 1e-9)
+    return max(float(ordered[len(ordered) - 1 - n_outside]), 1e-12)
+
+
+@torch.no_grad()
+def _estimates(
+    method: Reconstructor, images: Tensor, physics: LinearPhysics, seeds: Sequence[int], batch_size: int = 32
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """x, y and x_hat of batches of images."""
+    for start in range(0, len(images), batch_size):
+        x = images[start : start + batch_size]
+        y = measure_each(x, physics, seeds[start : start + batch_size])
+        yield x, y, method(y, physics)
+
+
+def fit_intervals(
+    method: Reconstructor,
+    physics: LinearPhysics,
+    training: Tensor,
+    calibration: Tensor,
+    alpha: float = 0.1,
+    n_steps: int = 600,
+    seed: int = 0,
+) -> Intervals:
+    """Train the half-widths of a method's estimates on some images, and calibrate them on others.
+
+    Arguments:
+        method: stays as it is.
+        physics: operator with its noise.
+        training: images (N, C, H, W) in [0, 1] for the half-widths.
+        calibration: images (n, C, H, W) that neither the method nor the half-widths have seen.
+        alpha: one minus the coverage.
+        n_steps: of Adam, 16 images each.
+        seed: of the noise, the first weights and the order.
+
+    Raises:
+        ValueError: alpha is outside (0, 1), or there are too few calibration images for it.
+    """
+    required(len(calibration), alpha)
+    device = training.device
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        scale = ScaleNet(training.shape[1]).to(device)
+    inputs, errors = _features(method, training, physics, seed)
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(scale.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=n_steps)
+    for _ in range(n_steps):
+        chosen = torch.randint(len(errors), (min(16, len(errors)),), generator=generator).to(device)
+        excess = errors[chosen] - scale(inputs[0][chosen], inputs[1][chosen], inputs[2])
+        loss = torch.maximum((1 - alpha) * excess, -alpha * excess).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    scale.eval().requires_grad_(False)
+    inputs, errors = _features(method, calibration, physics, seed + len(training))
+    scales = torch.cat([scale(a, b, inputs[2]) for a, b in zip(inputs[0].split(32), inputs[1].split(32), strict=True)])
+    return Intervals(scale, alpha, conformal_factor(errors, scales, alpha)).to(device)
+
+
+def _features(
+    method: Reconstructor, images: Tensor, physics: LinearPhysics, seed: int
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """What the half-widths are predicted from, and the absolute errors."""
+    estimates, adjoints, errors = [], [], []
+    for x, y, x_hat in _estimates(method, images, physics, range(seed, seed + len(images))):
+        estimates.append(x_hat)
+        adjoints.append(physics.A_adjoint(y))
+        errors.append((x - x_hat).abs())
+    seen = _conditions(estimates[0], physics.A(images[:1]), physics)[1]
+    return (torch.cat(estimates), torch.cat(adjoints), seen), torch.cat(errors)
+
+
+def interval_statistics(half_widths: Tensor, errors: Tensor) -> dict[str, float]:
+    """What intervals are worth on test images: their width, and how much of what they hold.
+
+    Arguments:
+        half_widths: (B, ...).
+        errors: |x - x_hat| of the same shape.
+
+    Returns:
+        mean_half_width (in units of the image), coverage, coverage_5 (5 % quantile over images), coverage_of_largest (of the
+        tenth of all entries with the largest errors), rank_correlation (Spearman's, of half-width and error over entries).
+    """
+    per_image = coverage(-half_widths, half_widths, errors)
+    large = errors >= errors.flatten().kthvalue(int(0.9 * errors.numel())).values
+    order = [t.flatten().argsort().argsort().double() for t in (half_widths, errors)]
+    return {
+        "mean_half_width": float(half_widths.mean()),
+        "coverage": float(per_image.mean()),
+        "coverage_5": float(per_image.quantile(0.05)),
+        "coverage_of_largest": float((errors <= half_widths)[large].double().mean()),
+        "rank_correlation": float(torch.corrcoef(torch.stack(order))[0, 1]),
+    }
