@@ -61,6 +61,7 @@ MODEL_MODULES = (
     "flowprox.operators",
     "flowprox.unfolding",
     "flowprox.baselines",
+    "flowprox.uncertainty",
 )
 """Modules whose import registers every kind that a model's card may name, lowest first: a flow is loaded without deepinv."""
 

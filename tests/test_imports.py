@@ -31,7 +31,7 @@ files naming metrics records
 options evaluation_options
 networks noise operators
 flows prox solvers priors
-unfolding baselines
+unfolding baselines uncertainty
 data samples checkpoints
 training methods evaluation reconstruction
 commands
@@ -77,7 +77,7 @@ def test_networks_and_baselines_do_not_import_one_another() -> None:
 def test_the_package_itself_is_imported_for_its_version_and_its_models_only() -> None:
     """It hands on names of all floors: whoever imports one from there may look upwards unseen."""
     for module, path in MODULES.items():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(measures.syntax(path)):
             if isinstance(node, ast.ImportFrom) and node.module == "flowprox":
                 names = {alias.name for alias in node.names if f"flowprox.{alias.name}" not in MODULES}
                 assert names <= {"__version__", "MODEL_MODULES"}, module
@@ -91,7 +91,7 @@ def test_what_a_card_may_name_is_registered_by_the_modules_of_models() -> None:
     kinds = {
         node.name
         for path in MODULES.values()
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(measures.syntax(path))
         if isinstance(node, ast.ClassDef) and "Specified" in {getattr(base, "id", "") for base in node.bases}
     }
     assert kinds and kinds <= set(registered_kinds())
@@ -105,7 +105,7 @@ def test_one_module_imports_lightning() -> None:
 
 def imported_roots(path: Path) -> set[str]:
     roots: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(measures.syntax(path)):
         if isinstance(node, ast.Import):
             roots |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -104,7 +104,7 @@ def test_intervals_find_where_the_error_is_and_keep_their_coverage(tmp_path) -> 
             return torch.full_like(y, 0.5) + 0 * y
 
     physics = make_physics("inpainting", (1, 8, 8), mask=(rows[0, 0] < 0.1).float())
-    intervals = fit_intervals(Constant(), physics, images[:100], images[100:200], alpha=0.2, n_steps=150)
+    intervals = fit_intervals(Constant(), physics, images[:100], images[100:200], alpha=0.2, n_steps=80)
     test = images[200:]
     y = measure_each(test, physics, range(100))
     widths = intervals(Constant()(y, physics), y, physics)

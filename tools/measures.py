@@ -7,6 +7,7 @@ python tools/measures.py flows      the parts or modules whose names begin so, w
 from __future__ import annotations
 
 import ast
+import functools
 import statistics
 import sys
 from collections import defaultdict
@@ -38,10 +39,16 @@ def modules(package: Path = PACKAGE) -> dict[str, Path]:
     return named
 
 
+@functools.cache
+def syntax(path: Path) -> ast.Module:
+    """The syntax tree of a file, read once."""
+    return ast.parse(path.read_text())
+
+
 def imports(path: Path, known: dict[str, Path]) -> set[str]:
     """Modules of the package that a file imports, inside functions too, and those that stand in strings "module:name"."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(syntax(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -139,7 +146,7 @@ def measure(prefix: str = "") -> tuple[dict[str, float], list[str]]:
     chosen = {
         name: path for name, path in modules().items() if name.removeprefix("flowprox").strip(".").startswith(prefix)
     }
-    trees = {name: ast.parse(path.read_text()) for name, path in chosen.items()}
+    trees = {name: syntax(path) for name, path in chosen.items()}
     lines = {name: len(path.read_text().splitlines()) for name, path in chosen.items()}
     parts: dict[str, int] = defaultdict(int)
     for name, n in lines.items():
