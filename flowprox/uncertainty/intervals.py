@@ -57,7 +57,7 @@ class ScaleNet(Specified, nn.Module):
         )
         self.last = nn.Conv2d(width, 4 * n_channels, 3, padding=1)
         nn.init.zeros_(self.last.weight)
-        nn.init.constant_(self.last.bias, -2.5)  # softplus(-2.5) = 0.08: a usual error
+        nn.init.constant_(self.last.bias, -2.5)  # type: ignore[arg-type]  # softplus(-2.5) = 0.08: a usual error
 
     def forward(self, x_hat: Tensor, adjoint: Tensor, seen: Tensor) -> Tensor:
         """s (B, C, H, W) from x_hat and A^T y (B, C, H, W) and A^T A 1 (1 or B, 1, H, W)."""
