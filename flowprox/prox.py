@@ -38,6 +38,7 @@ class Prox(nn.Module):
     """Contract of every prox."""
 
     divisor: int = 1
+    n_channels: int | None = None  # of the images that it takes; None: any
     uses_step: bool = True  # whether the output depends on the step
 
     def forward(
@@ -89,6 +90,8 @@ class FlowProx(Specified, Prox):
         channelwise: learn one weight per latent channel; all are 1 at the start.
         levels: rising noise levels at which the weights of ``channelwise`` are learned, interpolated between them; None
             learns one set for all levels.
+        log_determinant: shrink by the whole density of the image, log|det Dg| included, which Eq. (9) leaves out:
+            z = P(f(v) - s grad log|det Dg(f(v))|), a gradient step on that term. It trains with flows of ``backward`` "plain".
 
     Raises:
         ValueError: an unknown base, or levels that are not positive and rising, or without ``channelwise``.
@@ -102,9 +105,15 @@ class FlowProx(Specified, Prox):
     """
 
     groups: Tensor
+    _levels: Tensor
 
     def __init__(
-        self, flow: Flow, base: str = "gaussian", channelwise: bool = False, levels: Sequence[float] | None = None
+        self,
+        flow: Flow,
+        base: str = "gaussian",
+        channelwise: bool = False,
+        levels: Sequence[float] | None = None,
+        log_determinant: bool = False,
     ) -> None:
         super().__init__()
         if base not in ("gaussian", "laplace"):
@@ -113,7 +122,10 @@ class FlowProx(Specified, Prox):
             raise ValueError("levels are those of the weights per channel: set channelwise to True, or levels to None")
         self.flow = flow
         self.base = base
+        self.n_channels = flow.n_channels
+        self.log_determinant = log_determinant
         self.levels = checked_levels(levels)
+        self.register_buffer("_levels", torch.tensor(self.levels or ()), persistent=False)
         shape = (flow.n_latent_groups,) if self.levels is None else (len(self.levels), flow.n_latent_groups)
         self.log_weight = nn.Parameter(torch.zeros(shape)) if channelwise else None
         self.register_buffer("groups", flow.latent_groups(), persistent=False)
@@ -126,31 +138,75 @@ class FlowProx(Specified, Prox):
     def forward(
         self, v: Tensor, step: float | Tensor, sigma: Tensor | None = None, mean: Tensor | None = None
     ) -> Tensor:
+        # Eq. (9)
         z = self.flow.encode_image(v)
+        if self.log_determinant:
+            z = z - _per_image(step) * self._log_determinant_gradient(z)
+        # Eq. (10)
         z = self.shrink(z, step, sigma) if mean is None else mean + self.shrink(z - mean, step, sigma)
+        # Eq. (11)
         return self.flow.decode_image(z)
 
     def shrink(self, z: Tensor, step: float | Tensor, sigma: Tensor | None = None) -> Tensor:
         """P(z) for an image-shaped latent (B, C, H, W)."""
         step = _per_image(step)
         if self.log_weight is not None:
-            step = step * torch.exp(self._log_weight(sigma)[..., self._groups(z)])
+            step = step * torch.exp(self._log_weight(z, sigma))
         return z / (1 + step) if self.base == "gaussian" else _soft_threshold(z, step)
 
-    def _log_weight(self, sigma: Tensor | None) -> Tensor:
-        """(n_groups,), or (B, n_groups) where they depend on the level."""
+    def log_prob(self, x: Tensor, sigma: Tensor | None = None, mean: Tensor | None = None) -> Tensor:
+        """log p(x) in nats (B,) of the density whose negative logarithm the prox shrinks by, x (B, C, H, W).
+
+        p(z) = N(z; mean, 1/w) or Laplace(z; mean, 1/w),   log p(x) = log p(f(x)) + log|det Df(x)|
+        """
+        z, logdet = self.flow(x)
+        z = z.view_as(x) if mean is None else z.view_as(x) - mean
+        log_weight = torch.zeros_like(z) if self.log_weight is None else self._log_weight(z, sigma)
+        if self.base == "gaussian":
+            values = 0.5 * (log_weight - math.log(2 * math.pi) - torch.exp(log_weight) * z.square())
+        else:
+            values = log_weight - math.log(2) - torch.exp(log_weight) * z.abs()
+        return values.flatten(1).sum(1) + logdet
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        temperature: float = 1.0,
+        image_size: tuple[int, int] | None = None,
+        generator: torch.Generator | None = None,
+        sigma: Tensor | None = None,
+        mean: Tensor | None = None,
+    ) -> Tensor:
+        """n images (n, C, H, W) of the density of ``log_prob``, the latent's deviation from its mean times ``temperature``."""
+        like = next(self.flow.parameters())
+        z = like.new_empty(n, self.flow.n_channels, *(image_size or self.flow.image_shape[1:]))
+        if self.base == "gaussian":
+            z.normal_(generator=generator)
+        else:  # the difference of two exponential variables
+            z.exponential_(generator=generator).sub_(torch.empty_like(z).exponential_(generator=generator))
+        if self.log_weight is not None:
+            z *= torch.exp(self._log_weight(z, sigma) * (-0.5 if self.base == "gaussian" else -1.0))
+        return self.flow.decode_image(temperature * z if mean is None else mean + temperature * z)
+
+    def _log_weight(self, z: Tensor, sigma: Tensor | None) -> Tensor:
+        """log w of every entry of z (B, C, H, W): (C, H, W), or (B, C, H, W) where they depend on the level."""
         assert self.log_weight is not None
+        size = (z.shape[-2], z.shape[-1])
+        groups = self.groups if self.groups.shape[-2:] == size else self.flow.latent_groups(size).to(z.device)
         if self.levels is None:
-            return self.log_weight
+            return self.log_weight[groups]
         if sigma is None:
             raise ValueError("this prox is told the noise level: pass sigma (B,)")
-        return at_level(self.log_weight, self.levels, sigma)
+        return at_level(self.log_weight, self._levels, sigma)[:, groups]
 
-    def _groups(self, z: Tensor) -> Tensor:
-        height, width = z.shape[-2:]
-        if self.groups.shape[-2:] == (height, width):
-            return self.groups
-        return self.flow.latent_groups((height, width)).to(z.device)
+    def _log_determinant_gradient(self, z: Tensor) -> Tensor:
+        """Gradient of log|det Dg(z)| (B, C, H, W)."""
+        trains = torch.is_grad_enabled()
+        with torch.enable_grad():
+            z = z if trains and z.requires_grad else z.detach().requires_grad_()
+            logdet = self.flow.inverse_image(z)[1].sum()
+            return torch.autograd.grad(logdet, z, create_graph=trains, materialize_grads=True)[0]
 
 
 def _refuse_mean(mean: Tensor | None) -> None:
@@ -177,6 +233,7 @@ class ResNetProx(Specified, Prox):
 
     def __init__(self, n_channels: int = 3, hidden_channels: int = 128, n_blocks: int = 2) -> None:
         super().__init__()
+        self.n_channels = n_channels
         self.net = ResNet(n_channels, hidden_channels, n_blocks)
 
     def forward(
@@ -198,6 +255,7 @@ class UNetProx(Specified, Prox):
         self, n_channels: int = 3, hidden_channels: int = 64, n_scales: int = 5, residual: bool = True
     ) -> None:
         super().__init__()
+        self.n_channels = n_channels
         self.net = UNet(n_channels, hidden_channels, n_scales, residual)
 
     def forward(
@@ -218,14 +276,14 @@ def checked_levels(levels: Sequence[float] | None) -> tuple[float, ...] | None:
     return values
 
 
-def at_level(values: Tensor, levels: Sequence[float], sigma: Tensor) -> Tensor:
+def at_level(values: Tensor, levels: Sequence[float] | Tensor, sigma: Tensor) -> Tensor:
     """Values (J, ...) at the levels (J,) interpolated at noise levels sigma (B,): (B, ...).
 
     Example:
         >>> at_level(torch.tensor([0.0, 1.0]), [0.01, 0.1], torch.tensor([0.001, 0.1 ** 1.5, 1.0])).tolist()
         [0.0, 0.5, 1.0]
     """
-    knots = torch.tensor(levels, dtype=values.dtype, device=values.device).log()
+    knots = torch.as_tensor(levels, dtype=values.dtype, device=values.device).log()
     at = sigma.to(values).log().clamp(knots[0], knots[-1])[:, None]
     rise = ((at - knots[:-1]) / (knots[1:] - knots[:-1])).clamp(0, 1)  # (B, J - 1): how far each interval is passed
     ones, zeros = torch.ones_like(at), torch.zeros_like(at)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowprox.flows import Conv1x1, Flow, Glow, Sequential, Squeeze, Unsqueeze
+from flowprox.checkpoints import Card
+from flowprox.flows import Conv1x1, Flow, Glow, Sequential, Squeeze, Unsqueeze, frozen
 from flowprox.naming import build
-from flowprox.operators import LearnedBlur, make_physics
+from flowprox.operators import LearnedBlur, Problem, fit_to_divisor, make_physics
 from flowprox.prox import FlowProx, ResNetProx, SoftThreshold
-from flowprox.unfolding import LatentMeanNet, UnfoldedHQS, UnfoldedPGD
+from flowprox.unfolding import LatentMeanNet, UnfoldedHQS, UnfoldedPGD, latent_statistics
 
 SHAPE = (3, 8, 8)
 
@@ -48,9 +52,9 @@ NETWORKS = {
     ),
 }
 PROBLEMS = {
-    "denoising": lambda: make_physics("denoising", SHAPE, sigma=0.1),
-    "inpainting": lambda: make_physics("inpainting", SHAPE, mask_size=3),
-    "deblurring": lambda: make_physics("deblurring", SHAPE, sigma_blur=1.0, kernel_size=5),
+    "denoising": lambda shape=SHAPE: make_physics("denoising", shape, sigma=0.1),
+    "inpainting": lambda shape=SHAPE: make_physics("inpainting", shape, mask_size=3),
+    "deblurring": lambda shape=SHAPE: make_physics("deblurring", shape, sigma_blur=1.0, kernel_size=5),
 }
 
 
@@ -86,10 +90,10 @@ def test_overfits_one_image(network: type) -> None:
     physics = make_physics("denoising", SHAPE, sigma=0.1)
     x = torch.rand(1, *SHAPE)
     y = physics(x)
-    model = network([glow_prox() for _ in range(2)])
-    optimizer = torch.optim.Adam(model.parameter_groups(3e-3, 1e-2))
+    model = network([FlowProx(Glow(image_shape=SHAPE, n_levels=1, n_steps=1, hidden_channels=8)) for _ in range(2)])
+    optimizer = torch.optim.Adam(model.parameter_groups(1e-2, 2e-2))
     losses = []
-    for _ in range(300):
+    for _ in range(100):
         loss = (model(y, physics) - x).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -124,13 +128,132 @@ def test_starts_at_the_most_likely_image_or_at_the_adjoint() -> None:
     torch.testing.assert_close(UnfoldedPGD([prox], start="adjoint").iterates(y, physics)[0], physics.A_adjoint(y))
 
 
-def test_takes_other_sizes_than_it_was_made_for() -> None:
-    model = UnfoldedPGD([glow_prox() for _ in range(2)])
-    x = torch.rand(1, 3, 12, 20)
-    physics = make_physics("denoising", (3, 12, 20))
-    assert model(physics(x), physics).shape == x.shape
-    with pytest.raises(ValueError, match="divisible by 2"):
-        model(torch.rand(1, 3, 9, 8), physics)
+@pytest.mark.parametrize("size", [(12, 20), (9, 8), (7, 13)])
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_takes_any_size(problem: str, size: tuple[int, int]) -> None:
+    """What its divisor does not divide is extended and cropped, by the same rule as elsewhere."""
+    model, shape = UnfoldedHQS([glow_prox() for _ in range(2)], shrinkage=0.5), (3, *size)
+    physics = PROBLEMS[problem](shape)
+    y = physics(torch.rand(2, *shape))
+    fitted = fit_to_divisor(y, physics, 2)
+    expected = model(fitted.y, fitted.physics)[..., fitted.rows, fitted.columns]
+    assert [image.shape for image in model.iterates(y, physics)] == 3 * [y.shape]
+    torch.testing.assert_close(model(y, physics), expected)
+
+
+def test_a_measurement_that_cannot_be_extended_names_the_remedy() -> None:
+    physics = make_physics("mri", (1, 9, 8))
+    prox = FlowProx(Glow(image_shape=(1, 8, 8), n_levels=1, n_steps=1, hidden_channels=4))
+    with pytest.raises(ValueError, match="use sizes divisible by 2"):
+        UnfoldedPGD([prox], start="adjoint")(physics.A(torch.rand(1, 1, 9, 8)), physics)
+    masks = [make_physics("inpainting", (3, 9, 8), mask_size=n) for n in (2, 4)]
+    with pytest.raises(ValueError, match="divisible by 2: pad or crop"):
+        UnfoldedPGD([glow_prox()] * 2)(torch.rand(1, 3, 9, 8), masks)
+
+
+def test_every_data_step_may_have_an_operator_of_its_own() -> None:
+    """Wei et al. 2022, Table III: A changed in the last fold, here in the final data step alone."""
+    trained, changed = (make_physics("inpainting", SHAPE, mask_size=n, sigma=0.0) for n in (2, 4))
+    model = UnfoldedPGD([glow_prox() for _ in range(2)], step_size=1.0, shrinkage=0.5, final_data_step=True)
+    y = changed.A(torch.rand(2, *SHAPE))
+    assert torch.equal(model(y, [changed] * 3), model(y, changed))
+    images = model.iterates(y, [trained, trained, changed])
+    torch.testing.assert_close(images[:2], model.iterates(y, trained)[:2])
+    seen = (changed.A(torch.ones_like(y)) == 1).expand_as(y)
+    torch.testing.assert_close(images[2][seen], y[seen])
+    assert not torch.allclose(model(y, changed), images[2])
+    with pytest.raises(ValueError, match="2 operators for 3 data steps"):
+        model(y, [trained, changed])
+
+
+def test_folds_are_drawn_from_and_their_latents_looked_at() -> None:
+    model, physics = UnfoldedPGD([glow_prox(), glow_prox(base="laplace")]), PROBLEMS["denoising"]()
+    y = physics(torch.rand(2, *SHAPE))
+    images, latents = model.iterates(y, physics), model.latents(y, physics)
+    v = [model.data_step(x, y, physics, weight) for x, weight in zip(images[:2], model.step_sizes, strict=True)]
+    for z, point, prox in zip(latents, v, model.proxes, strict=True):
+        torch.testing.assert_close(z, prox.flow.encode_image(point), rtol=0, atol=1e-4)
+    samples = model.sample(400, generator=torch.Generator().manual_seed(0))
+    assert samples.shape == (800, *SHAPE)
+    drawn = [prox.flow.encode_image(x) for prox, x in zip(model.proxes, samples.chunk(2), strict=True)]
+    gaussian, laplace = latent_statistics(drawn)
+    assert list(gaussian.values()) == pytest.approx([0, 1, 0], abs=0.05)
+    assert list(laplace.values()) == pytest.approx([0, 2**0.5, 3], abs=0.3)
+    told_the_level(UnfoldedPGD).sample(1)
+    with pytest.raises(ValueError, match="depend on a measurement"):
+        NETWORKS["pgd, latent mean"]().sample(1)
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails on what makes the host wait for a device."""
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in self.REFUSED, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_fold_reads_a_value_on_the_host(name: str, problem: str) -> None:
+    model, physics = NETWORKS[name](), PROBLEMS[problem]()
+    x = torch.rand(2, *SHAPE)
+    y = physics(x)
+    for flow in model.flows():
+        flow.initialize(x)
+    with NoHostReads():
+        (model(y, physics) - x).square().mean().backward()
+    with torch.no_grad(), frozen(model.eval()):
+        model(y, physics)
+        with NoHostReads():
+            model(y, physics)
+
+
+def carded(**problem) -> UnfoldedPGD:
+    model = UnfoldedPGD([glow_prox()])
+    model.card = Card("net", problem={"name": "inpainting", "parameters": {}, "ranges": {}, **problem})
+    return model
+
+
+RANGES = {"sigma": [0.0, 0.1], "mask_size": [8, 24], "keep": [0.1, 0.9]}
+USES: dict[str, tuple[dict, str, dict, str | None]] = {
+    "as trained": ({}, "inpainting", {}, None),
+    "less noise": ({"parameters": {"sigma": 0.1}}, "inpainting", {"sigma": 0.05}, None),
+    "more noise": (
+        {"parameters": {"sigma": 0.1}},
+        "inpainting",
+        {"sigma": 0.2},
+        "sigma 0.0 to 0.1 and is used with 0.2",
+    ),
+    "another mask": (
+        {"parameters": {"mask_size": 8}},
+        "inpainting",
+        {"mask_size": 12},
+        "mask_size 8 and is used with 12",
+    ),
+    "within the range": ({"ranges": RANGES}, "inpainting", {"mask_size": (8, 12)}, None),
+    "a mask drawn by hand": ({"ranges": RANGES}, "inpainting", {"mask": torch.ones(8, 8)}, None),
+    "beyond the range": ({"ranges": RANGES}, "inpainting", {"mask_size": (8, 40)}, "mask_size 8 to 24"),
+    "random masks": ({"ranges": RANGES}, "random-inpainting", {"keep": 0.5}, None),
+    "too few pixels": ({"ranges": RANGES}, "random-inpainting", {"keep": 0.05}, "keep 0.1 to 0.9"),
+    "a kernel": ({"name": "deblurring"}, "deblurring", {"kernel": torch.ones(3, 3)}, "kernel None"),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_a_use_it_was_not_trained_for_is_noticed(name: str) -> None:
+    trained, problem, parameters, message = USES[name]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        carded(**trained).check(Problem(problem, parameters))
+    assert len(caught) == (message is not None) and (message or "") in "".join(str(w.message) for w in caught)
+
+
+def test_another_problem_is_refused_and_without_a_card_nothing_is_known() -> None:
+    with pytest.raises(ValueError, match="net was trained for inpainting, not denoising"):
+        carded().check(Problem("denoising"))
+    UnfoldedPGD([glow_prox()]).check(Problem("denoising"))
 
 
 def test_without_the_last_shrinkage_the_last_flow_does_nothing() -> None:
@@ -250,6 +373,7 @@ BAD_MEASUREMENTS = {
     "gray": (lambda: torch.rand(1, 1, 8, 8), "takes batches"),
     "integers": (lambda: torch.zeros(1, *SHAPE, dtype=torch.uint8), "float32 like the model"),
     "double": (lambda: torch.rand(1, *SHAPE, dtype=torch.float64), "float32 like the model"),
+    "half": (lambda: torch.rand(1, *SHAPE).half(), "float32 like the model"),
     "an array": (lambda: torch.rand(1, *SHAPE).numpy(), "got ndarray"),
 }
 
@@ -258,4 +382,9 @@ BAD_MEASUREMENTS = {
 def test_a_measurement_that_does_not_fit_is_named(name: str) -> None:
     make, message = BAD_MEASUREMENTS[name]
     with pytest.raises(ValueError, match=message):
-        UnfoldedPGD([glow_prox()])(make(), make_physics("denoising", SHAPE))
+        UnfoldedPGD([glow_prox()], start="adjoint")(make(), make_physics("denoising", SHAPE))
+
+
+def test_a_network_in_half_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"call model.float\(\)"):
+        UnfoldedPGD([glow_prox()]).half()(torch.rand(1, *SHAPE).half(), make_physics("denoising", SHAPE))

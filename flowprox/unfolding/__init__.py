@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from flowprox.unfolding.conditioning import Conditioning, LatentMeanNet
 from flowprox.unfolding.export import export_program
-from flowprox.unfolding.networks import GradientStep, ProximalStep, Unfolded, UnfoldedHQS, UnfoldedPGD
+from flowprox.unfolding.networks import (
+    GradientStep,
+    ProximalStep,
+    Unfolded,
+    UnfoldedHQS,
+    UnfoldedPGD,
+    latent_statistics,
+)
 
 __all__ = [
     "Conditioning",
@@ -15,4 +22,5 @@ __all__ = [
     "UnfoldedHQS",
     "UnfoldedPGD",
     "export_program",
+    "latent_statistics",
 ]

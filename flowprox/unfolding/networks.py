@@ -15,6 +15,7 @@ leaves the last shrinkage out, which makes the last flow the identity: ``shrink_
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -28,11 +29,11 @@ from torch import Tensor, nn
 from flowprox.flows import Flow, frozen
 from flowprox.naming import Specified
 from flowprox.noise import noise_level
-from flowprox.operators import data_gradient, data_prox
+from flowprox.operators import PROBLEMS, Problem, data_gradient, data_prox, fit_to_divisor
 from flowprox.prox import FlowProx, at_level
 from flowprox.unfolding.conditioning import Conditioning
 
-__all__ = ["GradientStep", "ProximalStep", "Unfolded", "UnfoldedHQS", "UnfoldedPGD"]
+__all__ = ["GradientStep", "ProximalStep", "Unfolded", "UnfoldedHQS", "UnfoldedPGD", "latent_statistics"]
 
 
 class GradientStep(Specified):
@@ -98,6 +99,8 @@ class Unfolded(Specified, Reconstructor):
         torch.Size([2, 3, 8, 8])
     """
 
+    _levels: Tensor
+
     def __init__(
         self,
         proxes: Sequence[nn.Module],
@@ -121,6 +124,7 @@ class Unfolded(Specified, Reconstructor):
         self.proxes = nn.ModuleList(proxes)
         self.data_step = data_step
         self.levels = conditioning.levels
+        self.register_buffer("_levels", torch.tensor(self.levels or ()), persistent=False)
         n_data_steps = len(proxes) + int(final_data_step)
         self.log_data_weight = _log_parameter(data_step.weight, n_data_steps, data_step.name, self.levels, power=0)
         self.log_shrinkage = _log_parameter(shrinkage, len(proxes), "shrinkage", self.levels, power=2)
@@ -141,6 +145,8 @@ class Unfolded(Specified, Reconstructor):
         """Reconstruct x (B, C, H, W) from the measurement y of ``physics``.
 
         In evaluation mode and without gradients the flows are ``frozen`` meanwhile; around many calls do that once yourself.
+        A measurement of an image whose sides ``divisor`` does not divide is extended, and the result cropped
+        (``flowprox.operators.fit_to_divisor``).
 
         Arguments:
             y: measurement.
@@ -148,7 +154,8 @@ class Unfolded(Specified, Reconstructor):
                 told are then the first one's.
 
         Raises:
-            ValueError: the image size is not divisible by ``divisor``, the channels do not fit, or another number of operators.
+            ValueError: the measurement cannot be extended to sides that ``divisor`` divides, the channels do not fit, or
+                another number of operators.
         """
         if not self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             with frozen(self):
@@ -158,7 +165,20 @@ class Unfolded(Specified, Reconstructor):
     def iterates(self, y: Tensor, physics: LinearPhysics | Sequence[LinearPhysics]) -> list[Tensor]:
         """The start image and the result of every fold, the last with its final data step: K + 1 images (B, C, H, W)."""
         operators = self._operators(physics)
-        x = self._start(self._checked_adjoint(y, operators[0]))
+        adjoint = self._checked_adjoint(y, operators[0])
+        if not any(side % self.divisor for side in adjoint.shape[-2:]):
+            return self._folds(y, operators, adjoint)
+        if any(operator is not operators[0] for operator in operators):
+            raise ValueError(
+                f"with several operators height and width must be divisible by {self.divisor}: pad or crop"
+            )
+        fitted = fit_to_divisor(y, operators[0], self.divisor)
+        images = self._folds(fitted.y, [fitted.physics] * len(operators), fitted.physics.A_adjoint(fitted.y))
+        return [image[..., fitted.rows, fitted.columns] for image in images]
+
+    def _folds(self, y: Tensor, operators: Sequence[LinearPhysics], adjoint: Tensor) -> list[Tensor]:
+        """``iterates`` for sides that ``divisor`` divides."""
+        x = self._start(adjoint)
         images = [x]
         sigma = None if self.levels is None else noise_level(operators[0], x).clamp(max=self.levels[-1])
         weights, steps = self._scalars(self.log_data_weight, sigma), self._scalars(self.log_shrinkage, sigma)
@@ -191,7 +211,7 @@ class Unfolded(Specified, Reconstructor):
         """One number per step (n,), or one per step and image (n, B) at the images' noise levels sigma (B,)."""
         if self.levels is None or sigma is None:
             return torch.exp(logarithms)
-        return torch.exp(at_level(logarithms.T, self.levels, sigma).T)
+        return torch.exp(at_level(logarithms.T, self._levels, sigma).T)
 
     def _start(self, adjoint: Tensor) -> Tensor:
         """x_0 (B, C, H, W): at another size than it was made for, the start image resized."""
@@ -204,19 +224,47 @@ class Unfolded(Specified, Reconstructor):
 
     def _checked_adjoint(self, y: Tensor, physics: LinearPhysics) -> Tensor:
         """A^T y (B, C, H, W), or an error that says what is wrong with y."""
-        if not isinstance(y, Tensor) or y.dtype != self.log_data_weight.dtype:
-            dtype = y.dtype if isinstance(y, Tensor) else type(y).__name__
+        own = self.log_data_weight.dtype
+        if own not in (torch.float32, torch.float64):
             raise ValueError(
-                f"y must be a tensor of {self.log_data_weight.dtype} like the model, got {dtype}; convert it"
+                f"a flow is not inverted in {own}: call model.float(), and torch.autocast for half precision"
             )
+        if not isinstance(y, Tensor) or y.dtype != own:
+            dtype = y.dtype if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(f"y must be a tensor of {own} like the model, got {dtype}; convert it")
         adjoint = physics.A_adjoint(y)
-        n_channels = "C" if self.start_image is None else self.start_image.shape[1]
-        if adjoint.ndim != 4 or n_channels not in ("C", adjoint.shape[1]):
+        n_channels = getattr(self.proxes[0], "n_channels", None)
+        if adjoint.ndim != 4 or n_channels not in (None, adjoint.shape[1]):
             raise ValueError(
                 f"y of shape {tuple(y.shape)} measures an image {tuple(adjoint.shape)}; the model takes batches "
-                f"(B, {n_channels}, H, W): add the missing dimensions, or repeat a gray channel with expand"
+                f"(B, {n_channels or 'C'}, H, W): add the missing dimensions, or repeat a gray channel with expand"
             )
         return adjoint
+
+    def check(self, problem: Problem) -> None:
+        """Compare a problem with the one that the model's card says it was trained for; without a card nothing is known.
+
+        Raises:
+            ValueError: another kind of problem.
+
+        Warns:
+            UserWarning: a parameter, or a noise level, that it was not trained for.
+        """
+        card = getattr(self, "card", None)
+        if card is None or not card.problem:
+            return
+        trained, ranges = Problem(card.problem["name"], card.problem["parameters"]), card.problem.get("ranges") or {}
+        varied = PROBLEMS[problem.name].ranges
+        if problem.name != trained.name and not (varied and set(varied) <= set(ranges)):
+            raise ValueError(f"{card.name} was trained for {trained.name}, not {problem.name}; see flowprox models")
+        for key, value in problem.parameters.items():
+            low, high = ranges.get(key, [trained.parameters.get(key)] * 2)
+            if key == "sigma":  # less noise is harmless
+                low, high = 0.0, max(high or 0.0, self.levels[-1] if self.levels else 0.0)
+            is_known = (key in ranges or key in trained.parameters) and not (key == "mask" and ranges)
+            if is_known and not _lies_within(value, low, high):
+                span = low if low == high else f"{low} to {high}"
+                warnings.warn(f"{card.name} was trained with {key} {span} and is used with {value}", stacklevel=2)
 
     @property
     def shrinkages(self) -> Tensor:
@@ -232,6 +280,44 @@ class Unfolded(Specified, Reconstructor):
         """The distinct flows of the folds, in order."""
         flows = [prox.flow for prox in self.proxes if isinstance(prox, FlowProx)]
         return list(dict.fromkeys(flows))
+
+    def sample(
+        self,
+        n: int,
+        temperature: float = 1.0,
+        image_size: tuple[int, int] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """n images of the density of every fold's prox, fold after fold (K n, C, H, W); with ``levels`` at the lowest one.
+
+        Raises:
+            ValueError: a fold without a flow, or a predicted mean: without a measurement there is no density.
+        """
+        proxes = [prox for prox in dict.fromkeys(self.proxes) if isinstance(prox, FlowProx)]
+        if self.latent_mean is not None or not proxes:
+            raise ValueError(
+                "there is no density to draw images from: the proxes are no flows, or latent_mean makes them depend on a "
+                "measurement; use proxes[k].sample(n, mean=...)"
+            )
+        sigma = None if self.levels is None else self._levels[:1].expand(n)
+        return torch.cat([prox.sample(n, temperature, image_size, generator, sigma=sigma) for prox in proxes])
+
+    @torch.no_grad()
+    def latents(self, y: Tensor, physics: LinearPhysics | Sequence[LinearPhysics]) -> list[Tensor]:
+        """z_k = f_k(v_k) (B, C, H, W): what each fold with a flow shrinks when y is reconstructed."""
+        latents: list[Tensor] = []
+
+        def keep(prox: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            if isinstance(prox, FlowProx):
+                latents.append(prox.flow.encode_image(arguments[0]))
+
+        hooks = [prox.register_forward_pre_hook(keep) for prox in dict.fromkeys(self.proxes)]
+        try:
+            self(y, physics)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return latents
 
     def parameter_groups(self, learning_rate: float, scalar_learning_rate: float) -> list[dict]:
         """Groups for an optimizer: networks, the start image, and the scalars (mu or rho, lambda, latent weights), which Wei et
@@ -317,6 +403,29 @@ class UnfoldedHQS(Unfolded):
     def penalties(self) -> Tensor:
         """rho_k, (K,), or (K + 1,) with a final data step; (..., J) at J levels."""
         return torch.exp(self.log_data_weight.detach())
+
+
+def latent_statistics(latents: Sequence[Tensor]) -> list[dict[str, float]]:
+    """Mean, standard deviation and excess kurtosis of each fold's latents; 0, 1 and 0 for a standard normal z.
+
+    Arguments:
+        latents: of the folds, as ``Unfolded.latents`` gives them.
+    """
+    rows = []
+    for z in latents:
+        centered = z.double() - z.double().mean()
+        variance = centered.square().mean()
+        kurtosis = centered.pow(4).mean() / variance.square() - 3
+        rows.append({"mean": z.double().mean().item(), "std": variance.sqrt().item(), "kurtosis": kurtosis.item()})
+    return rows
+
+
+def _lies_within(value: object, low: object, high: object) -> bool:
+    if isinstance(value, tuple):
+        return all(_lies_within(part, low, high) for part in value)
+    if isinstance(value, int | float) and isinstance(low, int | float) and isinstance(high, int | float):
+        return low <= value <= high
+    return value is None or repr(value) == repr(low)
 
 
 def _log_parameter(
