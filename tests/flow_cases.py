@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowprox.flows import Bijection, Flow, Glow, GlowSteps, RealNVP, Reversible, Sequential
 
@@ -69,3 +71,25 @@ def gradients(flow: Flow, loss: Callable[[Flow, Tensor], Tensor], x: Tensor) -> 
     """d loss / d (x, parameters) by torch.autograd.grad."""
     x = x.clone().requires_grad_()
     return list(torch.autograd.grad(loss(flow, x), [x, *flow.parameters()], allow_unused=True, materialize_grads=True))
+
+
+class NoHostReads(TorchDispatchMode):
+    """Refuses what makes the host wait for an accelerator: reading a value, and results whose shape depends on values."""
+
+    READS = (
+        "_local_scalar_dense",
+        "item",
+        "is_nonzero",
+        "equal",
+        "nonzero",
+        "masked_select",
+        "unique",
+        "_unique2",
+        "bincount",
+    )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.READS or (name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1])):
+            raise AssertionError(f"the host would wait for {func}")
+        return func(*args, **(kwargs or {}))

@@ -266,11 +266,12 @@ def all_modules(parent: nn.Module) -> list[nn.Module]:
 
 
 def _stamp(modules: list[nn.Module]) -> tuple[Any, ...] | None:
-    """Another one after any change of a parameter or buffer; None for tensors whose changes are not counted."""
+    """Another one after any change of a parameter, buffer or layer; None for tensors whose changes are not counted."""
     tensors = [t for m in modules for values in (m._parameters, m._buffers) for t in values.values() if t is not None]
     if any(type(t) not in (nn.Parameter, Tensor) or t.is_inference() for t in tensors):
         return None
-    return tuple((id(t), t._version, t.data_ptr()) for t in tensors)
+    children = [id(child) for m in modules for child in m._modules.values()]
+    return (*children, *((id(t), t._version, t.data_ptr()) for t in tensors))
 
 
 @dataclass
@@ -286,9 +287,10 @@ class _Constants:
         return (p for m in self.modules for p in m._parameters.values() if p is not None)
 
     def linear_for(self, steps: list[Any], inverse: bool, is_exact: bool) -> LinearParts:
-        """Rounded from float64 if ``is_exact``; else those of the layers, to the bit."""
+        """Rounded from float64 if ``is_exact`` (or in half precision); else those of the layers, to the bit."""
+        is_exact = is_exact or steps[0].mix.lu.dtype not in (torch.float32, torch.float64)
         if (inverse, is_exact) not in self.linear:
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), full_precision(steps[0].mix.lu):
                 compute = LinearParts.of if is_exact else LinearParts.stepwise
                 self.linear[inverse, is_exact] = compute(steps, inverse)
         return self.linear[inverse, is_exact]
@@ -568,7 +570,7 @@ class _Chain:
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return [slice(None)]
         n = max(1, _CHUNK // (self.couplings[i].net.last.in_channels * x.shape[-2] * x.shape[-1]))
-        return [slice(start, start + n) for start in range(0, len(x), n)]
+        return [slice(start, start + n) for start in range(0, max(1, len(x)), n)]
 
     def run(
         self, x: Tensor, tensors: Sequence[Tensor], logdets_of_linear_parts: Tensor | None = None

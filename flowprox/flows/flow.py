@@ -3,7 +3,11 @@ r"""A flow: a bijection from image to latent together with a base density.
     log p(x) = log N(f(x); 0, I) + log|det Df(x)|          (Wei et al. 2022, Eq. 6)
 
 Symbols: x image (B, C, H, W) in [0, 1]; z = f(x) latent, flat (B, D), D = C H W; g = f^-1. A flow is fully
-convolutional: any H, W divisible by ``divisor`` will do, whatever size it was made for.
+convolutional: any H, W divisible by ``divisor`` will do, whatever size it was made for. Weights may be held in half precision;
+images and latents are float32 or float64 inside, since the inverse needs the digits.
+
+What comes back is finite, or ``NonFiniteError`` is raised: at once, or later within ``gathered_checks`` (see
+``flowprox.flows.bijection``). ``unchecked_log_prob`` and the methods in ``..._image`` leave that to the caller.
 """
 
 from __future__ import annotations
@@ -93,21 +97,23 @@ class Flow(Bijection):
         return check_finite(self.decode_image(self._unflatten(z, image_size)), type(self).__name__, "inverse")
 
     def encode_image(self, x: Tensor) -> Tensor:
-        """f(x) with the latent arranged as an image (B, C, H, W), not checked to be finite (no synchronization)."""
+        """f(x) with the latent arranged as an image (B, C, H, W), not checked to be finite."""
         self._check_image(x)
         return self.bijection.encode(_laid_out(x) - self.offset)
 
     def decode_image(self, z: Tensor) -> Tensor:
-        """g of a latent arranged as an image (B, C, H, W), unchecked."""
+        """g of a latent arranged as an image (B, C, H, W), not checked to be finite."""
+        self._check_image(z, "z")
         return self.bijection.decode(_laid_out(z)) + self.offset
 
     def inverse_image(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(g(z), log|det Dg(z)|) of a latent arranged as an image (B, C, H, W), unchecked."""
+        """(g(z), log|det Dg(z)|) of a latent arranged as an image (B, C, H, W), not checked to be finite."""
+        self._check_image(z, "z")
         x, logdet = self.bijection.inverse(_laid_out(z))
         return x + self.offset, logdet
 
     def unchecked_log_prob(self, x: Tensor) -> Tensor:
-        """log p(x) without a look at whether it is finite: no synchronization, and an image that overflows stays alone."""
+        """log p(x), not checked to be finite: an image that overflows stays alone."""
         self._check_image(x)
         z, logdet = self.bijection(_laid_out(x) - self.offset)
         return self.base_log_prob(z.flatten(1)) + logdet
@@ -123,7 +129,7 @@ class Flow(Bijection):
 
     def bits_per_dimension(self, x: Tensor, n_bits: int = 8) -> Tensor:
         """Negative log-likelihood of x in [0, 1] on the scale of its 2^n_bits gray levels, (B,)."""
-        return n_bits - self.log_prob(x) / (x[0].numel() * math.log(2))
+        return n_bits - self.log_prob(x) / (math.prod(x.shape[1:]) * math.log(2))
 
     @torch.no_grad()
     def sample(
@@ -174,23 +180,25 @@ class Flow(Bijection):
         return int(self.latent_groups().max()) + 1
 
     def _unflatten(self, z: Tensor, image_size: tuple[int, int] | None) -> Tensor:
-        if image_size is None:
+        if z.ndim == 2 and image_size is None:
             image_size = (self.height, self.width)
             if z.shape[1] != math.prod(self.image_shape):
                 side = math.isqrt(z.shape[1] // self.n_channels)
                 image_size = (side, side)
-        self._check_size(*image_size, "image_size")
-        if z.ndim != 2 or z.shape[1] != self.n_channels * image_size[0] * image_size[1]:
+        if z.ndim != 2 or image_size is None or z.shape[1] != self.n_channels * math.prod(image_size):
             raise ValueError(
                 f"z has shape {tuple(z.shape)}, which does not fit {self.n_channels} channels at {image_size}; "
                 "pass a flat latent (B, D) and its image_size"
             )
+        self._check_size(*image_size, "image_size")
         return z.view(z.shape[0], self.n_channels, *image_size)
 
-    def _check_image(self, x: Tensor) -> None:
+    def _check_image(self, x: Tensor, name: str = "x") -> None:
         if x.ndim != 4 or x.shape[1] != self.n_channels:
-            raise ValueError(f"x must have shape (B, {self.n_channels}, H, W), got {tuple(x.shape)}")
-        self._check_size(x.shape[-2], x.shape[-1], "x")
+            raise ValueError(f"{name} must have shape (B, {self.n_channels}, H, W), got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must hold floating-point numbers, images in [0, 1]; got {x.dtype}")
+        self._check_size(x.shape[-2], x.shape[-1], name)
 
     def _check_size(self, height: int, width: int, name: str) -> None:
         if height % self.divisor or width % self.divisor or height < 1 or width < 1:
@@ -229,7 +237,7 @@ class PixelwiseFlow(Specified, Flow):
 
 def _laid_out(x: Tensor) -> Tensor:
     """Channels-last, in which the layers then stay: convolutions are faster so, those of narrow nets by a third."""
-    return x.contiguous(memory_format=torch.channels_last)
+    return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous(memory_format=torch.channels_last)
 
 
 def _groups(n_channels: int, height: int, width: int, n_levels: int, first: int = 0) -> Tensor:

@@ -84,7 +84,7 @@ class ActNorm(Bijection):
 
     def initialize_once(self, x: Tensor) -> None:
         """Initialize from x in train mode unless that has happened; the buffer is read until it is known to be set."""
-        if self._initialization_pending and self.training:
+        if self._initialization_pending and self.training and len(x):
             if not bool(self.initialized):
                 self.initialize(x)
             self._initialization_pending = False
@@ -148,7 +148,7 @@ class PixelNorm(Bijection):
             ValueError: x is not of the size the layer was made for.
         """
         self._check(x)
-        if self._initialization_pending and self.training:
+        if self._initialization_pending and self.training and len(x):
             if not bool(self.initialized):
                 self.initialize(x)
             self._initialization_pending = False
@@ -241,17 +241,21 @@ def full_precision(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def pixelwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+def pixelwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None, as_product: bool | None = None) -> Tensor:
     """The same affine map of the channels at every pixel, M x + m; never in TF32, which would undo the exact inverse.
 
     On a GPU cuDNN's convolutions are in TF32 unless they are told otherwise, and products of matrices are not: so there it is a
-    product, and where TF32 is allowed for products too, one in float64. What the coupling nets use is the user's choice.
+    product (``as_product``), and where TF32 is allowed for products too, one in float64. What the coupling nets use is the
+    user's choice.
     """
-    if x.device.type == "cpu":
-        return F.conv2d(x, matrix[:, :, None, None].to(x.dtype), None if bias is None else bias.to(x.dtype))
-    exact = torch.float64 if x.dtype == torch.float32 and x.is_cuda and _products_are_tf32() else x.dtype
-    pixels, bias = x.permute(0, 2, 3, 1).to(exact), None if bias is None else bias.to(exact)
-    return F.linear(pixels, matrix.to(exact), bias).permute(0, 3, 1, 2).to(x.dtype)
+    if not (x.device.type != "cpu" if as_product is None else as_product):
+        return F.conv2d(x, matrix[:, :, None, None], bias)
+    pixels = x.permute(0, 2, 3, 1)
+    if x.is_cuda and x.dtype == torch.float32 and _products_are_tf32():
+        y = F.linear(pixels.double(), matrix.double(), None if bias is None else bias.double()).to(x.dtype)
+    else:
+        y = F.linear(pixels, matrix, bias)
+    return y.permute(0, 3, 1, 2)
 
 
 def _products_are_tf32() -> bool:
@@ -288,7 +292,8 @@ class AffineCoupling(Bijection):
 
     def scale_and_shift(self, condition: Tensor) -> tuple[Tensor, Tensor]:
         """(s, t) from the half that passes; in the dtype of the input whatever the net computed in."""
-        raw, shift = self.net(condition).to(condition.dtype).chunk(2, dim=1)
+        like = next(self.net.parameters(), condition)  # nets may be held in half precision, the bijection is not
+        raw, shift = self.net(condition.to(like.dtype)).to(condition.dtype).chunk(2, dim=1)
         return self.bounded(raw, shift)
 
     def bounded(self, raw: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -344,7 +349,7 @@ class GlowStep(Bijection):
 
     def initialize_once(self, x: Tensor) -> None:
         """Initialize ActNorm, and those inside the net, from x in train mode unless that has happened."""
-        if not (self.training and self.actnorm._initialization_pending):
+        if not (self.training and self.actnorm._initialization_pending and len(x)):
             return
         fresh = not bool(self.actnorm.initialized)
         self.actnorm.initialize_once(x)
@@ -424,6 +429,18 @@ def _stacked(steps: Sequence[GlowStep]) -> tuple[Tensor, ...]:
     return tuple(torch.stack(part).to(device, torch.float64) for part in zip(*parts, strict=True))
 
 
+def _unshuffled(x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    return (
+        F.pixel_unshuffle(x, 2) if n else x.reshape(0, 4 * c, h // 2, w // 2)
+    )  # torch leaves empty batches as they are
+
+
+def _shuffled(z: Tensor) -> Tensor:
+    n, c, h, w = z.shape
+    return F.pixel_shuffle(z, 2) if n else z.reshape(0, c // 4, 2 * h, 2 * w)
+
+
 class Squeeze(Bijection):
     """Each 2x2 block of pixels becomes four channels: (B, C, H, W) to (B, 4C, H/2, W/2) (Dinh et al. 2017)."""
 
@@ -435,11 +452,11 @@ class Squeeze(Bijection):
 
     def encode(self, x: Tensor) -> Tensor:
         self._check_even(x)
-        return F.pixel_unshuffle(x, 2)
+        return _unshuffled(x)
 
     def decode(self, z: Tensor) -> Tensor:
         self._check_channels(z)
-        return F.pixel_shuffle(z, 2)
+        return _shuffled(z)
 
     @staticmethod
     def _check_even(x: Tensor) -> None:
@@ -475,20 +492,20 @@ class HaarSqueeze(Squeeze):
         bands = [[[1, 1], [1, 1]], [[1, -1], [1, -1]], [[1, 1], [-1, -1]], [[1, -1], [-1, 1]]]
         self.register_buffer("haar", torch.tensor(bands).float() / 2, persistent=False)
 
-    def _filters(self, x: Tensor, n_channels: int) -> Tensor:
-        """(4C, C, 2, 2): band i of channel c in row i C + c."""
+    def _matrix(self, x: Tensor, n_channels: int) -> Tensor:
+        """(4C, 4C), orthogonal: band i of channel c in row i C + c, from pixel p of channel c in column 4 c + p."""
         identity = torch.eye(n_channels, dtype=x.dtype, device=x.device)
-        return torch.einsum("ihw,cd->icdhw", self.haar.to(x.dtype), identity).reshape(-1, n_channels, 2, 2)
+        return torch.einsum("ip,cd->icdp", self.haar.to(x.dtype).flatten(1), identity).reshape(4 * n_channels, -1)
 
     def encode(self, x: Tensor) -> Tensor:
         self._check_even(x)
         with full_precision(x):
-            return F.conv2d(x, self._filters(x, x.shape[1]), stride=2)
+            return pixelwise(_unshuffled(x), self._matrix(x, x.shape[1]))
 
     def decode(self, z: Tensor) -> Tensor:
         self._check_channels(z)
         with full_precision(z):
-            return F.conv_transpose2d(z, self._filters(z, z.shape[1] // 4), stride=2)
+            return _shuffled(pixelwise(z, self._matrix(z, z.shape[1] // 4).T))
 
 
 class Split(Bijection):

@@ -124,7 +124,7 @@ class Reversible(Sequential):
 
     def _pass(self, method: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``method`` of every step: (value, logdet), the latter None where it is not asked for."""
-        if self.training and not self._is_initialized() and len(self.layers):
+        if self.training and not self._is_initialized() and len(self.layers) and len(x):
             if method in ("inverse", "decode"):  # before any data: undoing it by ``encode`` would initialize from it
                 return self._stepwise(method, x)
             with torch.no_grad():
