@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowprox.flows import Flow, Glow
+from flowprox.flows import Flow, Glow, GlowSteps, Sequential
 from flowprox.flows.conditioners import CouplingNet
 
 __all__ = ["CONTENDERS", "PRESETS", "TRAINING_ONLY", "Architecture", "Contender", "MultiScale"]
@@ -164,11 +164,20 @@ def _glow(backward: str) -> Callable[[Architecture, int], nn.Module]:
             a.hidden_channels,
             coupling=a.coupling,
             squeeze=a.squeeze,
-            backward=backward,
+            backward="auto" if backward == "layers" else backward,
         )
-        return Ours(flow)
+        return Ours(_layer_by_layer(flow) if backward == "layers" else flow)
 
     return make
+
+
+def _layer_by_layer(flow: Glow) -> Glow:
+    """The reference: autograd through each layer, nothing kept or batched."""
+    for parent in list(flow.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, GlowSteps):
+                setattr(parent, name, Sequential(child.layers))  # type: ignore[arg-type]
+    return flow
 
 
 def _normflows(a: Architecture, image_size: int) -> nn.Module:
@@ -206,8 +215,10 @@ TRAINING_ONLY = frozenset({"fast-nothing", "fast-nothing, bf16", "fast-early", "
 CONTENDERS = {
     c.name: c
     for c in (
-        Contender("plain", _glow("plain")),
-        Contender("plain, bf16", _glow("plain"), bfloat16=True, channels_last=True),
+        Contender("plain", _glow("layers")),
+        Contender("plain, bf16", _glow("layers"), bfloat16=True, channels_last=True),
+        Contender("default", _glow("auto")),  # what is computed when nothing is asked for
+        Contender("default, bf16", _glow("auto"), bfloat16=True),
         Contender("fast", _glow("fast")),
         Contender("fast, bf16", _glow("fast"), bfloat16=True),
         Contender("fast, graph", _glow("fast"), captured=True),
