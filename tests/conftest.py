@@ -24,3 +24,11 @@ def _seeded() -> Iterator[None]:
         yield
     random.setstate(python_state)
     np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """No power cut is tested, and on a busy disk a run's many small writes would take minutes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield

@@ -6,7 +6,7 @@ The command line is made from these functions, so nothing heavy is imported befo
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict
+from collections.abc import Sequence
 from typing import Any
 
 from flowprox.options import (
@@ -36,6 +36,7 @@ def train_flow(
     out: str = "runs/flow",
     resume: bool = False,
     name: str = "flow",
+    callbacks: Sequence[Any] = (),
 ) -> TrainingResult:
     """Train a normalizing flow on clean images, or on noise, by maximum likelihood.
 
@@ -50,6 +51,7 @@ def train_flow(
         out: folder of the run; the model is written to OUT/model.
         resume: continue the run in OUT, if there is one.
         name: the model's name in its card.
+        callbacks: see ``flowprox.training.loop.Callback``.
 
     Raises:
         FileExistsError, ValueError, NonFiniteError: see ``flowprox.training.loop.fit``; and ValueError for a flow that
@@ -58,19 +60,19 @@ def train_flow(
     from flowprox.training.loop import fit
     from flowprox.training.tasks import likelihood_task, noise_task
 
-    for key, given, nothing, main in (("data", data, _NO_DATA, "train"), ("noise", noise, _NO_NOISE, "name")):
-        if given != nothing and not getattr(given, main):
+    for key, options, nothing, main in (("data", data, _NO_DATA, "train"), ("noise", noise, _NO_NOISE, "name")):
+        if options != nothing and not getattr(options, main):
             raise ValueError(f"{key}.{main} is missing; see --help of the command")
     if bool(data.train) == bool(noise.name):
         raise ValueError("give data, the images that the flow is to learn, or noise, and not both")
-    if noise.name:
-        if likelihood != _LIKELIHOOD:
-            raise ValueError("likelihood tells how images become continuous; noise needs none: leave it out")
-        recipe = _recipe(flow=flow, noise=noise, training=training, out=out, name=name)
-        return fit(functools.partial(noise_task, flow, noise), noise, training, out, recipe, resume, name)
-    recipe = _recipe(flow=flow, data=data, training=training, likelihood=likelihood, out=out, name=name)
-    make_task = functools.partial(likelihood_task, flow, data, likelihood)
-    return fit(make_task, data, training, out, recipe, resume, name)
+    if not noise.name:
+        task = functools.partial(likelihood_task, flow, data, likelihood)
+        return fit(task, data, training, out, {"flow": flow, "likelihood": likelihood}, resume, name, callbacks)
+    if likelihood != _LIKELIHOOD:
+        raise ValueError("likelihood tells how images become continuous; noise needs none: leave it out")
+    return fit(
+        functools.partial(noise_task, flow, noise), noise, training, out, {"flow": flow}, resume, name, callbacks
+    )
 
 
 def train_unfolded(
@@ -81,6 +83,7 @@ def train_unfolded(
     out: str = "runs/unfolded",
     resume: bool = False,
     name: str = "unfolded",
+    callbacks: Sequence[Any] = (),
 ) -> TrainingResult:
     """Train an unfolded network, end to end, for one measurement problem.
 
@@ -92,6 +95,7 @@ def train_unfolded(
         out: folder of the run; the model is written to OUT/model.
         resume: continue the run in OUT, if there is one.
         name: the model's name in its card.
+        callbacks: see ``flowprox.training.loop.Callback``.
 
     Raises:
         FileExistsError, ValueError, NonFiniteError: see ``flowprox.training.loop.fit``; ValueError also for what cannot
@@ -100,9 +104,8 @@ def train_unfolded(
     from flowprox.training.loop import fit
     from flowprox.training.tasks import reconstruction_task
 
-    recipe = _recipe(model=model, problem=problem, data=data, training=training, out=out, name=name)
-    make_task = functools.partial(reconstruction_task, model, problem, data)
-    return fit(make_task, data, training, out, recipe, resume, name)
+    task = functools.partial(reconstruction_task, model, problem, data)
+    return fit(task, data, training, out, {"model": model, "problem": problem}, resume, name, callbacks)
 
 
 def train_denoiser(
@@ -112,6 +115,7 @@ def train_denoiser(
     out: str = "runs/denoiser",
     resume: bool = False,
     name: str = "denoiser",
+    callbacks: Sequence[Any] = (),
 ) -> TrainingResult:
     """Pre-train a ResNet or U-Net to remove Gaussian noise; an unfolded network may start from it.
 
@@ -122,6 +126,7 @@ def train_denoiser(
         out: folder of the run; the network is written to OUT/model.
         resume: continue the run in OUT, if there is one.
         name: the model's name in its card.
+        callbacks: see ``flowprox.training.loop.Callback``.
 
     Raises:
         FileExistsError, ValueError, NonFiniteError: see ``flowprox.training.loop.fit``.
@@ -129,8 +134,8 @@ def train_denoiser(
     from flowprox.training.loop import fit
     from flowprox.training.tasks import denoising_task
 
-    recipe = _recipe(denoiser=denoiser, data=data, training=training, out=out, name=name)
-    return fit(functools.partial(denoising_task, denoiser, data), data, training, out, recipe, resume, name)
+    task = functools.partial(denoising_task, denoiser, data)
+    return fit(task, data, training, out, {"denoiser": denoiser}, resume, name, callbacks)
 
 
 def train_gan(
@@ -140,6 +145,7 @@ def train_gan(
     out: str = "runs/gan",
     resume: bool = False,
     name: str = "gan",
+    callbacks: Sequence[Any] = (),
 ) -> TrainingResult:
     """Train a DCGAN; its generator is the GAN prior that flow priors are compared with.
 
@@ -150,6 +156,7 @@ def train_gan(
         out: folder of the run; the generator is written to OUT/model.
         resume: continue the run in OUT, if there is one.
         name: the model's name in its card.
+        callbacks: see ``flowprox.training.loop.Callback``.
 
     Raises:
         FileExistsError, ValueError, NonFiniteError: see ``flowprox.training.loop.fit``.
@@ -157,9 +164,4 @@ def train_gan(
     from flowprox.training.gan import gan_task
     from flowprox.training.loop import fit
 
-    recipe = _recipe(gan=gan, data=data, training=training, out=out, name=name)
-    return fit(functools.partial(gan_task, gan, data), data, training, out, recipe, resume, name)
-
-
-def _recipe(**parts: Any) -> dict[str, Any]:
-    return {key: asdict(part) if hasattr(part, "__dataclass_fields__") else part for key, part in parts.items()}
+    return fit(functools.partial(gan_task, gan, data), data, training, out, {"gan": gan}, resume, name, callbacks)

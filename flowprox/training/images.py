@@ -1,7 +1,8 @@
-"""The images of a training run: which are trained on, which validated on, and in what order they come."""
+"""What a step of training sees: images in an order, and random numbers, that both follow from the step's number."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +12,22 @@ from torch import Tensor
 from flowprox.data import ImageDataset, ResumableSampler
 from flowprox.options import DataOptions, NoiseOptions, TrainingOptions
 
-__all__ = ["TrainingImages"]
+__all__ = ["TrainingImages", "mixed_seed", "seed_global_generators"]
 
 _ON_DEVICE = 4 * 2**30  # bytes of training images up to which they are kept on the accelerator
+
+
+def mixed_seed(*parts: str | int) -> int:
+    """One seed, below 2^63, from several parts; neighboring numbers give unrelated seeds."""
+    digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def seed_global_generators(seed: int, device: torch.device) -> None:
+    """For whatever draws from them, such as dropout; ``torch.manual_seed`` would take a stack trace every time."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 class TrainingImages:
@@ -26,6 +40,9 @@ class TrainingImages:
         options: batch size, seed, number of validation images, mirroring and memory format.
         device: where batches are wanted.
         rank, world_size: which of how many processes this is.
+
+    Attributes:
+        fingerprint: number and hash of the training and the validation images; empty for noise.
     """
 
     def __init__(
@@ -37,14 +54,17 @@ class TrainingImages:
         world_size: int = 1,
     ) -> None:
         self.options, self.device = options, device
+        self.fingerprint: dict[str, str] = {}
         if isinstance(data, NoiseOptions):
-            blank = torch.zeros((), dtype=torch.uint8)
-            shape = data.channels, data.image_size, data.image_size
+            blank, shape = torch.zeros((), dtype=torch.uint8), (data.channels, data.image_size, data.image_size)
             train, self.validation = (
                 blank.expand(n, *shape) for n in (options.batch_size, options.n_validation_images)
             )
         else:
             train, self.validation = _read(data, options.n_validation_images)
+            for part, images in (("training", train), ("validation", self.validation)):
+                digest = hashlib.blake2b(memoryview(images.numpy()), digest_size=8).hexdigest()
+                self.fingerprint[f"{part} images"] = f"{len(images)} of hash {digest}"
         self.train = train.to(device) if train.nbytes <= _ON_DEVICE else train
         self.sampler = self._make_sampler(rank, world_size)
 
@@ -52,10 +72,8 @@ class TrainingImages:
         return len(self.train)
 
     def _make_sampler(self, rank: int, world_size: int) -> ResumableSampler:
-        n, batch_size = len(self.train), self.options.batch_size
-        return ResumableSampler(
-            n, batch_size, self.options.seed, rank=rank, world_size=world_size, drop_last=n >= batch_size
-        )
+        n, batch_size, seed = len(self.train), self.options.batch_size, self.options.seed
+        return ResumableSampler(n, batch_size, seed, rank=rank, world_size=world_size, drop_last=n >= batch_size)
 
     def batches(self, step: int) -> Iterator[Tensor]:
         """Clean batches (B, C, H, W) in [0, 1] without end, from that of ``step`` on."""
@@ -84,6 +102,7 @@ class TrainingImages:
 
 
 def _read(data: DataOptions, n_validation: int) -> tuple[Tensor, Tensor]:
+    """Training and validation images: two sources, or two parts of the split of one that consists of folders."""
     sources = [data.train] if isinstance(data.train, str) else data.train
     if data.validation is not None:
         return _images(data, sources, "all", data.limit), _images(data, data.validation, "all", n_validation)
@@ -94,13 +113,5 @@ def _read(data: DataOptions, n_validation: int) -> tuple[Tensor, Tensor]:
 
 
 def _images(data: DataOptions, source: str | list[str], split: str, limit: int | None) -> Tensor:
-    dataset = ImageDataset(
-        source,
-        image_size=data.image_size,
-        split=split,
-        patches=data.patches,
-        channels=data.channels,
-        skip_corrupt=data.skip_corrupt,
-        limit=limit,
-    )
-    return dataset.images
+    options = {"patches": data.patches, "channels": data.channels, "skip_corrupt": data.skip_corrupt}
+    return ImageDataset(source, data.image_size, split, limit=limit, **options).images

@@ -5,7 +5,10 @@ follow from (seed, t). So the state of a run is its weights, optimizer, averages
 continues exactly as if it had not been. A step whose loss or gradient is not finite, or
 whose gradient is far above its running average, is counted and not applied.
 
-The loop is ours; devices, processes and the logger are Lightning Fabric's, and this is the only file that imports it.
+Other bits, though the same run but for rounding, come of another number of processes or threads, another device, memory
+layout, precision or version of torch; and of ``max_time``, when rates follow the clock.
+
+The loop is ours; devices, processes and the logger are Lightning Fabric's.
 """
 
 from __future__ import annotations
@@ -13,12 +16,15 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import platform
+import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, is_dataclass
+from fnmatch import fnmatch
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -26,26 +32,47 @@ from lightning_fabric import Fabric
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 from torch.nn.parallel import DistributedDataParallel
 
-from flowprox.checkpoints import load_training_state, save_model, save_training_state
-from flowprox.data import save_image
-from flowprox.files import sole_writer
+from flowprox.checkpoints import save_model, save_training_state
+from flowprox.files import first_line, sole_writer
 from flowprox.flows import NonFiniteError
 from flowprox.options import DataOptions, NoiseOptions, TrainingOptions, TrainingResult, parse_duration
-from flowprox.training.averages import BatchStatistics, KeptWeights, WeightAverage
-from flowprox.training.images import TrainingImages
-from flowprox.training.optimizers import make_optimizer
-from flowprox.training.process import mixed_seed, seed_global_generators, stop_signals
-from flowprox.training.run_log import RunLog
-from flowprox.training.schedule import schedule_factor
+from flowprox.training.images import TrainingImages, mixed_seed, seed_global_generators
+from flowprox.training.log import RunLog
+from flowprox.training.optimizers import WeightAverage, make_optimizer, schedule_factor
+from flowprox.training.state import Counts, check_optimizer, check_tensors, read_state, run_identity
 from flowprox.training.tasks import Task
 
-__all__ = ["fit"]
+__all__ = ["Callback", "fit"]
 
 _LOG_EVERY = 20  # steps between two readings of the loss, each of which waits for the device
 _MOST_SKIPPED = 20  # in a row
 _VALIDATION_CHUNK = 64  # images
+
+
+class Callback:
+    """What is told how a run goes, in its first process.
+
+    It may use the model, draw random numbers and switch modes: the run stays the same to the bit as long as it changes no
+    weights. Derive from it and override what you need.
+    """
+
+    def on_step(self, step: int, loss: Tensor | None, model: nn.Module) -> None:
+        """After every step.
+
+        Arguments:
+            step: number of steps so far.
+            loss: of this step, a scalar; None where the step was skipped. Reading its value waits for the device.
+            model: the network that is trained.
+        """
+
+    def on_validation(self, step: int, metrics: Mapping[str, float], model: nn.Module) -> None:
+        """After every validation, with its figures and the network that was validated, the average if there is one."""
+
+    def on_end(self, result: TrainingResult) -> None:
+        """When the run has ended and all is written."""
 
 
 @dataclass
@@ -59,6 +86,7 @@ class _Job:
     recipe: dict[str, Any]
     resume: bool
     name: str
+    callbacks: Sequence[Callback]
 
 
 def fit(
@@ -66,11 +94,12 @@ def fit(
     data: DataOptions | NoiseOptions,
     training: TrainingOptions,
     out: str | Path,
-    recipe: dict[str, Any] | None = None,
+    recipe: Mapping[str, Any] | None = None,
     resume: bool = False,
     name: str = "model",
+    callbacks: Sequence[Callback] = (),
 ) -> TrainingResult:
-    """Train a task; what ``train_flow``, ``train_unfolded`` and ``train_denoiser`` come down to.
+    """Train a task; what ``train_flow``, ``train_unfolded``, ``train_denoiser`` and ``train_gan`` come down to.
 
     Arguments:
         make_task: builds the task; called once in every process (under "ddp_spawn" it must be picklable).
@@ -78,29 +107,59 @@ def fit(
         training: the limits, the optimizer and the devices.
         out: folder of the run: ``model/`` (the best one so far), ``state.pt`` (to resume from), ``recipe.yaml``,
             ``metrics.jsonl``, ``tensorboard/``, ``loss.png``, ``samples.png``.
-        recipe: what is written to ``recipe.yaml`` and into the model's card.
+        recipe: the other parts of the recipe, records or plain values, which are written to ``recipe.yaml`` and into the
+            model's card with these.
         resume: continue the run in ``out``, if there is one.
         name: the model's name in its card.
+        callbacks: told of steps, validations and the end.
 
     Raises:
         FileExistsError: ``out`` holds a run and ``resume`` is false.
-        ValueError: the run in ``out`` was made with other data, batch size, seed or model, or another process is training
-            there.
+        ValueError: the run in ``out`` is another one (the message says in what), its state is damaged, weights are not
+            finite, ``out`` lies among the images, or another process is training there.
         NonFiniteError: twenty steps in a row were skipped, and that once more often than ``n_rollbacks``; with several
             processes, also when a reversible flow finds in backward that it cannot invert, since the others already wait
             for that gradient.
+        MemoryError: the device's memory is too small.
+        ChildProcessError: a process of the run has ended, or was killed.
     """
     folder = Path(out)
     if (folder / "state.pt").exists() and not resume:
         raise FileExistsError(f"{folder} already holds a run; resume it, or choose another out")
+    if isinstance(data, DataOptions):
+        _check_apart(folder, data)
+    parts = {**(recipe or {}), "noise" if isinstance(data, NoiseOptions) else "data": data, "training": training}
+    plain = {key: asdict(part) if is_dataclass(part) else part for key, part in parts.items()}  # type: ignore[arg-type]
+    job = _Job(make_task, data, training, folder, {**plain, "out": str(out), "name": name}, resume, name, callbacks)
     fabric = Fabric(
         accelerator=training.accelerator,
         devices=training.devices,
         num_nodes=training.num_nodes,
         strategy=_strategy(training),
     )
-    job = _Job(make_task, data, training, folder, recipe or {}, resume, name)
-    return fabric.launch(functools.partial(_run_job, job=job))
+    try:
+        return fabric.launch(functools.partial(_run, job=job))
+    except ProcessExitedException as error:
+        how = error.signal_name or f"exit status {error.exit_code}"
+        raise ChildProcessError(_ended(f"process {error.error_index}", folder, how)) from error
+    except ProcessRaisedException as error:  # its message ends with that of the process
+        raise ChildProcessError(f"process {error.error_index}: {str(error).strip().splitlines()[-1]}") from error
+
+
+def _ended(which: str, folder: Path, how: str) -> str:
+    return f"{which} of the run in {folder} has ended ({how}); the same command with --resume continues the run"
+
+
+def _check_apart(folder: Path, data: DataOptions) -> None:
+    """The run's own pictures would be images at the next start."""
+    picture = str(folder.resolve() / "samples.png")
+    for sources in (data.train, data.validation or []):
+        for source in [sources] if isinstance(sources, str) else sources:
+            pattern = str(Path(source).resolve()) + ("/**/*" if Path(source).is_dir() else "")
+            if fnmatch(picture, pattern.replace("/**/", "/")) if "**" in pattern else PurePath(picture).match(pattern):
+                raise ValueError(
+                    f"out {folder} lies among the images of {source} and would be read as such; choose another"
+                )
 
 
 def _strategy(training: TrainingOptions) -> DDPStrategy | str:
@@ -113,20 +172,22 @@ def _strategy(training: TrainingOptions) -> DDPStrategy | str:
     return DDPStrategy(start_method=start, gradient_as_bucket_view=True, **quiet)
 
 
-def _run_job(fabric: Fabric, job: _Job) -> TrainingResult:
+def _run(fabric: Fabric, job: _Job) -> TrainingResult:
     with _only_run(fabric, job.out), torch.random.fork_rng(devices=[]):
-        with _threads(job.training.num_threads), stop_signals() as stop:
+        with _threads(job.training.num_threads), _stop_signals() as stop, _one_line_failures(fabric, job):
             return _Run(fabric, job, stop).train()
 
 
 @contextmanager
 def _only_run(fabric: Fabric, folder: Path) -> Iterator[None]:
-    """The first process locks the run's folder; if it cannot, all of them end."""
+    """The first process locks the run's folder; if it cannot, all of them end. What a killed run left half-written goes."""
     with ExitStack() as stack:
         error: Exception | None = None
         if fabric.is_global_zero:
             try:
                 stack.enter_context(sole_writer(folder))
+                for leftover in (*folder.glob(".*.tmp"), *folder.glob("model/.*.tmp")):
+                    leftover.unlink()
             except (ValueError, OSError) as refusal:
                 error = refusal
         message = fabric.broadcast(str(error) if error else "")
@@ -150,6 +211,55 @@ def _threads(n: int | None) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event set by SIGTERM or SIGINT, so that a run can write its state; a second SIGINT interrupts as usual."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def on_signal(number: int, frame: object) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _one_line_failures(fabric: Fabric, job: _Job) -> Iterator[None]:
+    """Memory that ends and processes that vanish are no faults of the program: the error says what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if (
+            isinstance(error, MemoryError | torch.OutOfMemoryError)
+            or "allocate memory" in text
+            or "not enough memory" in text
+        ):
+            raise MemoryError(
+                f"{first_line(error)}; what is in {job.out} stays, --resume continues from there; train with a batch_size "
+                f"below {job.training.batch_size} or on more devices"
+            ) from error
+        if fabric.world_size > 1 and ("onnection" in text or isinstance(error, torch.distributed.DistError)):
+            raise ChildProcessError(_ended("another process", job.out, first_line(error))) from error
+        raise
+
+
+def _computes_in_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16; the others emulate it, several times slower than float32."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    checks = [getattr(torch.cpu, name, None) for name in names]  # not in every version of torch
+    return platform.machine() not in ("x86_64", "AMD64") or any(check is None or check() for check in checks)
+
+
 class _Run:
     """One process's part of a training run."""
 
@@ -159,31 +269,42 @@ class _Run:
         self.images = TrainingImages(job.data, job.training, self.device, fabric.global_rank, fabric.world_size)
         self.limit = self._step_limit()
         self.max_time = math.inf if self.options.max_time is None else parse_duration(self.options.max_time)
-        self.step, self.skipped, self.skipped_in_a_row, self.typical_norm = 0, 0, 0, 0.0
-        self.started, self.elapsed = time.monotonic(), 0.0
-        self.figures: dict[str, float] = {}
-        self.best: dict[str, float] = {}
-        self.rollbacks = 0
-        self.stale, self.reason = 0, ""  # validations since the best one; why the run ends
+        self.in_bfloat16 = self.options.precision == "bf16"
+        if self.in_bfloat16 and self.device.type == "cpu" and not _computes_in_bfloat16():
+            self.in_bfloat16 = False
+            self._say("this CPU has no arithmetic in bfloat16 (AVX512-BF16 or AMX): training in float32")
+        self.counts, self.started, self.reason = Counts(), time.monotonic(), ""
         self.error: NonFiniteError | None = None
 
-        state = self._read_state()
+        self.identity = run_identity(job.recipe, self.images.fingerprint)
+        state = read_state(job.out / "state.pt", self.identity) if job.resume else None
         seed_global_generators(self.options.seed, self.device)
         self.task = job.make_task().to(self.device)
         if self.options.channels_last:
             self.task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._initialize_model(state)
-        self.optimizer, self.rates = self._make_optimizer()
+        groups, fused = self.task.parameter_groups(self.options), self.device.type in ("cpu", "cuda")
+        self.optimizer = make_optimizer(self.options.optimizer, groups, fused, self.options.weight_decay)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.forward = fabric.setup_module(self.task)
         self.average = WeightAverage(self.task.model, self.options.ema_decay)
-        self.batch_statistics = BatchStatistics(self.task.model)
-        self.kept = KeptWeights(self.task.model, self.average)
+        # a batch normalization that has seen a NaN would keep it for ever
+        names = ("running_mean", "running_var", "num_batches_tracked")
+        self.statistics = [buffer for name, buffer in self.task.model.named_buffers() if name.endswith(names)]
+        self.earlier_statistics = [buffer.clone() for buffer in self.statistics]
+        self._keep_weights()
         if state is not None:
             self._restore(state)
-        self.batches = self.images.batches(self.step)
+        self.losses = torch.tensor(self.counts.losses, device=self.device)
+        self.batches = self.images.batches(self.counts.step)
         self.log = self._make_log() if fabric.is_global_zero else None
 
     # -- before the first step
+
+    def _say(self, message: str) -> None:
+        if self.fabric.is_global_zero:
+            print(message, flush=True)
 
     def _step_limit(self) -> float:
         epochs = self.options.max_epochs
@@ -193,47 +314,43 @@ class _Run:
         return min(self.options.max_steps or math.inf, by_epochs)
 
     def _initialize_model(self, state: dict[str, Any] | None) -> None:
+        model = self.task.model
         if state is None:  # from the same images in every process; the data-parallel wrapper then sends process 0's
             with torch.no_grad():
                 self.task.initialize(self.images.first(256))
+            for name, value in model.state_dict().items():
+                if value.is_floating_point() and not bool(value.isfinite().all()):
+                    raise ValueError(
+                        f"{name} of the model is not finite before the first step; start from other weights"
+                    )
         else:
-            try:
-                self.task.model.load_state_dict(state["model"])
-            except RuntimeError as error:
-                raise ValueError(
-                    f"the run in {self.job.out} trains another model ({str(error).splitlines()[0]} ...): "
-                    "resume it with its own recipe.yaml, or choose another out"
-                ) from error
+            check_tensors(state["model"], model.state_dict(), f"the model in {self.job.out}/state.pt")
+            model.load_state_dict(state["model"])
         self.task.train()
-
-    def _make_optimizer(self) -> tuple[torch.optim.Optimizer, list[float]]:
-        fused = self.device.type in ("cpu", "cuda")
-        groups = self.task.parameter_groups(self.options)
-        optimizer = make_optimizer(self.options.optimizer, groups, fused, self.options.weight_decay)
-        return optimizer, [group["lr"] for group in optimizer.param_groups]
 
     def _make_log(self) -> RunLog:
         out, options = self.job.out, self.options
         board = TensorBoardLogger(out, name="tensorboard", version="")
-        return RunLog(out, self.job.recipe, board, self.step, options.batch_size, options.progress)
+        return RunLog(out, self.job.recipe, board, self.counts.step, options.batch_size, options.progress)
 
     # -- the course of the run
 
     def train(self) -> TrainingResult:
+        """Train to the end; what the run came to."""
         saved = time.monotonic()
-        self.started = saved - self.elapsed
-        losses = torch.zeros(2, device=self.device)  # sum and count since the last reading
+        self.started = saved - self.counts.elapsed
         try:
-            while not self._finished():
-                self._take_step(losses)
-                self.step += 1
-                if self.step % _LOG_EVERY == 0:
-                    self._log_training(losses)
-                if self.step % self.options.validate_every == 0:
+            while not self._is_finished():
+                loss = self._take_step()
+                self.counts.step += 1
+                self._call("on_step", self.counts.step, loss, self.task.model)
+                if self.counts.step % _LOG_EVERY == 0:
+                    self._log_training()
+                if self.counts.step % self.options.validate_every == 0:
                     if len(self.images.validation):
                         self._validate()
-                    elif not self.skipped_in_a_row:
-                        self.kept.keep()
+                    elif not self.counts.skipped_in_a_row:
+                        self._keep_weights()
                 if time.monotonic() - saved >= self.options.checkpoint_every:
                     self._save_state()
                     saved = time.monotonic()
@@ -242,57 +359,90 @@ class _Run:
             if self.log is not None:
                 self.log.close()
         self.fabric.barrier()
-        out = str(self.job.out)
-        return TrainingResult(out, self.step, self.skipped, self.elapsed, self.reason, self.figures, self.best)
+        at = self.counts
+        result = TrainingResult(str(self.job.out), at.step, at.skipped, at.elapsed, self.reason, at.figures, at.best)
+        self._call("on_end", result)
+        return result
 
-    def _finished(self) -> bool:
+    def _call(self, event: str, *arguments: Any) -> None:
+        """Tell the callbacks. Random numbers are seeded anew in every step; what they left switched is switched back."""
+        if self.job.callbacks and self.fabric.is_global_zero:
+            for callback in self.job.callbacks:
+                getattr(callback, event)(*arguments)
+            self.task.train()
+
+    def _is_finished(self) -> bool:
         if self.reason:
             return True
-        if self.step >= self.limit:
+        if self.counts.step >= self.limit:
             self.reason = "max_steps" if self.limit == self.options.max_steps else "max_epochs"
-        elif self.elapsed >= self.max_time:
+        elif self.counts.elapsed >= self.max_time:
             self.reason = "max_time"
-        elif self.options.patience and self.stale >= self.options.patience:
+        elif self.options.patience and self.counts.stale >= self.options.patience:
             self.reason = "patience"
         elif not self.distributed and self.stop.is_set():  # several processes vote in ``_agree``
             self.reason = "signal"
         return bool(self.reason)
 
     def _finish(self) -> None:
-        if len(self.images.validation) and self.reason != "signal" and self.figures.get("step") != self.step:
+        validated = self.counts.figures.get("step") == self.counts.step
+        if len(self.images.validation) and self.reason != "signal" and not validated:
             self._validate()
+        elif not validated:
+            self._draw_samples()
         self._save_state()
         if not len(self.images.validation):
             self._save_model()
         if self.log is not None:
             self.log.draw_loss(self.task.figure)
-            self._draw_samples()
 
     def _clock(self) -> float:
         return time.monotonic() - self.started
 
     # -- one step
 
-    def _take_step(self, losses: Tensor) -> None:
+    def _take_step(self) -> Tensor | None:
+        """The step's loss; None if it was skipped."""
         generator = self._seed_step()
         inputs = self.task.batch(self.images.flip(next(self.batches), generator), generator)
-        self.batch_statistics.keep()
+        for earlier, live in zip(self.earlier_statistics, self.statistics, strict=True):
+            earlier.copy_(live)
         self.optimizer.zero_grad(set_to_none=True)
-        loss, applied = None, False
+        loss = None
         try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.in_bfloat16):
                 loss = self.forward(*inputs)
         except NonFiniteError as error:
             self.error = error
-        if self._agree(loss):
-            assert loss is not None
-            applied = self._backward(loss) and self._apply_gradients(loss.detach())
-        if applied:
-            assert loss is not None
-            self.skipped_in_a_row = 0
-            losses += torch.stack([loss.detach(), torch.ones_like(loss)])
-        else:
+        agreed = self._agree(loss)
+        if loss is None or not agreed or not self._backward(loss) or not self._apply_gradients(loss.detach()):
             self._skip()
+            return None
+        self.counts.skipped_in_a_row = 0
+        self.losses += torch.stack([loss.detach(), torch.ones_like(loss)])
+        return loss.detach()
+
+    def _seed_step(self) -> torch.Generator:
+        seed = mixed_seed("step", self.options.seed, self.counts.step, self.fabric.global_rank)
+        seed_global_generators(seed, self.device)
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def _agree(self, loss: Tensor | None) -> bool:
+        """Whether all processes have a finite loss; process 0's clock and requests to stop travel along.
+
+        A process that went on alone would wait for ever in the gradient's reduction. A single process needs no vote: it
+        finds out with the gradient's norm, at no further synchronization.
+        """
+        self.counts.elapsed = self._clock()
+        if not self.distributed:
+            return loss is not None
+        finite = loss is not None and bool(torch.isfinite(loss.detach()))
+        vote = [float(not finite), float(self.stop.is_set()), self.counts.elapsed * self.fabric.is_global_zero]
+        votes = self.fabric.all_reduce(torch.tensor(vote, device=self.device), reduce_op="sum")
+        bad, stops, self.counts.elapsed = votes.tolist()  # type: ignore[union-attr]
+        if stops:
+            self.reason = "signal"
+        return bad == 0
 
     def _backward(self, loss: Tensor) -> bool:
         """Backpropagate; whether a reversible flow could recompute what it needs."""
@@ -305,33 +455,15 @@ class _Run:
             return False
         return True
 
-    def _agree(self, loss: Tensor | None) -> bool:
-        """Whether all processes have a finite loss; process 0's clock and requests to stop travel along.
-
-        A process that went on alone would wait for ever in the gradient's reduction. A single process needs no vote: it
-        finds out with the gradient's norm, at no further synchronization.
-        """
-        self.elapsed = self._clock()
-        if not self.distributed:
-            return loss is not None
-        finite = loss is not None and bool(torch.isfinite(loss.detach()))
-        vote = [float(not finite), float(self.stop.is_set()), self.elapsed if self.fabric.is_global_zero else 0.0]
-        votes = self.fabric.all_reduce(torch.tensor(vote, device=self.device), reduce_op="sum")
-        bad, stops, self.elapsed = votes.tolist()  # type: ignore[union-attr]
-        if stops:
-            self.reason = "signal"
-        return bad == 0
-
     def _apply_gradients(self, loss: Tensor) -> bool:
         """Clip and step, if the gradient is finite: every process sees the same reduced one."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self.options.gradient_clip or math.inf, foreach=True)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.options.gradient_clip or math.inf, foreach=True)
         if not bool(torch.isfinite(norm if self.distributed else norm + loss)) or self._is_outlier(float(norm)):
             return False
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self._rate()
         self.optimizer.step()
-        self.average.update(self.step - self.skipped + 1)
+        self.average.update(self.counts.step - self.counts.skipped + 1)
         return True
 
     def _is_outlier(self, norm: float) -> bool:
@@ -340,68 +472,76 @@ class _Run:
         The average takes in at most the threshold, so that a few outliers in a row raise it: a run is not stuck for ever
         where gradients have become larger.
         """
-        threshold = self.options.skip_above * self.typical_norm
+        typical = self.counts.typical_norm
+        threshold = self.options.skip_above * typical
         is_outlier = 0 < threshold < norm
         counted = threshold if is_outlier else norm
-        self.typical_norm += (0.02 if self.typical_norm else 1.0) * (counted - self.typical_norm)
+        self.counts.typical_norm += (0.02 if typical else 1.0) * (counted - typical)
         return is_outlier
 
+    def _progress(self) -> float:
+        return min(1.0, max(self.counts.step / self.limit, self.counts.elapsed / self.max_time))
+
+    def _rate(self) -> float:
+        warmup = self.options.warmup_steps
+        warm = min(1.0, (self.counts.step + 1) / warmup) if warmup else 1.0
+        return warm * schedule_factor(self.options.schedule, self._progress()) / 2**self.counts.rollbacks
+
     def _skip(self) -> None:
-        self.skipped += 1
-        self.skipped_in_a_row += 1
-        self.batch_statistics.put_back()
-        if self.skipped_in_a_row < _MOST_SKIPPED:
+        self.counts.skipped += 1
+        self.counts.skipped_in_a_row += 1
+        for earlier, live in zip(self.earlier_statistics, self.statistics, strict=True):
+            live.copy_(earlier)
+        if self.counts.skipped_in_a_row < _MOST_SKIPPED:
             return
-        if self.rollbacks >= self.options.n_rollbacks:
+        if self.counts.rollbacks >= self.options.n_rollbacks:
             raise NonFiniteError(
-                f"{_MOST_SKIPPED} steps in a row, up to step {self.step}, had an outlying or not finite gradient"
+                f"{_MOST_SKIPPED} steps in a row, up to step {self.counts.step}, had an outlying or not finite gradient"
                 + (f" ({self.error})" if self.error else "")
                 + "; lower learning_rate or gradient_clip, or tighten the flow's scale_bound"
             )
-
         self._go_back()
+
+    def _keep_weights(self) -> None:
+        """Copy the model and its average to main memory: a run that loses its way goes back to them."""
+        states = {"model": self.task.model.state_dict(), "average": self.average.state_dict()}
+        self.kept = {
+            name: state and {key: value.detach().cpu().clone() for key, value in state.items()}
+            for name, state in states.items()
+        }
 
     def _go_back(self) -> None:
         """To the best weights, more slowly: the run has come to a place from which no step leads on."""
-        self.rollbacks += 1
-        self.skipped_in_a_row, self.typical_norm = 0, 0.0
-        self.kept.put_back()
+        self.counts.rollbacks += 1
+        self.counts.skipped_in_a_row, self.counts.typical_norm = 0, 0.0
+        self.task.model.load_state_dict(self.kept["model"])
+        self.average.load_state_dict(self.kept["average"])
         self.optimizer.state.clear()
         self.task.train()
-
-    def _progress(self) -> float:
-        return min(1.0, max(self.step / self.limit, self.elapsed / self.max_time))
-
-    def _rate(self) -> float:
-        warm = min(1.0, (self.step + 1) / self.options.warmup_steps) if self.options.warmup_steps else 1.0
-        return warm * schedule_factor(self.options.schedule, self._progress()) / 2**self.rollbacks
-
-    def _seed_step(self) -> torch.Generator:
-        seed = mixed_seed("step", self.options.seed, self.step, self.fabric.global_rank)
-        seed_global_generators(seed, self.device)
-        return torch.Generator(self.device).manual_seed(seed)
 
     # -- validation
 
     @torch.no_grad()
     def _validate(self) -> None:
-        started = time.monotonic()
+        started, images = time.monotonic(), self.images.validation
         sums: dict[str, float] = {}
         model = self.average.current(self.distributed).eval()
         try:
-            chunks = range(0, len(self.images.validation), _VALIDATION_CHUNK)
+            chunks = range(0, len(images), _VALIDATION_CHUNK)
             for start in chunks[self.fabric.global_rank :: self.fabric.world_size]:
-                x = self.images.to_float(self.images.validation[start : start + _VALIDATION_CHUNK])
+                x = self.images.to_float(images[start : start + _VALIDATION_CHUNK])
                 for name, values in self.task.evaluate(model, x, self._validation_generator(start)).items():
                     sums[name] = sums.get(name, 0.0) + float(values.double().sum())
         except NonFiniteError as error:  # the run goes on: such a model is never the best one
             self.error, sums = error, dict.fromkeys([self.task.figure, *sums], math.nan)
-        self.task.train()
-        figures = {name: value / len(self.images.validation) for name, value in self._sum_over_processes(sums).items()}
-        self.figures = {**figures, "step": self.step}
+        figures = {name: value / len(images) for name, value in self._sum_over_processes(sums).items()}
+        self.counts.figures = {**figures, "step": self.counts.step}
         if self.log is not None:
-            self.log.validation(self.step, self.elapsed, figures, time.monotonic() - started)
+            self.log.validation(self.counts.step, self.counts.elapsed, figures, time.monotonic() - started)
+        self._call("on_validation", self.counts.step, figures, model)
+        self.task.train()
         self._note_best(figures[self.task.figure])
+        self._draw_samples()
 
     def _validation_generator(self, start: int) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(mixed_seed("validation", self.options.seed, start))
@@ -414,45 +554,44 @@ class _Run:
         return {name: sum(part.get(name, 0.0) for part in parts) for name in sorted(set().union(*parts))}
 
     def _note_best(self, value: float) -> None:
-        before = self.best.get(self.task.figure)
-        better = before is None or (value > before if self.task.higher_is_better else value < before)
-        self.stale += 1
+        """Save the best model; go back to it where this one has lost its way, NaN included."""
+        best = self.counts.best.get(self.task.figure)
+        better = best is None or (value > best if self.task.higher_is_better else value < best)
+        self.counts.stale += 1
         if math.isfinite(value) and better:
-            self.best, self.stale = dict(self.figures), 0
-            self.kept.keep()
+            self.counts.best, self.counts.stale = dict(self.counts.figures), 0
+            self._keep_weights()
             self._save_model()
-        elif before is not None and self._is_lost(value, before) and self.rollbacks < self.options.n_rollbacks:
-            self._go_back()
-
-    def _is_lost(self, value: float, best: float) -> bool:
-        return math.isfinite(self.task.lost) and not abs(value - best) < self.task.lost  # NaN is lost too
+        elif best is not None and self.counts.rollbacks < self.options.n_rollbacks:
+            if math.isfinite(self.task.lost) and not abs(value - best) < self.task.lost:
+                self._go_back()
 
     # -- what is written
 
-    def _log_training(self, losses: Tensor) -> None:
+    def _log_training(self) -> None:
         if self.log is not None:
-            total, count = losses.tolist()
-            figures = {"loss": total / count if count else math.nan, "learning_rate": self.rates[0] * self._rate()}
-            self.log.training(self.step, self.elapsed, {**figures, "skipped": self.skipped}, self._progress())
-        losses.zero_()
+            at, (total, n) = self.counts, self.losses.tolist()
+            figures = {"loss": total / n if n else math.nan, "learning_rate": self.rates[0] * self._rate()}
+            self.log.training(at.step, at.elapsed, {**figures, "skipped": at.skipped}, self._progress())
+        self.losses.zero_()
 
     def _save_model(self) -> None:
         if self.log is None:
             return
-        data = self.job.data
+        data, at = self.job.data, self.counts
         is_noise = isinstance(data, NoiseOptions)
         training = {
             "data": f"{data.name} noise, drawn anew for every batch" if is_noise else data.train,
             "terms": data.terms,
             "seed": self.options.seed,
-            "steps": self.step,
-            "skipped_steps": self.skipped,
-            "rollbacks": self.rollbacks,
-            "seconds": round(self.elapsed, 1),
+            "steps": at.step,
+            "skipped_steps": at.skipped,
+            "rollbacks": at.rollbacks,
+            "seconds": round(at.elapsed, 1),
             "n_images": None if is_noise else len(self.images),
             "recipe": {name: part for name, part in self.job.recipe.items() if name != "out"},
         }
-        card = {"name": self.job.name, "metrics": self.figures, "training": training}
+        card = {"name": self.job.name, "metrics": at.figures, "training": training}
         if "problem" in self.job.recipe:
             card["problem"] = self.job.recipe["problem"]
         save_model(self.task.saved(self.average.current().eval()), self.job.out / "model", card)
@@ -460,62 +599,39 @@ class _Run:
 
     @torch.no_grad()
     def _draw_samples(self) -> None:
-        shown = self.images.validation if len(self.images.validation) else self.images.train
-        model = self.average.current().eval()
-        try:
-            rows = self.task.pictures(model, self.images.to_float(shown[:8]), self._validation_generator(0))
-        except NonFiniteError as error:
-            print(f"no samples.png: {error}")
+        if self.log is None:
             return
-        grid = torch.cat([torch.cat(list(row.float().clamp(0, 1)), dim=-1) for row in rows], dim=-2)
-        save_image(grid.cpu(), self.job.out / "samples.png")
+        shown = self.images.validation if len(self.images.validation) else self.images.train
+        try:
+            x, model = self.images.to_float(shown[:8]), self.average.current().eval()
+            self.log.pictures(self.counts.step, self.task.pictures(model, x, self._validation_generator(0)))
+        except NonFiniteError as error:
+            self._say(f"no samples.png: {error}")
+        self.task.train()
+
+    # -- resumption
 
     def _save_state(self) -> None:
         if self.log is None:
             return
         state = {
-            "identity": self._identity(),
-            "counters": {name: getattr(self, name) for name in _COUNTERS} | {"elapsed": self._clock()},
+            "identity": self.identity,
+            "counters": asdict(self.counts) | {"elapsed": self._clock(), "losses": self.losses.tolist()},
             "model": self.task.model.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "kept": self.kept.state,
+            "kept": self.kept,
         }
         save_training_state(self.job.out / "state.pt", state)
 
-    def _read_state(self) -> dict[str, Any] | None:
-        path = self.job.out / "state.pt"
-        if not (self.job.resume and path.exists()):
-            return None
-        state = load_training_state(path)
-        for name, value in self._identity().items():
-            if state["identity"].get(name) != value:
-                raise ValueError(
-                    f"the run in {self.job.out} was made with {name} {state['identity'].get(name)}, not {value}: "
-                    "resume it with the same data, batch_size and seed, or start another run"
-                )
-        return state
-
-    def _identity(self) -> dict[str, Any]:
-        identity = {"seed": self.options.seed, "batch_size": self.options.batch_size, "n_images": len(self.images)}
-        return identity | ({"noise": asdict(self.job.data)} if isinstance(self.job.data, NoiseOptions) else {})
-
     def _restore(self, state: dict[str, Any]) -> None:
-        both = state["optimizer"], self.optimizer.state_dict()
-        groups = [[len(group["params"]) for group in part["param_groups"]] for part in both]
-        if groups[0] != groups[1]:
-            raise ValueError(
-                f"the run in {self.job.out} divides its parameters in groups of {groups[0]}, this version with these options "
-                f"in {groups[1]}: resume it with its own model, optimizer and version of flowprox, or start another run"
-            )
-        for name in _COUNTERS:
-            setattr(self, name, state["counters"].get(name, 0))
-        decays = [group.get("weight_decay", 0.0) for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
-            group["weight_decay"] = decay  # like the rates it is the present options'
-        self.average.load_state_dict(state["average"])
-        self.kept.state = state.get("kept", self.kept.state)
-
-
-_COUNTERS = ("step", "skipped", "skipped_in_a_row", "rollbacks", "typical_norm", "elapsed", "figures", "best", "stale")
+        where, model = self.job.out / "state.pt", self.task.model.state_dict()
+        self.counts = Counts.of_state(state["counters"], where)
+        self.kept = {name: state["kept"].get(name) for name in ("model", "average")}
+        check_tensors(self.kept["model"], model, f"the best model in {where}")
+        for average in (state.get("average"), self.kept["average"]):
+            if average is not None:
+                check_tensors(average, model, f"the average in {where}")
+        optimizer = check_optimizer(state["optimizer"], self.optimizer, f"the optimizer in {where}")
+        self.optimizer.load_state_dict(optimizer)
+        self.average.load_state_dict(state.get("average"))

@@ -1,4 +1,4 @@
-"""The optimizers of a training run, from parameter groups that each have their learning rate.
+"""How the weights move: the optimizers, their learning rates over a run, and the running average of the weights.
 
 adam   Kingma and Ba (2015), https://arxiv.org/abs/1412.6980
 muon   W <- W - 0.2 sqrt(max(m, n)) lr U V^T,   U S V^T the momentum of a convolution's weight, read as an m x n matrix
@@ -13,21 +13,25 @@ asked to: convolutions, biases, and the scales and 1x1 matrices of flows, whose 
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from pytorch_optimizer import Muon
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-__all__ = ["make_optimizer"]
+__all__ = ["WeightAverage", "make_optimizer", "schedule_factor"]
 
-_KEPT = ("scalars", "start")
+Group = dict[str, Any]
+
+_WITHOUT_DECAY = ("scalars", "start")
 _ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 
-def make_optimizer(
-    kind: str, groups: list[dict[str, Any]], fused: bool, weight_decay: float = 0.0
-) -> torch.optim.Optimizer:
+def make_optimizer(kind: str, groups: list[Group], fused: bool, weight_decay: float = 0.0) -> torch.optim.Optimizer:
     """Adam or Muon over the parameters that ask for gradients.
 
     Arguments:
@@ -40,28 +44,78 @@ def make_optimizer(
         {
             **group,
             "params": [p for p in group["params"] if p.requires_grad],
-            "weight_decay": 0.0 if group.get("name") in _KEPT else weight_decay,
+            "weight_decay": 0.0 if group.get("name") in _WITHOUT_DECAY else weight_decay,
         }
         for group in groups
     ]
     if kind == "muon":
-        return Muon(_nonempty([part for group in groups for part in _split(group)]))
-    return torch.optim.AdamW(_nonempty(groups), fused=fused or None, **_ADAM)  # Adam where nothing decays
+        groups = [part for group in groups for part in _split(group)]
+    groups = [group for group in groups if group["params"]]
+    # AdamW is Adam where nothing decays
+    return Muon(groups) if kind == "muon" else torch.optim.AdamW(groups, fused=fused or None, **_ADAM)
 
 
-def _split(group: dict[str, Any]) -> list[dict[str, Any]]:
-    matrices = [p for p in group["params"] if _is_matrix(p)]
-    others = [p for p in group["params"] if not _is_matrix(p)]
-    return [
+def _split(group: Group) -> tuple[Group, Group]:
+    """Muon's share of a group, convolutions' weights of more than one row and column, and Adam's."""
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
+    for p in group["params"]:
+        (matrices if p.ndim == 4 and min(len(p), p[0].numel()) > 1 else others).append(p)
+    return (
         {**group, "params": matrices, "use_muon": True, "use_adjusted_lr": True},
         {**_ADAM, **group, "params": others, "use_muon": False},
-    ]
+    )
 
 
-def _is_matrix(parameter: Tensor) -> bool:
-    """Whether it is a convolution's weight with more than one row and column."""
-    return parameter.ndim == 4 and min(len(parameter), parameter[0].numel()) > 1
+def schedule_factor(schedule: str, progress: float) -> float:
+    """The learning rate relative to its peak, for progress from 0 to 1.
+
+    Example:
+        >>> [round(schedule_factor("cosine", p), 3) for p in (0.0, 0.5, 1.0)]
+        [1.0, 0.5, 0.0]
+    """
+    rise, low = (0.3, 0.04) if schedule == "one-cycle" else (0.0, 0.0)
+    if schedule == "constant":
+        return 1.0
+    if progress < rise:
+        return low + (1 - low) * 0.5 * (1 - math.cos(math.pi * progress / rise))
+    return 0.5 * (1 + math.cos(math.pi * (progress - rise) / (1 - rise)))
 
 
-def _nonempty(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [group for group in groups if group["params"]]
+class WeightAverage:
+    """Running average of a model's weights, a <- d a + (1 - d) w, with d rising to ``decay`` over the first steps.
+
+    With decay 0 it is the model itself.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model, self.decay = model, decay
+        self.averaged = copy.deepcopy(model) if decay else model
+        self.pairs = [p.detach() for p in self.averaged.parameters()], [p.detach() for p in model.parameters()]
+
+    def update(self, n: int) -> None:
+        """Take the weights in after the n-th step."""
+        if (
+            self.decay
+        ):  # not ``AveragedModel``, which reads its counter on the host and copies all buffers in every step
+            get_ema_multi_avg_fn(min(self.decay, n / (n + 10)))(*self.pairs, n)
+
+    def current(self, distributed: bool = False) -> nn.Module:
+        """The averaged model, with the model's present buffers; all processes then have those of process 0."""
+        if distributed:
+            for buffer in self.model.buffers():
+                if buffer.is_floating_point():
+                    torch.distributed.broadcast(buffer, 0)
+        if self.decay:
+            for ours, theirs in zip(self.averaged.buffers(), self.model.buffers(), strict=True):
+                ours.copy_(theirs)
+        return self.averaged
+
+    def state_dict(self) -> dict[str, Tensor] | None:
+        """None without averaging."""
+        return self.averaged.state_dict() if self.decay else None
+
+    def load_state_dict(self, state: Mapping[str, Tensor] | None) -> None:
+        """A run that was not averaged so far starts from its present weights."""
+        if self.decay:
+            self.averaged.load_state_dict(self.model.state_dict() if state is None else state)

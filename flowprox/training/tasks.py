@@ -121,16 +121,12 @@ class LikelihoodTask(Task):
 
     def evaluate(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         assert isinstance(model, Flow)
-        clean = dequantize(x, self.options.bit_depth, generator)
-        figures = {self.figure: model.bits_per_dimension(clean, self.options.bit_depth)}
-        if (
-            self.options.noise_range[1] > 0
-        ):  # what is trained is the likelihood of noisy images; the clean one stands beside it
-            noisy = _add_noise(clean, self.options.noise_range, generator)
-            figures = {
-                self.figure: model.bits_per_dimension(noisy, self.options.bit_depth),
-                "bits_per_dimension_clean": figures[self.figure],
-            }
+        depth = self.options.bit_depth
+        clean = dequantize(x, depth, generator)
+        noisy = _add_noise(clean, self.options.noise_range, generator)  # as in training
+        figures = {self.figure: model.bits_per_dimension(noisy, depth)}
+        if noisy is not clean:
+            figures["bits_per_dimension_clean"] = model.bits_per_dimension(clean, depth)
         return figures
 
     def initialize(self, x: Tensor) -> None:
@@ -169,13 +165,13 @@ class NoiseTask(Task):
             raise ValueError("noise with sigma 0 has no density that a flow could learn; give sigma above 0")
 
     def batch(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        return (_drawn(self.noise, x, generator),)
+        return (_noise_like(self.noise, x, generator),)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return _nats_per_dimension(self.model, inputs[0]).mean()
 
     def evaluate(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        n = _drawn(self.validation, x, generator)
+        n = _noise_like(self.validation, x, generator)
         nats = _nats_per_dimension(model, n)
         if not self.validation.has_density:
             return {self.figure: nats}
@@ -183,12 +179,12 @@ class NoiseTask(Task):
 
     def initialize(self, x: Tensor) -> None:
         likes = x[:1].expand(_N_INITIAL, *x.shape[1:])
-        _initialize_flow(self.model.flow, _drawn(self.noise, likes, torch.Generator(x.device).manual_seed(0)))  # type: ignore[arg-type]
+        _initialize_flow(self.model.flow, _noise_like(self.noise, likes, torch.Generator(x.device).manual_seed(0)))  # type: ignore[arg-type]
 
     def pictures(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> list[Tensor]:
         """Noise and the flow's samples, on the gray scale that the noise spans."""
         assert isinstance(model, FlowNoise)
-        n = _drawn(self.validation, x, generator)
+        n = _noise_like(self.validation, x, generator)
         low, high = n.amin(), n.amax()
         return [(row - low) / (high - low) for row in (n, model.sample_like(x, generator))]
 
@@ -197,7 +193,7 @@ _N_INITIAL = 256  # noise images from which a flow is initialized
 
 
 @torch.no_grad()
-def _drawn(noise: Noise, x: Tensor, generator: torch.Generator) -> Tensor:
+def _noise_like(noise: Noise, x: Tensor, generator: torch.Generator) -> Tensor:
     """Noise of x's shape and memory layout."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -363,8 +359,7 @@ def _add_noise(x: Tensor, noise_range: list[float], generator: torch.Generator) 
 
 def _initialize_flow(flow: nn.Module, x: Tensor) -> bool:
     """Initialize a flow that is not yet; whether it was needed."""
-    flags = [buffer for name, buffer in flow.named_buffers() if name.endswith("initialized")]
-    fresh = not all(bool(flag) for flag in flags)
+    fresh = not all(bool(flag) for name, flag in flow.named_buffers() if name.endswith("initialized"))
     if fresh:
         flow.initialize(x)  # type: ignore[operator]
     return fresh

@@ -1,4 +1,4 @@
-"""What a training run writes while it goes: metrics.jsonl, TensorBoard, a progress bar, loss.png.
+"""What a training run writes while it goes: metrics.jsonl, TensorBoard, a progress bar, loss.png, samples.png.
 
 A row of metrics.jsonl has the step, the elapsed seconds, and either the training figures (loss, learning_rate, skipped,
 images_per_second) or those of a validation (validation_psnr, ...). Figures that are not finite are written as null.
@@ -9,23 +9,30 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 import yaml
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
+from flowprox.data import save_image
 from flowprox.files import atomic_write
 
 __all__ = ["RunLog"]
 
+Row = dict[str, Any]
+
 
 class _Board(Protocol):
-    """The part of Lightning's loggers that is used."""
+    """The part of Lightning's TensorBoard logger that is used."""
 
+    @property
+    def experiment(self) -> Any: ...
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
     def finalize(self, status: str) -> None: ...
 
@@ -36,7 +43,7 @@ class RunLog:
     Arguments:
         folder: of the run; created if needed.
         recipe: written to recipe.yaml.
-        board: gets every row too, such as a TensorBoard logger.
+        board: gets every row and the samples too.
         step: step the run starts from.
         batch_size: images per step, for the speed.
         show: whether to show progress: a bar on a terminal, else a line per validation.
@@ -77,6 +84,12 @@ class RunLog:
         if self.show and self.bar is None:
             loss, speed = self._latest("loss", "{:.4g}"), self._latest("images_per_second", "{:.0f}")
             print(f"step {step}  {elapsed:.0f} s  loss {loss}  {self.validated}  {speed} images/s", flush=True)
+
+    def pictures(self, step: int, rows: Sequence[Tensor]) -> None:
+        """Write samples.png from rows of images (n, C, H, W) in [0, 1]; the board keeps those of all steps."""
+        grid = torch.cat([torch.cat(list(row.float().nan_to_num().clamp(0, 1)), dim=-1) for row in rows], dim=-2).cpu()
+        save_image(grid, self.folder / "samples.png")
+        self.board.experiment.add_image("samples", grid, step)
 
     def _latest(self, name: str, form: str) -> str:
         """The last figure of that name, or a dash before there is one."""
@@ -122,12 +135,18 @@ class RunLog:
         self.board.finalize("success")
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+def _read_rows(path: Path) -> list[Row]:
+    """The rows of a metrics.jsonl; a last line that a kill cut short is left out.
+
+    Raises:
+        ValueError: a row is no row.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
+    try:
+        rows = [json.loads(line) for line in lines]
+        return [row for row in rows if row["step"] >= 0]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged; move it away, the run continues without its earlier rows") from error
 
 
 def _progress_bar(console: Console) -> Progress:

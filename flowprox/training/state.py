@@ -1,0 +1,150 @@
+"""What a run resumes from: how far it has come, what it is, and whether a state fits, before anything of it is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowprox.checkpoints import load_training_state
+from flowprox.options import _require as require
+
+__all__ = ["Counts", "check_optimizer", "check_tensors", "read_state", "run_identity"]
+
+_FIXED = ("seed", "batch_size", "optimizer", "n_validation_images")  # the training options that may not change
+_PATHS = ("train", "validation", "skip_corrupt", "terms")  # the images themselves are compared
+_REMEDY = "resume it with its own recipe.yaml and version of flowprox, or start another run: choose another out"
+
+
+@dataclass
+class Counts:
+    """How far a run has come."""
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    rollbacks: int = 0
+    stale: int = 0  # validations since the best one
+    typical_norm: float = 0.0  # running average of the gradient's norm
+    elapsed: float = 0.0  # seconds
+    losses: list[float] = field(default_factory=lambda: [0.0, 0.0])  # sum and number since the last row of the log
+    figures: dict[str, float] = field(default_factory=dict)  # of the last validation
+    best: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of_state(cls, values: Mapping[str, Any], where: Path) -> Counts:
+        """Counts as a state holds them; ValueError where a value cannot be one."""
+        counts = cls(**{one.name: values[one.name] for one in fields(cls) if one.name in values})
+        for name, default in asdict(cls()).items():
+            value = getattr(counts, name)
+            require(_is_like(value, default), f"{where} is damaged, its {name} is {value!r}; start another run")
+        return counts
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    if isinstance(default, dict):
+        return isinstance(value, dict) and all(type(number) in (int, float) for number in value.values())
+    if isinstance(default, list):
+        return isinstance(value, list) and [type(number) for number in value] == [float] * len(default)
+    return type(value) in (int, type(default)) and 0 <= value < math.inf
+
+
+def run_identity(recipe: Mapping[str, Any], fingerprint: Mapping[str, str]) -> dict[str, Any]:
+    """What a run is: all of its recipe but limits, rates, logging and devices, and the images themselves.
+
+    Arguments:
+        recipe: name of every part -> its options as a dictionary, or a plain value.
+        fingerprint: of the images.
+    """
+    parts = {name: part for name, part in recipe.items() if name not in ("out", "name")}
+    identity: dict[str, Any] = {"recipe": sorted(parts), **fingerprint}
+    for name, part in parts.items():
+        if not isinstance(part, dict) or "kind" in part:  # a specification is one value
+            identity[name] = part
+            continue
+        for key, value in part.items():
+            if key in _FIXED if name == "training" else name != "data" or key not in _PATHS:
+                identity[f"{name}.{key}"] = value
+    return json.loads(json.dumps(identity, default=str))
+
+
+def read_state(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The state that a run of this identity left; None if there is none.
+
+    Raises:
+        ValueError: another run left it, and in what they differ; or it is damaged.
+    """
+    if not path.exists():
+        return None
+    state = load_training_state(path)
+    for name in ("identity", "counters", "model", "optimizer", "kept"):
+        require(isinstance(state.get(name), dict), f"{path} is no state of a training run: it lacks {name}; {_REMEDY}")
+    earlier = state["identity"]  # keys that only one of them has are another version's
+    differing = [key for key, value in identity.items() if earlier.get(key, value) != value]
+    named = ", ".join(f"{key} {earlier[key]!r}, not {identity[key]!r}" for key in differing)
+    require(not differing, f"the run in {path.parent} was made with {named}; {_REMEDY}")
+    return state
+
+
+def check_tensors(given: Any, expected: Mapping[str, Tensor], where: str) -> None:
+    """Raise ValueError unless ``given`` holds finite tensors of the names, shapes and types that are expected."""
+    require(isinstance(given, dict), f"{where} is damaged: {type(given).__name__} in place of tensors; {_REMEDY}")
+    for name in {**expected, **given}:
+        value, model = given.get(name), expected.get(name)
+        if model is None or not isinstance(value, Tensor):
+            problem = f"{name} is {'missing' if name in expected else 'unexpected'}"
+        elif _form(value) != _form(model):
+            problem = f"{name} is {_form(value)} in place of {_form(model)}"
+        elif value.is_meta or (value.is_floating_point() and not bool(value.isfinite().all())):
+            problem = f"{name} is not finite"
+        else:
+            continue
+        raise ValueError(f"{where} does not fit this run, it is another model's or damaged ({problem}); {_REMEDY}")
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype} {tensor.layout}".replace("torch.", "").removesuffix(" strided")
+
+
+def check_optimizer(given: Mapping[str, Any], optimizer: torch.optim.Optimizer, where: str) -> dict[str, Any]:
+    """The state that an optimizer can load: moments of the right shapes and counters of steps, its own rates and decays.
+
+    Moments of other shapes would be written beyond the ends of memory.
+
+    Raises:
+        ValueError: parameters are grouped otherwise, or a moment is missing or of another form.
+    """
+    own, groups = optimizer.state_dict()["param_groups"], given.get("param_groups")
+    sound = isinstance(groups, list) and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
+    require(sound and isinstance(given.get("state"), dict), f"{where} is damaged; {_REMEDY}")
+    assert groups is not None
+    indices, own_indices = ([group["params"] for group in part] for part in (groups, own))
+    require(
+        indices == own_indices,
+        f"{where} has groups of {[len(group) for group in indices]} parameters, this version with these options has "
+        f"{[len(group) for group in own_indices]}; {_REMEDY}",
+    )
+    moments = {}
+    for group, numbers in zip(optimizer.param_groups, own_indices, strict=True):
+        for index, parameter in zip(numbers, group["params"], strict=True):
+            if index in given["state"]:  # the moments' layout in memory is their parameter's
+                like, entry = _moments(parameter, group), given["state"][index]
+                check_tensors(entry, like, f"{where} of parameter {index}")
+                moments[index] = {name: torch.empty_like(like[name], device="cpu").copy_(entry[name]) for name in like}
+    steps = [{"step": group["step"]} if "step" in group else {} for group in groups]
+    require(all(type(step.get("step", 0)) is int for step in steps), f"{where} has no number of steps; {_REMEDY}")
+    return {"state": moments, "param_groups": [{**g, **step} for g, step in zip(own, steps, strict=True)]}
+
+
+def _moments(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors of the names and shapes that the optimizers of ``make_optimizer`` keep for a parameter."""
+    if group.get("use_muon"):
+        return {"momentum_buffer": parameter}
+    moments = {"exp_avg": parameter, "exp_avg_sq": parameter}
+    return moments if "use_muon" in group else {"step": torch.zeros(()), **moments}
