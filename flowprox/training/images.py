@@ -63,7 +63,7 @@ class TrainingImages:
         else:
             train, self.validation = _read(data, options.n_validation_images)
             for part, images in (("training", train), ("validation", self.validation)):
-                digest = hashlib.blake2b(memoryview(images.numpy()), digest_size=8).hexdigest()
+                digest = hashlib.blake2b(images.numpy().data, digest_size=8).hexdigest()
                 self.fingerprint[f"{part} images"] = f"{len(images)} of hash {digest}"
         self.train = train.to(device) if train.nbytes <= _ON_DEVICE else train
         self.sampler = self._make_sampler(rank, world_size)
