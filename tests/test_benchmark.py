@@ -44,7 +44,7 @@ from flowprox.prox import FlowProx, UNetProx
 from flowprox.records import RecordWriter, read_records
 from flowprox.unfolding import UnfoldedPGD
 
-OWN_TABLES = ("family", "family-deblurring", "family-inpainting", "levels", "natural", "readme")
+OWN_TABLES = ("classical", "family", "family-deblurring", "family-inpainting", "levels", "natural", "readme")
 RECIPES = sorted((Path(__file__).parents[1] / "recipes" / "evaluate").glob("*.yaml"))
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*:DeprecationWarning")
 

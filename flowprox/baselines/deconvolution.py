@@ -65,7 +65,7 @@ class Wiener(Baseline):
     Arguments:
         regularization: weight of the penalty, >= 0; noise variance over the variance of D x where D x is white. The
             default is the best on validation faces for the default deblurring problem
-            (``benchmarks/classical_baselines.py``).
+            (``recipes/evaluate/classical.yaml``).
         penalty: which D.
 
     Raises:
