@@ -188,6 +188,17 @@ def test_figures_are_those_of_the_method_on_the_seeded_measurement(recipe: Evalu
             assert record["residual"] == pytest.approx(0.0)
 
 
+def test_the_hidden_pixels_of_a_masked_image_have_a_figure_of_their_own(
+    recipe: EvaluationOptions, tmp_path: Path
+) -> None:
+    recipe = replace(recipe, problems=recipe.problems[1:], methods=recipe.methods[:1])
+    for record, image in zip(
+        evaluate(recipe, tmp_path / "out", _run()), load_images(recipe.images, 0, None), strict=True
+    ):
+        hole = image.x[:, 6:10, 6:10]  # black in the measurement
+        assert record["psnr_hidden"] == pytest.approx(-10 * float(hole.square().mean().log10()), abs=1e-4)
+
+
 def test_images_that_are_not_there_name_the_remedy(recipe: EvaluationOptions, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"images\.source '.*nowhere'.*--images\.source.*--scale smoke"):
         evaluate(replace(recipe, images=ImageOptions(str(tmp_path / "nowhere"))), tmp_path / "out", _run())

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from deepinv.models import Reconstructor
 from deepinv.physics import Physics
 from torch import Tensor
 
+import flowprox
 from flowprox import FlowProx, Glow, UnfoldedPGD, load_model, save_model
 from flowprox.baselines import TotalVariation
+from flowprox.commands.reconstruct import reconstruct as reconstruct_command
 from flowprox.data import load_image, save_image
 from flowprox.evaluation.estimates import Estimate, estimate
 from flowprox.flows import NonFiniteError
@@ -33,6 +36,9 @@ from flowprox.reconstruction import (
 )
 from flowprox.records import read_records
 from flowprox.solvers import NoiseMAP, Solution, SolverInterrupted
+from flowprox.solvers.objective import Objective
+
+PACKAGE = Path(flowprox.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +72,10 @@ def _simulated(model: str, **settings: Any) -> ReconstructionJob:
 def _failing_at(side: int, error: BaseException) -> Any:
     """The estimates, but for an image whose width is ``side``."""
 
-    def failing(
-        method: Reconstructor, y: Tensor, physics: Physics, kind: ProblemKind, x: Tensor | None
-    ) -> list[Estimate]:
+    def failing(method: Reconstructor, y: Tensor, physics: Physics, kind: ProblemKind, *others: Any) -> list[Estimate]:
         if y.shape[-1] == side:
             raise error
-        return estimate(method, y, physics, kind, x)
+        return estimate(method, y, physics, kind, *others)
 
     return failing
 
@@ -138,9 +142,10 @@ def test_batches_and_measured_images(model: str, pictures: Path) -> None:
     assert np.array_equal(np.load(pictures / "rec/measurements/y-1.npy"), y[1])
 
 
-def test_gray_picture_for_a_color_model(model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("measured", [False, True])
+def test_gray_picture_for_a_color_model(model: str, tmp_path: Path, measured: bool) -> None:
     save_image(torch.rand(1, 8, 8), tmp_path / "gray.png")
-    reconstruct_files(_simulated(model), [tmp_path / "gray.png"], tmp_path / "rec")
+    reconstruct_files(ReconstructionJob(model, measured=measured), [tmp_path / "gray.png"], tmp_path / "rec")
     assert np.load(tmp_path / "rec/gray.npy").shape == (3, 8, 8)
 
 
@@ -376,6 +381,22 @@ def test_one_bit_figures_do_not_depend_on_the_scale(pictures: Path, monkeypatch:
         (record,) = reconstruct_files(job, [pictures / "c.png"], pictures / f"rec{scale}")
         figures.append((record["psnr"], record["ssim"]))
     assert figures[0] == pytest.approx(figures[1])
+
+
+def test_ten_frames_from_the_command_to_the_objective(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    value, stacks = Objective.value, []
+
+    def watched(self: Objective, u: Tensor) -> Tensor:
+        stacks.append([frame.filename for frame in traceback.extract_stack()])
+        return value(self, u)
+
+    monkeypatch.setattr(Objective, "value", watched)
+    parameters, options = ["m=40"], ["n_iterations=1"]
+    save_image(torch.rand(3, 16, 16), pictures / "c.png")
+    out = str(pictures / "rec")
+    inputs, command = [str(pictures / "c.png")], reconstruct_command
+    command(inputs, out, method="latent-map", problem="compressed-sensing", parameters=parameters, options=options)
+    assert stacks and all(sum(Path(name).is_relative_to(PACKAGE) for name in stack) + 1 <= 10 for stack in stacks)
 
 
 SENSING = ReconstructionJob(problem="compressed-sensing", parameters={"m": 40}, method="adjoint", operator_seed=0)

@@ -7,10 +7,11 @@ Symbols: y_i measurement of image i, x_hat_i its estimate.
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,12 @@ class Estimate(NamedTuple):
 
 @torch.no_grad()
 def estimate(
-    method: Reconstructor, y: Tensor, physics: Physics, kind: ProblemKind, x: Tensor | None = None
+    method: Reconstructor,
+    y: Tensor,
+    physics: Physics,
+    kind: ProblemKind,
+    x: Tensor | None = None,
+    callback: Callable[[int, int], None] | None = None,
 ) -> list[Estimate]:
     """The estimates of a batch of measurements, their figures and cost.
 
@@ -62,6 +68,7 @@ def estimate(
         physics: their operator.
         kind: what it is.
         x: the images (B, C, H, W) behind them, if they are known.
+        callback: called by a solver after every evaluation with their number and the most there can be.
 
     Raises:
         NonFiniteError: an estimate holds NaN or infinity.
@@ -72,9 +79,10 @@ def estimate(
     if kind.extend is not None and any(side % divisor for side in y.shape[-2:]):
         fitted = kind.extend(y, physics, divisor)  # type: ignore[arg-type]
     solve = getattr(method, "solve", method)
+    progress = {"callback": callback} if "callback" in inspect.signature(solve).parameters else {}
     with measured_cost(y.device) as cost:
         try:
-            found = solve(fitted.y, fitted.physics)
+            found = solve(fitted.y, fitted.physics, **progress)
         except SolverInterrupted as error:  # of a long solve the best so far is worth keeping
             found = error.solution
     solution = found if isinstance(found, Solution) else None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,20 @@ import torch
 from deepinv.models import Reconstructor
 from deepinv.physics import Physics
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor
 
 from flowprox.checkpoints import load_model
 from flowprox.data import load_array, load_image, load_measurement
-from flowprox.evaluation.estimates import estimate
+from flowprox.evaluation.estimates import Estimate, estimate
 from flowprox.evaluation.images import image_seed
 from flowprox.evaluation.run import hashed
 from flowprox.files import sha256, sole_writer
@@ -132,40 +141,40 @@ def reconstruct_files(
         task.check(images)
         if any(record.get("job") != task.hash for record in earlier):
             raise ValueError(f"{out} holds results of another job; choose another out, or overwrite them")
-        found: dict[str, Record] = {}
-        with results_folder(out, overwrite) as records:
+        finished: dict[str, Record] = {}
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        shown = Progress(*columns, TimeRemainingColumn(), console=console or Console(quiet=True), transient=True)
+        with results_folder(out, overwrite) as records, shown:
             done = {str(record["id"]): record for record in records.records if record.get("reason") != "interrupted"}
+            bar = shown.add_task("", total=len(images))
             try:
-                for image in _shown(images, console):
+                for i, image in enumerate(images):
+                    shown.update(bar, description=image.name[:40], completed=i)
                     key = {"id": hashed({"job": task.hash, "input": image.label}), "content": sha256(image.path)[:16]}
                     record = done.get(key["id"], {})
                     if record.get("content") != key["content"]:
-                        record = key | task.reconstruct(image, out)
+                        y, x, physics = task.measurement(image)
+                        show = partial(_show_part, shown, bar, i)
+                        (found,) = estimate(task.method(y.shape[1:]), y, physics, task.kind, x, show)
+                        record = key | task.write(image, y[0], found, out)
                         records.write(record)
-                    found[image.label] = record
+                    finished[image.label] = record
                     if record.get("reason") == "interrupted":
                         raise KeyboardInterrupt
             except KeyboardInterrupt as error:
-                if not found:
+                if not finished:
                     raise KeyboardInterrupt("no image is finished, nothing is written") from error
-                raise ReconstructionInterrupted(_progress(found, images, out)) from error
+                raise ReconstructionInterrupted(_progress(finished, images, out)) from error
             except Exception as error:
                 raise _explained(
-                    error, images[len(found)].label, _progress(found, images, out) if found else ""
+                    error, images[len(finished)].label, _progress(finished, images, out) if finished else ""
                 ) from error
-    return list(found.values())
+    return list(finished.values())
 
 
-def _shown(images: Sequence[Input], console: Console | None) -> Iterator[Input]:
-    """The images one by one, with a line that says how far they are."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    quiet = console or Console(quiet=True)
-    with Progress(*columns, TimeRemainingColumn(), console=quiet, transient=True) as progress:
-        task = progress.add_task("", total=len(images))
-        for image in images:
-            progress.update(task, description=image.name[:40])
-            yield image
-            progress.advance(task)
+def _show_part(shown: Progress, bar: TaskID, n_before: int, n: int, n_at_most: int) -> None:
+    """Move the bar as far as a solver has come with an image."""
+    shown.update(bar, completed=n_before + n / n_at_most)
 
 
 def _progress(found: Mapping[str, Record], images: Sequence[Input], out: Path) -> str:
@@ -390,18 +399,23 @@ class _Task:
 
     # One image --------------------------------------------------------------------------------------------------------
 
-    def reconstruct(self, image: Input, out: Path) -> Record:
-        """Write the image's files; its record."""
+    def measurement(self, image: Input) -> tuple[Tensor, Tensor | None, Physics]:
+        """y (1, ...), the clean image (1, C, H, W) if it is known, and the operator."""
         content, shape = self._read(image)
         content, physics = content.to(self.job.device), self.physics(shape)
-        seed = image_seed(self.job.seed, image.path.stem)
-        y = content if image.is_measurement else measure_each(content, physics, [seed])
-        x = None if image.is_measurement else content
-        (found,) = estimate(self.method(y.shape[1:]), y, physics, self.kind, x)
+        if image.is_measurement:
+            return content, None, physics
+        return measure_each(content, physics, [self._seed(image)]), content, physics
+
+    def _seed(self, image: Input) -> int:
+        return image_seed(self.job.seed, image.path.stem)
+
+    def write(self, image: Input, y: Tensor, found: Estimate, out: Path) -> Record:
+        """Write the image's files, or none; its record."""
         try:
             write_picture(found.x_hat, out, image.name)
             write = write_picture if self.kind.measures_pictures else write_array
-            write(y[0].cpu(), out / "measurements", image.name)
+            write(y.cpu(), out / "measurements", image.name)
             if found.deviation is not None:
                 (out / "deviations").mkdir(exist_ok=True)
                 write_array(found.deviation, out / "deviations", image.name)
@@ -418,10 +432,10 @@ class _Task:
             **self.facts,
             "measured": image.is_measurement,
             "assumed": self.assumed,
-            "height": shape[1],
-            "width": shape[2],
+            "height": found.x_hat.shape[1],
+            "width": found.x_hat.shape[2],
             **({"operator_seed": self.operator_seed} if self.kind.drawn else {}),
-            **({} if image.is_measurement else {"seed": seed}),
+            **({} if image.is_measurement else {"seed": self._seed(image)}),
             **found.facts,
         }
 
