@@ -73,7 +73,7 @@ def test_the_report_is_one_file_that_loads_nothing(page: str) -> None:
     tags = Tags(page)
     images = tags.all("img")
     n_tiles = 2 * 2 * (1 + 3 + 3)  # problems, images: truth, estimates, error maps
-    assert len(images) == n_tiles + 2
+    assert len(images) == n_tiles + 2  # and drawn figures
     assert all(image["alt"] and str(image["src"]).startswith("data:image/") for image in images)
     assert not {"link", "iframe", "object", "base"} & {tag for tag, _ in tags.found}
     outside = re.sub(r"data:image/[\w+]+;base64,[\w+/=]+", "", page)
@@ -189,6 +189,20 @@ def test_parts_can_be_chosen(tmp_path: Path) -> None:
         assert "s / image" in text
 
 
+def test_the_page_says_what_was_measured_and_shows_pictures_before_tables(page: str) -> None:
+    assert Tags(page).text.count("denoising: sigma 0.1") == 1
+    section = page.partition('<section id="c0-0">')[2]
+    assert section.index('<div class="pictures">') < section.index("<table")
+
+
+def test_methods_can_be_told_apart_by_a_script(page: str) -> None:
+    kinds = {tag for tag, attributes in Tags(page).found if attributes.get("data-method") == "bm3d"}
+    assert kinds == {"tr", "figure", "g"}
+    assert {"flow", "bm3d: 26.00 ± 2.48 at 0.1"} <= {
+        a.get("data-name", "").partition(",")[0] for a in Tags(page).all("figure")
+    } | {text for text in re.findall("<title>([^<]+)</title>", page)}
+
+
 def test_pictures_can_be_limited(results: Path) -> None:
     tags = read(write_report(results, ReportOptions(n_images=1, parts=["images"])))
     assert len(tags.all("img")) == 2 * (1 + 3 + 3)
@@ -275,6 +289,15 @@ def test_command_writes_page_and_tables(results: Path, capsys: pytest.CaptureFix
     assert "report.html" in printed.out and "15 files" in printed.out and printed.err == ""
     assert {path.name for path in results.iterdir()} == before | {"report.html", "tables"}
     assert "<title>Mine</title>" in (results / "report.html").read_text()
+
+
+def test_command_opens_the_page(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda address: bool(opened.append(address)))
+    assert main(["report", str(results), "--open", "--parts", "overview"]) == 0
+    assert opened == [(results / "report.html").resolve().as_uri()] and "by hand" in capsys.readouterr().err
 
 
 def test_command_on_several_folders(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,39 +14,48 @@ import pytest
 from PIL import Image
 from report_cases import NASTY, make_records
 
-from flowprox.evaluation.report.charts import N_COLORS, Box, Line, Point, box_chart, line_chart, point_chart
-from flowprox.evaluation.report.contents import Contents
-from flowprox.evaluation.report.drawings import curves, tuning_curves
-from flowprox.evaluation.report.pictures import data_uri, error_map, error_white, read_picture
-from flowprox.evaluation.report.reading import Evaluation
+from flowprox.evaluation.report.charts import (
+    N_COLORS,
+    Series,
+    box_chart,
+    cost_chart,
+    curves,
+    line_chart,
+    spread_chart,
+    tuning_curves,
+)
+from flowprox.evaluation.report.pictures import data_uri, error_map, error_white, file_stem, find_picture, read_picture
+from flowprox.evaluation.report.sources import Chapter
 from flowprox.evaluation.report.sweeps import method_sweeps, problem_sweeps, sweeps_of
-from flowprox.evaluation.report.tables import Cell, Table, number, to_csv, to_latex, to_markdown
+from flowprox.evaluation.report.tables import Contents, make_table, to_csv, to_latex, to_markdown
 
-TABLE = Table(
+TABLE = make_table(
     "t",
     "Nasty\nnames.",
-    ["method", "PSNR (dB)", "note"],
-    [
-        [Cell(NASTY), number(-1 / 3, 2), Cell("a | b")],
-        [Cell("50 % & ~ ^ \\ {x}"), number(None, 2), Cell("")],
-        [Cell("best"), number(2.0, 2, best=True), Cell("±")],
-    ],
+    {
+        "method": [NASTY, "50 % & ~ ^ \\ {x}", "best"],
+        "PSNR (dB)": [-1 / 3, None, 2.0],
+        "note": ["a | b", "", "±"],
+        "=sum(1)": ["=HYPERLINK(1)", "@me", "-1 + 1"],
+    },
+    {"PSNR (dB)": ".2f"},
+    {"PSNR (dB)": [False, False, True]},
 )
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 
-def test_csv_is_read_back_with_every_digit() -> None:
+def test_csv_is_read_back_with_every_digit_and_holds_no_formulas() -> None:
     head, *rows = csv.reader(io.StringIO(to_csv(TABLE)))
-    assert head == list(TABLE.head)
-    assert rows[0] == [NASTY, repr(-1 / 3), "a | b"] and float(rows[0][1]) == -1 / 3
-    assert rows[1][1] == ""
+    assert head == ["method", "PSNR (dB)", "note", "'=sum(1)"]
+    assert rows[0] == [NASTY, repr(-1 / 3), "a | b", "'=HYPERLINK(1)"] and float(rows[0][1]) == -1 / 3
+    assert rows[1][1] == "" and [row[3] for row in rows[1:]] == ["'@me", "'-1 + 1"]
 
 
 def test_markdown_has_as_many_cells_in_every_line() -> None:
     lines = to_markdown(TABLE).splitlines()
-    assert {len(re.split(r"(?<!\\)\|", line)) for line in lines} == {5}
+    assert {len(re.split(r"(?<!\\)\|", line)) for line in lines} == {6}
     assert "**2.00**" in lines[-1] and r"\<script\>" in lines[2]
 
 
@@ -54,14 +63,14 @@ def test_latex_escapes_every_special_character() -> None:
     text = to_latex(TABLE)
     body = text.partition(r"\midrule")[2].partition(r"\bottomrule")[0]
     bare = re.sub(r"\\text\w+\{\}|\\[&%$#_{}]|\$(\\pm|-)\$|\\textbf\{|\\\\", "", body)
-    assert not re.search(r"[%$#_^~\\]", bare) and bare.count("&") == 2 * 3
+    assert not re.search(r"[%$#_^~\\]", bare) and bare.count("&") == 3 * 3
     assert text.startswith("% Nasty names.\n")
 
 
 def test_empty_columns_vanish() -> None:
-    rows = [[Cell("a"), number(None, 1), Cell(""), number(0.0, 1)]]
-    table = Table("t", "", ["method", "x", "y", "z"], rows).without_empty_columns()
-    assert table.head == ["method", "z"] and [cell.text for cell in table.rows[0]] == ["a", "0.0"]
+    columns = {"method": ["a"], "x": [None], "y": [""], "z": [0.0]}
+    table = make_table("t", "", columns, {"x": ".1f", "z": ".1f"})
+    assert table.text.to_dict("list") == {"method": ["a"], "z": ["0.0"]}
 
 
 # What varies ----------------------------------------------------------------------------------------------------------
@@ -113,20 +122,25 @@ def test_sweeps_of_problems_and_methods() -> None:
 # Charts ---------------------------------------------------------------------------------------------------------------
 
 
-def _line(label: str = "m", x: tuple[float, ...] = (1, 2), **others: Any) -> Line:
-    return Line(label, x, [20.0 + value for value in x], [0.5, None, *[0.1] * (len(x) - 2)], **others)
+XY = ("x", "y")
 
 
+def _line(label: str = "m", x: tuple[float, ...] = (1, 2), **others: Any) -> Series:
+    return Series(label, x, [20.0 + value for value in x], [0.5, None, *[0.1] * (len(x) - 2)], **others)
+
+
+POINTS = [Series(NASTY, [1e-5], [20.0], [None], color=0, method=NASTY), Series("b", [10.0], [25.0], [1.0], color=12)]
 CHARTS = {
-    "one line": lambda: line_chart("n", [_line()], "sigma", "PSNR (dB)"),
-    "as many as there are colors": lambda: line_chart("n", [_line(f"m{i}") for i in range(N_COLORS)], "x", "y"),
-    "names that are formulas": lambda: line_chart("n", [_line(NASTY)], NASTY.replace("$", ""), "y"),
-    "published and chosen": lambda: line_chart("n", [_line(published=[(1, 30.0)], chosen=2)], "x", "y"),
-    "orders of magnitude": lambda: line_chart("n", [_line(x=(0.01, 1, 100))], "x", "y"),
-    "zero and orders of magnitude": lambda: line_chart("n", [_line(x=(0, 0.01, 1, 171))], "x", "y"),
-    "many places": lambda: line_chart("n", [_line(x=tuple(range(30)))], "x", "y"),
-    "points": lambda: point_chart("n", [Point(NASTY, 1e-5, 20.0, None, 0), Point("b", 10.0, 25.0, 1.0, 12)], "s", "y"),
-    "boxes": lambda: box_chart("n", [Box(NASTY, [1.0, 2.0, 4.0], 0), Box("b", [3.0, 3.0, 3.0], 9)], "y"),
+    "one line": lambda: line_chart("n", [_line()], ("sigma", "PSNR (dB)")),
+    "as many as there are colors": lambda: line_chart("n", [_line(f"m{i}") for i in range(N_COLORS)], XY),
+    "names that are formulas": lambda: line_chart("n", [_line(NASTY)], (NASTY.replace("$", ""), "y")),
+    "published and chosen": lambda: line_chart("n", [_line(published=[(1, 30.0)], chosen=2)], XY),
+    "zero and orders of magnitude": lambda: line_chart("n", [_line(x=(0, 0.01, 1, 171))], XY),
+    "many places": lambda: line_chart("n", [_line(x=tuple(range(30)))], XY, top=1.0),
+    "points": lambda: line_chart("n", POINTS, XY, connected=False),
+    "boxes": lambda: box_chart(
+        "n", [Series(NASTY, (), [1.0, 2.0, 4.0], color=0), Series("b", (), [3.0] * 3, color=9)], "y"
+    ),
 }
 
 
@@ -142,9 +156,10 @@ def test_charts_are_well_formed_and_the_same_again(case: str) -> None:
 
 
 def test_a_method_has_the_same_color_in_every_chart() -> None:
-    of_line = line_chart("n", [_line("a", color=3), _line("b", color=9)], "x", "y")
-    of_points = point_chart("n", [Point("a", 1.0, 2.0, None, 3), Point("b", 2.0, 3.0, None, 9)], "x", "y")
-    same = line_chart("n", [_line("a", color=1), _line("b", color=9)], "x", "y")
+    of_line = line_chart("n", [_line("a", color=3), _line("b", color=9)], XY)
+    points = [Series("a", [1.0], [2.0], color=3), Series("b", [2.0], [3.0], color=9)]
+    of_points = line_chart("n", points, XY, connected=False)
+    same = line_chart("n", [_line("a", color=1), _line("b", color=9)], XY)
     used = [set(re.findall(r"--c\d", svg)) for svg in (of_line, of_points, same)]
     assert used == [{"--c3", "--c1"}, {"--c3", "--c1"}, {"--c0", "--c1"}]
 
@@ -161,8 +176,8 @@ def test_zero_is_drawn_left_of_what_is_above_it() -> None:
 def test_curves_have_a_line_per_method_and_at_most_as_many_as_colors() -> None:
     problems = {f"sigma{s}": {"sigma": s} for s in (0.1, 0.2)}
     gains = {f"m{i}": float(i) for i in range(N_COLORS + 1)}
-    evaluation = Evaluation("e", [], make_records(problems, gains))
-    first, second = curves(Contents(evaluation), "c")
+    chapter = Chapter("e", [], make_records(problems, gains))
+    first, second = curves(Contents(chapter), "c")
     assert all(f"m{i}: " in first.alt for i in range(N_COLORS))
     assert f"m{N_COLORS}: 29.00 at sigma 0.1, 29.00 at 0.2." in second.alt
 
@@ -175,22 +190,36 @@ def test_variants_of_a_method_are_told_apart_in_a_curve() -> None:
     ]
     for record in records:
         record["options"]["beta"] = float(record["method"].rpartition("=")[2])
-    (chart,) = curves(Contents(Evaluation("e", [], records)), "c")
+    (chart,) = curves(Contents(Chapter("e", [], records)), "c")
     assert chart.alt == (
         "flow: PSNR over beta. flow: 21.00 at beta 1, 23.00 at 3. flow latent: 21.00 at beta 1, 23.00 at 3."
     )
 
 
-def test_long_labels_stay_inside_the_chart() -> None:
-    svg = line_chart("n", [_line("x" * 30), _line("y" * 100)], "x", "y")
+def test_long_labels_are_whole_and_inside_the_chart() -> None:
+    svg = line_chart("n", [_line("x" * 30), _line("y" * 100)], XY)
     texts = [element.text or "" for element in ElementTree.fromstring(svg).iter("text")]
-    assert max(map(len, texts)) == 44 and "x" * 30 in texts
-    rows = {
-        element.get("y")
-        for element in ElementTree.fromstring(svg).iter("text")
-        if (element.text or "")[:2] in ("xx", "yy")
-    }
-    assert len(rows) == 2  # one below the other
+    assert max(map(len, texts)) == 44 and "x" * 30 in texts and "".join(texts).count("y" * 44) == 2
+    boxes = box_chart("n", [Series("z" * 60, (), [1.0, 2.0, 3.0])], "label")
+    texts = [element.text or "" for element in ElementTree.fromstring(boxes).iter("text")]
+    assert max(map(len, texts)) == 24 and "".join(texts).count("z") == 60
+
+
+def test_marks_have_titles_and_name_their_method() -> None:
+    root = ElementTree.fromstring(line_chart("n", [_line("b & c", method="b")], XY, form=".1f"))
+    titles = [element.text for element in root.iter("title")]
+    assert titles == ["b & c: 21.0 ± 0.5 at 1", "b & c: 22.0 at 2"]
+    assert {element.get("data-method") for element in root.iter("g")} == {None, "b"}
+    root = ElementTree.fromstring(CHARTS["boxes"]())
+    assert "b: 3.00 to 3.00, 3 images" in {element.text for element in root.iter("title")}
+
+
+@pytest.mark.parametrize("chart", [cost_chart, spread_chart])
+def test_axes_of_ssim_end_at_one(chart: Any) -> None:
+    svg = chart(Contents(Chapter("e", [], make_records()), "ssim"), "denoising", "n").svg
+    texts = [element.text or "" for element in ElementTree.fromstring(svg).iter("text")]
+    ticks = [float(text) for text in texts if re.fullmatch(r"[01]\.\d+", text)]
+    assert max(ticks) <= 1.0 and min(ticks) >= 0.4
 
 
 def test_tuning_is_drawn_over_what_was_tried() -> None:
@@ -199,11 +228,11 @@ def test_tuning_is_drawn_over_what_was_tried() -> None:
         {"problem": "denoising", "method": "tv", "options": {"weight": weight}, "psnr": psnr, "n_images": 2}
         for weight, psnr in ((0.3, 20.0), (0.1, 21.0), (0.9, None))
     ]
-    contents = Contents(Evaluation("e", [], records, tuning))
+    contents = Contents(Chapter("e", [], records, tuning))
     (chart,) = tuning_curves(contents, "t")
     assert chart.alt == "tv: tuning of weight. denoising: 21.00 at weight 0.1, 20.00 at 0.3."
     table = contents.tuning()
-    assert [row[3].best for row in table.rows] == [False, True, False] and curves(contents, "c") == []
+    assert table.best["PSNR (dB)"].tolist() == [False, True, False] and curves(contents, "c") == []
 
 
 # Pictures -------------------------------------------------------------------------------------------------------------
@@ -233,3 +262,23 @@ def test_pictures_come_back_and_large_ones_are_reduced(tmp_path: Path) -> None:
     assert data_uri(read_picture(tmp_path / "a.png")).startswith("data:image/png;base64,")
     Image.fromarray(np.zeros((100, 2000), dtype=np.uint8)).save(tmp_path / "b.png")
     assert read_picture(tmp_path / "b.png").shape == (26, 512, 3)
+
+
+def test_names_of_files_are_readable_and_never_collide() -> None:
+    assert (
+        file_stem("denoising-sigma0.1", "a cat", "latent-map beta=1") == "denoising-sigma0.1--a cat--latent-map beta=1"
+    )
+    odd = ["a/b", "a-b", "a\\b", "a%b", "..", "a--b", "x" * 300, "x" * 301, "\udce9", "\x1b[31m", "猫" * 90]
+    stems = [file_stem(name) for name in odd] + [file_stem("a", "b")]
+    assert len(set(stems)) == len(stems) and not any(set("/\\%\x1b") & set(stem) for stem in stems)
+    assert max(len(f"{stem}.png".encode()) for stem in stems) < 230
+
+
+def test_pictures_of_an_earlier_version_are_found(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for name in ("a%20cat", "p--a%20cat--m%3D1"):
+        (tmp_path / "images" / f"{name}.png").touch()
+    assert find_picture([tmp_path], "a cat") == tmp_path / "images/a%20cat.png"
+    assert (
+        find_picture([tmp_path / "nowhere", tmp_path], "p", "a cat", "m=1") == tmp_path / "images/p--a%20cat--m%3D1.png"
+    )

@@ -10,10 +10,9 @@ from scipy import stats
 
 from flowprox.evaluation.summary import (
     confidence,
-    extremes,
-    mean_per_image,
-    paired_comparison,
-    scores,
+    figures_of,
+    paired_comparisons,
+    per_image,
     summary_markdown,
     summary_rows,
 )
@@ -43,15 +42,18 @@ def test_comparison_is_the_paired_t_interval_of_scipy() -> None:
     rng = np.random.default_rng(1)
     difficulty = rng.normal(25, 4, 12)
     a, b = difficulty + rng.normal(0.3, 0.2, 12), difficulty + rng.normal(0.0, 0.2, 12)
-    figures = [scores(record("m", str(i), value, seed=i) for i, value in enumerate(values)) for values in (a, b)]
-    found = paired_comparison(*figures)
+    figures = figures_of(
+        record(method, str(i), value, seed=i)
+        for method, values in (("a", a), ("b", b))
+        for i, value in enumerate(values)
+    )
+    found = paired_comparisons(figures, "psnr", "b").loc["a"]
     expected = stats.ttest_rel(a, b).confidence_interval(0.95)
-    assert found is not None and found.interval is not None
     assert found.difference - found.interval == pytest.approx(expected.low)
     assert found.difference + found.interval == pytest.approx(expected.high)
     assert found.n_higher == int((a > b).sum()) and found.n_images == 12
-    back = paired_comparison(*reversed(figures))
-    assert back is not None and back.difference == pytest.approx(-found.difference)
+    back = paired_comparisons(figures, "psnr", "a").loc["b"]
+    assert back.difference == pytest.approx(-found.difference)
     assert found.interval < 0.2 * (confidence(list(a))[1] or 0)  # the difficulty of images drops out
 
 
@@ -59,9 +61,9 @@ def test_comparison_is_the_paired_t_interval_of_scipy() -> None:
 def test_only_the_same_measurement_is_compared(key: str) -> None:
     same = record("a", "1", 20.0, **{key: 0}), record("b", "1", 21.0, **{key: 0})
     other = record("b", "1", 30.0, **{key: 1})
-    assert paired_comparison(scores(same[:1]), scores([other])) is None
-    found = paired_comparison(scores(same[:1]), scores([same[1], other]))
-    assert found == (1, -1.0, None, 0)
+    assert paired_comparisons(figures_of([same[0], other]), "psnr", "b").empty
+    found = paired_comparisons(figures_of([*same, other]), "psnr", "b").loc["a"]
+    assert found.tolist() == pytest.approx([1, -1.0, np.nan, 0], nan_ok=True)
 
 
 def test_an_image_counts_once() -> None:
@@ -71,7 +73,8 @@ def test_an_image_counts_once() -> None:
     (row,), (repeated,) = summary_rows(once), summary_rows([*once, *again])
     assert (row.psnr, row.psnr_interval, row.ssim) == (repeated.psnr, repeated.psnr_interval, repeated.ssim)
     assert repeated.n_images == 2
-    assert mean_per_image(scores([*once, {**once[0], "seed": 1, "psnr": 22.0}])) == {"1": 21.0, "2": 24.0}
+    images = per_image(figures_of([*once, {**once[0], "seed": 1, "psnr": 22.0}]))["psnr"]
+    assert images.to_dict() == {("p", "a", "1"): 21.0, ("p", "a", "2"): 24.0}
 
 
 def test_failed_and_exact_reconstructions_stay_out_of_the_mean() -> None:
@@ -83,8 +86,6 @@ def test_failed_and_exact_reconstructions_stay_out_of_the_mean() -> None:
     (row,) = summary_rows(records, {("p", "a"): 21.0})
     assert (row.psnr, row.psnr_interval, row.n_images, row.n_failed, row.n_exact) == (20.0, None, 2, 1, 1)
     assert summary_markdown([row]).splitlines()[2] == "| a | **20.00** (21.00) 1 failed |"
-    assert extremes(scores(records)) == (("1", 20.0), 20.0, ("1", 20.0))
-    assert extremes(scores(records[1:])) is None
 
 
 def test_means_of_groups() -> None:

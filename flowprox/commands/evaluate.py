@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import webbrowser
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,11 +81,12 @@ def report(
     n_images: int | None = None,
     recipe: str | None = None,
     title: str | None = None,
+    open: bool = False,
 ) -> None:
     """Show finished evaluations as one HTML page and as tables; reads records only and runs no model.
 
     Arguments:
-        folders: results folders of evaluate or the demo, or files of records; those of one recipe are one chapter.
+        folders: results folders of evaluate, the demo or the gallery, or files of records; those of one recipe are a chapter.
         out: folder to write report.html and tables/ to; by default the results folder, if it is one.
         metric: what tables and charts are about: psnr, psnr_unclipped, ssim or residual.
         parts: show only these: overview, curves, comparisons, cost, spread, cases, images, tuning, figures.
@@ -92,6 +94,7 @@ def report(
         n_images: show the pictures of so many images of each problem; by default all there are.
         recipe: recipe with the published figures, for records without a recipe.yaml beside them.
         title: heading of the page.
+        open: show the page in the browser.
     """
     check_inputs(folders)
     from flowprox.evaluation.report import ReportOptions, read_results, write_page, write_tables
@@ -99,12 +102,14 @@ def report(
     options = ReportOptions(title, metric, parts, reference, n_images, recipe)
     results = read_results(folders, out, options)
     for note in results.notes:
-        print(f"flowprox: note: {note}", file=sys.stderr)
+        print(f"flowprox: note: {printable(note)}", file=sys.stderr)
     tables = write_tables(results)
     page = write_page(results, options)
     if tables:
         print(f"tables: {os.path.join(results.out, 'tables')} ({len(tables)} files)")
     print(f"report: {page}")
+    if open and not webbrowser.open(page.resolve().as_uri()):
+        print("flowprox: no browser could be started; open the file by hand", file=sys.stderr)
 
 
 def _print_evaluated(rows: Sequence[Any]) -> None:

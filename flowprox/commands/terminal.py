@@ -48,18 +48,21 @@ def digits(value: float | None, n: int) -> str:
 
 
 def print_table(head: list[str], rows: Sequence[Sequence[str]], justify: Literal["left", "right"] = "right") -> None:
-    """Print a table whose first column stays whole; the others are wrapped to the width of the terminal."""
+    """Print a table whose first column stays whole, up to half of the terminal; the others are wrapped to its width."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    console, table = Console(), Table(box=SIMPLE_HEAD, pad_edge=False)
+    n_most = console.width // 2
+    is_long = any(len(printable(row[0])) > n_most for row in rows)  # it would leave no room for the figures
     for i, name in enumerate(head):
-        table.add_column(name, justify=justify if i else "left", overflow="fold", no_wrap=i == 0)
+        whole, width = i == 0 and not is_long, n_most if i == 0 and is_long else None
+        table.add_column(name, justify=justify if i else "left", overflow="fold", no_wrap=whole, max_width=width)
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
-    Console().print(table)
+    console.print(table)
 
 
 def key_values(words: Iterable[str] | None, option: str) -> dict[str, Value]:

@@ -10,29 +10,26 @@ image that was measured several times, with other seeds, counts once, with the m
 from __future__ import annotations
 
 import json
-import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from scipy.stats import t as student
+import numpy as np
+import pandas as pd
+from scipy import stats
 
 __all__ = [
     "METRICS",
-    "Comparison",
-    "Extremes",
     "Metric",
     "Row",
-    "Scores",
     "confidence",
-    "extremes",
-    "mean_per_image",
-    "measurement_of",
-    "paired_comparison",
-    "scores",
+    "figures_of",
+    "paired_comparisons",
+    "per_image",
     "summary_markdown",
     "summary_rows",
 ]
+
+Record = Mapping[str, Any]
 
 
 class Metric(NamedTuple):
@@ -43,6 +40,16 @@ class Metric(NamedTuple):
     digits: int
     high_is_best: bool
 
+    @property
+    def form(self) -> str:
+        """The format of its numbers."""
+        return f".{self.digits}f"
+
+    @property
+    def title(self) -> str:
+        """The label with its unit."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
 
 METRICS = {
     "psnr": Metric("PSNR", "dB", 2, True),
@@ -52,8 +59,8 @@ METRICS = {
 }
 """Figures that a record holds for its image, by key."""
 
-Scores = Mapping[tuple[str, str], float]
-"""A figure by image and by what the measurement depends on: its noise seed, its operator, the content of the image."""
+_NUMBERS = [*METRICS, "seconds", "peak_memory_mib"]
+_PLACE = ["problem", "method"]
 
 
 class Row(NamedTuple):
@@ -70,31 +77,14 @@ class Row(NamedTuple):
     psnr_interval: float | None
     ssim: float | None
     seconds: float | None
-    tuned: dict[str, Any]
+    tuned: Mapping[str, object]
     published: float | None
     n_exact: int = 0
     peak_memory_mib: float | None = None
     psnr_of_group: Mapping[str, float | None] = {}
 
 
-class Comparison(NamedTuple):
-    """A method against a reference on the same measurements; the difference is method minus reference."""
-
-    n_images: int
-    difference: float
-    interval: float | None
-    n_higher: int
-
-
-class Extremes(NamedTuple):
-    """The images with the lowest and the highest figure, and the median over images."""
-
-    lowest: tuple[str, float]
-    median: float
-    highest: tuple[str, float]
-
-
-def confidence(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None]:
+def confidence(values: Iterable[float], level: float = 0.95) -> tuple[float, float | None]:
     """Mean, and half the width of its confidence interval (None for a single value).
 
     Example:
@@ -102,102 +92,102 @@ def confidence(values: Sequence[float], level: float = 0.95) -> tuple[float, flo
         >>> mean, round(half, 3)
         (2.0, 2.484)
     """
-    n = len(values)
-    mean = math.fsum(values) / n
-    if n < 2:
-        return mean, None
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    return mean, float(student.ppf(0.5 + level / 2, n - 1)) * deviation / math.sqrt(n)
+    known = np.asarray([*values], dtype=float)
+    if len(known) < 2:
+        return float(known.mean()), None
+    return float(known.mean()), float(stats.t.ppf(0.5 + level / 2, len(known) - 1) * stats.sem(known))
 
 
-def measurement_of(record: Mapping[str, Any]) -> str:
-    """What y depends on apart from the image's name; two methods are compared where this is the same."""
-    keys = ("seed", "operator_seed", "parameters", "image_hash")
-    return json.dumps([record.get(key) for key in keys], sort_keys=True)
+def figures_of(records: Iterable[Record]) -> pd.DataFrame:
+    """Every measurement that the records hold, a line each: its place, its figures (NaN where unknown), its failure.
 
-
-def scores(records: Iterable[Mapping[str, Any]], metric: str = "psnr") -> Scores:
-    """A figure of every measurement that the records of one method on one problem hold; failures are left out."""
-    return {
-        (str(record["image"]), measurement_of(record)): float(record[metric])
+    ``measurement`` is what y depends on apart from the image's name; two methods are compared where it is the same.
+    """
+    depends_on = ("seed", "operator_seed", "parameters", "image_hash")
+    lines = [
+        {key: str(record[key]) for key in ("problem", "method", "image")}
+        | {
+            "measurement": json.dumps([record.get(key) for key in depends_on], sort_keys=True),
+            "group": record.get("group"),
+            "failed": record.get("failed"),
+            "exact": "failed" not in record and "psnr" in record and record["psnr"] is None,
+        }
+        | {key: None if "failed" in record else record.get(key) for key in _NUMBERS}
         for record in records
-        if "failed" not in record and record.get(metric) is not None
-    }
+    ]
+    columns = ["problem", "method", "image", "measurement", "group", "failed", "exact", *_NUMBERS]
+    return pd.DataFrame(lines, columns=columns).astype(dict.fromkeys(_NUMBERS, float))
 
 
-def mean_per_image(figures: Scores) -> dict[str, float]:
-    """One figure per image: the mean over its measurements.
-
-    Example:
-        >>> mean_per_image({("a", "seed 0"): 1.0, ("a", "seed 1"): 3.0, ("b", "seed 0"): 5.0})
-        {'a': 2.0, 'b': 5.0}
-    """
-    members: dict[str, list[float]] = {}
-    for (image, _), value in figures.items():
-        members.setdefault(image, []).append(value)
-    return {image: math.fsum(values) / len(values) for image, values in members.items()}
+def per_image(figures: pd.DataFrame) -> pd.DataFrame:
+    """The figures of each problem, method and image, which index them: the mean over its measurements."""
+    once = figures.drop_duplicates([*_PLACE, "image", "measurement"], keep="last")
+    return once.groupby([*_PLACE, "image"], sort=False)[_NUMBERS].mean()
 
 
-def paired_comparison(method: Scores, reference: Scores) -> Comparison | None:
-    """The differences on the measurements both have, averaged over images, with a paired t interval; None without any.
+def paired_comparisons(figures: pd.DataFrame, metric: str, reference: str) -> pd.DataFrame:
+    """Every method against a reference, on the measurements that both have; of the records of one problem.
+
+    Returns:
+        by method, those with none left out: n_images, the mean difference (method minus reference), half of its paired t
+        interval, and n_higher, the images where the method's figure is higher.
 
     Example:
-        >>> same = {("a", "0"): 21.0, ("b", "0"): 26.0}, {("a", "0"): 20.0, ("b", "0"): 24.0, ("c", "0"): 9.0}
-        >>> comparison = paired_comparison(*same)
-        >>> comparison.n_images, comparison.difference, comparison.n_higher
-        (2, 1.5, 2)
+        >>> a, b = ({"problem": "p", "image": i, "psnr": x} for i, x in (("1", 20.0), ("2", 24.0)))
+        >>> records = [{**a, "method": "m"}, {**b, "method": "m"}, {**a, "method": "n", "psnr": 21.0}]
+        >>> paired_comparisons(figures_of(records), "psnr", "m").loc["n"].tolist()
+        [1.0, 1.0, nan, 1.0]
     """
-    differences = mean_per_image({key: method[key] - reference[key] for key in method if key in reference})
-    if not differences:
-        return None
-    mean, half = confidence(list(differences.values()))
-    return Comparison(len(differences), mean, half, sum(value > 0 for value in differences.values()))
+    wide = figures.pivot_table(metric, ["image", "measurement"], "method", aggfunc="last", sort=False)
+    differences = wide.sub(wide[reference], axis=0).groupby(level="image").mean().drop(columns=reference)
+    lines = {}
+    for method, column in differences.items():
+        if len(values := column.dropna()):
+            mean, half = confidence(values)
+            lines[method] = (len(values), mean, half, int((values > 0).sum()))
+    columns = ["n_images", "difference", "interval", "n_higher"]
+    return pd.DataFrame.from_dict(lines, orient="index", columns=columns).astype({"interval": float})
 
 
-def extremes(figures: Scores) -> Extremes | None:
-    """The images with the lowest and the highest figure; None without any."""
-    values = mean_per_image(figures)
-    if not values:
-        return None
-    lowest, highest = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
-    return Extremes((lowest, values[lowest]), statistics.median(values.values()), (highest, values[highest]))
-
-
-def summary_rows(
-    records: Sequence[Mapping[str, Any]], published: Mapping[tuple[str, str], float] | None = None
-) -> list[Row]:
+def summary_rows(records: Sequence[Record], published: Mapping[tuple[str, str], float] | None = None) -> list[Row]:
     """One row per problem and method, in the order in which they first occur.
 
     Arguments:
         records: with problem, method, image, and psnr, ssim, seconds or failed; optional group, a kind of image.
         published: PSNR by label of the problem and of the method.
     """
-    members: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for record in records:
-        members.setdefault((str(record["problem"]), str(record["method"])), []).append(record)
-    groups = list(dict.fromkeys(str(record["group"]) for record in records if "group" in record))
+    figures = figures_of(records)
+    groups = [str(name) for name in figures["group"].dropna().unique()]
+    tuned = {(str(r["problem"]), str(r["method"])): r["tuned"] for r in reversed(records) if r.get("tuned")}
     rows = []
-    for (problem, method), group in members.items():
-        good = [record for record in group if "failed" not in record]
-        figures = list(mean_per_image(scores(good)).values())
-        mean, half = confidence(figures) if figures else (None, None)
+    for place, members in figures.groupby(_PLACE, sort=False):
+        problem, method = map(str, place)  # type: ignore[call-overload]
+        good = members[members["failed"].isna()]
+        images = per_image(good)
+        psnr = images["psnr"].dropna()
+        mean, half = confidence(psnr) if len(psnr) else (None, None)
         row = Row(
             problem,
             method,
-            len({str(record["image"]) for record in good}),
-            len(group) - len(good),
+            len(images),
+            len(members) - len(good),
             mean,
             half,
-            _mean(good, "ssim"),
-            _mean(good, "seconds"),
-            dict(good[0].get("tuned", {})) if good else {},
+            _mean(images, "ssim"),
+            _mean(images, "seconds"),
+            tuned.get((problem, method), {}),
             (published or {}).get((problem, method)),
-            sum("psnr" in record and record["psnr"] is None for record in good),
-            _mean(good, "peak_memory_mib"),
-            {name: _mean([r for r in good if str(r.get("group")) == name], "psnr") for name in groups},
+            int(members["exact"].sum()),
+            _mean(images, "peak_memory_mib"),
+            {name: _mean(per_image(good[good["group"] == name]), "psnr") for name in groups},
         )
         rows.append(row)
     return rows
+
+
+def _mean(images: pd.DataFrame, key: str) -> float | None:
+    mean = images[key].mean()
+    return None if np.isnan(mean) else float(mean)
 
 
 def summary_markdown(rows: Sequence[Row]) -> str:
@@ -212,33 +202,17 @@ def summary_markdown(rows: Sequence[Row]) -> str:
         |---|---|
         | bm3d | **25.10** ± 0.40 (25.20) |
     """
-    problems, methods = (
-        list(dict.fromkeys(row.problem for row in rows)),
-        list(dict.fromkeys(row.method for row in rows)),
-    )
-    at = {(row.problem, row.method): row for row in rows}
-    best = {
-        problem: max((row.psnr for row in rows if row.problem == problem and row.psnr is not None), default=None)
-        for problem in problems
-    }
-    lines = [["PSNR (dB)", *problems], ["---"] * (len(problems) + 1)]
-    for method in methods:
-        cells = [_cell(at.get((problem, method)), best[problem]) for problem in problems]
-        lines.append([method.replace("|", "/"), *cells])
-    return "".join(
-        ("|" + "|".join(line) if line[0] == "---" else "| " + " | ".join(line) + " ") + "|\n" for line in lines
-    )
+    problems, methods = dict.fromkeys(row.problem for row in rows), dict.fromkeys(row.method for row in rows)
+    best = {p: max((r.psnr for r in rows if r.problem == p and r.psnr is not None), default=None) for p in problems}
+    cells = {(row.problem, row.method): _cell(row, best[row.problem]) for row in rows}
+    lines = [["PSNR (dB)", *problems]]
+    lines += [[method, *(cells.get((problem, method), "") for problem in problems)] for method in methods]
+    written = [f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines]
+    return "".join([written[0], "|" + "---|" * (len(problems) + 1) + "\n", *written[1:]])
 
 
-def _cell(row: Row | None, best: float | None) -> str:
-    if row is None:
-        return ""
+def _cell(row: Row, best: float | None) -> str:
     words = [] if row.psnr is None else [f"**{row.psnr:.2f}**" if row.psnr == best else f"{row.psnr:.2f}"]
     words += [f"± {row.psnr_interval:.2f}"] if row.psnr_interval is not None else []
     words += [f"({row.published:.2f})"] if row.published is not None else []
     return " ".join([*words, *([f"{row.n_failed} failed"] if row.n_failed else [])])
-
-
-def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    known = list(mean_per_image(scores(records, key)).values())
-    return math.fsum(known) / len(known) if known else None

@@ -7,7 +7,6 @@ the names that ``picture_path`` gives, and optionally ``recipe.yaml`` with the p
 input itself.
 """
 
-from flowprox.evaluation.report.figures import write_figures
 from flowprox.evaluation.report.page import (
     PARTS,
     ReportOptions,
@@ -17,7 +16,7 @@ from flowprox.evaluation.report.page import (
     write_report,
     write_tables,
 )
-from flowprox.evaluation.report.pictures import MEASUREMENT, picture_path, truth_path
+from flowprox.evaluation.report.pictures import MEASUREMENT, picture_path, truth_path, write_figures
 
 __all__ = [
     "MEASUREMENT",

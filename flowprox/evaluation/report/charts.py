@@ -1,22 +1,39 @@
 """Charts as inline SVG, drawn by matplotlib, colored by the page.
 
 Ink, grid lines and the colors of series are written as custom properties (``var(--ink)``, ``var(--line)``, ``var(--c0)``
-...), so that one drawing serves a light and a dark page. Text stays text. Series differ in marker and color.
+...), so that one drawing serves a light and a dark page. Text stays text. Series differ in marker and color; every mark has
+a title, and names its method, so that the page can hide what the reader is not looking for.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-__all__ = ["N_COLORS", "Box", "Line", "Point", "box_chart", "line_chart", "point_chart"]
+from flowprox.evaluation.report.sweeps import Sweep, flattened, method_sweeps, problem_sweeps, sweeps_of
+from flowprox.evaluation.report.tables import TIME, Contents, number
+
+__all__ = [
+    "N_COLORS",
+    "Chart",
+    "Series",
+    "box_chart",
+    "cost_chart",
+    "curves",
+    "line_chart",
+    "spread_chart",
+    "tuning_curves",
+]
 
 N_COLORS = 8
 """Series that are told apart in one chart; the page defines ``--c0`` to ``--c7``."""
@@ -45,145 +62,146 @@ _STYLE: Any = {
 _WIDTH = 4.1  # inches; at 72 points to the inch about the width of a phone, so that text keeps its size there
 
 
-class Line(NamedTuple):
-    """A method over a number; ``half`` holds half widths of intervals, ``published`` figures at some places.
+class Chart(NamedTuple):
+    """A drawing with its words; ``svg`` is markup, everything else text."""
 
-    Lines of one chart whose ``color`` is the same, or unknown, are colored in their order.
+    svg: str
+    title: str
+    caption: str
+    alt: str
+
+
+class Series(NamedTuple):
+    """Figures of a method over a number, with half widths of intervals and published figures at some places.
+
+    ``method`` is what the page filters by; series of one chart whose ``color`` is the same, or unknown, are colored in their
+    order.
     """
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
-    half: Sequence[float | None]
+    half: Sequence[float | None] = ()
     published: Sequence[tuple[float, float]] = ()
     chosen: float | None = None
     color: int | None = None
+    method: str = ""
+
+    def titles(self, form: str) -> list[str]:
+        """What is said of each of its marks."""
+        half = [*self.half, *[None] * (len(self.x) - len(self.half))]
+        return [
+            f"{self.label}: {number(y, form)}{'' if h is None else f' ± {number(h, form)}'} at {x:.4g}"
+            for x, y, h in zip(self.x, self.y, half, strict=True)
+        ]
 
 
-class Point(NamedTuple):
-    """A method's cost and quality."""
-
-    label: str
-    x: float
-    y: float
-    half: float | None
-    color: int
-
-
-class Box(NamedTuple):
-    """The figures of a method, one per image."""
-
-    label: str
-    values: Sequence[float]
-    color: int
-
-
-def line_chart(name: str, lines: Sequence[Line], x_label: str, y_label: str) -> str:
+def line_chart(
+    name: str,
+    series: Sequence[Series],
+    labels: tuple[str, str],
+    *,
+    form: str = ".2f",
+    top: float | None = None,
+    connected: bool = True,
+) -> str:
     """Figures over a number with their intervals; published ones hollow, chosen ones ringed.
 
     Arguments:
         name: prefix of the identifiers in the drawing; another for every chart of a page.
-        lines: at most ``N_COLORS``.
-        x_label: of the number.
-        y_label: of the figure.
+        series: at most ``N_COLORS`` lines; of points any number, the colors beginning again, hollow.
+        labels: of the number and of the figure.
+        form: format of the figures in the titles of the marks.
+        top: where the axis of the figure ends; None lets the figures say it.
+        connected: lines; otherwise points over a logarithmic axis.
 
     Returns:
         the ``svg`` element.
     """
+    colors = [one.color % N_COLORS for one in series if one.color is not None]
+    places = colors if not connected or len(set(colors)) == len(series) else range(len(series))
+    wrapped = [textwrap.fill(one.label, 44) for one in series]
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 2.9 + _height([line.label for line in lines])), layout="constrained")
+        n_columns = 2 if len(series) > 1 and max(map(len, wrapped)) <= 20 else 1
+        n_lines = -(-sum(label.count("\n") + 1 for label in wrapped) // n_columns)
+        figure = Figure(figsize=(_WIDTH, 2.8 + 0.17 * n_lines), layout="constrained")
         axes = figure.subplots()
-        given = [line.color % N_COLORS for line in lines if line.color is not None]
-        places = given if len(set(given)) == len(lines) else range(len(lines))
-        for line, place in zip(lines, places, strict=True):
-            color, marker = _COLORS[place], _MARKERS[place]
-            half = [h or 0.0 for h in line.half]
-            axes.errorbar(
-                line.x,
-                line.y,
-                half,
-                color=color,
-                marker=marker,
-                markersize=4,
-                linewidth=1.4,
-                elinewidth=1,
-                label=_shortened(line.label, 44),
-            )
-            if line.published:
-                x, y = zip(*line.published, strict=True)
-                axes.plot(
-                    x, y, color=color, marker=marker, markersize=5, markerfacecolor="none", linestyle=":", linewidth=1
-                )
-            for x, y in zip(line.x, line.y, strict=True):
-                if x == line.chosen:
-                    axes.plot([x], [y], color=color, marker="o", markersize=10, markerfacecolor="none")
-        _scale_x(axes, [x for line in lines for x in line.x])
-        axes.set(xlabel=x_label, ylabel=y_label)
-        _legend(figure, axes)
-        return _inline(figure, name)
+        marks: dict[str, list[str]] = {}
+        for i, (one, place, label) in enumerate(zip(series, places, wrapped, strict=True)):
+            color: Any = {"color": _COLORS[place], "marker": _MARKERS[place]}
+            hollow = not connected and one.color is not None and one.color >= N_COLORS
+            half = [h or 0.0 for h in one.half] or None
+            style = {"linewidth": 1.4, "markersize": 4} if connected else {"linestyle": "", "markersize": 6}
+            drawn = axes.errorbar(one.x, one.y, half, elinewidth=1, label=_plain(label), **color, **style)
+            artists = [*drawn.get_children()]
+            drawn[0].set_markerfacecolor("none" if hollow else _COLORS[place])
+            if one.published:
+                style = {"markersize": 5, "markerfacecolor": "none", "linestyle": ":", "linewidth": 1}
+                artists += axes.plot(*zip(*one.published, strict=True), **color, **style)
+            for x, y in zip(one.x, one.y, strict=True):
+                if x == one.chosen:
+                    artists += axes.plot([x], [y], color=_COLORS[place], marker="o", ms=10, mfc="none")
+            for artist in artists:
+                artist.set_gid(f"series{i}")
+            marks[f"series{i}"] = [one.method, *one.titles(form)]
+        if connected:
+            _scale_x(axes, [x for one in series for x in one.x])
+        else:
+            axes.set_xscale("log")
+            axes.margins(x=0.1, y=0.1)
+        axes.set(xlabel=_plain(labels[0]), ylabel=_plain(labels[1]))
+        if top is not None:
+            axes.set_ylim(top=top)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=n_columns)
+        return _inline(figure, name, marks)
 
 
-def point_chart(name: str, points: Sequence[Point], x_label: str, y_label: str) -> str:
-    """Cost to the right on a logarithmic axis, quality upwards; arguments as ``line_chart``."""
+def box_chart(name: str, boxes: Sequence[Series], label: str, *, form: str = ".2f", right: float | None = None) -> str:
+    """One row per method: extremes, quartiles and median of ``y`` over images; other arguments as ``line_chart``."""
+    wrapped = [textwrap.fill(box.label, 24) for box in boxes]
+    heights = [max(0.32, 0.16 * (text.count("\n") + 1)) for text in wrapped]
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 2.7 + _height([point.label for point in points])), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, 0.8 + sum(heights)), layout="constrained")
         axes = figure.subplots()
-        for point in points:
-            color, marker = _COLORS[point.color % N_COLORS], _MARKERS[point.color % N_COLORS]
-            axes.errorbar(
-                [point.x],
-                [point.y],
-                [point.half or 0.0],
-                color=color,
-                marker=marker,
-                markersize=6,
-                markerfacecolor=color if point.color < N_COLORS else "none",  # the colors begin again, hollow
-                linestyle="",
-                elinewidth=1,
-                label=_shortened(point.label, 44),
-            )
-        axes.set_xscale("log")
-        axes.margins(x=0.1, y=0.1)
-        axes.set(xlabel=x_label, ylabel=y_label)
-        _legend(figure, axes)
-        return _inline(figure, name)
-
-
-def box_chart(name: str, boxes: Sequence[Box], x_label: str) -> str:
-    """One row per method: extremes, quartiles and median over images; arguments as ``line_chart``."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 0.8 + 0.32 * len(boxes)), layout="constrained")
-        axes = figure.subplots()
-        for row, box in enumerate(boxes):
-            color = _COLORS[box.color % N_COLORS]
-            line = {"color": color, "linewidth": 1.4}
-            axes.boxplot(
-                [box.values],
-                positions=[row],
+        marks: dict[str, list[str]] = {}
+        places = [sum(heights[:i]) + height / 2 for i, height in enumerate(heights)]
+        for i, (box, place) in enumerate(zip(boxes, places, strict=True)):
+            line: Any = {"color": _COLORS[(box.color or 0) % N_COLORS], "linewidth": 1.4}
+            drawn = axes.boxplot(
+                [box.y],
+                positions=[place],
                 orientation="horizontal",
                 whis=(0, 100),
-                widths=0.5,
-                boxprops=line,
+                widths=0.18,
+                patch_artist=True,
+                boxprops={"edgecolor": line["color"], "linewidth": 1.4, "facecolor": to_rgba(line["color"], 0.15)},
                 whiskerprops=line,
                 capprops=line,
                 medianprops={"color": _INK, "linewidth": 1.6},
                 manage_ticks=False,
             )
-        axes.set_yticks(range(len(boxes)), [_shortened(box.label) for box in boxes])
-        axes.invert_yaxis()
+            for artist in [artist for artists in drawn.values() for artist in artists]:
+                artist.set_gid(f"series{i}")
+            ends = f"{number(min(box.y), form)} to {number(max(box.y), form)}"
+            marks[f"series{i}"] = [box.method, f"{box.label}: {ends}, {len(box.y)} images"]
+        axes.set_yticks(places, [_plain(text) for text in wrapped])
+        axes.set_ylim(sum(heights), 0)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel(x_label)
-        return _inline(figure, name)
+        axes.set_xlabel(_plain(label))
+        if right is not None:
+            axes.set_xlim(right=right)
+        return _inline(figure, name, marks)
 
 
-def _scale_x(axes: Any, values: Sequence[float]) -> None:
+def _scale_x(axes: Axes, values: Sequence[float]) -> None:
     """A logarithmic axis where the values span much, with zero where it occurs; ticks at the values themselves."""
     distinct = sorted(set(values))
     positive = [value for value in distinct if value > 0]
     if len(positive) > 1 and distinct[0] >= 0 and positive[-1] / positive[0] >= 10:
-        axes.set_xscale(
-            "log" if distinct[0] > 0 else "symlog", **({} if distinct[0] > 0 else {"linthresh": positive[0]})
-        )
+        if distinct[0] > 0:
+            axes.set_xscale("log")
+        else:
+            axes.set_xscale("symlog", linthresh=positive[0])
     if len(distinct) <= 10:
         axes.set_xticks(distinct)
         axes.xaxis.set_minor_locator(NullLocator())
@@ -191,55 +209,191 @@ def _scale_x(axes: Any, values: Sequence[float]) -> None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _n_columns(labels: Sequence[str]) -> int:
-    """Of the legend: two where every label takes less than half of the width."""
-    return 2 if len(labels) > 1 and max(map(len, labels)) <= 20 else 1
+def _plain(text: str) -> str:
+    return text.replace("$", r"\$")  # matplotlib would read formulas
 
 
-def _height(labels: Sequence[str]) -> float:
-    """Of the legend, in inches."""
-    return 0.17 * -(-len(labels) // _n_columns(labels))
+# What an evaluation shows ---------------------------------------------------------------------------------------------
 
 
-def _legend(figure: Figure, axes: Any) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=_n_columns(labels))
+def curves(contents: Contents, prefix: str) -> list[Chart]:
+    """The figure over whatever varies: parameters of problems, a line per method; options of methods, a line per problem."""
+    records, published = contents.chapter.records, contents.chapter.published.psnr if contents.key == "psnr" else {}
+    of_methods = method_sweeps(records)
+    swept = {
+        label for sweeps in of_methods.values() for sweep in sweeps if len(sweep.points) > 2 for label in sweep.labels
+    }
+    charts: list[Chart] = []
+    for sweep in problem_sweeps(records):
+        lines = []
+        for method in contents.methods:
+            places = [(value, *contents.mean(label, method)) for value, label in sweep.points]
+            figures = [(value, published[p, method]) for value, p in sweep.points if (p, method) in published]
+            if method not in swept and (line := _line(method, places)) is not None:
+                color = contents.methods.index(method)
+                lines.append(line._replace(published=figures, color=color, method=method))
+        charts += _line_charts(contents, sweep, lines, f"{prefix}-p{len(charts)}")
+    groups: dict[tuple[str, str], list[tuple[str, Sweep]]] = {}
+    for problem, sweeps in of_methods.items():
+        for sweep in sweeps:
+            groups.setdefault((sweep.name, sweep.key), []).append((problem, sweep))
+    for (name, key), members in groups.items():
+        labels = _labels(members)
+        found = [
+            _line(label, [(value, *contents.mean(problem, method)) for value, method in sweep.points])
+            for (problem, sweep), label in zip(members, labels, strict=True)
+        ]
+        lines = [line for line in found if line is not None]
+        charts += _line_charts(contents, Sweep(name, key, ()), lines, f"{prefix}-m{len(charts)}")
+    return charts
 
 
-def _shortened(label: str, n: int = 24) -> str:
-    return (label if len(label) <= n else label[: n - 1] + "…").replace("$", r"\$")
+def tuning_curves(contents: Contents, prefix: str) -> list[Chart]:
+    """Mean PSNR on the images for tuning over the value that was tried, the chosen one ringed."""
+    chosen = {(row.problem, row.method): flattened(row.tuned) for row in contents.rows}
+    tried: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    for i, record in enumerate(contents.chapter.tuning):
+        if record.get("psnr") is not None:
+            tried.setdefault((str(record["method"]), str(record["problem"])), {})[str(i)] = record
+    lines: dict[tuple[str, str], list[Series]] = {}
+    for (method, problem), records in tried.items():
+        found = sweeps_of({label: flattened(record["options"]) for label, record in records.items()}, method)
+        for sweep in found:
+            places = [(value, float(records[label]["psnr"]), None) for value, label in sweep.points]
+            label = problem if len(found) == 1 else sweep.name.replace(method, problem, 1)
+            if (line := _line(label, places)) is not None:
+                best = chosen.get((problem, method), {}).get(sweep.key)
+                lines.setdefault((method, sweep.key), []).append(line._replace(chosen=best, method=method))
+    charts: list[Chart] = []
+    for (method, key), members in lines.items():
+        for start in range(0, len(members), N_COLORS):
+            part, title = members[start : start + N_COLORS], f"{method}: tuning of {key}"
+            svg = line_chart(f"{prefix}-t{len(charts)}", part, (key, "PSNR (dB)"))
+            caption = "Mean PSNR on the images for tuning; the chosen value is ringed."
+            charts.append(Chart(svg, title, caption, f"{title}. {_told(part, key)}"))
+    return charts
+
+
+def cost_chart(contents: Contents, problem: str, name: str) -> Chart | None:
+    """Seconds per image against the figure, a point per method; None with fewer than two of them."""
+    points = []
+    for row in contents.rows:
+        mean, half = contents.mean(row.problem, row.method)
+        if row.problem == problem and mean is not None and row.seconds:
+            color = contents.methods.index(row.method)
+            points.append(Series(row.method, [row.seconds], [mean], [half], color=color, method=row.method))
+    if len(points) < 2:
+        return None
+    form = contents.metric.form
+    told = "; ".join(f"{p.label} {number(p.y[0], form)} in {number(p.x[0], TIME)} s" for p in points)
+    labels = "seconds per image", contents.metric.title
+    return Chart(
+        line_chart(name, points, labels, form=form, top=_top(contents), connected=False),
+        "Cost against quality",
+        "Up and to the left is better. Seconds are the wall clock of a batch divided by its images.",
+        f"{contents.metric.title} against seconds per image on {problem}: {told}.",
+    )
+
+
+def spread_chart(contents: Contents, problem: str, name: str) -> Chart | None:
+    """The figures of the single images, a box per method; None with fewer than three images."""
+    figures = {method: contents.images[problem, method].tolist() for method in contents.methods_of(problem)}
+    boxes = [
+        Series(method, (), values, color=contents.methods.index(method), method=method)
+        for method, values in figures.items()
+        if len(values) > 2
+    ]
+    if not boxes:
+        return None
+    form = contents.metric.form
+    told = "; ".join(f"{b.label} from {number(min(b.y), form)} to {number(max(b.y), form)}" for b in boxes)
+    return Chart(
+        box_chart(name, boxes, contents.metric.title, form=form, right=_top(contents)),
+        "Spread over images",
+        "Box: the middle half of the images; line in it: the median; whiskers: the worst and the best image.",
+        f"{contents.metric.title} of the images of {problem}: {told}.",
+    )
+
+
+def _top(contents: Contents) -> float | None:
+    return 1.0 if contents.key == "ssim" else None
+
+
+def _line(label: str, places: Sequence[tuple[float, float | None, float | None]]) -> Series | None:
+    known = [(x, y, half) for x, y, half in places if y is not None]
+    return Series(label, *zip(*known, strict=True)) if len(known) > 1 else None  # type: ignore[arg-type]
+
+
+def _labels(members: Sequence[tuple[str, Sweep]]) -> list[str]:
+    """What tells each sweep from the others of its chart: the problem, the variant of the method, or both."""
+    problems = [problem for problem, _ in members]
+    variants = [re.sub(rf"\s*\b{re.escape(s.key)}=.*", "", s.labels[0]) or s.labels[0] for _, s in members]
+    if len(set(problems)) == 1:
+        return variants if len(problems) > 1 else problems
+    if len(set(problems)) == len(problems):
+        return problems
+    return [f"{problem}, {variant}" for problem, variant in zip(problems, variants, strict=True)]
+
+
+def _line_charts(contents: Contents, sweep: Sweep, lines: Sequence[Series], name: str) -> list[Chart]:
+    charts, metric = [], contents.metric
+    more = "; hollow and dotted: published" if any(line.published for line in lines) else ""
+    for start in range(0, len(lines), N_COLORS):
+        part, title = lines[start : start + N_COLORS], f"{sweep.name}: {metric.label} over {sweep.key}"
+        svg = line_chart(f"{name}-{start}", part, (sweep.key, metric.title), form=metric.form, top=_top(contents))
+        caption = f"Mean over images, bars: 95 % confidence{more}."
+        charts.append(Chart(svg, title, caption, f"{title}. {_told(part, sweep.key, metric.form)}"))
+    return charts
+
+
+def _told(lines: Sequence[Series], key: str, form: str = ".2f") -> str:
+    """A chart in words: where each line begins and ends."""
+    return " ".join(
+        f"{line.label}: {number(line.y[0], form)} at {key} {line.x[0]:g}, {number(line.y[-1], form)} at {line.x[-1]:g}."
+        for line in lines
+    )
 
 
 # SVG for a page ------------------------------------------------------------------------------------------------------
 
 
-def _inline(figure: Figure, name: str) -> str:
-    """The drawing without what only a file of its own needs, its identifiers made unique, its colors the page's."""
+def _inline(figure: Figure, name: str, marks: Mapping[str, Sequence[str]]) -> str:
+    """The drawing without what only a file of its own needs, its identifiers made unique, its colors the page's.
+
+    ``marks`` holds the method of each group of marks and the titles of the marks in it; one title is that of the group.
+    """
     file = io.BytesIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     root = ElementTree.fromstring(file.getvalue())
-    used = set(re.findall(r"#([\w-]+)", " ".join(v for e in root.iter() for k, v in e.attrib.items() if _refers(k, v))))
+    attributes = [(k, v) for element in root.iter() for k, v in element.attrib.items()]
+    used = set(re.findall(r"#([\w-]+)", " ".join(value for key, value in attributes if _refers(key, value))))
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
         for key, value in list(element.attrib.items()):
             del element.attrib[key]
             plain = key.rpartition("}")[2]
-            if plain == "id" and value not in used:
-                continue
-            if plain == "id":
-                value = f"{name}-{value}"
-            elif _refers(key, value):
-                value = re.sub(r"#([\w-]+)", rf"#{name}-\1", value)
-            elif plain == "style":
-                value = _colored(value)
-            element.set(plain, value)
+            if plain == "id" and value in marks:
+                _name_marks(element, *marks[value])
+            elif plain == "id" and value in used:
+                element.set("id", f"{name}-{value}")
+            elif plain != "id":
+                value = re.sub(r"#([\w-]+)", rf"#{name}-\1", value) if _refers(key, value) else value
+                element.set(plain, _colored(value) if plain == "style" else value)
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)
     for definitions in root.findall("defs"):  # rules for every element, which would be those of the whole page
         for rules in definitions.findall("style"):
             definitions.remove(rules)
     return ElementTree.tostring(root, encoding="unicode", short_empty_elements=True)
+
+
+def _name_marks(group: ElementTree.Element, method: str, *titles: str) -> None:
+    if method:
+        group.set("data-method", method)
+    marks = [element for element in group.iter() if element.tag.rpartition("}")[2] == "use"]
+    for mark, title in zip(marks if len(titles) > 1 else [group], titles, strict=False):
+        ElementTree.SubElement(mark, "title").text = title
 
 
 def _refers(key: str, value: str) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,23 +15,31 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from flowprox.evaluation.report import drawings
-from flowprox.evaluation.report.contents import Contents
-from flowprox.evaluation.report.gallery import make_gallery
-from flowprox.evaluation.report.pictures import data_uri
-from flowprox.evaluation.report.reading import ordered, read_evaluations
-from flowprox.evaluation.report.tables import Table, to_csv, to_latex, to_markdown
+from flowprox.evaluation.report import charts, pictures
+from flowprox.evaluation.report.pictures import MEASUREMENT, Pixels, data_uri, file_stem, find_picture
+from flowprox.evaluation.report.sources import ordered, read_chapters
+from flowprox.evaluation.report.tables import Contents, Table, number, to_csv, to_latex, to_markdown
 from flowprox.evaluation.summary import METRICS
 from flowprox.files import atomic_write
 from flowprox.naming import nearest
 
-__all__ = ["PARTS", "ReportOptions", "Results", "read_results", "write_page", "write_report", "write_tables"]
+__all__ = [
+    "PARTS",
+    "ReportOptions",
+    "Results",
+    "Tile",
+    "read_results",
+    "write_page",
+    "write_report",
+    "write_tables",
+]
 
 PARTS = ("overview", "curves", "comparisons", "cost", "spread", "cases", "images", "tuning", "figures")
 """What a report may show besides the table of each problem."""
 
 _HERE = Path(__file__).parent
 _FORMATS = {"md": to_markdown, "csv": to_csv, "tex": to_latex}
+_ABSENT, _DAMAGED = "is missing", "cannot be read"
 
 
 @dataclass
@@ -61,6 +69,7 @@ class ReportOptions:
             raise ValueError(f"n_images must be 0 or more, got {self.n_images}")
 
     def shows(self, part: str) -> bool:
+        """Whether a part is wanted."""
         return self.parts is None or part in self.parts
 
 
@@ -73,7 +82,20 @@ class Results(NamedTuple):
     @property
     def notes(self) -> list[str]:
         """What a reader should know before trusting the figures."""
-        return ordered(note for chapter in self.chapters for note in chapter.evaluation.notes)
+        return ordered(note for contents in self.chapters for note in contents.chapter.notes)
+
+
+class Tile(NamedTuple):
+    """One picture of a grid; ``missing`` says what stands in its place, ``method`` is empty for the truth."""
+
+    method: str
+    score: str
+    alt: str
+    picture: str = ""
+    error: str = ""
+    error_alt: str = ""
+    missing: str = ""
+    is_best: bool = False
 
 
 def read_results(
@@ -91,12 +113,12 @@ def read_results(
         ValueError: records are damaged, an option does not fit them, or several sources are given without ``out``.
     """
     options = options or ReportOptions()
-    evaluations = read_evaluations(sources, options.recipe)
+    chapters = read_chapters(sources, options.recipe)
     if out is None and (len(sources) > 1 or not Path(sources[0]).is_dir()):
         raise ValueError(
             "out is missing: the report of several sources, or of a file of records, needs a folder of its own"
         )
-    records = [record for evaluation in evaluations for record in evaluation.records]
+    records = [record for chapter in chapters for record in chapter.records]
     if options.reference is not None:
         _check_known("reference", [options.reference], ordered(str(record["method"]) for record in records))
     held = [key for key in METRICS if any(record.get(key) is not None for record in records)]
@@ -104,32 +126,32 @@ def read_results(
         raise ValueError(f"metric: no record holds {options.metric}; the records hold {', '.join(held)}")
     folder = Path(sources[0] if out is None else out)
     folder.mkdir(parents=True, exist_ok=True)
-    return Results([Contents(evaluation, options.metric, options.reference) for evaluation in evaluations], folder)
+    return Results([Contents(chapter, options.metric, options.reference) for chapter in chapters], folder)
 
 
 def write_report(folder: str | Path, options: ReportOptions | None = None) -> Path:
-    """Read one results folder and write its ``report.html`` into it; arguments and errors as ``read_results``."""
+    """Write ``report.html`` into a results folder; ``read_results`` and ``write_page`` in one."""
     return write_page(read_results([folder], options=options), options)
 
 
 def write_page(results: Results, options: ReportOptions | None = None) -> Path:
     """Write ``report.html``: one file, everything in it. A picture that is missing is named in its place."""
     options = options or ReportOptions()
-    chapters = results.chapters
-    template = Environment(
+    environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).get_template("report.html")
-    script = (_HERE / "sort.js").read_text(encoding="utf-8")
-    page = template.render(
-        title=options.title or ", ".join(chapter.evaluation.name for chapter in chapters),
+    )
+    script = (_HERE / "report.js").read_text(encoding="utf-8")
+    page = environment.get_template("report.html").render(
+        title=options.title or ", ".join(contents.chapter.name for contents in results.chapters),
         style=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
-        chapters=[_chapter(contents, f"c{i}", options) for i, contents in enumerate(chapters)],
+        chapters=[_chapter(contents, f"c{i}", options) for i, contents in enumerate(results.chapters)],
     )
-    with atomic_write(results.out / "report.html", "w") as file:
-        file.write(page)
-    return results.out / "report.html"
+    path = results.out / "report.html"
+    with atomic_write(path, "w") as file:
+        file.write(page.encode("utf-8", "replace").decode("utf-8"))  # a file name may not be text
+    return path
 
 
 def write_tables(results: Results) -> list[Path]:
@@ -137,112 +159,180 @@ def write_tables(results: Results) -> list[Path]:
     folder = results.out / "tables"
     paths = []
     for contents in results.chapters:
-        prefix = f"{_slug(contents.evaluation.name)}-" if len(results.chapters) > 1 else ""
-        for table in _tables(contents):
+        prefix = f"{file_stem(contents.chapter.name)}-" if len(results.chapters) > 1 else ""
+        tables = [contents.overview(), contents.summary(), contents.beside_published(), contents.comparisons()]
+        for table in [*tables, contents.cases(), contents.tuning(), contents.failures()]:
             for suffix, written in _FORMATS.items():
                 path = folder / f"{prefix}{table.slug}.{suffix}"
-                if not table.rows:  # of an earlier report
+                if table.values.empty:  # of an earlier report
                     path.unlink(missing_ok=True)
                     continue
                 folder.mkdir(exist_ok=True)
                 with atomic_write(path, "w") as file:
-                    file.write(written(table))
+                    file.write(written(table).encode("utf-8", "replace").decode("utf-8"))
                 paths.append(path)
     return paths
 
 
-def _tables(contents: Contents) -> list[Table]:
-    return [
-        contents.overview(),
-        contents.summary(),
-        contents.beside_published(),
-        contents.comparisons(),
-        contents.cases(),
-        contents.tuning(),
-        contents.failures(),
-    ]
-
-
 def _chapter(contents: Contents, name: str, options: ReportOptions) -> dict[str, Any]:
-    evaluation = contents.evaluation
-    has = bool(evaluation.records)
-    overview = [contents.overview()] if has and len(contents.problems) > 1 else []
+    chapter, shows = contents.chapter, options.shows
     sections = [_section(contents, problem, f"{name}-{i}", options) for i, problem in enumerate(contents.problems)]
-    n_missing = sum(section["gallery"].n_missing for section in sections if section["gallery"])
-    notes = [
-        *evaluation.notes,
-        *([f"{n_missing} pictures are missing; they are named in their places"] * bool(n_missing)),
-    ]
+    tiles = [tile for section in sections for _, _, row in section["rows"] for tile in row]
+    n_missing = sum(tile.missing.endswith((_ABSENT, _DAMAGED)) for tile in tiles)
+    missing = [f"{n_missing} pictures are missing; they are named in their places"] * bool(n_missing)
+    overview = [contents.overview()] if len(contents.problems) > 1 else []
     return {
         "id": name,
-        "name": evaluation.name,
-        "facts": _facts(contents),
-        "notes": notes,
-        "overview": _shown([*overview, contents.beside_published()]) if options.shows("overview") else [],
-        "wants_published": not evaluation.published.psnr and any(record.get("recipe") for record in evaluation.records),
-        "curves": _drawn(drawings.curves(contents, f"{name}-v")) if options.shows("curves") else [],
+        "name": chapter.name,
+        "facts": _facts(chapter.records),
+        "notes": [*chapter.notes, *missing],
+        "overview": _shown([*overview, contents.beside_published()]) if shows("overview") else [],
+        "wants_published": not chapter.published.psnr and any(record.get("recipe") for record in chapter.records),
+        "curves": _drawn(charts.curves(contents, f"{name}-v")) if shows("curves") else [],
         "sections": sections,
-        "tuning": _shown([contents.tuning()]) if options.shows("tuning") else [],
-        "tuning_curves": _drawn(drawings.tuning_curves(contents, f"{name}-u")) if options.shows("tuning") else [],
+        "tuning": _shown([contents.tuning()]) if shows("tuning") else [],
+        "tuning_curves": _drawn(charts.tuning_curves(contents, f"{name}-u")) if shows("tuning") else [],
         "illustrations": [
             {"title": f.title, "caption": f.caption, "alt": f.alt, "src": data_uri(f.path)}
-            for f in (evaluation.illustrations if options.shows("figures") else [])
+            for f in (chapter.illustrations if shows("figures") else [])
         ],
         "failures": _shown([contents.failures()]),
-        "metric": contents.metric,
-        "one_bit": any(record.get("problem_name") == "one-bit" for record in evaluation.records),
+        "one_bit": any(record.get("problem_name") == "one-bit" for record in chapter.records),
     }
 
 
 def _section(contents: Contents, problem: str, name: str, options: ReportOptions) -> dict[str, Any]:
-    charts = [
-        drawings.cost_chart(contents, problem, f"{name}-cost") if options.shows("cost") else None,
-        drawings.spread_chart(contents, problem, f"{name}-spread") if options.shows("spread") else None,
+    records = [record for record in contents.chapter.records if str(record["problem"]) == problem]
+    degraded = {str(r["method"]) for r in records if MEASUREMENT == r["method"] or r.get("method_name") == "adjoint"}
+    drawn = [
+        charts.cost_chart(contents, problem, f"{name}-cost") if options.shows("cost") else None,
+        charts.spread_chart(contents, problem, f"{name}-spread") if options.shows("spread") else None,
     ]
     tables = [contents.comparisons(problem)] if options.shows("comparisons") else []
     tables += [contents.cases(problem)] if options.shows("cases") else []
+    white, rows = (
+        _pictures(contents, problem, records, degraded, options.n_images) if options.shows("images") else (None, [])
+    )
     return {
         "id": name,
         "problem": problem,
+        "stated": _stated(records[0]),
         "summary": contents.summary(problem),
         "tables": _shown(tables),
-        "charts": _drawn(chart for chart in charts if chart is not None),
-        "gallery": make_gallery(contents, problem, options.n_images) if options.shows("images") else None,
+        "charts": _drawn(chart for chart in drawn if chart is not None),
+        "shows_images": options.shows("images"),
+        "rows": rows,
+        "white": white,
+        "n_images": len(ordered(str(record["image"]) for record in records)),
+        "has_measurement": bool(degraded),
     }
 
 
-def _facts(contents: Contents) -> list[str]:
-    records = contents.evaluation.records
+def _stated(record: Mapping[str, Any]) -> str:
+    """The parameters of a problem in words: sigma, mask, blur."""
+    parameters = {key: value for key, value in (record.get("parameters") or {}).items() if value is not None}
+    words = [f"{key.replace('_', ' ')} {value:g}" if isinstance(value, float) else f"{key.replace('_', ' ')} {value}"
+             for key, value in parameters.items()]  # fmt: skip
+    return f"{record.get('problem_name', record['problem'])}: {', '.join(words)}" if words else ""
+
+
+def _facts(records: Sequence[Mapping[str, Any]]) -> list[str]:
     if not records:
         return []
     n_images = len(ordered(str(record["image"]) for record in records))
     facts = [f"{n_images} image{'s' if n_images != 1 else ''}"]
     sizes = ordered(f"{r['height']}×{r['width']}" for r in records if "height" in r and "width" in r)
     facts += [f"{', '.join(sizes[:3])}{' ...' if len(sizes) > 3 else ''} pixels"] if sizes else []
-    for key, name in (("run_seed", "seed"), ("scale", "scale"), ("device", "device"), ("version", "flowprox")):
+    seeds = "run_seed" if any(record.get("run_seed") is not None for record in records) else "seed"
+    for key, name in ((seeds, "seed"), ("scale", "scale"), ("device", "device"), ("version", "flowprox")):
         values = ordered(str(record[key]) for record in records if record.get(key) is not None)
-        if key == "run_seed" and not values:
-            values = ordered(str(record["seed"]) for record in records if "seed" in record)
         facts += [f"{name} {', '.join(values)}"] if values else []
     torch = ordered(str(r["versions"]["torch"]) for r in records if (r.get("versions") or {}).get("torch"))
     return [*facts, *([f"torch {', '.join(torch)}"] if torch else [])]
 
 
+# Pictures -------------------------------------------------------------------------------------------------------------
+
+
+def _pictures(
+    contents: Contents, problem: str, records: Sequence[Mapping[str, Any]], degraded: set[str], n_images: int | None
+) -> tuple[float | None, list[tuple[str, str, list[Tile]]]]:
+    """The error shown white, and of each image that has pictures its name, what is remarkable about it, and its tiles."""
+    folders, methods = contents.chapter.folders, contents.methods_of(problem)
+    images = ordered(str(record["image"]) for record in records)
+    paths = {(image, method): find_picture(folders, problem, image, method) for image in images for method in methods}
+    truth_paths = {image: find_picture(folders, image) for image in images}
+    pictured = [i for i in images if truth_paths[i] or any(paths[i, method] for method in methods)][:n_images]
+    truths = {image: _read(truth_paths[image]) for image in pictured}
+    estimates = {place: _read(path) for place, path in paths.items() if place[0] in truths}
+    errors = {
+        (image, method): pictures.error_map(x_hat, x)
+        for (image, method), x_hat in estimates.items()
+        if x_hat is not None and (x := truths[image]) is not None and x.shape == x_hat.shape
+    }
+    # one scale for the estimates; the degraded input is far off and may burn out
+    judged = [e for (_, method), e in errors.items() if method not in degraded] or list(errors.values())
+    white = pictures.error_white(judged) if judged else None
+    recorded = {(str(record["image"]), str(record["method"])): record for record in records}
+    rows = []
+    for image in pictured:
+        tiles = [Tile("", "", f"{image}: true image", **_shown_picture(truths[image], truth_paths[image], image))]
+        known = [contents.images[problem, m][image] for m in methods if image in contents.images[problem, m]]
+        best = (max if contents.metric.high_is_best else min)(known) if len(known) > 1 else None
+        for method in methods:
+            value = contents.images[problem, method].get(image)
+            score = "" if value is None else f"{number(value, contents.metric.form)} {contents.metric.unit}".strip()
+            alt = f"{image}, {problem}: {method}, {contents.metric.label} {score or 'unknown'}"
+            record = recorded.get((image, method))
+            shown: dict[str, Any]
+            if record is None:
+                shown = {"missing": "not run on this image"}
+            elif "failed" in record:
+                shown = {"missing": f"failed: {record['failed']}"}
+            else:
+                shown = _shown_picture(estimates[image, method], paths[image, method], problem, image, method)
+            if white is not None and (image, method) in errors:
+                error = data_uri(errors[image, method] / white)
+                shown |= {"error": error, "error_alt": f"error map of {method} on {image}"}
+            tiles.append(Tile(method, score, alt, **shown)._replace(is_best=value is not None and value == best))
+        rows.append((image, _remarks(contents, problem, image, records), tiles))
+    return white, rows
+
+
+def _read(path: Path | None) -> Pixels | None:
+    """None also where there is a file that is no picture."""
+    try:
+        return None if path is None else pictures.read_picture(path)
+    except OSError:
+        return None
+
+
+def _shown_picture(pixels: Pixels | None, path: Path | None, *parts: str) -> dict[str, Any]:
+    if pixels is not None:
+        return {"picture": data_uri(pixels)}
+    return {"missing": f"{file_stem(*parts)}.png {_ABSENT}" if path is None else f"{path.name} {_DAMAGED}"}
+
+
+def _remarks(contents: Contents, problem: str, image: str, records: Sequence[Mapping[str, Any]]) -> str:
+    remarks = [str(r["group"]) for r in records if str(r["image"]) == image and "group" in r][:1]
+    best = contents.best(problem)
+    if best is not None:
+        values = contents.images[problem, best]
+        worst, finest = (values.idxmin(), values.idxmax())[:: 1 if contents.metric.high_is_best else -1]
+        if worst != finest:
+            remarks += [f"worst case of {best}"] * (image == worst) + [f"best case of {best}"] * (image == finest)
+    return ", ".join(remarks)
+
+
 def _shown(tables: Iterable[Table]) -> list[Table]:
-    return [table for table in tables if table.rows]
+    return [table for table in tables if not table.values.empty]
 
 
-def _drawn(charts: Iterable[drawings.Chart]) -> list[dict[str, Any]]:
-    return [
-        {**chart._asdict(), "svg": Markup(chart.svg)} for chart in charts
-    ]  # made here, so no text of a record in it
+def _drawn(drawings: Iterable[charts.Chart]) -> list[dict[str, Any]]:
+    return [{**chart._asdict(), "svg": Markup(chart.svg)} for chart in drawings]  # no text of a record unescaped in it
 
 
 def _check_known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
     for name in names:
         if name not in known:
             raise ValueError(f"{what}: unknown {name!r}; {nearest(name, sorted(known))}")
-
-
-def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)

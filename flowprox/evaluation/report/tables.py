@@ -1,161 +1,375 @@
-"""Tables once, written four ways: for the page, as Markdown, as CSV with every digit, as LaTeX (booktabs)."""
+"""The tables of a report, each from the records of one chapter, and how they are written: page, Markdown, CSV, LaTeX."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
 
-__all__ = ["Cell", "Table", "number", "significant", "to_csv", "to_latex", "to_markdown"]
+import pandas as pd
+
+from flowprox.evaluation.report.sources import Chapter, ordered
+from flowprox.evaluation.summary import (
+    METRICS,
+    Metric,
+    Row,
+    confidence,
+    figures_of,
+    paired_comparisons,
+    per_image,
+    summary_rows,
+)
+
+__all__ = ["Contents", "Table", "make_table", "number", "to_csv", "to_latex", "to_markdown"]
 
 MINUS, NOTHING = "−", "–"
+TIME = "time"
+"""Format of a column of seconds."""
 
 
-class Cell(NamedTuple):
-    """What is read, what it is sorted by and written to CSV (None: the text), whether it is the best of its column."""
+def number(value: float | None, form: str = ".2f") -> str:
+    """A number as it is read: by a format, or as a time to three significant digits.
 
-    text: str
-    value: float | None = None
-    best: bool = False
+    Example:
+        >>> number(-1.234), number(1.234, "+.2f"), number(None), number(5.0494, TIME), number(0.00012, TIME)
+        ('−1.23', '+1.23', '–', '5.05', '< 0.01')
+    """
+    if value is None or math.isnan(value):
+        return NOTHING
+    if form != TIME:
+        return f"{value:{form}}".replace("-", MINUS)
+    if 0 < value < 0.01:
+        return "< 0.01"
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:.{min(max(2 - math.floor(math.log10(rounded)), 0), 3) if rounded else 0}f}"
 
 
 class Table(NamedTuple):
-    """Rows of cells under a head; the first column names the row.
+    """A data frame whose first column names the row, and how its cells are read.
 
-    ``slug`` is the name of its files, ``caption`` one sentence.
+    ``values`` holds every digit, ``text`` what is read, ``best`` which cells are the best of their column; ``slug`` is the
+    name of its files, ``caption`` one sentence.
     """
 
     slug: str
     caption: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
+    values: pd.DataFrame
+    text: pd.DataFrame
+    best: pd.DataFrame
 
-    def is_text(self, column: int) -> bool:
+    def is_text(self, column: str) -> bool:
         """Whether a column holds words, not numbers."""
-        cells = [row[column] for row in self.rows]
-        return any(cell.text not in ("", NOTHING) and cell.value is None for cell in cells)
+        return not pd.api.types.is_numeric_dtype(self.values[column])
 
-    def without_empty_columns(self) -> Table:
-        """The same table, less the columns that have nothing in them."""
-        kept = [
-            i for i in range(len(self.head)) if i == 0 or any(row[i].text not in ("", NOTHING) for row in self.rows)
-        ]
-        return self._replace(head=[self.head[i] for i in kept], rows=[[row[i] for i in kept] for row in self.rows])
+    def lines(self) -> list[list[tuple[str, Any, bool]]]:
+        """The rows, each cell as (text, value or None, whether it is the best)."""
+        parts = [frame.to_numpy(dtype=object).tolist() for frame in (self.text, self.values, self.best)]
+        known = [[v if isinstance(v, int | float) and v == v else None for v in line] for line in parts[1]]
+        return [list(zip(*line, strict=True)) for line in zip(parts[0], known, parts[2], strict=True)]
 
 
-def significant(value: float | None) -> Cell:
-    """A cell with a number to three significant digits, for what spans orders of magnitude.
+def make_table(
+    slug: str,
+    caption: str,
+    columns: Mapping[str, Sequence[Any]],
+    forms: Mapping[str, str | Sequence[str]] | None = None,
+    best: Mapping[str, Sequence[bool]] | None = None,
+) -> Table:
+    """A table without the columns that have nothing in them.
 
-    Example:
-        >>> significant(0.0000123456).text, significant(5.0494).text, significant(1234.5).text
-        ('0.0000123', '5.05', '1230')
+    Arguments:
+        slug, caption: as in ``Table``.
+        columns: head -> values; None is unknown.
+        forms: head of a column of numbers -> their format as for ``number``, or the texts of all its cells.
+        best: head -> which cells are the best.
     """
-    if value is None:
-        return Cell(NOTHING)
-    rounded = float(f"{value:.3g}")
-    digits = 2 - math.floor(math.log10(abs(rounded))) if rounded else 0
-    return Cell(f"{rounded:.{max(digits, 0)}f}".replace("-", MINUS), value)
-
-
-def number(value: float | None, digits: int, *, sign: bool = False, best: bool = False) -> Cell:
-    """A cell with a number; a dash where it is unknown.
-
-    Example:
-        >>> number(-1.234, 2, sign=True).text, number(None, 2).text
-        ('−1.23', '–')
-    """
-    if value is None:
-        return Cell(NOTHING)
-    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
-    return Cell(text.replace("-", MINUS), value, best)
+    forms, best = forms or {}, best or {}
+    values = pd.DataFrame(dict(columns))
+    for name in forms:
+        values[name] = pd.to_numeric(values[name])
+    first = values.columns[:1]
+    values = values[[*first, *(c for c in values.columns[1:] if (values[c].notna() & (values[c] != "")).any())]]
+    text = pd.DataFrame(index=values.index)
+    for name, column in values.items():
+        form = forms.get(str(name))
+        if form is None:
+            text[name] = ["" if value is None else str(value) for value in column.astype(object)]
+        else:
+            text[name] = [number(v, form) for v in column] if isinstance(form, str) else list(form)
+    marks = pd.DataFrame({name: best.get(str(name), [False] * len(values)) for name in values}, index=values.index)
+    return Table(slug, caption, values, text, marks)
 
 
 def to_markdown(table: Table) -> str:
     """The table in Markdown, best figures bold.
 
     Example:
-        >>> print(to_markdown(Table("t", "A table.", ["method", "PSNR"], [[Cell("tv"), number(1.0, 2, best=True)]])), end="")
+        >>> print(to_markdown(make_table("t", "A table.", {"method": ["tv"], "PSNR": [1.0]}, {"PSNR": ".2f"})), end="")
         | method | PSNR |
         |---|--:|
-        | tv | **1.00** |
+        | tv | 1.00 |
     """
 
-    def escaped(cell: Cell) -> str:
-        text = " ".join(re.sub(r"([\\`*_|<>\[\]])", r"\\\1", cell.text).split())
-        return f"**{text}**" if cell.best and text else text
+    def escaped(text: object) -> str:
+        return " ".join(re.sub(r"([\\`*_|<>\[\]])", r"\\\1", str(text)).split())
 
-    rule = ["---", *["--:"] * (len(table.head) - 1)]
-    lines = [[escaped(Cell(name)) for name in table.head], *[[escaped(cell) for cell in row] for row in table.rows]]
-    written = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([written[0], f"|{'|'.join(rule)}|", *written[1:]]) + "\n"
+    lines = [[escaped(name) for name in table.text]]
+    lines += [[f"**{escaped(t)}**" if best else escaped(t) for t, _, best in line] for line in table.lines()]
+    head, *rows = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([head, f"|---|{'--:|' * (len(table.text.columns) - 1)}", *rows]) + "\n"
 
 
 def to_csv(table: Table) -> str:
     """The table as comma-separated values, numbers with every digit, unknown ones empty.
 
-    Example:
-        >>> print(to_csv(Table("t", "A table.", ["method", "PSNR"], [[Cell("a, b"), number(1.25, 1)]])), end="")
-        method,PSNR
-        "a, b",1.25
+    Words that a spreadsheet would take for a formula get an apostrophe in front.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(table.head)
-    for row in table.rows:
-        writer.writerow([("" if c.text == NOTHING else c.text) if c.value is None else repr(c.value) for c in row])
-    return text.getvalue()
+
+    def plain(value: Any) -> Any:
+        return f"'{value}" if isinstance(value, str) and re.match(r"[=+\-@\t\r]", value) else value
+
+    words = table.values.map(plain).rename(columns=plain)
+    return words.to_csv(index=False, lineterminator="\n")
 
 
 def to_latex(table: Table) -> str:
-    """The table as a LaTeX ``tabular`` with the rules of the package booktabs, best figures bold.
+    """The table as a LaTeX ``tabular`` with the rules of the package booktabs, best figures bold."""
+    text = table.text.map(_tex)
+    text = text.mask(table.best, r"\textbf{" + text + "}").rename(columns=_tex)
+    columns = "l" + "r" * (len(text.columns) - 1)
+    return f"% {' '.join(table.caption.split())}\n" + text.to_latex(index=False, column_format=columns, escape=False)
 
-    Example:
-        >>> print(to_latex(Table("t", "A table.", ["method", "PSNR"], [[Cell("a_b"), number(-1.0, 1, best=True)]])), end="")
-        % A table.
-        \\begin{tabular}{lr}
-        \\toprule
-        method & PSNR \\\\
-        \\midrule
-        a\\_b & \\textbf{$-$1.0} \\\\
-        \\bottomrule
-        \\end{tabular}
+
+_TEX = str.maketrans(
+    {
+        **{character: "\\" + character for character in "&%$#_{}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "±": r"$\pm$",
+        "×": r"$\times$",
+        MINUS: "$-$",
+        NOTHING: "--",
+    }
+)
+
+
+def _tex(text: object) -> str:
+    return " ".join(str(text).split()).translate(_TEX)
+
+
+class Contents:
+    """A chapter seen through one figure of its records.
+
+    Arguments:
+        chapter: what was read.
+        key: of the figure, in ``METRICS``.
+        reference: the method that the others are compared with; None takes the best of each problem.
     """
 
-    def line(cells: Sequence[Cell]) -> str:
-        return " & ".join(rf"\textbf{{{_tex(c.text)}}}" if c.best else _tex(c.text) for c in cells) + r" \\"
+    def __init__(self, chapter: Chapter, key: str = "psnr", reference: str | None = None) -> None:
+        self.chapter, self.key, self.reference = chapter, key, reference
+        self.metric: Metric = METRICS[key]
+        self.problems = ordered(str(record["problem"]) for record in chapter.records)
+        self.methods = ordered(str(record["method"]) for record in chapter.records)
 
-    columns = "l" + "r" * (len(table.head) - 1)
-    return "\n".join(
-        [
-            "% " + " ".join(table.caption.split()),
-            rf"\begin{{tabular}}{{{columns}}}",
-            r"\toprule",
-            line([Cell(name) for name in table.head]),
-            r"\midrule",
-            *map(line, table.rows),
-            r"\bottomrule",
-            r"\end{tabular}",
-            "",
+    @cached_property
+    def rows(self) -> list[Row]:
+        """A row per problem and method, whatever the figure."""
+        return summary_rows(self.chapter.records, self.chapter.published.psnr)
+
+    @cached_property
+    def figures(self) -> pd.DataFrame:
+        """Every measurement, a line each."""
+        return figures_of(self.chapter.records)
+
+    @cached_property
+    def images(self) -> dict[tuple[str, str], pd.Series]:
+        """The figure by image, of each problem and method in the order of the records; methods without any included."""
+        images = per_image(self.figures)[self.key]
+        return {place: values.droplevel([0, 1]).dropna() for place, values in images.groupby(level=[0, 1], sort=False)}  # type: ignore[misc]
+
+    @cached_property
+    def _means(self) -> dict[tuple[str, str], tuple[float, float | None]]:
+        return {place: confidence(values) for place, values in self.images.items() if len(values)}
+
+    def mean(self, problem: str, method: str) -> tuple[float | None, float | None]:
+        """Mean over images and half of its interval."""
+        return self._means.get((problem, method), (None, None))
+
+    def methods_of(self, problem: str) -> list[str]:
+        """The methods that were run on a problem."""
+        return [method for of, method in self.images if of == problem]
+
+    def best(self, problem: str) -> str | None:
+        """The method with the best mean."""
+        known = {method: mean for (of, method), (mean, _) in self._means.items() if of == problem}
+        return (max if self.metric.high_is_best else min)(known, key=known.__getitem__) if known else None
+
+    # Tables -----------------------------------------------------------------------------------------------------------
+
+    def overview(self) -> Table:
+        """Methods down, problems across."""
+        columns: dict[str, Sequence[Any]] = {"method": self.methods}
+        texts, best = {}, {}
+        for problem in self.problems:
+            means = [self.mean(problem, method) for method in self.methods]
+            columns[problem] = [mean for mean, _ in means]
+            texts[problem] = [
+                number(mean, self.metric.form) + (f" ± {number(half, self.metric.form)}" if half is not None else "")
+                if (problem, method) in self.images
+                else ""
+                for method, (mean, half) in zip(self.methods, means, strict=True)
+            ]
+            best[problem] = [len(self.methods) > 1 and method == self.best(problem) for method in self.methods]
+        caption = f"{self.metric.title}, mean over images ± 95 % confidence; the best mean of each problem is bold."
+        return make_table("overview", caption, columns, texts, best)
+
+    def beside_published(self) -> Table:
+        """Every published figure, also of methods that were not run here."""
+        published = self.chapter.published
+        measured = {(row.problem, row.method): row for row in self.rows}
+        places = [place for place in published.psnr if place[0] in self.problems]
+        sources = [published.sources.get(problem, "") for problem, _ in places]
+        rows = [measured.get(place) for place in places]
+        psnr = [row.psnr if row else None for row in rows]
+        figures = [published.psnr[place] for place in places]
+        columns = {
+            "method": [m if place in measured else f"{m} (not run here)" for place in places for m in place[1:]],
+            "problem": [problem for problem, _ in places],
+            "measured": psnr,
+            "± 95 %": [row.psnr_interval if row else None for row in rows],
+            "published": figures,
+            "difference": [None if p is None else p - figure for p, figure in zip(psnr, figures, strict=True)],
+            "published in": sources if len(set(sources)) > 1 else [""] * len(places),
+        }
+        caption = (
+            "PSNR in dB measured here beside the published figure; the difference is measured minus published. The interval "
+            "is that of the measured mean alone."
+        )
+        if len(set(sources)) == 1 and sources[0]:
+            caption += f" Published in: {sources[0]}."
+        forms = dict.fromkeys(("measured", "± 95 %", "published"), ".2f") | {"difference": "+.2f"}
+        return make_table("published", caption, columns, forms)
+
+    def summary(self, problem: str | None = None) -> Table:
+        """Everything about each method, on one problem or with a column that names it."""
+        rows = [row for row in self.rows if problem in (None, row.problem)]
+        means = [self.mean(row.problem, row.method) for row in rows]
+        metric = self.metric.title
+        columns: dict[str, Sequence[Any]] = {
+            "method": [row.method for row in rows],
+            "problem": ["" if problem else row.problem for row in rows],
+            metric: [mean for mean, _ in means],
+            "± 95 %": [half for _, half in means],
+        }
+        if self.key != "psnr":
+            columns["PSNR (dB)"] = [row.psnr for row in rows]
+        groups = ordered(name for row in rows for name, mean in row.psnr_of_group.items() if mean is not None)
+        for name in groups if len(groups) > 1 else ():
+            columns[f"PSNR, {name}"] = [row.psnr_of_group[name] for row in rows]
+        compared = {name: self.metric.high_is_best if name == metric else True for name in [*columns][2:]}
+        columns["published"] = [row.published for row in rows]
+        columns["difference"] = [None if None in (r.psnr, r.published) else r.psnr - r.published for r in rows]  # type: ignore[operator]
+        if self.key != "ssim":
+            columns["SSIM"] = [row.ssim for row in rows]
+            compared["SSIM"] = True
+        columns |= {
+            "s / image": [row.seconds for row in rows],
+            "peak MiB": [row.peak_memory_mib for row in rows],
+            "images": [row.n_images for row in rows],
+            "failed": pd.array([row.n_failed or None for row in rows], dtype="Int64"),  # type: ignore[dict-item]
+            "tuned": [_words(row.tuned) for row in rows],
+        }
+        forms = dict.fromkeys([*columns][2:-2], ".2f") | {metric: self.metric.form, "± 95 %": self.metric.form}
+        forms |= {"SSIM": ".3f"} if self.key != "ssim" else {}
+        forms |= {"s / image": TIME, "peak MiB": ".0f", "images": ".0f", "difference": "+.2f"}
+        caption = f"{metric} and other means over images; ± is half of the 95 % confidence interval of the mean."
+        best = {} if problem is None else {n: _best(columns[n], high) for n, high in compared.items() if n != "± 95 %"}
+        counts = ["" if row.n_failed == 0 else str(row.n_failed) for row in rows]
+        return make_table("summary", caption, columns, forms | {"failed": counts}, best)
+
+    def comparisons(self, problem: str | None = None) -> Table:
+        """Every method against the reference, image by image."""
+        lines: list[tuple[Any, ...]] = []
+        for place in self.problems if problem is None else [problem]:
+            chosen = self.reference is not None and len(self.images.get((place, self.reference), ())) > 0
+            reference = self.reference if chosen else self.best(place)
+            if reference is None:
+                continue
+            figures = self.figures[self.figures["problem"] == place]
+            compared = paired_comparisons(figures, self.key, reference)
+            for method, n_images, difference, half, n_higher in compared.itertuples():
+                clear = NOTHING if math.isnan(half) else "yes" if abs(difference) > half else "no"
+                share = n_higher / n_images, f"{n_higher} of {n_images}"
+                lines.append((method, "" if problem else place, reference, difference, half, clear, *share))
+        unit = f" ({self.metric.unit})" if self.metric.unit else ""
+        head = ["method", "problem", "reference", f"difference{unit}", "± 95 %", "clear of 0", "higher on"]
+        *columns, words = [[line[i] for line in lines] for i in range(len(head) + 1)]
+        caption = (
+            f"{self.metric.label} of the method minus {self.metric.label} of the reference on the same images and noise; ± is "
+            "half of the paired 95 % interval. Intervals are not widened for the number of comparisons"
+            + ("." if self.reference else ", and the reference is the method with the best mean, which favors it.")
+        )
+        forms = {head[3]: f"+{self.metric.form}", "± 95 %": self.metric.form, "higher on": words}
+        return make_table("comparisons", caption, dict(zip(head, columns, strict=True)), forms)
+
+    def cases(self, problem: str | None = None) -> Table:
+        """Best and worst image of every method."""
+        places = {p: v for p, v in self.images.items() if len(v) and problem in (None, p[0])}
+        ends = [(str(v.idxmin()), str(v.idxmax())) for v in places.values()]
+        ends = ends if self.metric.high_is_best else [pair[::-1] for pair in ends]
+        values = list(places.values())
+        columns = {
+            "method": [method for _, method in places],
+            "problem": ["" if problem else place for place, _ in places],
+            "worst": [v[worst] for v, (worst, _) in zip(values, ends, strict=True)],
+            "worst image": [worst for worst, _ in ends],
+            "median": [v.median() for v in values],
+            "best": [v[best] for v, (_, best) in zip(values, ends, strict=True)],
+            "best image": [best for _, best in ends],
+        }
+        caption = f"{self.metric.title} of the worst and the best image of each method, and the median over images."
+        return make_table("cases", caption, columns, dict.fromkeys(("worst", "median", "best"), self.metric.form))
+
+    def tuning(self) -> Table:
+        """Every combination of options that was tried."""
+        chosen = {(row.problem, row.method): row.tuned for row in self.rows}
+        tried = self.chapter.tuning
+        columns = {
+            "method": [str(record.get("method")) for record in tried],
+            "problem": [str(record.get("problem")) for record in tried],
+            "options": [_words(record.get("options") or {}) for record in tried],
+            "PSNR (dB)": [record.get("psnr") for record in tried],
+            "images": [record.get("n_images") for record in tried],
+            "failed": [str(record.get("failed", "")) for record in tried],
+        }
+        best = [
+            chosen.get((str(r.get("problem")), str(r.get("method")))) == (r.get("options") or {}) and "failed" not in r
+            for r in tried
         ]
-    )
+        caption = "Mean PSNR of every combination on the images for tuning; the chosen one is bold."
+        return make_table("tuning", caption, columns, {"PSNR (dB)": ".2f", "images": ".0f"}, {"PSNR (dB)": best})
+
+    def failures(self) -> Table:
+        """Every reconstruction that failed, with its message."""
+        failed = [record for record in self.chapter.records if "failed" in record]
+        heads = {"method": "method", "problem": "problem", "image": "image", "message": "failed"}
+        columns = {head: [str(record[key]) for record in failed] for head, key in heads.items()}
+        return make_table("failures", "Reconstructions that failed; the means are those of the others.", columns)
 
 
-_TEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    **{character: "\\" + character for character in "&%$#_{}"},
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "±": r"$\pm$",
-    MINUS: "$-$",
-    NOTHING: "--",
-    "×": r"$\times$",
-}
+def _best(values: Sequence[float | None], high_is_best: bool) -> list[bool]:
+    known = [value for value in values if value is not None]
+    if len(known) < 2 or min(known) == max(known):
+        return [False] * len(values)
+    best = max(known) if high_is_best else min(known)
+    return [value == best for value in values]
 
 
-def _tex(text: str) -> str:
-    return "".join(_TEX.get(character, character) for character in " ".join(text.split()))
+def _words(options: Mapping[str, object]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in options.items())

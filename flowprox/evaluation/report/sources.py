@@ -1,0 +1,293 @@
+"""What a report is made from: records, tuning, published figures and drawn figures of results folders.
+
+Folders of one recipe are read as one chapter, so that a run that was split, or repeated with another seed, is one. Records
+of different recipes never share a mean: they are chapters apart, also where one file or one name holds both. What a reader
+should know before trusting the figures becomes a note; only what cannot be read is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flowprox.evaluation.recipe_file import Published, read_published
+from flowprox.evaluation.summary import figures_of
+from flowprox.records import UNFINISHED, read_records
+
+__all__ = ["Chapter", "Illustration", "ordered", "read_chapters"]
+
+_NUMBERS = ("psnr", "psnr_unclipped", "ssim", "residual", "seconds", "peak_memory_mib")
+_NOTHING_PUBLISHED = Published({}, {})
+SMOKE = "smoke"
+
+
+class Illustration(NamedTuple):
+    """A drawn figure of a results folder and what ``figures.json`` says about it."""
+
+    path: Path
+    title: str
+    caption: str
+    alt: str
+
+
+@dataclass
+class Chapter:
+    """One chapter of a report.
+
+    Arguments:
+        name: of the recipe, or of the folder.
+        folders: where the pictures stand.
+        records: of every folder, each measurement and method once.
+        tuning: a record per problem, method and combination of options that was tried.
+        published: PSNR in dB by label of the problem and of the method, and where it stands.
+        illustrations: drawn figures.
+        notes: what a reader should know before trusting the figures.
+    """
+
+    name: str
+    folders: list[Path]
+    records: list[dict[str, Any]] = field(default_factory=list)
+    tuning: list[dict[str, Any]] = field(default_factory=list)
+    published: Published = _NOTHING_PUBLISHED
+    illustrations: list[Illustration] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_chapters(sources: Sequence[str | Path], recipe: str | Path | None = None) -> list[Chapter]:
+    """Everything the results folders hold, a chapter per recipe.
+
+    Arguments:
+        sources: results folders, or files of records.
+        recipe: names the published figures of sources that have no ``recipe.yaml`` beside their records.
+
+    Raises:
+        FileNotFoundError: a source does not exist, or has neither records nor figures.
+        ValueError: records or captions are damaged, one file holds two meanings of a label, a source is given twice, or the
+            recipe is none.
+    """
+    if not sources:
+        raise ValueError("no results folder is given; name one that flowprox evaluate wrote")
+    paths = [Path(source) for source in sources]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError("a results folder is given twice; name each once")
+    if recipe is not None:
+        read_published(Path(recipe))  # is it one?
+    by_recipe: dict[str, list[Chapter]] = {}
+    for one in (one for path in paths for one in _read(path, recipe)):
+        by_recipe.setdefault(one.name, []).append(one)
+    chapters = []
+    for name, members in by_recipe.items():
+        conflict = _conflict(record for member in members for record in member.records)
+        if conflict is None:
+            chapters.append(_merged(members))
+            continue
+        for member in members:
+            member.name = f"{name} ({member.folders[0]})"
+            member.notes.append(f"other records call themselves {name} too, but {conflict}: they are a chapter apart")
+        chapters += members
+    for chapter in chapters:
+        chapter.notes += _doubts(chapter)
+    return chapters
+
+
+def _read(source: Path, recipe: str | Path | None) -> list[Chapter]:
+    """The chapters of one source: one, unless it holds the records of several recipes."""
+    if not source.exists():
+        raise FileNotFoundError(f"no results at {source}; give a folder that flowprox evaluate wrote")
+    found = _folder_chapter(source) if source.is_dir() else Chapter("", [source.parent])
+    if not source.is_dir():
+        found.records = _records(source, found.notes)
+    if not found.records and not found.illustrations:
+        raise FileNotFoundError(f"no records and no figures in {source}; flowprox evaluate --out {source} writes them")
+    for number, record in enumerate(found.records, start=1):
+        _check(record, number, source)
+    if (conflict := _conflict(found.records)) is not None:
+        raise ValueError(f"{source} holds records of two recipes under one name: {conflict}; report them apart")
+    scales = {str(record["scale"]) for record in found.records if record.get("scale")}
+    if recipe is not None and not found.published.psnr:
+        found.published = read_published(Path(recipe), scales)
+    if scales == {SMOKE} and all(record.get("scale") for record in found.records):
+        found.published = _NOTHING_PUBLISHED
+    names = ordered(str(record["recipe"]) for record in found.records if record.get("recipe"))
+    found.name = names[0] if names else source.resolve().stem
+    if len(names) < 2:
+        return [found]
+    found.notes.append(f"{source} holds records of several recipes ({_few(names)}); each is a chapter of its own")
+    parts = {name: [r for r in found.records if str(r.get("recipe") or names[0]) == name] for name in names}
+    others = [Chapter(name, found.folders, parts[name], notes=found.notes[-1:]) for name in names[1:]]
+    return [replace(found, records=parts[names[0]]), *others]
+
+
+def _folder_chapter(folder: Path) -> Chapter:
+    notes: list[str] = []
+    records, tuning = (_records(folder / name, notes, optional=True) for name in ("records.jsonl", "tuning.jsonl"))
+    if records and (folder / UNFINISHED).exists():
+        notes.append(f"{folder}: the run has not finished; the same flowprox evaluate command continues it")
+    published = _NOTHING_PUBLISHED
+    if (folder / "recipe.yaml").is_file():
+        try:
+            published = read_published(
+                folder / "recipe.yaml", {str(record["scale"]) for record in records if record.get("scale")}
+            )
+        except ValueError as error:  # the measured figures are worth a report all the same
+            notes.append(f"{error}; published figures are left out")
+    illustrations = _illustrations(folder / "figures", notes) if (folder / "figures").is_dir() else []
+    if illustrations and not records:
+        drawn_from = (record for path in sorted(folder.glob("*.jsonl")) for record in _records(path, notes))
+        if any(record.get("scale") == SMOKE for record in drawn_from):
+            notes.append(f"{folder}: figures at scale smoke, which shows that a script runs and nothing else")
+    return Chapter("", [folder], records, tuning, published, illustrations, notes)
+
+
+def _records(path: Path, notes: list[str], optional: bool = False) -> list[dict[str, Any]]:
+    if optional and not path.exists():
+        return []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        records = read_records(path)
+    notes += [str(warning.message) for warning in caught]
+    return records
+
+
+def _check(record: Mapping[str, Any], number: int, source: Path) -> None:
+    missing = [key for key in ("problem", "method", "image") if key not in record]
+    if missing:
+        raise ValueError(
+            f"{source}: record {number} lacks {', '.join(missing)}; make the records with flowprox evaluate or the demo"
+        )
+    for key in _NUMBERS:
+        value = record.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"{source}: {key} of record {number} must be a number, got {value!r}; mend the line")
+
+
+def _conflict(records: Iterable[Mapping[str, Any]]) -> str | None:
+    """Two different things that go by one label, so that a mean over both would mean nothing; None without any."""
+    seen: dict[tuple[str, str, str], str] = {}
+    for record in records:
+        tuned = record.get("tuned") or {}
+        options = {key: value for key, value in (record.get("options") or {}).items() if key not in tuned}
+        keys = ("problem_name", "parameters", "method_name", "model_hashes")
+        for key, value in [*((key, record.get(key)) for key in keys), ("options", options)]:
+            if value is None or (key == "options" and "options" not in record):
+                continue
+            text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+            problem, method = str(record["problem"]), str(record["method"])
+            first = seen.setdefault((problem, method, key), text)
+            if first != text:
+                return f"{method} on {problem} has {key} {first} here and {text} there"
+    return None
+
+
+def _illustrations(folder: Path, notes: list[str]) -> list[Illustration]:
+    captions = _captions(folder / "figures.json")
+    drawn = {path.name: path for path in sorted(folder.iterdir()) if path.suffix.lower() in (".svg", ".png")}
+    notes += [f"{folder / 'figures.json'} names {name}, which is not there" for name in captions if name not in drawn]
+    found = []
+    for name in ordered([*captions, *drawn]):
+        if name in drawn:
+            words = {key: str(value) for key, value in captions.get(name, {}).items()}
+            title = words.get("title") or drawn[name].stem
+            found.append(Illustration(drawn[name], title, words.get("caption", ""), words.get("alt") or title))
+    return found
+
+
+def _captions(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.exists():
+        return {}
+    try:
+        captions = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        captions = None
+    if not isinstance(captions, dict) or not all(isinstance(words, dict) for words in captions.values()):
+        raise ValueError(
+            f'{path} must read {{"figure.svg": {{"title": ..., "caption": ..., "alt": ...}}}}; mend it or remove it'
+        )
+    return captions
+
+
+def _merged(members: Sequence[Chapter]) -> Chapter:
+    first = members[0]
+    if len(members) == 1:
+        return first
+    seen: dict[tuple[str, ...], dict[str, Any]] = {}
+    records = [record for member in members for record in member.records]
+    for record in records:
+        key = (json.dumps(record.get(k), sort_keys=True) for k in ("problem", "method", "image", "id", "seed"))
+        seen.setdefault(tuple(key), record)
+    notes = [note for member in members for note in member.notes]
+    if n_twice := len(records) - len(seen):
+        notes.append(f"{n_twice} reconstructions stand in several folders; those of the folder named first are used")
+    published = [member.published for member in reversed(members)]
+    return Chapter(
+        first.name,
+        [folder for member in members for folder in member.folders],
+        list(seen.values()),
+        [record for member in members for record in member.tuning],
+        Published(
+            {key: value for one in published for key, value in one.psnr.items()},
+            {key: value for one in published for key, value in one.sources.items()},
+        ),
+        [figure for member in members for figure in member.illustrations],
+        notes,
+    )
+
+
+_COMPARED = {
+    "version": ("versions of flowprox", "the methods may have changed in between"),
+    "versions.torch": ("versions of torch", "numbers may differ in the last digits, times more"),
+    "versions.deepinv": ("versions of deepinv", "operators may have changed in between"),
+    "run_seed": ("seeds of the run", "the noise is not the same everywhere"),
+    "scale": ("scales", "images and iterations are not the same everywhere"),
+    "device": ("devices", "times and memory do not compare"),
+}
+
+
+def _doubts(chapter: Chapter) -> list[str]:
+    """What makes figures of one table hard to compare."""
+    records, notes = chapter.records, []
+    for key, (what, consequence) in _COMPARED.items():
+        part, _, library = key.partition(".")
+        values = [(r.get(part) or {}).get(library) if library else r.get(part) for r in records]
+        found = ordered(str(value).partition(":")[0] for value in values if value is not None)
+        if len(found) > 1:
+            notes.append(f"{what} differ between records ({_few(found)}): {consequence}")
+    if any(record.get("scale") == SMOKE for record in records):
+        notes.append(
+            "run at the scale smoke, which shows that everything works: few images, few iterations; "
+            "no figure here compares with a published one"
+        )
+    figures = figures_of(records)
+    n_measurements = figures.groupby(["problem", "image"], sort=False)["measurement"].nunique()
+    if parts := ordered(str(place[0]) for place, n in n_measurements.items() if n > 1):  # type: ignore[index]
+        notes.append(
+            f"an image was measured in several ways (noise seeds, operators or contents) in {_few(parts)}: it counts once, "
+            "with its mean, and methods are compared where they share the measurement"
+        )
+    tested = set(figures["image"])
+    if both := ordered(str(name) for record in chapter.tuning for name in record.get("images", ()) if name in tested):
+        notes.append(
+            f"images for tuning are called as images of the test ({_few(both)}): if they are the same, the figures of what "
+            "was tuned are too good"
+        )
+    if n_failed := int(figures["failed"].notna().sum()):
+        notes.append(f"{n_failed} of {len(records)} reconstructions failed; they are listed with their messages")
+    if n_exact := int(figures["exact"].sum()):
+        notes.append(
+            f"{n_exact} estimates have no finite PSNR, being equal to the truth; they are left out of its mean"
+        )
+    return notes
+
+
+def _few(values: Sequence[str], n_shown: int = 4) -> str:
+    more = len(values) - n_shown
+    return ", ".join(values[:n_shown]) + (f" and {more} more" if more > 0 else "")
+
+
+def ordered(values: Iterable[str]) -> list[str]:
+    """Each value once, in the order of first occurrence."""
+    return list(dict.fromkeys(values))
