@@ -67,6 +67,15 @@ class Specified:
         if "__init__" in cls.__dict__:
             cls.__init__ = _recording(cls.__init__)  # type: ignore[method-assign]
 
+    def __repr__(self) -> str:
+        card = self.__dict__.get("card")
+        return super().__repr__() if card is None else f"{type(self).__name__}: {card}"
+
+    def _repr_html_(self) -> str | None:
+        """The card as a table, where a notebook shows the model."""
+        card = self.__dict__.get("card")
+        return None if card is None else card.to_html()
+
     def spec(self) -> dict[str, Any]:
         """The constructor call as JSON values: ``{"kind": class name, "arguments": {...}}``."""
         arguments = self.__dict__.get("_arguments", {})

@@ -233,6 +233,8 @@ class UnfoldedOptions:
             the measured pixels.
         base: density of the latent: "gaussian" divides it by 1 + lambda, "laplace" soft-thresholds it.
         channelwise: learn one weight of the shrinkage per latent channel instead of one for all.
+        log_determinant: let the prox follow the determinant of the flow too, which Eq. (9) of Wei et al. leaves out; for flows
+            of ``backward`` "plain".
         iteration: "pgd" (proximal gradient) or "hqs" (half-quadratic splitting, exact data step).
         start: x_0: "flow" (the most likely latent of the flow, decoded) or "adjoint" (A^T y). null takes the flow where
             there is one.
@@ -264,6 +266,7 @@ class UnfoldedOptions:
     final_data_step: bool = False
     base: Literal["gaussian", "laplace"] = "gaussian"
     channelwise: bool = False
+    log_determinant: bool = False
     iteration: Literal["pgd", "hqs"] = "pgd"
     start: Literal["flow", "adjoint"] | None = None
     levels: list[float] | None = None
@@ -299,7 +302,9 @@ _OPTIONS_OF_A_PROX = {
     "flow": ("flow", "plug-and-play"),
     "pretrained": ("flow", "resnet", "unet"),
     "prox_arguments": ("resnet", "unet"),
-    **dict.fromkeys(("channelwise", "adaptation_rank", "latent_mean", "likelihood_weight"), ("flow",)),
+    **dict.fromkeys(
+        ("channelwise", "log_determinant", "adaptation_rank", "latent_mean", "likelihood_weight"), ("flow",)
+    ),
 }
 
 

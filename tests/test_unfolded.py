@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowprox.checkpoints import Card
+from flowprox.checkpoints import Card, load_model, save_model
+from flowprox.commands.catalog import sample
+from flowprox.data import load_image
 from flowprox.flows import Conv1x1, Flow, Glow, Sequential, Squeeze, Unsqueeze, frozen
 from flowprox.naming import build
 from flowprox.operators import LearnedBlur, Problem, fit_to_divisor, make_physics
@@ -182,6 +185,22 @@ def test_folds_are_drawn_from_and_their_latents_looked_at() -> None:
     told_the_level(UnfoldedPGD).sample(1)
     with pytest.raises(ValueError, match="depend on a measurement"):
         NETWORKS["pgd, latent mean"]().sample(1)
+
+
+def test_the_command_draws_a_row_for_every_fold(tmp_path: Path) -> None:
+    save_model(UnfoldedPGD([glow_prox() for _ in range(3)]), tmp_path / "model")
+    sample(str(tmp_path / "model"), str(tmp_path / "samples.png"), n=4)
+    assert load_image(tmp_path / "samples.png").shape == (3, 3 * 10 + 2, 4 * 10 + 2)
+
+
+def test_a_loaded_model_is_shown_by_its_card() -> None:
+    model = load_model("unfolded-denoising-natural")
+    assert repr(model) == (
+        "UnfoldedPGD: unfolded-denoising-natural; denoising, sigma 0 to 0.22; channels 3; divisor 8; parameters 2,668,802; "
+        "psnr 32.53"
+    )
+    assert "<th>license</th>" in str(model._repr_html_())
+    assert "FlowProx" in repr(UnfoldedPGD([glow_prox()]))
 
 
 class NoHostReads(TorchDispatchMode):

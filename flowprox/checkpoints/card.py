@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,31 @@ class Card:
             if key in (values.get(part) or {}) and not holds(values[part][key]):
                 raise CheckpointError(f"the card's {key!r} of {part!r} must be {form}, got {values[part][key]!r:.60}")
         return cls(**values)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What to know first of a model: its problem, what it takes, its size, its figures."""
+        facts = {"name": self.name}
+        if self.problem:
+            spans = {key: f"{low:g} to {high:g}" for key, (low, high) in self.problem.get("ranges", {}).items()}
+            values = {**self.problem.get("parameters", {}), **spans}
+            facts["problem"] = ", ".join(
+                [str(self.problem["name"]), *(f"{key} {value}" for key, value in values.items())]
+            )
+        taken = {key: self.preprocessing.get(key) for key in ("channels", "divisor")}
+        facts |= {key: str(value) for key, value in taken.items() if value is not None}
+        facts["parameters"] = f"{self.n_parameters:,}"
+        figures = {key: value for key, value in self.metrics.items() if isinstance(value, float)}
+        return facts | {key: f"{value:.4g}" for key, value in figures.items()}
+
+    def __str__(self) -> str:
+        return "; ".join(value if key in ("name", "problem") else f"{key} {value}" for key, value in self.facts.items())
+
+    def to_html(self) -> str:
+        """The facts and the terms as a table."""
+        facts = {**self.facts, "license": self.license}
+        rows = (f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in facts.items())
+        return f"<table>{''.join(rows)}</table>"
 
     def to_json(self) -> str:
         """The card as indented JSON."""

@@ -48,9 +48,9 @@ def sample(
     size: int | None = None,
     device: str = "cpu",
 ) -> None:
-    """Draw images or noise from a trained flow, as one picture.
+    """Draw images or noise from a trained flow, or from the flow of each fold of an unfolded network, as one picture.
 
-    Noise is stretched so that its lowest value is black and its highest white.
+    Noise is stretched so that its lowest value is black and its highest white. Each fold has a row of its own.
 
     Arguments:
         model: a shipped model (see "flowprox models"), a folder, or hf:ORG/NAME.
@@ -73,17 +73,19 @@ def sample(
     from flowprox.data import save_image
     from flowprox.flows import Flow
     from flowprox.noise import FlowNoise
+    from flowprox.unfolding import Unfolded
 
     loaded = load_model(model, device=device)
     flow = loaded.flow if isinstance(loaded, FlowNoise) else loaded
-    if not isinstance(flow, Flow):
+    if not isinstance(flow, Flow | Unfolded):
         raise ValueError(f"model {model!r} is a {type(flow).__name__}, not a flow; see flowprox models")
     generator = torch.Generator(device).manual_seed(seed)
     x = flow.sample(n, temperature, None if size is None else (size, size), generator)
     if isinstance(loaded, FlowNoise):
         x = (x - x.amin()) / (x.amax() - x.amin())
     os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-    save_image(make_grid(x.clamp(0, 1).cpu(), nrow=math.ceil(math.sqrt(n)), padding=2, pad_value=1.0), out)
+    columns = n if isinstance(flow, Unfolded) else math.ceil(math.sqrt(n))
+    save_image(make_grid(x.clamp(0, 1).cpu(), nrow=columns, padding=2, pad_value=1.0), out)
     print(f"written to {out}")
 
 

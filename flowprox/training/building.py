@@ -64,7 +64,9 @@ def _make_prox(options: UnfoldedOptions, data: DataOptions) -> nn.Module:
     if options.prox in ("flow", "plug-and-play"):
         assert options.flow is not None
         levels = options.levels if options.channelwise else None
-        return FlowProx(make_flow(options.flow, data), options.base, options.channelwise, levels)
+        return FlowProx(
+            make_flow(options.flow, data), options.base, options.channelwise, levels, options.log_determinant
+        )
     if options.pretrained is None:
         return make_net_prox(options.prox, options.prox_arguments, data)
     prox = load_model(options.pretrained)

@@ -50,10 +50,10 @@ def export_program(model: Reconstructor, physics: Physics, y: Tensor) -> Exporte
             measurement, for which the batch size cannot be left open.
 
     Example:
-        >>> import flowprox
-        >>> model = flowprox.load_model("unfolded-denoising-faces64")
-        >>> physics = flowprox.make_physics("denoising", (3, 32, 32), sigma=0.2)
-        >>> y = physics(torch.rand(3, 3, 32, 32))
+        >>> from flowprox import Glow, FlowProx, UnfoldedPGD, make_physics
+        >>> model = UnfoldedPGD([FlowProx(Glow((3, 16, 16), n_levels=1, n_steps=1, hidden_channels=4))]).eval()
+        >>> physics = make_physics("denoising", (3, 16, 16), sigma=0.2)
+        >>> y = physics(torch.rand(3, 3, 16, 16))
         >>> program = export_program(model, physics, y[:2])
         >>> with torch.no_grad():
         ...     bool((program.module()(y) - model(y, physics)).abs().max() < 1e-5)
