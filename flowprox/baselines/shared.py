@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from importlib.metadata import requires
 from types import ModuleType
 
 import torch
@@ -78,7 +79,10 @@ def require_package(module: str, package: str, needed_for: str, extra: str | Non
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise
-        install = package if extra is None else f'"flowprox[{extra}]"'
+        wanted = [
+            r.partition(";")[0].strip() for r in requires("flowprox") or () if extra and f"extra == '{extra}'" in r
+        ]
+        install = " ".join(f"'{one}'" for one in wanted) or package  # works in a clone and outside of one
         raise ImportError(f"{needed_for} needs the package {package}: pip install {install}") from error
 
 

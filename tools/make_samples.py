@@ -1,6 +1,6 @@
 """Makes the bundled pictures again from the images inside scikit-image and matplotlib.
 
-Run it as ``python -m flowprox.samples.make_samples``. Nothing is downloaded. ``SOURCES.md`` tells where each picture
+Run it as ``python tools/make_samples.py``. Nothing is downloaded. ``SOURCES.md`` tells where each picture
 comes from and why it may be handed on.
 """
 
