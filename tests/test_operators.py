@@ -13,6 +13,7 @@ import pytest
 import torch
 from deepinv.physics import LinearPhysics
 from helpers import assert_adjoint, assert_linear, assert_prox, dense_matrix
+from PIL import Image
 from torch import Tensor
 
 from flowprox.naming import build
@@ -36,7 +37,7 @@ from flowprox.operators import (
 
 SHAPE = (3, 8, 10)
 OWN_MASK = (torch.arange(80).view(8, 10) % 3 > 0).float()
-OWN_KERNEL = torch.tensor([[0.0, 0.1, 0.2], [0.3, 0.4, 0.0], [0.0, 0.0, 0.1]])
+OWN_KERNEL = torch.tensor([[0.0, 0.1, 0.2], [0.3, 0.3, 0.0], [0.0, 0.0, 0.1]])
 
 
 class Case(NamedTuple):
@@ -96,6 +97,14 @@ def test_same_result_in_a_batch_and_channels_last(
     assert together.dtype == x.dtype
     torch.testing.assert_close(together, torch.cat([physics.A(image[None]) for image in x]))
     torch.testing.assert_close(together, physics.A(x.contiguous(memory_format=torch.channels_last)))
+
+
+@every_operator
+def test_images_of_numpys_type_are_measured(make: Callable[[], LinearPhysics], shape: tuple[int, int, int]) -> None:
+    physics, x = make(), torch.rand(1, *shape, dtype=torch.float64)
+    y = physics.A(x)
+    assert y.dtype == physics.A_adjoint(y).dtype == torch.float64
+    torch.testing.assert_close(y.float(), physics.A(x.float()), rtol=1e-4, atol=1e-4)
 
 
 @every_operator
@@ -209,6 +218,31 @@ def test_blur_computes_in_float32_for_bfloat16_images() -> None:
     y = physics.A(x.bfloat16())
     assert y.dtype == torch.float32
     torch.testing.assert_close(y, physics.A(x), rtol=0, atol=1e-2)
+
+
+WARNED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "brighter": ("deblurring", {"kernel": torch.ones(3, 3)}, "kernel sums to 9"),
+    "negative": ("deblurring", {"kernel": torch.tensor([[-0.5, 2.0, -0.5]])}, r"smallest value is -0\.5"),
+    "8-bit sigma": ("denoising", {"sigma": 25}, r"divided by 255, here 0\.098"),
+}
+
+
+@pytest.mark.parametrize("case", WARNED)
+def test_what_is_hardly_meant_is_warned_of(case: str) -> None:
+    name, parameters, message = WARNED[case]
+    with pytest.warns(UserWarning, match=message):
+        make_physics(name, SHAPE, **parameters)
+
+
+def test_masks_and_kernels_are_read_from_pictures(tmp_path: Path) -> None:
+    mask = (OWN_MASK.numpy() * 255).astype(np.uint8)
+    Image.fromarray(np.stack([mask] * 3, 2)).save(tmp_path / "mask.png")
+    assert torch.equal(
+        make_physics("inpainting", SHAPE, mask=tmp_path / "mask.png").A(torch.ones(1, *SHAPE))[0, 0], OWN_MASK
+    )
+    Image.fromarray((OWN_KERNEL.numpy() * 200).astype(np.uint8)).save(tmp_path / "kernel.png")
+    physics = make_physics("deblurring", SHAPE, kernel=str(tmp_path / "kernel.png"))
+    torch.testing.assert_close(physics.get_buffer("filter")[0, 0], OWN_KERNEL, rtol=0, atol=0.01)
 
 
 def test_a_kernel_larger_than_a_later_image_is_refused() -> None:
@@ -494,9 +528,9 @@ def test_a_problem_with_an_array_has_a_label_but_no_json() -> None:
         ("deblurring", {"kernel_size": 9}, "kernel of 9x9 is larger than the image of 8x10"),
         ("deblurring", {"kernel_size": 5, "sigma_blur": 0.0}, "sigma_blur must be positive"),
         ("deblurring", {"kernel_size": 5, "boundary": "circualr"}, "unknown boundary .* did you mean circular"),
-        ("deblurring", {"kernel": torch.ones(2, 3)}, "odd sides"),
-        ("deblurring", {"kernel": torch.ones(3)}, r"kernel must be a matrix \(h, w\)"),
-        ("deblurring", {"kernel": torch.zeros(3, 3)}, "not all zero"),
+        ("deblurring", {"kernel": torch.ones(2, 3) / 6}, "odd sides"),
+        ("deblurring", {"kernel": torch.ones(3) / 3}, r"kernel must be a matrix \(h, w\)"),
+        ("deblurring", {"kernel": torch.full((3, 3), torch.nan)}, "not all zero"),
         ("denoising", {"noise": "sinusiodal"}, "unknown noise 'sinusiodal'; did you mean sinusoidal"),
         ("denoising", {"noise": 0.1}, "noise must be a name .* got 0.1"),
         ("denoising", {"noise": "sinusoidal", "noise_parameters": {"peroid": 8}}, "no parameter 'peroid'"),

@@ -12,7 +12,7 @@ from helpers import assert_adjoint, assert_linear
 from torch import Tensor
 
 from flowprox import FlowProx, Glow, UnfoldedHQS, UnfoldedPGD
-from flowprox.operators import WindowedBlur, fit_to_divisor, make_physics
+from flowprox.operators import WindowedBlur, fit_to_divisor, make_physics, mirrored
 from flowprox.operators.sizes import _continued
 
 SIGMA_ZERO: dict[str, dict[str, Any]] = {
@@ -73,6 +73,40 @@ def test_measurement_of_a_zero_boundary_binds_the_inside_only() -> None:
     torch.testing.assert_close(inside, physics.A(x), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(12, 12), (9, 14)], ids=str)
+def test_a_valid_boundary_belongs_to_the_image(size: tuple[int, int]) -> None:
+    kernel = torch.rand(3, 5)
+    physics = make_physics("deblurring", (3, *size), kernel=kernel / kernel.sum(), boundary="valid", sigma=0.0)
+    x = torch.rand(1, 3, *size)
+    y = physics.A(x)
+    fitted = fit_to_divisor(y, physics, 4)
+    extended = torch.rand(1, 3, *fitted.y.shape[-2:])
+    extended[..., fitted.rows, fitted.columns] = x
+    measured = fitted.physics.get_buffer("mask") > 0
+    assert measured.sum() == y[0, 0].numel() and all(side % 4 == 0 for side in extended.shape[-2:])
+    torch.testing.assert_close(fitted.physics.A(extended)[..., measured], y.flatten(-2), rtol=0, atol=1e-5)
+
+
+MIRRORED: dict[str, tuple[str, dict[str, Any]]] = {
+    "odd hole": ("inpainting", {"mask_size": 3}),
+    "kernel": ("deblurring", {"kernel": torch.tensor([[0.2, 0.5, 0.3]])}),
+    "padded kernel": ("deblurring", {"kernel": torch.tensor([[0.2, 0.5, 0.3]]), "boundary": "replicate"}),
+    "noise": ("denoising", {"noise": "radial"}),
+    "smaller": ("super-resolution", {"factor": 2}),
+    "subsampled": ("super-resolution", {"factor": 2, "filter": None}),
+}
+
+
+@pytest.mark.parametrize("case", MIRRORED)
+def test_mirrored(case: str) -> None:
+    name, parameters = MIRRORED[case]
+    physics, x = make_physics(name, (1, 8, 10), **parameters), torch.rand(2, 1, 8, 10)
+    other = mirrored(physics)
+    torch.testing.assert_close(other.A(x.flip(-1)), physics.A(x).flip(-1))
+    if case == "noise":
+        assert torch.equal(other.noise_model.scale, physics.noise_model.scale.flip(-1))  # type: ignore[union-attr, operator]
+
+
 def test_asymmetric_kernel_is_not_mirrored() -> None:
     kernel = torch.rand(3, 5)
     physics = make_physics("deblurring", (3, 9, 9), kernel=kernel / kernel.sum(), boundary="reflect", sigma=0.0)
@@ -80,7 +114,7 @@ def test_asymmetric_kernel_is_not_mirrored() -> None:
     fitted = fit_to_divisor(physics.A(x), physics, 4)
     residual = fitted.physics.A(_continued_image(x, fitted, "reflect")) - fitted.y
     assert residual[..., fitted.rows, fitted.columns].abs().max() < 1e-5
-    assert float(fitted.physics.get_buffer("seen").sum()) == 81
+    assert float(fitted.physics.get_buffer("mask").sum()) == 81
 
 
 def test_windowed_blur_is_linear_and_has_its_adjoint() -> None:
@@ -112,3 +146,8 @@ def test_both_iterations_take_extended_operators(name: str) -> None:
         with torch.no_grad():
             x_hat = network(fitted.y, fitted.physics)
         assert x_hat.shape == fitted.y.shape and bool(x_hat.isfinite().all())
+
+
+def test_an_operator_without_a_mirror_image_is_refused() -> None:
+    with pytest.raises(ValueError, match="RealMRI has no mirror image"):
+        mirrored(make_physics("mri", (1, 8, 8)))

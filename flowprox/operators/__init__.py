@@ -11,10 +11,17 @@ factor times smaller, MRI (B, 2 C, H, W), tomography (B, C, N, n_angles). Denois
 whatever size they were made for; the other operators belong to one size.
 """
 
-from flowprox.operators.blur import CircularBlur, CircularConvolution, LearnedBlur
+from flowprox.operators.blur import (
+    BOUNDARIES,
+    CircularBlur,
+    CircularConvolution,
+    LearnedBlur,
+    PaddedBlur,
+    WindowedBlur,
+)
 from flowprox.operators.data_steps import ExactProx, data_gradient, data_prox
 from flowprox.operators.imaging import FILTERS, ParallelCT, RealMRI, SuperResolution, cartesian_mask
-from flowprox.operators.kinds import BOUNDARIES, PROBLEMS, Parameter, ProblemKind
+from flowprox.operators.kinds import PROBLEMS, Parameter, ProblemKind
 from flowprox.operators.masks import center_mask, random_mask
 from flowprox.operators.measuring import (
     check_adjoint,
@@ -26,7 +33,7 @@ from flowprox.operators.measuring import (
 )
 from flowprox.operators.problems import Problem, make_physics
 from flowprox.operators.sensing import DenseSensing, OneBitSensing, StructuredSensing
-from flowprox.operators.sizes import Fitted, WindowedBlur, fit_to_divisor
+from flowprox.operators.sizes import Fitted, fit_to_divisor, mirrored
 from flowprox.operators.varied import VariedProblem
 
 __all__ = [
@@ -40,6 +47,7 @@ __all__ = [
     "Fitted",
     "OneBitSensing",
     "PROBLEMS",
+    "PaddedBlur",
     "ParallelCT",
     "Parameter",
     "Problem",
@@ -61,5 +69,6 @@ __all__ = [
     "measure_each",
     "measured_entries",
     "measurement_shape",
+    "mirrored",
     "random_mask",
 ]

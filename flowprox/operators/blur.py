@@ -1,8 +1,9 @@
-"""Blur with circular boundary, by a given or a learned kernel.
+"""Blur by a given or a learned kernel.
 
     A x = F^-1 (h F x),    A^T y = F^-1 (conj(h) F y),    h = F(kernel)
 
-F is the discrete Fourier transform, h the kernel's transfer function, A^T the adjoint of A.
+F is the discrete Fourier transform, h the kernel's transfer function, A^T the adjoint of A: this is the circular boundary,
+which sees the image repeated. ``PaddedBlur`` has the others.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from deepinv.physics import NoiseModel
-from deepinv.physics.functional import filter_fft, gaussian_blur
+from deepinv.physics import Blur, LinearPhysics, NoiseModel
+from deepinv.physics.functional import conv2d, conv_transpose2d, filter_fft, gaussian_blur
 from torch import Tensor, nn
 
 from flowprox.naming import Specified
@@ -19,7 +20,20 @@ from flowprox.noise import GaussianNoise
 from flowprox.noise.base import at_least_zero
 from flowprox.operators.data_steps import ExactProx
 
-__all__ = ["CircularBlur", "CircularConvolution", "LearnedBlur", "checked_kernel", "gaussian_kernel"]
+__all__ = [
+    "BOUNDARIES",
+    "CircularBlur",
+    "CircularConvolution",
+    "LearnedBlur",
+    "PaddedBlur",
+    "WindowedBlur",
+    "checked_kernel",
+    "gaussian_kernel",
+]
+
+BOUNDARIES = ("circular", "reflect", "replicate", "zeros", "valid")
+"""What a blur sees outside the image: the image repeated, mirrored, its last pixel, black; or it keeps to the pixels whose
+whole neighborhood is known, "valid", so that the measurement is smaller by the kernel's sides less one."""
 
 
 class CircularConvolution(ExactProx):
@@ -110,6 +124,69 @@ class CircularBlur(CircularConvolution):
     def kernel(self) -> Tensor:
         """The kernel, shape (1, 1, h, w)."""
         return self.get_buffer("filter")
+
+
+class PaddedBlur(Blur):
+    """Blur with another boundary than the circular one: deepinv's ``Blur``, for images of any floating-point type.
+
+    Arguments:
+        kernel: (h, w) with h and w odd.
+        boundary: one of ``BOUNDARIES`` but "circular".
+        image_shape: (C, H, W) the operator is made for; any size that holds the kernel can be passed.
+        device: where the kernel is kept.
+
+    Raises:
+        ValueError: the kernel is not a finite, non-zero matrix with odd sides, or is larger than the image.
+
+    Example:
+        >>> physics = PaddedBlur(torch.full((3, 3), 1 / 9), "valid")
+        >>> physics.A(torch.ones(1, 3, 8, 8)).shape
+        torch.Size([1, 3, 6, 6])
+    """
+
+    def __init__(
+        self,
+        kernel: Tensor,
+        boundary: str,
+        *,
+        image_shape: tuple[int, int, int] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        kernel = checked_kernel(kernel, image_shape)[None, None]
+        super().__init__(filter=kernel, padding=boundary, device=torch.device(device), img_size=image_shape)
+        self.set_noise_model(GaussianNoise(0.0))
+
+    def A(self, x: Tensor, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """k * x: (B, C, H, W), or less the kernel's sides plus one where the boundary is "valid"."""
+        return conv2d(x, self.get_buffer("filter").to(x.dtype), padding=self.padding)
+
+    def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The adjoint of A, (B, C, H, W)."""
+        return conv_transpose2d(y, self.get_buffer("filter").to(y.dtype), padding=self.padding)
+
+
+class WindowedBlur(LinearPhysics):
+    """A = M (k *): a blur of which only the pixels of M are measured.
+
+    Where M keeps the kernel's radius away from the border, the circular convolution inside equals any other.
+
+    Arguments:
+        kernel: (h, w) with odd sides.
+        mask: M (H, W), 1 where the blurred image is measured, 0 elsewhere.
+    """
+
+    def __init__(self, kernel: Tensor, mask: Tensor) -> None:
+        super().__init__()
+        self.blur = CircularBlur(kernel, device=kernel.device)
+        self.register_buffer("mask", mask.to(kernel))
+
+    def A(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """M (k * x), of the shape of x (B, C, H, W)."""
+        return self.get_buffer("mask") * self.blur.A(x)
+
+    def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
+        """The adjoint blur of M y, of the shape of y (B, C, H, W)."""
+        return self.blur.A_adjoint(self.get_buffer("mask") * y)
 
 
 class LearnedBlur(Specified, CircularConvolution):

@@ -1,19 +1,20 @@
 """Super-resolution, magnetic resonance and computed tomography of real images, each channel alone.
 
-    SR:     y = S (h * x)            h a filter, circular boundary; S every factor-th row and column
+    SR:     y = R x C^T              R and C the weights of a filter around every factor-th row and column
     MRI:    y = M F x                F the orthogonal Fourier transform, M a mask of lines in k-space
     CT:     y = R x / ||R||          R line integrals along n_angles parallel beams
 
-x image (B, C, H, W), real; y measurement. All three are deepinv's operators, whose MRI takes complex images and whose
-tomography rotates the image for every angle.
+x image (B, C, H, W), real; y measurement. MRI and CT are deepinv's operators; its MRI takes complex images, its tomography
+rotates the image for every angle, and its downsampling has another grid for every filter and factor.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from deepinv.physics import MRI, Downsampling, NoiseModel, Tomography, adjoint_function
+from deepinv.physics import MRI, NoiseModel, Tomography, adjoint_function
 from deepinv.physics.functional import Radon
 from deepinv.physics.generator import RandomMaskGenerator
 from torch import Tensor
@@ -117,21 +118,24 @@ class RealMRI(ExactProx):
             )
 
 
-class SuperResolution(ExactProx, Downsampling):
-    """Filtering and subsampling: y = S (h * x), every factor-th row and column of the circularly filtered image.
+class SuperResolution(ExactProx):
+    """Filtering and subsampling, as a camera or Pillow's ``resize`` makes a smaller picture: y = R x C^T.
 
-    deepinv's ``Downsampling`` with an exact data step that is stable for small rho: A A^T is a circular convolution of
-    the small image, so its inverse is a division in the Fourier domain.
+        y_j = sum_i h((i - c_j) / f) x_i / sum_i h((i - c_j) / f),      c_j = f j + (f - 1) / 2
+
+    in rows and columns, R and C being these weights: sample j stands in the middle of its f pixels, and beyond the border
+    there is nothing. With "bicubic" and "bilinear" it is Pillow's antialiased resize. Without a filter it is the pixel at or
+    before c_j.
 
     Arguments:
-        factor: divides H and W.
+        factor: f, divides H and W.
         image_shape: (C, H, W).
         filter: h, one of ``FILTERS``; None for bare subsampling.
         noise_model: noise added to the small image; none by default.
-        device: where the filter is kept.
+        device: where the weights are kept.
 
     Raises:
-        ValueError: factor does not divide H and W, the filter is unknown or larger than the image.
+        ValueError: factor does not divide H and W, or the filter is unknown.
 
     Example:
         >>> physics = SuperResolution(2, (3, 16, 16))
@@ -156,24 +160,74 @@ class SuperResolution(ExactProx, Downsampling):
             )
         if filter is not None and filter not in FILTERS:
             raise ValueError(f"unknown filter {filter!r}; known: {', '.join(FILTERS)}, None")
-        super().__init__(img_size=tuple(image_shape), filter=filter, factor=factor)  # pyright: ignore
+        super().__init__(img_size=tuple(image_shape))
         self.set_noise_model(noise_model or GaussianNoise(0.0))
-        if filter is not None and any(
-            h > side for h, side in zip(self.get_buffer("filter").shape[-2:], (height, width), strict=True)
-        ):
-            raise ValueError(
-                f"the {filter} filter of factor {factor} is larger than the image of {height}x{width}; "
-                "use a smaller factor or larger images"
-            )
+        self.register_buffer("rows", _sampling(height, factor, filter), persistent=False)
+        self.register_buffer("columns", _sampling(width, factor, filter), persistent=False)
+        self._spectra: tuple[Tensor, ...] = ()
         self.to(device)
 
+    def A(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """R x C^T: (B, C, H/f, W/f) from images (B, C, H, W)."""
+        rows, columns = self._weights(x)
+        if x.shape[-2:] != (rows.shape[1], columns.shape[1]):
+            raise ValueError(
+                f"images of {x.shape[-2]}x{x.shape[-1]} do not fit the operator, which was made for {rows.shape[1]}x"
+                f"{columns.shape[1]}; build it with the image_shape of the images"
+            )
+        return rows @ x @ columns.T
+
+    def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
+        """R^T y C: (B, C, H, W) from small images (B, C, H/f, W/f)."""
+        rows, columns = self._weights(y)
+        return rows.T @ y @ columns
+
     def regularized_inverse(self, v: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:
-        """argmin_x 1/2 ||y - A x||^2 + rho/2 ||x - v||^2 = v + A^T (A A^T + rho I)^-1 (y - A v)."""
-        impulse = torch.zeros_like(y[:1])
-        impulse[..., 0, 0] = 1.0
-        gram = torch.fft.rfft2(self.A(self.A_adjoint(impulse))).real  # A A^T in the Fourier domain
-        spectrum = torch.fft.rfft2(y - self.A(v)) / (gram + rho)
-        return v + self.A_adjoint(torch.fft.irfft2(spectrum, s=y.shape[-2:]))
+        """v + A^T (A A^T + rho I)^-1 (y - A v), in the eigenvectors of R R^T and C C^T."""
+        residual = y - self.A(v)
+        rows, row_values, columns, column_values = self._eigen(residual)
+        spectrum = (rows.T @ residual @ columns) / (row_values[:, None] * column_values + rho)
+        return v + self.A_adjoint(rows @ spectrum @ columns.T)
+
+    def _weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.get_buffer("rows").to(x.dtype), self.get_buffer("columns").to(x.dtype)
+
+    def _eigen(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Eigenvectors and eigenvalues of R R^T, then of C C^T; computed once."""
+        if not self._spectra or self._spectra[0].dtype != x.dtype or self._spectra[0].device != x.device:
+            pairs = (torch.linalg.eigh(w.double() @ w.double().T) for w in (part.cpu() for part in self._weights(x)))
+            self._spectra = tuple(part.to(x) for values, vectors in pairs for part in (vectors, values))
+        return self._spectra
+
+
+def _sampling(length: int, factor: int, filter: str | None) -> Tensor:
+    """Weights (length // factor, length) of every pixel in every sample."""
+    if filter is None:
+        return torch.eye(length)[(factor - 1) // 2 :: factor]
+    centers = factor * torch.arange(length // factor, dtype=torch.float64) + (factor - 1) / 2
+    weights = _filter_value((torch.arange(length) - centers[:, None]) / factor, factor, filter)
+    return (weights / weights.sum(1, keepdim=True)).float()
+
+
+def _filter_value(t: Tensor, factor: int, filter: str) -> Tensor:
+    """h(t), t in small pixels."""
+    t = t.abs()
+    if filter == "bilinear":
+        return (1 - t).clamp_min(0)
+    if filter == "gaussian":
+        return torch.exp(-0.5 * t.square()) * (t <= 3)
+    if filter == "bicubic":  # Keys, a = -1/2
+        inner, outer = 1.5 * t**3 - 2.5 * t**2 + 1, -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2
+        return torch.where(t <= 1, inner, torch.where(t < 2, outer, 0.0))
+    # a sinc of 4 f taps in a Kaiser window, as deepinv's sinc_filter has it
+    attenuation = 2.285 * (4 * factor - 1) * math.pi * 2 * (2 - math.sqrt(2)) / factor + 7.95
+    beta = (
+        0.5842 * (attenuation - 21) ** 0.4 + 0.07886 * (attenuation - 21)
+        if attenuation < 50
+        else 0.1102 * (attenuation - 8.7)
+    )
+    inside = 1 - (2 * t * factor / (4 * factor - 1)).square()
+    return torch.sinc(t) * torch.special.i0(beta * inside.clamp_min(0).sqrt()) * (inside >= 0)
 
 
 class ParallelCT(Tomography):
@@ -220,28 +274,32 @@ class ParallelCT(Tomography):
         )
         self.register_buffer("matrix", matrix, persistent=False)
         self.register_buffer("transpose", None if matrix is None else matrix.t().coalesce(), persistent=False)
+        self.register_buffer("operator_norm", torch.ones(()))
         x = torch.zeros(1, 1, *image_shape[1:])
         with torch.random.fork_rng(devices=[]):  # the power method starts at random
             torch.manual_seed(0)
-            self.register_buffer("operator_norm", self.compute_sqnorm(x, verbose=False).sqrt())
+            self.operator_norm = self.compute_sqnorm(x, verbose=False).sqrt()
         self.normalize = True
         self.to(device)
 
     def A(self, x: Tensor, **kwargs: Any) -> Tensor:
         """R x / ||R||: (B, C, N, n_angles) from images (B, C, W, W)."""
-        if self.matrix is None or tuple(x.shape[-2:]) != (self.img_width, self.img_width):
-            return super().A(x)
-        y = _SparseProduct.apply(x.flatten(-2), self.matrix, self.transpose)
+        norm, matrix = self.get_buffer("operator_norm"), self.matrix
+        if not isinstance(matrix, Tensor) or tuple(x.shape[-2:]) != (self.img_width, self.img_width):
+            return super().A(x.to(norm.dtype)).to(x.dtype)
+        y = _SparseProduct.apply(x.flatten(-2).to(norm.dtype), matrix, self.transpose)
         y = y.view(*x.shape[:2], -1, len(self.angles))  # pyright: ignore
-        return y / self.operator_norm if self.normalize else y
+        return (y / norm if self.normalize else y).to(x.dtype)
 
     def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
         """R^T y / ||R||: (B, C, W, W) from measurements (B, C, N, n_angles)."""
+        norm, dtype = self.get_buffer("operator_norm"), y.dtype
         shape = (*y.shape[:2], self.img_width, self.img_width)
+        y = y.to(norm.dtype)
         if self.matrix is None:
-            return adjoint_function(self.A, shape, device=y.device, dtype=y.dtype)(y)  # pyright: ignore
+            return adjoint_function(self.A, shape, device=y.device, dtype=y.dtype)(y).to(dtype)  # pyright: ignore
         x = _SparseProduct.apply(y.flatten(-2), self.transpose, self.matrix).view(shape)  # pyright: ignore
-        return x / self.operator_norm if self.normalize else x
+        return (x / norm if self.normalize else x).to(dtype)
 
 
 class _SparseProduct(torch.autograd.Function):

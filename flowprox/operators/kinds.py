@@ -7,6 +7,7 @@ To add one, write the function that builds it and enter it:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +15,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from deepinv.physics import Blur, Denoising, Inpainting, LinearPhysics, Physics
+from deepinv.physics import Denoising, Inpainting, LinearPhysics, Physics
+from PIL import Image
 from torch import Tensor
 
 from flowprox.naming import nearest
-from flowprox.operators.blur import CircularBlur, checked_kernel, gaussian_kernel
+from flowprox.operators.blur import BOUNDARIES, CircularBlur, PaddedBlur, gaussian_kernel
 from flowprox.operators.imaging import FILTERS, ParallelCT, RealMRI, SuperResolution, cartesian_mask
 from flowprox.operators.masks import center_mask, checked_mask, random_mask, varied_masks
 from flowprox.operators.sensing import DenseSensing, OneBitSensing, StructuredSensing
 from flowprox.operators.sizes import Fitted, fit_to_divisor
 
-__all__ = ["BOUNDARIES", "PROBLEMS", "ImageShape", "Parameter", "ProblemKind"]
-
-BOUNDARIES = ("circular", "reflect", "replicate", "zeros")
-"""What a blur sees outside the image: the image repeated, mirrored, its last pixel, black."""
+__all__ = ["PROBLEMS", "ImageShape", "Parameter", "ProblemKind"]
 
 ImageShape = tuple[int, int, int]
 
@@ -67,7 +66,8 @@ class ProblemKind:
         description: one line.
         is_linear: whether the operator is a ``deepinv.physics.LinearPhysics``, which most methods need.
         measures_pictures: whether y is a picture (B, C, H', W'), shown and saved as one; otherwise it is an array only.
-        magnification: the parameter that says how many times the image is larger than its measured picture; "" for none.
+        image_size: ``(height, width, parameters) -> (height, width)`` of the image behind a measured picture of that size; None
+            where both are equal.
         loses_scale: whether y does not tell how bright the image is; estimates are then scaled to fit before they are compared.
         drawn: what is drawn at random with the operator, such as "mask"; a measurement comes with the parameter of that
             name, if there is one, or with the operator's seed. "" for nothing.
@@ -84,7 +84,7 @@ class ProblemKind:
     description: str
     is_linear: bool = True
     measures_pictures: bool = True
-    magnification: str = ""
+    image_size: Callable[[int, int, Mapping[str, Any]], tuple[int, int]] | None = None
     loses_scale: bool = False
     drawn: str = ""
     extend: Callable[[Tensor, LinearPhysics, int], Fitted] | None = None
@@ -137,16 +137,33 @@ def _deblurring(
 ) -> LinearPhysics:
     if boundary not in BOUNDARIES:
         raise ValueError(f"unknown boundary {boundary!r}; {nearest(str(boundary), BOUNDARIES)}")
-    given = gaussian_kernel(kernel_size, sigma_blur) if kernel is None else _array("kernel", kernel)
-    checked = checked_kernel(given, image_shape)
+    k = gaussian_kernel(kernel_size, sigma_blur) if kernel is None else _own_kernel(kernel)
     if boundary == "circular":
-        return CircularBlur(checked, image_shape=image_shape, device=device)
-    return Blur(
-        filter=checked[None, None],
-        padding=boundary,
-        device=torch.device(device),
-        img_size=image_shape,
-    )
+        return CircularBlur(k, image_shape=image_shape, device=device)
+    return PaddedBlur(k, boundary, image_shape=image_shape, device=device)
+
+
+def _own_kernel(kernel: Any) -> Tensor:
+    k = _array("kernel", kernel)
+    if abs(float(k.sum()) - 1) > 0.01 or bool((k < 0).any()):
+        warnings.warn(
+            f"kernel sums to {float(k.sum()):.4g} and its smallest value is {float(k.min()):.4g}; a blur that keeps the "
+            "brightness has no negative values and the sum 1: divide the kernel by its sum",
+            stacklevel=2,
+        )
+    return k
+
+
+def _blurred_image_size(height: int, width: int, parameters: Mapping[str, Any]) -> tuple[int, int]:
+    if parameters["boundary"] != "valid":
+        return height, width
+    own = parameters["kernel"]
+    h, w = _array("kernel", own).shape if own is not None else 2 * (parameters["kernel_size"],)
+    return height + h - 1, width + w - 1
+
+
+def _enlarged_size(height: int, width: int, parameters: Mapping[str, Any]) -> tuple[int, int]:
+    return height * parameters["factor"], width * parameters["factor"]
 
 
 def _compressed_sensing(
@@ -220,7 +237,8 @@ PROBLEMS: dict[str, ProblemKind] = {
             "mask_size": Parameter(19, "side of the hidden square in the middle, or height and width", "pixels"),
             "sigma": Parameter(0.0, _SIGMA, "image range"),
             "mask": Parameter(
-                None, "own mask (H, W) in the place of the square: 1 seen, 0 hidden; an array or an .npy file"
+                None,
+                "own mask (H, W) in the place of the square: 1 seen, 0 hidden; an array or a file, of a picture white",
             ),
         },
         "a hidden square of mask_size pixels in the middle, or a mask of your own",
@@ -233,7 +251,7 @@ PROBLEMS: dict[str, ProblemKind] = {
         {
             "keep": Parameter(0.5, "fraction of the pixels that are seen, at random places"),
             "sigma": Parameter(0.0, _SIGMA, "image range"),
-            "mask": Parameter(None, "own mask (H, W): 1 seen, 0 hidden; an array or an .npy file"),
+            "mask": Parameter(None, "own mask (H, W): 1 seen, 0 hidden; an array or a file, of a picture white"),
         },
         "a fraction keep of the pixels seen, at random places, or a mask of your own",
         drawn="mask",
@@ -246,11 +264,14 @@ PROBLEMS: dict[str, ProblemKind] = {
         {
             "sigma_blur": Parameter(5.0, "standard deviation of the Gaussian kernel", "pixels"),
             "kernel_size": Parameter(9, "odd side of the square that the kernel is cut to", "pixels"),
-            "boundary": Parameter("circular", f"what is seen outside the image: {', '.join(BOUNDARIES)}"),
+            "boundary": Parameter("circular", f"what is seen outside: {', '.join(BOUNDARIES)} (nothing: y is smaller)"),
             "sigma": Parameter(0.01, _SIGMA, "image range"),
-            "kernel": Parameter(None, "own kernel (h, w) with odd sides and sum 1; an array or an .npy file"),
+            "kernel": Parameter(
+                None, "own kernel (h, w) with odd sides and sum 1; an array, an .npy file or a picture"
+            ),
         },
         "Gaussian blur of sigma_blur pixels cut to kernel_size, or a kernel of your own, and noise",
+        image_size=_blurred_image_size,
         extend=fit_to_divisor,
     ),
     "compressed-sensing": ProblemKind(
@@ -292,7 +313,7 @@ PROBLEMS: dict[str, ProblemKind] = {
             "sigma": Parameter(0.01, _SIGMA, "image range"),
         },
         "an image factor times smaller in height and width, filtered before it is sampled, and noise",
-        magnification="factor",
+        image_size=_enlarged_size,
     ),
     "mri": ProblemKind(
         _mri,
@@ -306,7 +327,7 @@ PROBLEMS: dict[str, ProblemKind] = {
                 0.01, f"{_SIGMA}, real and imaginary part", "image range (orthonormal Fourier transform)"
             ),
             "mask": Parameter(
-                None, "own mask (H, W), zero frequency in the middle: 1 measured, 0 not; an array or .npy file"
+                None, "own mask (H, W), zero frequency in the middle: 1 measured, 0 not; an array or file"
             ),
         },
         "one in acceleration columns of k-space of a real image, single coil, at random places, or a mask of your own",
@@ -327,17 +348,28 @@ PROBLEMS: dict[str, ProblemKind] = {
 
 
 def _array(name: str, value: Any) -> Tensor:
-    """An array, tensor, nested list or .npy path as float32."""
+    """An array, tensor, nested list, .npy file or picture as float32; a picture of a mask is 1 where it is bright, one of a
+    kernel has the sum 1."""
     if isinstance(value, str | Path):
-        if not Path(value).is_file():
-            raise FileNotFoundError(f"{name}: no file {str(value)!r}; give the path of an .npy array")
+        path = Path(value)
+        if not path.is_file():
+            raise FileNotFoundError(f"{name}: no file {str(value)!r}; give the path of an .npy array or a picture")
         try:
-            value = np.load(value, allow_pickle=False)
-        except (ValueError, EOFError) as error:
+            if path.suffix.lower() == ".npy":
+                value = np.array(
+                    np.load(path, mmap_mode="r", allow_pickle=False)
+                )  # a header that asks for too much fails
+            else:
+                with Image.open(path) as picture:
+                    gray = np.asarray(picture.convert("L"), dtype=np.float64)
+                value = gray / gray.sum().clip(1) if name == "kernel" else gray >= 128
+        except (ValueError, EOFError, OSError) as error:
             raise ValueError(
-                f"{name}: {str(value)!r} is not a plain .npy array ({error}); write it with numpy.save"
+                f"{name}: {str(value)!r} is not a plain .npy array or a picture ({error}); write it with numpy.save"
             ) from error
     try:
-        return torch.as_tensor(value).to(torch.float32)
+        return torch.as_tensor(np.array(value) if isinstance(value, np.ndarray) else value).to(torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} must be an array of numbers or the path of an .npy file ({error})") from error
+        raise ValueError(
+            f"{name} must be an array of numbers or the path of a file that holds one ({error})"
+        ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import operator
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,6 +163,11 @@ def noise_of(
 ) -> NoiseModel:
     """The noise of a problem, for what its operator measures."""
     sigma, noise_norm, noise, noise_parameters = (problem.parameters.get(key) for key in _NOISE)
+    if noise is None and isinstance(sigma, int | float) and sigma > 1 and PROBLEMS[problem.name].measures_pictures:
+        warnings.warn(
+            f"sigma is {sigma:g}, and images lie in [0, 1]: one in 8-bit gray levels is divided by 255, here {sigma / 255:.3g}",
+            stacklevel=3,
+        )
     if noise is None and noise_norm is None:
         return GaussianNoise(0.0 if sigma is None else sigma).to(device)
     measured = measurement_shape(physics, image_shape, device=device)

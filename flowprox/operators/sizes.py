@@ -7,27 +7,29 @@ it the operator, so that the extended image still satisfies the extended equatio
     inpainting   y and mask mirrored alike                                  A = mirrored mask
     deblurring   y continued as the boundary has it; A = M (k *), M = 1 where the continued y is k * x, else 0
 
-For a blur the margin is at least the kernel's radius on every side. Continued means repeated for a circular boundary
-and, with a symmetric kernel, mirrored for "reflect"; for other boundaries M is 1 inside the original measurement only.
-The reconstruction is cropped back.
+For a blur the margin is at least the kernel's radius on every side; where the boundary is "valid" so much of it belongs to
+the image. Continued means repeated for a circular boundary and, with a symmetric kernel, mirrored for "reflect"; for other
+boundaries M is 1 inside the original measurement only. The reconstruction is cropped back.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from deepinv.physics import Blur, Denoising, Inpainting, LinearPhysics, NoiseModel, ZeroNoise
 from torch import Tensor
 
-from flowprox.operators.blur import CircularBlur, CircularConvolution
+from flowprox.operators.blur import CircularBlur, CircularConvolution, PaddedBlur, WindowedBlur
+from flowprox.operators.imaging import SuperResolution
 
-__all__ = ["Fitted", "WindowedBlur", "fit_to_divisor"]
+__all__ = ["Fitted", "fit_to_divisor", "mirrored"]
 
 
 class Fitted(NamedTuple):
-    """A measurement whose sides a model can take: y (B, C, H', W'), its operator, and where the original stands."""
+    """A measurement whose sides a model can take: y (B, C, H', W'), its operator, and where the image stands."""
 
     y: Tensor
     physics: LinearPhysics
@@ -44,7 +46,7 @@ def fit_to_divisor(y: Tensor, physics: LinearPhysics, divisor: int) -> Fitted:
         divisor: of the model.
 
     Returns:
-        y and physics unchanged where the sides are multiples already.
+        y and physics unchanged where the sides of y are multiples already and those of the image.
 
     Raises:
         ValueError: the operator is none of denoising, inpainting and blur, or its noise belongs to one size.
@@ -57,13 +59,15 @@ def fit_to_divisor(y: Tensor, physics: LinearPhysics, divisor: int) -> Fitted:
         (torch.Size([1, 1, 8, 8]), torch.Size([1, 1, 6, 6]))
     """
     sides = (int(y.shape[-2]), int(y.shape[-1]))
-    if all(side % divisor == 0 for side in sides):
+    is_valid = getattr(physics, "padding", "") == "valid"
+    if not is_valid and all(side % divisor == 0 for side in sides):
         return Fitted(y, physics, slice(0, sides[0]), slice(0, sides[1]))
     noise = _noise_of_any_size(physics, divisor)
     kernel = _kernel(physics)
     margin = max(kernel.shape[-2:]) // 2 if kernel is not None else 0
     before, sizes = zip(*(_placed(side, margin, divisor) for side in sides), strict=True)
-    inside = [slice(start, start + side) for start, side in zip(before, sides, strict=True)]
+    radii = [n // 2 for n in kernel.shape[-2:]] if kernel is not None and is_valid else [0, 0]
+    inside = [slice(start - r, start + side + r) for start, side, r in zip(before, sides, radii, strict=True)]
     if kernel is not None:
         extended, operator = _extended_blur(y, physics, kernel, before, sizes)
         operator.set_noise_model(noise)
@@ -99,30 +103,6 @@ def _kernel(physics: LinearPhysics) -> Tensor | None:
     if isinstance(physics, CircularConvolution):
         return physics.kernel()
     return physics.get_buffer("filter") if isinstance(physics, Blur) else None
-
-
-class WindowedBlur(LinearPhysics):
-    """A = M (k *): a blur of which only the pixels of M are measured.
-
-    Where M keeps the kernel's radius away from the border, the circular convolution inside equals any other.
-
-    Arguments:
-        kernel: (h, w) with odd sides.
-        seen: M (H, W), 1 where the blurred image is measured, 0 elsewhere.
-    """
-
-    def __init__(self, kernel: Tensor, seen: Tensor) -> None:
-        super().__init__()
-        self.blur = CircularBlur(kernel, device=kernel.device)
-        self.register_buffer("seen", seen.to(kernel))
-
-    def A(self, x: Tensor, **kwargs: Any) -> Tensor:
-        """M (k * x), of the shape of x (B, C, H, W)."""
-        return self.get_buffer("seen") * self.blur.A(x)
-
-    def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
-        """The adjoint blur of M y, of the shape of y (B, C, H, W)."""
-        return self.blur.A_adjoint(self.get_buffer("seen") * y)
 
 
 def _extended_blur(
@@ -162,3 +142,31 @@ def _continued(n: int, start: int, size: int, mode: str) -> Tensor:
         index = index % (2 * n - 2)
         return torch.minimum(index, 2 * n - 2 - index)
     return index.clamp(0, n - 1)
+
+
+def mirrored(physics: LinearPhysics) -> LinearPhysics:
+    """The operator of mirror images, left and right exchanged: M A M, with M the mirror, masks and kernels mirrored alike.
+
+    A hole that is not in the middle, as one of an odd side in an image of an even one never is, stands elsewhere in the mirror
+    image: a network that reconstructs both must be told so.
+
+    Arguments:
+        physics: of denoising, inpainting, deblurring or super-resolution; it is left as it is.
+
+    Raises:
+        ValueError: the operator has no mirror image that is known.
+
+    Example:
+        >>> from flowprox.operators import make_physics
+        >>> physics = make_physics("inpainting", (1, 4, 4), mask_size=1)
+        >>> physics.get_buffer("mask").argmin().item(), mirrored(physics).get_buffer("mask").argmin().item()
+        (5, 6)
+    """
+    if not isinstance(physics, Denoising | Inpainting | CircularBlur | PaddedBlur | WindowedBlur | SuperResolution):
+        raise ValueError(f"{type(physics).__name__} has no mirror image that is known; use the method without it")
+    other = copy.deepcopy(physics)
+    for name, buffer in other.named_buffers():
+        kind = name.rpartition(".")[2]
+        if kind in ("mask", "filter", "columns") or (kind in ("scale", "mean") and buffer.ndim):
+            buffer.copy_(buffer.flip(-1, -2) if kind == "columns" else buffer.flip(-1))
+    return other

@@ -394,8 +394,9 @@ class _Task:
                 f"{image.path} has {n_channels} channels but the model takes {self.channels}; convert it to gray"
             )
         content = content if self.channels is None else content.expand(-1, self.channels, -1, -1)
-        factor = int(self.problem.parameters.get(self.kind.magnification, 1)) if image.is_measurement else 1
-        return content, (content.shape[1], height * factor, width * factor)
+        if image.is_measurement and self.kind.image_size is not None:
+            height, width = self.kind.image_size(height, width, self.problem.parameters)
+        return content, (content.shape[1], height, width)
 
     # One image --------------------------------------------------------------------------------------------------------
 
