@@ -309,6 +309,12 @@ def test_hidden_pixels_stay_zero_under_noise() -> None:
     assert (y[..., OWN_MASK == 0] == 0).all()
 
 
+def test_masks_of_any_strides_and_byte_order() -> None:
+    mask = OWN_MASK.numpy()
+    for array in (mask[::-1, ::-1][::-1, ::-1], mask.astype(">f4"), mask.astype(bool), mask.T.copy().T):
+        assert torch.equal(make_physics("inpainting", SHAPE, mask=array).A(torch.ones(1, *SHAPE))[0, 0], OWN_MASK)
+
+
 @pytest.mark.parametrize("as_text", [True, False], ids=["text", "path"])
 def test_mask_and_kernel_from_files(tmp_path: Path, as_text: bool) -> None:
     mask, kernel = tmp_path / "mask.npy", tmp_path / "kernel.npy"

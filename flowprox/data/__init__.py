@@ -4,17 +4,14 @@ Images are float32 tensors (C, H, W) in [0, 1]. A data set is decoded once, into
 never waits for files; an image that cannot be read stops it with the file's name, or is skipped and reported.
 """
 
-from flowprox.data.datasets import ImageDataset
-from flowprox.data.images import check_image, load_image, save_image
-from flowprox.data.measurements import load_array, load_measurement
+from flowprox.data.datasets import IMAGE_SUFFIXES, ImageDataset, split_indices
+from flowprox.data.files import load_array, load_image, load_measurement, save_image
 from flowprox.data.sampler import ResumableSampler
-from flowprox.data.sources import IMAGE_SUFFIXES, split_indices
 
 __all__ = [
     "IMAGE_SUFFIXES",
     "ImageDataset",
     "ResumableSampler",
-    "check_image",
     "load_array",
     "load_image",
     "load_measurement",

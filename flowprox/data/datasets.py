@@ -1,29 +1,48 @@
-"""A set of images in memory."""
+"""A set of images in memory: which images there are in folders and shards, and which of them belong to a split.
+
+A shard is an .npz file with two arrays: ``webp``, the bytes of all its images one after the other (any format that
+Pillow reads; WebP by custom), and ``offsets``, whole numbers, where each image begins and the last one ends.
+"""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import math
+import os
+import re
 import warnings
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from flowprox.data.decoding import as_float, fitted
-from flowprox.data.images import StrPath
-from flowprox.data.sources import SPLITS, Entry, entries_of_split, few
+from flowprox.data.files import StrPath, as_float, fitted, read_file
+from flowprox.operators.sensing import check_free
 
-__all__ = ["ImageDataset"]
+__all__ = ["IMAGE_SUFFIXES", "SPLITS", "Entry", "ImageDataset", "entries_of_split", "split_indices"]
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
+SPLITS = ("train", "val", "test")
+FRACTIONS = (0.9, 0.05, 0.05)
+_RECORDS = ("records.jsonl", "records.jsonl.partial", "metrics.jsonl")
 
 
 class ImageDataset(Dataset[dict[str, Tensor]]):
     """Images of one size from folders, files, shards or globs of them; items are ``{"x": image}``.
 
-    Every image is turned upright (EXIF), put on white where it is transparent, converted to gray or color, cropped to
-    its central square and resized with the Lanczos filter. It is kept in 8 bits.
+    Every image is turned upright (EXIF), converted to sRGB, put on white where it is transparent, converted to gray or color,
+    cropped to its central square and resized with the Lanczos filter. It is kept in 8 bits.
+
+    A folder is searched recursively, linked folders too; hidden files and folders and results of flowprox are left out, the
+    last with a warning.
 
     Splits: an image of a folder belongs to the split that a hash of its name chooses (``split_indices``), so that
     adding files moves none. Shards whose names begin with train, val or test carry their split in their name; in a
@@ -147,6 +166,196 @@ def _squares(image: np.ndarray, entry: Entry, size: int, n: int) -> np.ndarray:
     _, height, width = image.shape
     if min(height, width) < size:
         raise ValueError(f"{entry.name} is {height}x{width}, too small for patches of {size}x{size}")
-    random = np.random.default_rng(list(hashlib.sha256(entry.key.encode()).digest()))
+    random = np.random.default_rng(list(hashlib.sha256(os.fsencode(entry.key)).digest()))
     tops, lefts = random.integers(height - size + 1, size=n), random.integers(width - size + 1, size=n)
     return np.stack([image[:, i : i + size, j : j + size] for i, j in zip(tops, lefts, strict=True)])
+
+
+# Sources --------------------------------------------------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    """One image of a data set: its name, what its split is decided by, and how to read its bytes."""
+
+    name: str
+    key: str
+    split: str | None
+    read: Callable[[], bytes]
+
+
+def entries_of_split(source: StrPath | Sequence[StrPath], split: str) -> list[Entry]:
+    """The images of a split, in the order of sources and file names.
+
+    Arguments:
+        source: as ``ImageDataset`` takes it.
+        split: one of ``SPLITS``, or "all".
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: no image of that split, or a damaged shard.
+    """
+    sources = [source] if isinstance(source, str | PathLike) else list(source)
+    if not sources:
+        raise ValueError("source names no file; give a folder, an .npz shard or a glob")
+    entries = _of_split([entry for one in sources for entry in _entries_of(Path(one), split)], split)
+    if not entries:
+        shown = few([str(one) for one in sources])
+        remedy = "give a folder of its own (data.validation)" if split == "val" else "use the split 'all'"
+        raise ValueError(f"no image of the split {split!r} in {shown}; add images, or {remedy}")
+    return entries
+
+
+def _entries_of(source: Path, split: str) -> Iterator[Entry]:
+    if source.is_dir():
+        yield from _entries_of_folder(source, split)
+    elif source.exists():
+        yield from _entries_of_file(source, source.name)
+    else:
+        matches = [
+            match for match in map(Path, sorted(glob.glob(str(source), recursive=True))) if _is_data(match, source)
+        ]
+        if not matches:
+            raise FileNotFoundError(f"source {str(source)!r}: no such file or folder, and no file matches it as a glob")
+        for match in matches:
+            yield from _entries_of_folder(match, split) if match.is_dir() else _entries_of_file(match, match.name)
+
+
+def _is_data(match: Path, pattern: Path) -> bool:
+    """Whether what matches a glob lies in no folder of results, but for one that the pattern names."""
+    return not any(folder not in pattern.parents and _is_result(folder) for folder in (match, *match.parents))
+
+
+def _is_result(folder: Path) -> bool:
+    """Whether flowprox wrote it: what is in it are no pictures to learn from or to test with. Says so."""
+    if not any((folder / name).exists() for name in _RECORDS):
+        return False
+    warnings.warn(f"{folder} holds results of flowprox and is left out; name it to use it", stacklevel=2)
+    return True
+
+
+def _files_below(folder: Path, entered: set[Path]) -> Iterator[Path]:
+    """Regular files in a folder and its folders, linked ones once, but for hidden ones and results of flowprox."""
+    entered.add(folder.resolve())
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            if path.resolve() not in entered and not _is_result(path):
+                yield from _files_below(path, entered)
+        elif path.is_file():
+            yield path
+
+
+def _entries_of_folder(folder: Path, split: str) -> Iterator[Entry]:
+    files = sorted(_files_below(folder, set()))
+    images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
+    shards = [p for p in files if p.suffix.lower() == ".npz"]
+    if not images and not shards:
+        suffixes = " ".join(sorted(IMAGE_SUFFIXES))
+        raise ValueError(f"source {str(folder)!r} holds no images; expected files ending in {suffixes} or .npz")
+    if not images and split != "all" and any(_named_split(p) for p in shards):
+        shards = [p for p in shards if re.match(rf"{split}[-.]", p.name)]
+    for path in images or shards:
+        yield from _entries_of_file(path, path.relative_to(folder).as_posix())
+
+
+def _entries_of_file(path: Path, key: str) -> Iterable[Entry]:
+    if path.suffix.lower() == ".npz":
+        return _entries_of_shard(path, key)
+    return [Entry(str(path), key, None, lambda: read_file(path))]
+
+
+def _entries_of_shard(path: Path, key: str) -> list[Entry]:
+    data, offsets = _read_shard(path)
+
+    def reader(start: int, stop: int) -> Callable[[], bytes]:
+        return lambda: data[start:stop].tobytes()
+
+    return [
+        Entry(f"{path}[{i}]", f"{key}[{i}]", _named_split(path), reader(int(start), int(stop)))
+        for i, (start, stop) in enumerate(pairwise(offsets))
+    ]
+
+
+def _read_shard(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not {"webp", "offsets"} <= set(archive.files):
+                raise ValueError(f"it holds {', '.join(archive.files) or 'nothing'}, not webp and offsets")
+            for name in ("webp", "offsets"):
+                _check_member(archive.zip, f"{name}.npy")
+            data, offsets = archive["webp"], archive["offsets"]
+    except (ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
+        raise ValueError(f"{path} is not a shard of images ({error}); make it anew or leave it out") from error
+    sound = (
+        data.dtype == np.uint8
+        and data.ndim == offsets.ndim == 1
+        and offsets.dtype.kind in "iu"
+        and len(offsets) > 1
+        and offsets[0] >= 0
+        and (np.diff(offsets.astype(np.int64)) >= 0).all()
+        and offsets[-1] <= len(data)
+    )
+    if not sound:
+        raise ValueError(f"{path}: offsets do not fit the {len(data)} bytes of webp; make the shard anew")
+    return data, offsets
+
+
+def _check_member(archive: zipfile.ZipFile, name: str) -> None:
+    """Raise if an array declares more numbers than the archive holds, or more than the memory."""
+    with archive.open(name) as file:
+        version = np.lib.format.read_magic(file)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = header(file)
+    declared, size = math.prod(shape) * dtype.itemsize, archive.getinfo(name).file_size
+    if not dtype.hasobject and declared > size:
+        raise ValueError(f"{name} declares {declared:,} bytes and holds {size:,}")
+    check_free(size, name)
+
+
+def _named_split(path: Path) -> str | None:
+    match = re.match("train|val|test", path.name)
+    return match.group() if match else None
+
+
+def _of_split(entries: Sequence[Entry], split: str) -> list[Entry]:
+    if split == "all":
+        return list(entries)
+    hashed = [i for i, entry in enumerate(entries) if entry.split is None]
+    chosen = {hashed[j] for j in split_indices([entries[i].key for i in hashed])[split]}
+    return [entry for i, entry in enumerate(entries) if entry.split == split or i in chosen]
+
+
+def split_indices(
+    names: Sequence[str], fractions: tuple[float, float, float] = FRACTIONS, seed: int = 0
+) -> dict[str, list[int]]:
+    """Which of the names belong to train, val and test, decided for each name alone by its hash.
+
+    Adding or removing names moves no other one; the parts have the fractions' sizes only on average.
+
+    Arguments:
+        names: one per image, as stable as possible (a path inside the data set's folder).
+        fractions: of train, val and test; they sum to 1.
+        seed: another seed gives another split.
+
+    Raises:
+        ValueError: fractions that are negative or do not sum to 1.
+
+    Example:
+        >>> parts = split_indices([f"{i}.png" for i in range(1000)])
+        >>> [len(part) for part in parts.values()]
+        [913, 40, 47]
+    """
+    if len(fractions) != 3 or min(fractions) < 0 or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
+        raise ValueError(f"fractions must be three numbers of at least 0 that sum to 1, got {fractions}")
+    parts: dict[str, list[int]] = {split: [] for split in SPLITS}
+    for index, name in enumerate(names):
+        digest = hashlib.sha256(os.fsencode(f"{seed}:{name}")).digest()
+        u = int.from_bytes(digest[:8], "big") / 2**64
+        parts["train" if u < fractions[0] else "val" if u < fractions[0] + fractions[1] else "test"].append(index)
+    return parts
+
+
+def few(names: Sequence[str], n: int = 5) -> str:
+    """The first n names and how many more there are."""
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch.utils.data import Sampler
@@ -98,32 +98,3 @@ class ResumableSampler(Sampler[list[int]]):
         if step < 0:
             raise ValueError(f"step must be at least 0, got {step}")
         self.epoch, self.position = divmod(step, len(self))
-
-    def set_epoch(self, epoch: int) -> None:
-        """Go to the start of an epoch; inside that epoch already, stay."""
-        if epoch != self.epoch:
-            self.epoch, self.position = epoch, 0
-
-    def state_dict(self) -> dict[str, int]:
-        """Where it stands, and what the order depends on."""
-        return {
-            "epoch": self.epoch,
-            "position": self.position,
-            "n": self.n,
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-        }
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue where ``state_dict`` was taken, on any number of processes.
-
-        Raises:
-            ValueError: the state belongs to other data or another batch size or seed.
-        """
-        for name in ("n", "batch_size", "seed"):
-            if state[name] != getattr(self, name):
-                raise ValueError(
-                    f"the saved order has {name}={state[name]}, this run has {getattr(self, name)}; "
-                    f"continue with the same {name} or start a new run"
-                )
-        self.epoch, self.position = state["epoch"], state["position"]

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowprox.data.decoding import as_float, fitted
-from flowprox.data.sources import entries_of_split
+from flowprox.data.datasets import entries_of_split
+from flowprox.data.files import as_float, fitted
 from flowprox.evaluation_options import SAMPLES, ImageOptions
 from flowprox.samples import PORTRAITS, SAMPLES_FOLDER
 

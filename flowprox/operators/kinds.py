@@ -368,7 +368,10 @@ def _array(name: str, value: Any) -> Tensor:
                 f"{name}: {str(value)!r} is not a plain .npy array or a picture ({error}); write it with numpy.save"
             ) from error
     try:
-        return torch.as_tensor(np.array(value) if isinstance(value, np.ndarray) else value).to(torch.float32)
+        array = (
+            np.array(value, dtype=np.float32) if isinstance(value, np.ndarray) else value
+        )  # of any strides and byte order
+        return torch.as_tensor(array).to(torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{name} must be an array of numbers or the path of a file that holds one ({error})"

@@ -23,7 +23,7 @@ from torch.nn import functional
 from flowprox.noise import GaussianNoise
 from flowprox.operators.data_steps import ExactProx
 
-__all__ = ["DenseSensing", "OneBitSensing", "StructuredSensing", "check_memory"]
+__all__ = ["DenseSensing", "OneBitSensing", "StructuredSensing", "check_free", "check_memory"]
 
 ImageShape = tuple[int, int, int]
 
@@ -260,14 +260,16 @@ class _Sign(torch.autograd.Function):
 
 def check_memory(m: int, n: int, device: torch.device | str = "cpu") -> None:
     """An error that says how much a float32 matrix (m, n) needs, where that is more than there is."""
-    needed = 4 * m * n
-    for place in dict.fromkeys((torch.device("cpu"), torch.device(device))):
-        free = _free_memory(place)
-        if free is not None and needed > free:
-            raise MemoryError(
-                f"the dense sensing matrix of {m} x {n} needs {_gigabytes(needed)} in float32, and {place} has "
-                f"{_gigabytes(free)} free; use structured=True, which keeps no matrix, a smaller m or smaller images"
-            )
+    remedy = "use structured=True, which keeps no matrix, a smaller m or smaller images"
+    for place in dict.fromkeys(("cpu", str(device))):
+        check_free(4 * m * n, f"the dense sensing matrix of {m} x {n}", remedy, place)
+
+
+def check_free(n_bytes: int, what: str, remedy: str = "use a smaller one", device: str = "cpu") -> None:
+    """Raise ``MemoryError`` where that is more than the free memory of a device."""
+    free = _free_memory(torch.device(device))
+    if free is not None and n_bytes > free:
+        raise MemoryError(f"{what} needs {_gigabytes(n_bytes)}, and {device} has {_gigabytes(free)} free; {remedy}")
 
 
 def _free_memory(device: torch.device) -> int | None:

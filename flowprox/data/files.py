@@ -1,0 +1,312 @@
+"""Single images and measurements: read from files, checked, and written.
+
+Images are float32 tensors (C, H, W) in [0, 1], upright, in sRGB, on white where they are transparent. What claims to be a
+picture of more than ``FLOWPROX_MAX_PIXELS`` pixels (an environment variable; 89,478,485 by default, Pillow's limit), an
+array larger than the free memory, a pipe or a device is refused before it is read.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+import zipfile
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms, ImageOps
+from torch import Tensor
+
+from flowprox.files import atomic_write
+from flowprox.operators.sensing import check_free
+
+__all__ = ["StrPath", "as_float", "fitted", "load_array", "load_image", "load_measurement", "read_file", "save_image"]
+
+StrPath = str | PathLike[str]
+
+_MAX_PIXELS = 89_478_485
+
+
+def load_image(path: StrPath, channels: int | None = None) -> Tensor:
+    """Read an image file as float32 (C, H, W) in [0, 1].
+
+    It is turned upright (EXIF) and converted to sRGB if it carries another color profile. Transparent pixels are put on white.
+    Gray 16-bit files keep their precision (color ones come from Pillow in 8 bits); a TIFF of floats must hold values in [0, 1].
+    Of several pages the first is read, with a warning.
+
+    Arguments:
+        path: image file.
+        channels: 3 turns gray into color, 1 color into gray (ITU-R 601); None keeps what the file has.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not an image, damaged, too large, or values outside [0, 1]; the message names the file.
+    """
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels must be 1 (gray), 3 (color) or None (as in the file), got {channels}")
+    image = _open(read_file(Path(path)), str(path))
+    if _is_deep(image):
+        gray = torch.from_numpy(_deep_gray(image, str(path)))
+        return gray[None].repeat(channels or 1, 1, 1)
+    image = _opaque(image)
+    wanted = channels or (1 if image.mode in ("1", "L") else 3)
+    return as_float(torch.from_numpy(_pixels(image.convert("L" if wanted == 1 else "RGB"))))
+
+
+def save_image(x: Tensor, path: StrPath) -> None:
+    """Write an image as an 8-bit PNG file, whole or not at all.
+
+    Arguments:
+        x: (C, H, W) or (1, C, H, W), C 1 or 3; values are clipped to [0, 1].
+        path: ends in .png; its folder must exist.
+
+    Raises:
+        ValueError: x is not one image, or holds NaN or infinity; the path does not end in .png.
+        FileNotFoundError: the folder does not exist.
+    """
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"path must end in .png, got {str(path)!r}")
+    x = x.detach()
+    if x.ndim == 4 and len(x) == 1:
+        x = x[0]
+    _check_shape(x, "x", 3)
+    if not torch.isfinite(x).all():
+        raise ValueError("x holds NaN or infinite values and cannot be written as an image")
+    pixels = (x.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().permute(1, 2, 0).numpy()
+    content = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(content, format="PNG")
+    with atomic_write(path, mode="wb") as f:
+        f.write(content.getvalue())
+
+
+def load_measurement(path: StrPath, channels: int | None = None) -> Tensor:
+    """Read a measurement as float32 (B, C, H, W), in the units of images in [0, 1].
+
+    Arguments:
+        path: .npy array of floats, (H, W), (C, H, W) or (B, C, H, W), or an image file. Noise may leave [0, 1].
+        channels: the number of channels that the model takes; None accepts 1 or 3.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not an array, of objects or whole numbers, NaN, wrong dimensions or channels, values beyond 10.
+    """
+    file, name = Path(path), str(path)
+    y = torch.from_numpy(_read_array(file)) if file.suffix.lower() == ".npy" else load_image(file)
+    if y.ndim == 2:
+        y = y[None]
+    if y.ndim == 3 and y.shape[0] not in (1, 3) and y.shape[-1] in (1, 3):
+        raise ValueError(f"{name} has shape {tuple(y.shape)}; channels come first: save array.transpose(2, 0, 1)")
+    y = y[None] if y.ndim == 3 else y
+    _check_shape(y, name, 4)
+    if channels is not None and y.shape[1] != channels:
+        raise ValueError(
+            f"{name} has {y.shape[1]} channel(s) but the model takes {channels}; convert it or use another model"
+        )
+    _check_finite(y, name)
+    if y.abs().max() > 10:
+        raise ValueError(
+            f"{name} holds values up to {y.abs().max().item():g}; a measurement is in the units of images in [0, 1]: "
+            "divide by 255 if it was made from 8-bit images"
+        )
+    return y
+
+
+def load_array(path: StrPath, shape: Sequence[int]) -> Tensor:
+    """Read measurements that are no pictures, such as those of compressed sensing or k-space, as float32 (B, *shape).
+
+    Arguments:
+        path: .npy array of floats, of ``shape`` or (B, *shape).
+        shape: of one measurement.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not an array, of objects or whole numbers, NaN, another shape.
+    """
+    y = torch.from_numpy(_read_array(Path(path)))
+    wanted = tuple(shape)
+    y = y[None] if tuple(y.shape) == wanted else y
+    if tuple(y.shape[1:]) != wanted or len(y) == 0:
+        raise ValueError(
+            f"{path} has shape {tuple(y.shape)} but the operator measures {wanted}, or (B, ...) of these; "
+            "check the problem's parameters and the size of the image"
+        )
+    _check_finite(y, str(path))
+    return y
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a regular file, or an error that says what stands in its place."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give an image file")
+    if not path.exists():
+        raise FileNotFoundError(f"no file {str(path)!r}; check the path")
+    if not path.is_file():
+        raise ValueError(f"{path} is a pipe or a device; give a regular file")
+    return path.read_bytes()
+
+
+def fitted(content: bytes, name: str, image_size: int | None, crop: str, channels: int) -> np.ndarray:
+    """8-bit pixels (C, H, W) of an image file's content, cropped and resized.
+
+    Raises:
+        ValueError: it cannot be read; the message begins with ``name``.
+    """
+    image = _open(content, name)
+    if _is_deep(image):
+        image = Image.fromarray((_deep_gray(image, name) * 255).round().astype(np.uint8))
+    image = _opaque(image).convert("L" if channels == 1 else "RGB")
+    if image_size is None:
+        return _pixels(image)
+    if crop == "center":
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    if image.size != (image_size, image_size):
+        image = image.resize((image_size, image_size), Image.Resampling.LANCZOS)
+    return _pixels(image)
+
+
+def as_float(pixels: Tensor) -> Tensor:
+    """8-bit pixels as float32 in [0, 1]."""
+    return pixels.to(torch.float32) / 255
+
+
+# Pictures ------------------------------------------------------------------------------------------------------------
+
+
+def _open(content: bytes, name: str) -> Image.Image:
+    """The decoded image, upright and in sRGB."""
+    limit = int(os.environ.get("FLOWPROX_MAX_PIXELS", _MAX_PIXELS))
+    if limit > _MAX_PIXELS:
+        Image.MAX_IMAGE_PIXELS = limit  # Pillow has a limit of its own
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content))
+        n = image.width * image.height
+        if n > limit:
+            raise ValueError(f"{n:,} pixels, more than {limit:,}; FLOWPROX_MAX_PIXELS={n} in the environment allows it")
+        if (
+            image.format != "MPO" and getattr(image, "n_frames", 1) > 1
+        ):  # the second picture of a camera's MPO is a preview
+            warnings.warn(
+                f"{name} holds {image.n_frames} pages, of which the first is read; save each to a file of its own",  # type: ignore[attr-defined]
+                stacklevel=4,
+            )
+            image.seek(0)
+        image.load()
+        return _in_srgb(ImageOps.exif_transpose(image), name)
+    # Pillow's decoders raise all of these for damaged files
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        reason = "its content is of no image format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise ValueError(f"{name} cannot be read as an image ({reason})") from error
+
+
+def _in_srgb(image: Image.Image, name: str) -> Image.Image:
+    """The image with its colors converted from the profile it carries; as it is where that changes nothing visible."""
+    profile = image.info.pop("icc_profile", None)
+    if not profile or image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK", "P"):
+        return image
+    alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
+    colors = (
+        image.convert("RGB") if image.mode in ("P", "RGBA") else image.convert("L") if image.mode == "LA" else image
+    )
+    try:
+        transform = ImageCms.buildTransform(
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), colors.mode, "RGB"
+        )
+        if colors.mode == "RGB" and _changes_nothing(transform):
+            return image
+        converted = ImageCms.applyTransform(colors, transform)
+    except (ImageCms.PyCMSError, OSError, ValueError) as error:
+        warnings.warn(f"{name}: its color profile is of no use ({error}); it is taken as sRGB", stacklevel=5)
+        return image
+    assert converted is not None
+    if colors.mode == "L":
+        converted = converted.convert("L")
+    if alpha is not None:
+        converted.putalpha(alpha)
+    return converted
+
+
+def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
+    """Whether a profile is sRGB but for rounding, as most that cameras and programs attach are."""
+    steps = np.linspace(0, 255, 9).round().astype(np.uint8)
+    cube = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(27, 27, 3)
+    after = np.asarray(ImageCms.applyTransform(Image.fromarray(cube), transform)).astype(int)
+    return int(np.abs(after - cube).max()) <= 3
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """The image on white, where it is transparent."""
+    if image.mode not in ("RGBA", "LA", "PA", "RGBa", "La") and "transparency" not in image.info:
+        return image
+    gray = image.mode in ("L", "LA", "La")
+    over = image.convert("RGBA")
+    white = Image.new("RGBA", over.size, "white")
+    return Image.alpha_composite(white, over).convert("L" if gray else "RGB")
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether it is gray with more than 8 bits."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def _deep_gray(image: Image.Image, name: str) -> np.ndarray:
+    """A 16-bit or float gray image as float32 (H, W) in [0, 1]."""
+    values = np.asarray(image).astype(np.float32) / (1.0 if image.mode == "F" else 65535.0)
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
+        raise ValueError(f"{name} holds values outside the range of an image; rescale them to 8 or 16 bits")
+    return values
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """The image as an array (C, H, W)."""
+    array = np.array(image)
+    return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+# Arrays --------------------------------------------------------------------------------------------------------------
+
+
+def _read_array(path: Path) -> np.ndarray:
+    if not path.exists():
+        raise FileNotFoundError(f"no file {str(path)!r}; check the path")
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file; give an .npy file")
+    try:
+        array = np.load(
+            path, mmap_mode="r", allow_pickle=False
+        )  # mapped, a header that declares too much fails at once
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} is not a plain .npy array ({error}); write it with numpy.save, without objects"
+        ) from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path} is an .npz archive; give one array written with numpy.save")
+    if array.dtype.kind != "f":
+        raise ValueError(
+            f"{path} holds {array.dtype}; a measurement holds floats in the units of images in [0, 1]: "
+            "divide 8-bit values by 255 and save as float32"
+        )
+    check_free(4 * array.size, str(path))
+    return np.array(array, dtype=np.float32, order="C")
+
+
+def _check_shape(x: Tensor, name: str, n_dims: int) -> None:
+    """Raise unless x has this number of dimensions and 1 or 3 channels."""
+    expected = "(C, H, W)" if n_dims == 3 else "(B, C, H, W)"
+    if x.ndim != n_dims or 0 in x.shape:
+        raise ValueError(f"{name} must have shape {expected}, got {tuple(x.shape)}")
+    if x.shape[-3] not in (1, 3):
+        raise ValueError(f"{name} must have 1 or 3 channels in shape {expected}, got {tuple(x.shape)}")
+
+
+def _check_finite(x: Tensor, name: str) -> None:
+    """Raise if x holds NaN or infinity."""
+    n = int((~torch.isfinite(x)).sum())
+    if n:
+        raise ValueError(f"{name} holds {n} NaN or infinite value(s); mend the file or mask these pixels")
