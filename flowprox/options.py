@@ -21,16 +21,18 @@ __all__ = [
     "TrainingResult",
     "UnfoldedOptions",
     "parse_duration",
+    "require",
 ]
 
 
-def _require(holds: bool, message: str) -> None:
+def require(holds: bool, message: str) -> None:
+    """Raise ValueError with the message unless it holds."""
     if not holds:
         raise ValueError(message)
 
 
 def _check_range(name: str, value: list[float]) -> None:
-    _require(
+    require(
         len(value) == 2 and 0.0 <= value[0] <= value[1],
         f"{name} must be two numbers, low <= high, both >= 0; got {value}",
     )
@@ -51,13 +53,13 @@ def parse_duration(value: str | float | int, name: str = "max_time") -> float:
         numbers = [float(part) for part in parts]
     except ValueError:
         numbers = []
-    _require(
+    require(
         1 <= len(numbers) <= 4 and all(number >= 0 for number in numbers),
         f'{name} must look like "HH:MM:SS" or be a number of seconds; got {value!r}',
     )
     factors = (86400.0, 3600.0, 60.0, 1.0)[4 - len(numbers) :]
     seconds = sum(number * factor for number, factor in zip(numbers, factors, strict=True))
-    _require(seconds > 0, f"{name} must be positive; got {value!r}")
+    require(seconds > 0, f"{name} must be positive; got {value!r}")
     return seconds
 
 
@@ -88,10 +90,10 @@ class DataOptions:
     terms: str | None = None
 
     def __post_init__(self) -> None:
-        _require(self.image_size >= 1, f"image_size must be positive; got {self.image_size}")
-        _require(self.channels in (1, 3), f"channels must be 1 or 3; got {self.channels}")
-        _require(self.patches >= 0, f"patches must not be negative; got {self.patches}")
-        _require(self.limit is None or self.limit >= 1, f"limit must be positive or null; got {self.limit}")
+        require(self.image_size >= 1, f"image_size must be positive; got {self.image_size}")
+        require(self.channels in (1, 3), f"channels must be 1 or 3; got {self.channels}")
+        require(self.patches >= 0, f"patches must not be negative; got {self.patches}")
+        require(self.limit is None or self.limit >= 1, f"limit must be positive or null; got {self.limit}")
 
 
 @dataclass
@@ -115,8 +117,8 @@ class NoiseOptions:
     terms: str | None = None
 
     def __post_init__(self) -> None:
-        _require(self.image_size >= 1, f"image_size must be positive; got {self.image_size}")
-        _require(self.channels in (1, 3), f"channels must be 1 or 3; got {self.channels}")
+        require(self.image_size >= 1, f"image_size must be positive; got {self.image_size}")
+        require(self.channels in (1, 3), f"channels must be 1 or 3; got {self.channels}")
 
 
 @dataclass
@@ -156,7 +158,7 @@ class LikelihoodOptions:
     noise_range: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
     def __post_init__(self) -> None:
-        _require(1 <= self.bit_depth <= 8, f"bit_depth must be between 1 and 8; got {self.bit_depth}")
+        require(1 <= self.bit_depth <= 8, f"bit_depth must be between 1 and 8; got {self.bit_depth}")
         _check_range("noise_range", self.noise_range)
 
 
@@ -200,8 +202,8 @@ class GANOptions:
 
     def __post_init__(self) -> None:
         for name in ("latent_size", "hidden_channels", "discriminator_channels", "n_scales", "projection_steps"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1; got {getattr(self, name)}")
-        _require(
+            require(getattr(self, name) >= 1, f"{name} must be at least 1; got {getattr(self, name)}")
+        require(
             len(self.betas) == 2 and all(0.0 <= beta < 1.0 for beta in self.betas),
             f"betas must be two numbers at least 0 and below 1; got {self.betas}",
         )
@@ -249,6 +251,8 @@ class UnfoldedOptions:
             the images themselves (distillation). null imitates none.
         teacher_weight: how much of the target the teacher's estimate makes up, between 0 and 1.
         likelihood_weight: weight in the loss of the clean images' bits per dimension, averaged over the folds' flows.
+        latent_weight: weight in the loss of how far the folds' latents are from a standard normal distribution, in nats per
+            dimension; for "flow", at the cost of half a pass more for each fold.
         learn_operator: learn the blur kernel used in the gradient steps along with the network (Wei et al., Sec. II).
     """
 
@@ -275,26 +279,28 @@ class UnfoldedOptions:
     teacher: str | None = None
     teacher_weight: float = 0.5
     likelihood_weight: float = 0.0
+    latent_weight: float = 0.0
     learn_operator: bool = False
 
     def __post_init__(self) -> None:
         for name in ("n_folds", "step_size", "penalty", "shrinkage"):
-            _require(getattr(self, name) > 0, f"{name} must be positive; got {getattr(self, name)}")
-        _require(self.likelihood_weight >= 0, f"likelihood_weight must not be negative; got {self.likelihood_weight}")
-        _require(0 < self.teacher_weight <= 1, f"teacher_weight must lie in (0, 1]; got {self.teacher_weight}")
-        _require(self.loss in ("mse", "log-mse"), f'loss must be "mse" or "log-mse"; got {self.loss!r}')
+            require(getattr(self, name) > 0, f"{name} must be positive; got {getattr(self, name)}")
+        for name in ("likelihood_weight", "latent_weight"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative; got {getattr(self, name)}")
+            require(
+                self.latent_mean is None or getattr(self, name) == 0,
+                f"{name} pulls the latents to 0 and latent_mean to the mean: use one of them",
+            )
+        require(0 < self.teacher_weight <= 1, f"teacher_weight must lie in (0, 1]; got {self.teacher_weight}")
+        require(self.loss in ("mse", "log-mse"), f'loss must be "mse" or "log-mse"; got {self.loss!r}')
         for name, proxes in _OPTIONS_OF_A_PROX.items():
-            _require(
+            require(
                 self.prox in proxes or not getattr(self, name),
                 f'prox "{self.prox}" has no use for {name}, which is for {" and ".join(proxes)}: leave it out',
             )
-        _require(
+        require(
             self.flow is not None or self.prox in ("resnet", "unet"),
             f'prox "{self.prox}" needs flow: the name or folder of a pretrained flow, or its specification',
-        )
-        _require(
-            self.latent_mean is None or self.likelihood_weight == 0,
-            "likelihood_weight pulls the latents of clean images to 0 and latent_mean to the mean: use one of them",
         )
 
 
@@ -303,7 +309,8 @@ _OPTIONS_OF_A_PROX = {
     "pretrained": ("flow", "resnet", "unet"),
     "prox_arguments": ("resnet", "unet"),
     **dict.fromkeys(
-        ("channelwise", "log_determinant", "adaptation_rank", "latent_mean", "likelihood_weight"), ("flow",)
+        ("channelwise", "log_determinant", "adaptation_rank", "latent_mean", "likelihood_weight", "latent_weight"),
+        ("flow",),
     ),
 }
 
@@ -386,7 +393,7 @@ class TrainingOptions:
         positive += ("max_steps", "max_epochs", "num_threads")
         for name in positive:
             value = getattr(self, name)
-            _require(value is None or value > 0, f"{name} must be positive; got {value}")
+            require(value is None or value > 0, f"{name} must be positive; got {value}")
         not_negative = (
             "scalar_learning_rate",
             "weight_decay",
@@ -397,16 +404,16 @@ class TrainingOptions:
             "patience",
         )
         for name in (*not_negative, "checkpoint_every"):
-            _require(getattr(self, name) >= 0, f"{name} must not be negative; got {getattr(self, name)}")
-        _require(0.0 <= self.ema_decay < 1.0, f"ema_decay must be at least 0 and below 1; got {self.ema_decay}")
-        _require(
+            require(getattr(self, name) >= 0, f"{name} must not be negative; got {getattr(self, name)}")
+        require(0.0 <= self.ema_decay < 1.0, f"ema_decay must be at least 0 and below 1; got {self.ema_decay}")
+        require(
             any(limit is not None for limit in (self.max_steps, self.max_epochs, self.max_time)) or self.patience > 0,
             "the run would never end: set max_steps, max_epochs, max_time or patience",
         )
         if self.max_time is not None:
             parse_duration(self.max_time)
         processes = self.devices * self.num_nodes
-        _require(
+        require(
             self.batch_size % processes == 0,
             f"batch_size counts images over all processes: {self.batch_size} cannot be shared by {processes} processes",
         )

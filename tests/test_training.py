@@ -37,7 +37,7 @@ from flowprox.options import (
     UnfoldedOptions,
     parse_duration,
 )
-from flowprox.prox import FlowProx
+from flowprox.prox import FlowProx, UNetProx
 from flowprox.training import train_denoiser, train_flow, train_unfolded
 from flowprox.training.building import make_flow
 from flowprox.training.loop import Callback, _only_run, fit
@@ -128,7 +128,13 @@ UNFOLDED: dict[str, dict[str, Any]] = {
     "flow": {"prox": "flow"},
     "flow from random weights": {"prox": "flow", "flow": FLOW, "tied": True},
     "flow, Laplace, HQS": {"prox": "flow", "base": "laplace", "channelwise": True, "iteration": "hqs"},
-    "flow with likelihood": {"prox": "flow", "likelihood_weight": 0.01, "shrink_last": False, "start": "adjoint"},
+    "flow with likelihood": {
+        "prox": "flow",
+        "likelihood_weight": 0.01,
+        "latent_weight": 0.1,
+        "shrink_last": False,
+        "start": "adjoint",
+    },
     "flow with a learned operator": {"prox": "flow", "learn_operator": True},
     "flow that is told the level": {"prox": "flow", "channelwise": True, "levels": [0.005, 0.02]},
     "flow that shrinks towards a mean": {
@@ -233,6 +239,21 @@ def test_a_teacher_takes_the_weighted_place_of_the_image() -> None:
     half = ReconstructionTask(Shift(), physics, teacher=Shift(), teacher_weight=0.5)
     x = 0.2 + 0.5 * x
     torch.testing.assert_close(half(x, x, physics).item(), 0.5 * (0.02**2 + 0.05**2), rtol=1e-4, atol=0)
+
+
+def test_latents_are_drawn_towards_a_normal_distribution(images: Path, flow: str) -> None:
+    model = UnfoldedOptions(flow=flow, n_folds=1, start="adjoint", latent_weight=2.0)
+    task = reconstruction_task(model, ProblemOptions(), data(images)).double()
+    x, y = torch.rand(2, 4, 3, SIZE, SIZE, dtype=torch.float64)
+    plain = ReconstructionTask(task.model, task.physics)(x, y, task.physics)
+    z = load_model(flow).double().encode_image(y)  # the start is y, and so is the first data step's result
+    m, s2 = z.mean((0, 2, 3)), z.var((0, 2, 3))
+    divergence = torch.distributions.kl_divergence(
+        torch.distributions.Normal(m, s2.sqrt()), torch.distributions.Normal(0.0, 1.0)
+    )
+    torch.testing.assert_close(task(x, y, task.physics) - plain, 2 * divergence.mean())
+    with pytest.raises(ValueError, match="latent_weight need"):
+        ReconstructionTask(UnfoldedPGD([UNetProx(3, 4, 2)], start="adjoint"), task.physics, latent_weight=1.0)
 
 
 def test_what_cannot_teach_is_refused(images: Path, flow: str) -> None:

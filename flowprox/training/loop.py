@@ -249,7 +249,7 @@ def _one_line_failures(fabric: Fabric, job: _Job) -> Iterator[None]:
                 f"below {job.training.batch_size} or on more devices"
             ) from error
         if fabric.world_size > 1 and ("onnection" in text or isinstance(error, torch.distributed.DistError)):
-            raise ChildProcessError(_ended("another process", job.out, first_line(error))) from error
+            raise ChildProcessError(_ended("another process", job.out, "the connection to it broke")) from error
         raise
 
 

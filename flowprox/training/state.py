@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flowprox.checkpoints import load_training_state
-from flowprox.options import _require as require
+from flowprox.options import require
 
 __all__ = ["Counts", "check_optimizer", "check_tensors", "read_state", "run_identity"]
 

@@ -12,6 +12,8 @@ Symbols: x clean image (B, C, H, W) in [0, 1], D = C H W, b bit depth, y measure
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -217,10 +219,14 @@ class ReconstructionTask(Task):
     https://arxiv.org/abs/1503.02531). With "mse" that is, up to a constant, (1 - w) of the error and w of the distance to
     the teacher.
 
+    The folds' latents z_k = f_k(v_k) can be drawn towards a standard normal distribution: the mean over folds and channels
+    of KL(N(m, s^2) || N(0, 1)) = (m^2 + s^2 - 1 - ln s^2) / 2, m and s^2 their mean and variance over batch and pixels.
+
     Arguments:
         model: deepinv ``Reconstructor`` with ``parameter_groups``; ``x_hat = model(y, physics)``.
         physics: the operator with its noise model, or a problem that draws one for every batch.
         likelihood_weight: weight of the bits per dimension of the clean images, averaged over the flows of the folds.
+        latent_weight: weight of the latents' divergence from a normal distribution.
         loss: "mse" or "log-mse".
         teacher: a trained ``Reconstructor`` to imitate, of the same measurements; it is put in evaluation mode and not trained.
         teacher_weight: w, in (0, 1].
@@ -233,6 +239,7 @@ class ReconstructionTask(Task):
         model: nn.Module,
         physics: LinearPhysics | VariedProblem,
         likelihood_weight: float = 0.0,
+        latent_weight: float = 0.0,
         loss: str = "mse",
         teacher: nn.Module | None = None,
         teacher_weight: float = 0.5,
@@ -244,9 +251,9 @@ class ReconstructionTask(Task):
         self._physics = [physics]  # in a list it is no submodule: neither trained nor part of the state
         self._teacher = [] if teacher is None else [teacher.eval()]
         self.teacher_weight = teacher_weight
-        self.likelihood_weight = likelihood_weight
-        if likelihood_weight and not model.flows():  # type: ignore[operator]
-            raise ValueError("likelihood_weight needs a network whose proxes are flows; set it to 0")
+        self.likelihood_weight, self.latent_weight = likelihood_weight, latent_weight
+        if (likelihood_weight or latent_weight) and not model.flows():  # type: ignore[operator]
+            raise ValueError("likelihood_weight and latent_weight need a network whose proxes are flows; set them to 0")
 
     @property
     def physics(self) -> LinearPhysics | VariedProblem:
@@ -276,8 +283,13 @@ class ReconstructionTask(Task):
         for teacher in self._teacher:
             with torch.no_grad():
                 x = torch.lerp(x, teacher(y, physics).to(x.dtype).clamp(0, 1), self.teacher_weight)
-        loss = nn.functional.mse_loss(self.model(y, physics), x, reduction="none").flatten(1).mean(1)
+        latents: list[Tensor] = []
+        with _latents_into(latents, self.model) if self.latent_weight else nullcontext():
+            x_hat = self.model(y, physics)
+        loss = nn.functional.mse_loss(x_hat, x, reduction="none").flatten(1).mean(1)
         loss = (_logarithm(loss) if self.loss == "log-mse" else loss).mean()
+        if latents:
+            loss = loss + self.latent_weight * torch.stack([_divergence_from_normal(z) for z in latents]).mean()
         if self.likelihood_weight:
             flows = self.model.flows()  # type: ignore[operator]
             bits = sum(flow.bits_per_dimension(inputs[3]).mean() for flow in flows) / len(flows)
@@ -342,6 +354,27 @@ def _logarithm(error: Tensor) -> Tensor:
     return torch.log(error.clamp(max=_LARGE_ERROR) + _SMALL_ERROR) + beyond
 
 
+@contextmanager
+def _latents_into(latents: list[Tensor], model: nn.Module) -> Iterator[None]:
+    """Within the block every fold that is computed appends f_k(v_k) (B, C, H, W), at the cost of one more pass of its flow."""
+
+    def note(prox: nn.Module, inputs: tuple[Any, ...]) -> None:
+        latents.append(prox.flow.encode_image(inputs[0]))  # type: ignore[operator, union-attr]
+
+    hooks = [prox.register_forward_pre_hook(note) for prox in set(model.proxes)]  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _divergence_from_normal(z: Tensor) -> Tensor:
+    """Mean over channels of KL(N(m, s^2) || N(0, 1)), for latents (B, C, H, W)."""
+    variance, mean = torch.var_mean(z, dim=(0, 2, 3))
+    return 0.5 * (mean.square() + variance - 1 - variance.log()).mean()
+
+
 def dequantize(x: Tensor, bit_depth: int, generator: torch.Generator | None = None) -> Tensor:
     """x = (floor(x 2^b) + u) / 2^b with u uniform in [0, 1), for images (B, C, H, W) in [0, 1]."""
     levels = 2**bit_depth
@@ -389,7 +422,8 @@ def reconstruction_task(options: UnfoldedOptions, problem: ProblemOptions, data:
     physics = make(problem.name, image_shape(data), seed=problem.seed, **problem.parameters)
     model = make_unfolded(options, problem, data)
     teacher = None if options.teacher is None else _make_teacher(options.teacher)
-    return ReconstructionTask(model, physics, options.likelihood_weight, options.loss, teacher, options.teacher_weight)
+    weights = options.likelihood_weight, options.latent_weight
+    return ReconstructionTask(model, physics, *weights, options.loss, teacher, options.teacher_weight)
 
 
 def _make_teacher(name: str) -> nn.Module:
