@@ -117,14 +117,18 @@ def _r_hat(draws: Tensor) -> Tensor:
 def _effective_sample_size(draws: Tensor) -> Tensor:
     n_chains, n = draws.shape[-2:]
     within, total = _variances(draws)
-    # autocorrelation combined over the chains as in Vehtari et al. 2021
-    rho = 1 - (within[..., None] - _autocovariance(draws).mean(dim=-2) * n / (n - 1)) / total[..., None]
+    # autocorrelation combined over the chains as in Vehtari et al. 2021; the lags in pairs
+    rho = 1 - (within[..., None] - _autocovariance(draws).mean(dim=-2)) / total[..., None]
     rho[..., 0] = 1.0
-    pairs = rho[..., : n - n % 2].unflatten(-1, (-1, 2)).sum(dim=-1)
-    positive = (pairs > 0).to(torch.int8).cumprod(dim=-1).to(pairs.dtype)
-    monotone = pairs.cummin(dim=-1).values.clamp(min=0) * positive
+    n_pairs = max(1, (n - 1) // 2)
+    pairs = rho[..., : 2 * n_pairs].unflatten(-1, (-1, 2)).sum(dim=-1)
+    positive = (pairs > 0).long().cumprod(dim=-1)
+    positive[..., -1] = 0
+    monotone = pairs.cummin(dim=-1).values * positive
+    # of the pair at which the sum is cut the even lag still counts, once (Stan's and ArviZ's estimate)
+    next_lag = rho.gather(-1, 2 * positive.sum(dim=-1, keepdim=True)).squeeze(-1).clamp(min=0)
     n_total = n_chains * n
-    tau = (-1 + 2 * monotone.sum(dim=-1)).clamp(min=1 / math.log10(n_total))
+    tau = (-1 + 2 * monotone.sum(dim=-1) + next_lag).clamp(min=1 / math.log10(n_total))
     return torch.where(within > 0, n_total / tau, torch.full_like(tau, math.nan))
 
 

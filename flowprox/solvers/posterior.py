@@ -29,6 +29,7 @@ from torch import Tensor
 
 from flowprox.flows import Flow, frozen
 from flowprox.solvers.diagnostics import effective_sample_size, split_r_hat
+from flowprox.solvers.objective import Callback
 from flowprox.solvers.problem import LatentProblem, Solution, Start, noise_density
 from flowprox.solvers.sampling import KERNELS, Chains, Kernel, Moments, Position, Randomness
 
@@ -202,6 +203,7 @@ class PosteriorSampling(Reconstructor):
         physics: Physics,
         start: Start = "prior",
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        callback: Callback | None = None,
     ) -> PosteriorSolution:
         """Sample the posterior of every image of the batch.
 
@@ -214,12 +216,15 @@ class PosteriorSampling(Reconstructor):
                 image or (B, M, D) for each; or what the other solvers take: "zero", "adjoint", images, a method. From
                 latents the chains go on where they are; from everything else warm-up first descends.
             generator: one for all images, or one per image; None uses ``seed``.
+            callback: called after every draw with the numbers of those done and of all, warm-up included.
 
         Raises:
             ValueError: y is not finite or does not fit operator or flow; the noise has no density; nothing is
                 differentiable; as many generators as images are needed; the start has a posterior that is not finite.
         """
         problem = LatentProblem(self.flow, y, physics)
+        if not problem.n_images:
+            return self._nothing(problem)
         noise = noise_density(self.noise, physics)
         target = _Target(problem, noise, self.n_chains)
         if isinstance(generator, Sequence) and len(generator) != len(y):
@@ -234,7 +239,7 @@ class PosteriorSampling(Reconstructor):
                 self.options.step_size,
                 self.options.jitter,
             )
-            record = _Record(chains, self.n_samples, self.options.n_kept)
+            record = _Record(chains, self.n_samples, self.options.n_kept, callback, self.n_warmup + self.n_samples)
             interrupted = False
             try:
                 precision = target.precision if callable(getattr(noise, "sample_like", None)) else None
@@ -245,6 +250,27 @@ class PosteriorSampling(Reconstructor):
                     raise
                 interrupted = True
         return record.solution(target.n_evaluations, interrupted)
+
+    def _nothing(self, problem: LatentProblem) -> PosteriorSolution:
+        """Of an empty batch."""
+        empty = problem.nothing()
+        image, one, shape = empty.estimate, empty.losses[0], (0, self.n_chains, 0)
+        return PosteriorSolution(
+            image,
+            None,
+            empty.losses,
+            [],
+            empty.n_evaluations,
+            samples=image.new_zeros(*shape, *image.shape[1:]),
+            std=image,
+            standard_error=image,
+            ess=one,
+            r_hat=one,
+            traces=one.new_zeros(*shape, len(TRACES)),
+            acceptance=one,
+            step_size=one,
+            state=one.new_zeros(0, self.n_chains, problem.dimension),
+        )
 
     def _start(self, start: Start, randomness: Randomness, problem: LatentProblem) -> Tensor:
         shape = (self.n_chains, problem.n_images, problem.dimension)
@@ -287,11 +313,8 @@ class _Target:
         self.problem, self.noise, self.n_chains = problem, noise, n_chains
         self.y, self.physics = problem.y, problem.physics
         self.n_evaluations = 0
-        owners = [owner for owner in (problem.physics, noise) if isinstance(owner, torch.nn.Module)]
-        # masks or noise levels per image fit a batch of B images only: then one chain after the other
-        self.per_image = problem.n_images > 1 and any(
-            b.ndim and len(b) == problem.n_images for owner in owners for b in (*owner.buffers(), *owner.parameters())
-        )
+        # an operator or noise per image fits a batch of B images only: then one chain after the other
+        self.per_image = problem.n_images > 1 and not problem.is_separable(noise.log_prob)
 
     def __call__(self, z: Tensor) -> Position:
         self.n_evaluations += len(z)
@@ -345,8 +368,8 @@ class _Target:
 class _Record:
     """What is kept of the chains. Each draw is taken up by single assignments, so that an interruption loses only itself."""
 
-    def __init__(self, chains: Chains, n_samples: int, n_kept: int) -> None:
-        self.chains = chains
+    def __init__(self, chains: Chains, n_samples: int, n_kept: int, callback: Callback | None, n_draws: int) -> None:
+        self.chains, self.callback, self.n_draws = chains, callback, n_draws
         n_kept = min(n_kept, n_samples)
         self.keep = {(i + 1) * n_samples // n_kept for i in range(n_kept)}
         self.batch_length = max(1, round(n_samples ** (2 / 3)))
@@ -361,6 +384,8 @@ class _Record:
     def add_loss(self) -> None:
         """After a step of warm-up."""
         self.losses.append(-self.chains.position.log_prob.mean(dim=0))
+        if self.callback is not None:
+            self.callback(len(self.losses) - 1, self.n_draws)
 
     def add_draw(self) -> None:
         """After a step of sampling."""
