@@ -91,7 +91,7 @@ class Wiener(Baseline):
         self.regularization = regularization
         self.penalty = penalty
 
-    def estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
+    def _estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
         transfer = transfer_function(physics, y)
         power = transfer.abs().square() + self.regularization * self._penalty_spectrum(y)
         # frequencies that the blur erased and the penalty leaves free stay zero instead of 0 / 0
@@ -169,7 +169,7 @@ class TotalVariation(Baseline):
         ).sum(1)
 
     @torch.no_grad()
-    def estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
+    def _estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
         x = self._start(y, physics)
         primal_step = 1 / (squared_norm(physics, x) / 2 + 8 * self.dual_step)
         u = torch.zeros_like(self._prior.nabla(x))

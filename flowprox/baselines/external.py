@@ -69,7 +69,7 @@ class BM3D(Baseline):
         self.profile = profile
         require_package("bm3d", "bm3d", "BM3D", extra="bm3d")
 
-    def estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
+    def _estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
         bm3d = require_package("bm3d", "bm3d", "BM3D", extra="bm3d")
         n_images, n_channels = y.shape[:2]
         if n_channels not in (1, 3):
@@ -126,7 +126,7 @@ class Biharmonic(Baseline):
         super().__init__()
         require_package("skimage.restoration", "scikit-image", "Biharmonic")
 
-    def estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
+    def _estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
         restoration = require_package("skimage.restoration", "scikit-image", "Biharmonic")
         mask = getattr(physics, "mask", None)
         if not isinstance(mask, Tensor) or not 2 <= mask.ndim <= 4:

@@ -101,7 +101,7 @@ class PlugAndPlay(Baseline):
         self.start = start
 
     @torch.no_grad()
-    def estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
+    def _estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
         fills = self.start == "biharmonic" or (self.start is None and isinstance(physics, Inpainting))
         start = Biharmonic()(y, physics) if fills else physics.A_adjoint(y)
         levels, sigma = self.schedule(start, physics)

@@ -22,7 +22,7 @@ __all__ = [
 
 
 class Baseline(Reconstructor):
-    """A method for linear operators: ``forward`` checks what it is given, ``estimate`` computes."""
+    """A method for linear operators: ``forward`` checks what it is given, ``_estimate`` computes."""
 
     takes_vectors = True  # whether y may be something else than images
 
@@ -42,9 +42,9 @@ class Baseline(Reconstructor):
             raise ValueError(f"{type(self).__name__} needs a linear operator (deepinv.physics.LinearPhysics)")
         if not len(y):
             return physics.A_adjoint(y.new_zeros(1, *y.shape[1:]))[:0]
-        return self.estimate(y, physics)
+        return self._estimate(y, physics)
 
-    def estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
+    def _estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
         """x_hat of at least one measurement that fits."""
         raise NotImplementedError
 

@@ -207,7 +207,7 @@ class Lasso(Baseline):
         return misfit + self.regularization * self.make_basis(x).analyze(x).abs().flatten(1).sum(1)
 
     @torch.no_grad()
-    def estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
+    def _estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
         back = physics.A_adjoint(y)
         basis = self.make_basis(back)
         if self.solver == "coordinate-descent":
@@ -318,7 +318,7 @@ class WaveletPrior(Baseline):
         self.n_iterations = n_iterations
 
     @torch.no_grad()
-    def estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
+    def _estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
         back = physics.A_adjoint(y)
         step = 1 / squared_norm(physics, back)
         prior = _Details(level=self.n_levels, wv=self.wavelet, device=str(y.device), mode="symmetric")

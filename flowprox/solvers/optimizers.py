@@ -88,11 +88,13 @@ class Optimizer(Protocol):
     """Contract: minimize F from z, in at most ``n_iterations`` steps."""
 
     @property
-    def n_iterations(self) -> int: ...
+    def n_iterations(self) -> int:
+        """Steps at most."""
+        ...
 
     @property
     def max_trials(self) -> int:
-        """Evaluations of F at most."""
+        """Evaluations of F at most, but for one."""
         ...
 
     def minimize(self, evaluate: Evaluate, z: Tensor, scales: Tensor | None = None) -> Trace:
