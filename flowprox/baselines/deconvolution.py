@@ -79,8 +79,6 @@ class Wiener(Baseline):
         True
     """
 
-    takes_vectors = False
-
     def __init__(
         self, regularization: float = 3e-3, penalty: Literal["identity", "gradient", "laplacian"] = "gradient"
     ) -> None:

@@ -21,7 +21,8 @@ import torch
 from deepinv.physics import Inpainting, LinearPhysics
 from torch import Tensor
 
-from flowprox.baselines.shared import Baseline, noise_sigmas, require_package
+from flowprox.baselines.shared import Baseline, require_package
+from flowprox.noise import noise_level
 
 __all__ = ["BM3D", "Biharmonic"]
 
@@ -57,8 +58,6 @@ class BM3D(Baseline):
         True
     """
 
-    takes_vectors = False
-
     def __init__(self, sigma: float | None = None, profile: Literal["np", "vn", "high"] = "np") -> None:
         super().__init__()
         if sigma is not None and not sigma >= 0:
@@ -81,7 +80,8 @@ class BM3D(Baseline):
             )
         if not torch.allclose(physics.A(y), y):
             raise ValueError("BM3D only removes noise, and this physics changes the image as well; use another method")
-        sigmas = noise_sigmas(physics, n_images) if self.sigma is None else [self.sigma] * n_images
+        level = noise_level(physics, y, allow_rms=True) if self.sigma is None else torch.full((n_images,), self.sigma)
+        sigmas = level.tolist()
 
         settings = {"np": bm3d.BM3DProfile, "vn": bm3d.BM3DProfileVN, "high": bm3d.BM3DProfileHigh}[self.profile]()
         settings.num_threads = 1  # with more, the order of summation and so the last bits differ from run to run
@@ -119,8 +119,6 @@ class Biharmonic(Baseline):
         >>> bool(torch.allclose(Biharmonic()(physics(x), physics), x, atol=1e-3))  # a plane is its own completion
         True
     """
-
-    takes_vectors = False
 
     def __init__(self) -> None:
         super().__init__()

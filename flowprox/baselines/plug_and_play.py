@@ -18,8 +18,9 @@ from deepinv.physics import Inpainting, LinearPhysics, Physics
 from torch import Tensor, nn
 
 from flowprox.baselines.external import Biharmonic
-from flowprox.baselines.shared import Baseline, noise_sigmas, require_count, squared_norm
+from flowprox.baselines.shared import Baseline, require_count, squared_norm
 from flowprox.flows import Flow
+from flowprox.noise import noise_level
 from flowprox.operators import data_prox
 from flowprox.priors import FlowDenoiser, ReconstructorDenoiser
 from flowprox.prox import FlowProx
@@ -120,8 +121,8 @@ class PlugAndPlay(Baseline):
         """Noise levels of the denoiser s_1, ..., s_K and of the measurement sigma, each (B,), for images like x."""
         n_iterations, sigma_start = (24, 0.1) if isinstance(physics, Inpainting) else (8, 49 / 255)
         n_iterations, sigma_start = self.n_iterations or n_iterations, self.sigma_start or sigma_start
-        sigmas = [self.sigma] * len(x) if self.sigma is not None else noise_sigmas(physics, len(x))
-        sigma = torch.tensor(sigmas, dtype=x.dtype, device=x.device).clamp_min(_SMALLEST_SIGMA)
+        sigma = noise_level(physics, x, allow_rms=True) if self.sigma is None else x.new_full((len(x),), self.sigma)
+        sigma = sigma.clamp_min(_SMALLEST_SIGMA)
         first = sigma.clamp_min(sigma_start)
         share = torch.linspace(0, 1, n_iterations).tolist() if n_iterations > 1 else [1.0]
         return [first ** (1 - t) * sigma**t for t in share], sigma

@@ -11,9 +11,10 @@ from deepinv.models import Reconstructor
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
+from flowprox.operators import check_measurement
+
 __all__ = [
     "Baseline",
-    "noise_sigmas",
     "require_count",
     "require_package",
     "require_weight",
@@ -24,25 +25,18 @@ __all__ = [
 class Baseline(Reconstructor):
     """A method for linear operators: ``forward`` checks what it is given, ``_estimate`` computes."""
 
-    takes_vectors = True  # whether y may be something else than images
-
     def forward(self, y: Tensor, physics: Physics) -> Tensor:  # type: ignore[override]
         """x_hat (B, C, H, W) of measurements y (B, ...).
 
         Raises:
-            ValueError: y is not finite or no batch of floating-point numbers, or the operator is not linear.
+            ValueError: y is not finite, no batch of floating-point numbers or not of the operator's shape, or the operator
+                is not linear.
         """
-        shapes = "(B, C, H, W) or (B, m)" if self.takes_vectors else "(B, C, H, W)"
-        fits = y.ndim == 4 or (self.takes_vectors and y.ndim not in (0, 1, 3))
-        if not fits or not (y.is_floating_point() or (self.takes_vectors and y.is_complex())):
-            raise ValueError(f"y must be a floating-point batch {shapes}, got {y.dtype} of shape {tuple(y.shape)}")
-        if not bool(torch.isfinite(y).all()):
-            raise ValueError("y holds NaN or infinite values; check the measurement")
         if not isinstance(physics, LinearPhysics):
             raise ValueError(f"{type(self).__name__} needs a linear operator (deepinv.physics.LinearPhysics)")
-        if not len(y):
+        if y.ndim > 1 and not len(y):
             return physics.A_adjoint(y.new_zeros(1, *y.shape[1:]))[:0]
-        return self._estimate(y, physics)
+        return self._estimate(check_measurement(y, physics), physics)
 
     def _estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
         """x_hat of at least one measurement that fits."""
@@ -84,28 +78,3 @@ def require_package(module: str, package: str, needed_for: str, extra: str | Non
         ]
         install = " ".join(f"'{one}'" for one in wanted) or package  # works in a clone and outside of one
         raise ImportError(f"{needed_for} needs the package {package}: pip install {install}") from error
-
-
-def noise_sigmas(physics: torch.nn.Module, n_images: int) -> list[float]:
-    """Standard deviation of the Gaussian noise per image, read from ``physics.noise_model.sigma``.
-
-    A noise with a level for each entry (``HeteroscedasticNoise``, its ``scale``) counts with its root mean square.
-
-    Raises:
-        ValueError: the physics has no Gaussian noise model, or as many sigmas as fit neither one nor every image.
-    """
-    noise = getattr(physics, "noise_model", None)
-    sigma, scale = getattr(noise, "sigma", None), getattr(noise, "scale", None)
-    if sigma is None and isinstance(scale, Tensor):
-        sigma = scale.double().square().mean().sqrt()  # broadcasting repeats every entry equally often
-    if sigma is None:
-        raise ValueError(
-            "physics.noise_model has no sigma; give the physics a deepinv.physics.GaussianNoise, "
-            "or the noise level to the method as sigma="
-        )
-    values = torch.as_tensor(sigma).flatten().double().cpu().tolist()
-    if len(values) not in (1, n_images):
-        raise ValueError(
-            f"physics.noise_model.sigma has {len(values)} values for {n_images} images; give one, or one each"
-        )
-    return values * n_images if len(values) == 1 else values

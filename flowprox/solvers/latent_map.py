@@ -19,6 +19,7 @@ from deepinv.physics import Physics
 from torch import Tensor
 
 from flowprox.flows import Flow, frozen
+from flowprox.operators import measured_entries
 from flowprox.solvers.discrepancy import Discrepancy, noise_energy
 from flowprox.solvers.objective import SPACES, Callback, Objective, squared_error
 from flowprox.solvers.optimizers import LBFGS, Optimizer, Trace
@@ -121,7 +122,7 @@ class LatentMAP(Reconstructor):
         """Minimize; y (B, ...) as ``physics`` measures; ``callback(n, n_at_most)`` is called after every evaluation."""
         with frozen(self.flow):
             problem = LatentProblem(self.flow, y, physics)
-            if not problem.n_images:
+            if problem.is_empty:
                 return problem.nothing()
             prior = "density" if self.form == "image" else self.norm
             objective = Objective(problem, squared_error, 0.0, prior, self.space, callback=callback)
@@ -153,7 +154,8 @@ class LatentMAP(Reconstructor):
 
     def _with_discrepancy(self, objective: Objective, u: Tensor, rule: Discrepancy) -> tuple[Trace, Tensor]:
         problem = objective.problem
-        energy, n_measured = noise_energy(problem.y, problem.physics, problem.measured)
+        measured = measured_entries(problem.y, problem.physics, problem.image_shape)
+        energy, n_measured = noise_energy(problem.y, problem.physics, measured)
         variance = energy / n_measured
 
         def bayes(z: Tensor) -> Tensor:

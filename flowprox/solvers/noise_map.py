@@ -117,7 +117,7 @@ class NoiseMAP(Reconstructor):
         noise = noise_density(self.noise, physics)
         with frozen(self.flow), frozen(noise) if isinstance(noise, nn.Module) else nullcontext():
             problem = LatentProblem(self.flow, y, physics)
-            if not problem.n_images:
+            if problem.is_empty:
                 return problem.nothing()
             if self.n_restarts > 1:  # restarts are further images
                 if not problem.is_separable(self._objective(problem, noise).misfit):

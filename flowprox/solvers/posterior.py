@@ -223,7 +223,7 @@ class PosteriorSampling(Reconstructor):
                 differentiable; as many generators as images are needed; the start has a posterior that is not finite.
         """
         problem = LatentProblem(self.flow, y, physics)
-        if not problem.n_images:
+        if problem.is_empty:
             return self._nothing(problem)
         noise = noise_density(self.noise, physics)
         target = _Target(problem, noise, self.n_chains)

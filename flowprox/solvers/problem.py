@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flowprox.flows import Flow
 from flowprox.noise import GaussianNoise
-from flowprox.operators import check_adjoint, check_measurement, measured_entries
+from flowprox.operators import check_adjoint, check_measurement
 
 __all__ = [
     "LatentProblem",
@@ -72,7 +72,7 @@ class SolverInterrupted(KeyboardInterrupt):
 
 
 class LatentProblem:
-    """A flow, an operator and measurements that fit together. ``y`` is 0 in entries the operator does not measure.
+    """A flow, an operator and measurements that fit together; of an empty batch, a measurement of zeros.
 
     Arguments:
         flow: the prior: a flow, or a decoder that maps (B, latent_size) to images and has ``image_shape``.
@@ -89,6 +89,8 @@ class LatentProblem:
                 f"flow must be a Flow, or a decoder with latent_size, got {type(flow).__name__}; "
                 "flowprox.load_model(name) gives one"
             )
+        self.is_empty = isinstance(y, Tensor) and y.ndim > 1 and not len(y)
+        y = y.new_zeros(1, *y.shape[1:]) if self.is_empty else y
         self.flow, self.y, self.physics = flow, check_measurement(y, physics).detach(), physics
         self._separable: bool | None = None
         shape = self._image_shape()
@@ -106,8 +108,12 @@ class LatentProblem:
                 f"the operator takes images of {self.size[0]}x{self.size[1]}, and the flow needs sides divisible by "
                 f"{flow.divisor}; pad or crop the measurement"
             )
-        self._check_fit(shape)
-        self.measured = measured_entries(self.y, physics, (shape[0], shape[1], shape[2]))
+        self.image_shape = (shape[0], shape[1], shape[2])
+        if self.y.dtype.to_real() != self._like.dtype:
+            raise ValueError(f"y is {self.y.dtype} and the flow {self._like.dtype}; convert one of them")
+        if not isinstance(physics, LinearPhysics):  # whose adjoint has told the shape of its images
+            check_measurement(self.y, physics, self.image_shape)
+        check_adjoint(physics, self.image_shape, device=y.device, dtype=self._like.dtype, n_images=self.n_images)
 
     @property
     def has_density(self) -> bool:
@@ -167,20 +173,20 @@ class LatentProblem:
     def select(self, images: Tensor) -> LatentProblem:
         """The problem of some images of the batch, by their indices; only where ``is_separable`` says so."""
         chosen = copy.copy(self)
-        chosen.y, chosen.measured = self.y[images], self.measured[images]
+        chosen.y = self.y[images]
         return chosen
 
     def nothing(self) -> Solution:
         """The solution of an empty batch."""
-        u, none = self.latents("zero"), torch.zeros(0, dtype=torch.long, device=self.y.device)
-        return Solution(u.view(0, self.channels, *self.size), u, u.new_zeros(1, 0), [], none)
+        u, none = self.latents("zero")[:0], torch.zeros(0, dtype=torch.long, device=self.y.device)
+        return Solution(u.view(0, *self.image_shape), u, u.new_zeros(1, 0), [], none)
 
     def is_separable(self, misfit: Callable[[Tensor], Tensor]) -> bool:
         """Whether operator and ``misfit`` of a residual take one image of the batch alone, none having its own parameters."""
         if self._separable is None:
             try:
                 with torch.no_grad():
-                    x = torch.zeros(1, self.channels, *self.size).to(self._like)
+                    x = torch.zeros(1, *self.image_shape).to(self._like)
                     self._separable = len(misfit(self.y[:1] - self.physics.A(x))) == 1
             except (RuntimeError, ValueError):
                 self._separable = False
@@ -235,19 +241,6 @@ class LatentProblem:
                 return tuple(self.physics.A_adjoint(self.y).shape[1:])
         size: Any = getattr(self.physics, "img_size", None)
         return tuple(size) if size is not None and len(size) == 3 else self.flow.image_shape
-
-    def _check_fit(self, shape: tuple[int, ...]) -> None:
-        if self.y.dtype.to_real() != self._like.dtype:
-            raise ValueError(f"y is {self.y.dtype} and the flow {self._like.dtype}; convert one of them")
-        if not isinstance(self.physics, LinearPhysics):  # whose adjoint has told the shape of its images
-            check_measurement(self.y, self.physics, (shape[0], shape[1], shape[2]))
-        check_adjoint(
-            self.physics,
-            (shape[0], shape[1], shape[2]),
-            device=self.y.device,
-            dtype=self._like.dtype,
-            n_images=max(1, self.n_images),
-        )
 
 
 _APART = 2**40  # from the seeds of sensing matrices: noise that is a row of one has nothing in its null space

@@ -417,7 +417,7 @@ def test_what_stands_in_hidden_pixels_changes_nothing(gamma: float | str) -> Non
 
 
 def test_an_empty_batch_has_an_empty_result() -> None:
-    flow, physics = small_glow(), operators()["inpainting"]
+    flow, physics = small_glow(), operators()["deblurring"]
     y = measurement(physics)[:0]
     for solver in (LatentMAP(flow), LatentMAP(flow, "discrepancy"), LatentMAP(flow, 0.1, optimizer=Adam(3))):
         assert solver(y, physics).shape == (0, *SHAPE)
