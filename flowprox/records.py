@@ -17,9 +17,12 @@ from typing import Any
 
 from flowprox.files import atomic_write
 
-__all__ = ["UNFINISHED", "Record", "RecordWriter", "read_records", "write_records"]
+__all__ = ["NOT_RUN", "UNFINISHED", "Record", "RecordWriter", "read_records", "write_records"]
 
 Record = dict[str, Any]
+
+NOT_RUN = "not run: "
+"""What the message of a failure begins with where a package or a trained network is missing."""
 
 UNFINISHED = "unfinished"
 """Empty file in a folder of results whose run has not ended yet."""

@@ -28,8 +28,8 @@ from flowprox.evaluation.estimates import Estimate, estimate
 from flowprox.evaluation.images import load_images
 from flowprox.evaluation.plan import at_scale, planned, published_figures
 from flowprox.evaluation.report import picture_path, write_report
-from flowprox.evaluation.run import NOT_RUN, EvaluationInterrupted, RunOptions, evaluate
-from flowprox.evaluation.summary import summary_rows
+from flowprox.evaluation.run import EvaluationInterrupted, RunOptions, evaluate
+from flowprox.evaluation.summary import summary_markdown, summary_rows
 from flowprox.evaluation_options import (
     EvaluatedMethod,
     EvaluatedProblem,
@@ -42,7 +42,7 @@ from flowprox.flows import Glow
 from flowprox.metrics import psnr
 from flowprox.operators import ProblemKind, make_physics, measure_each
 from flowprox.prox import FlowProx, UNetProx
-from flowprox.records import RecordWriter, read_records
+from flowprox.records import NOT_RUN, RecordWriter, read_records
 from flowprox.unfolding import UnfoldedPGD
 
 OWN_TABLES = ("classical", "family", "family-deblurring", "family-inpainting", "levels", "natural", "readme")
@@ -140,7 +140,7 @@ def test_results_do_not_become_test_images(recipe: EvaluationOptions, pictures: 
 
 def test_missing_device_is_refused(recipe: EvaluationOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    with pytest.raises(ValueError, match="torch sees 0 GPUs"):
+    with pytest.raises(ValueError, match="is not available: torch sees 0"):
         evaluate(recipe, tmp_path / "out", _run(device="cuda"))
     assert not (tmp_path / "out").exists()
 
@@ -304,6 +304,9 @@ def test_what_is_missing_is_a_row_and_keeps_nothing_from_running(
     assert set(lacking) == {"bm3d", "later"} and all(text.startswith(NOT_RUN) for text in lacking.values())
     assert "pip install" in lacking["bm3d"] and "runs/later/model" in lacking["later"]
     assert sum("psnr" in r for r in records) == 9
+    rows = {(row.method, row.failures) for row in summary_rows(records)}
+    assert rows == {("measurement", ""), ("bm3d", "not run"), ("later", "not run")}
+    assert "| bm3d | not run |" in summary_markdown(summary_rows(records))
     said = run.console.file.getvalue()  # type: ignore[union-attr]
     assert "not run: bm3d on denoising-sigma0.1" in said
     save_model(

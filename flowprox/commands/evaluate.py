@@ -88,7 +88,7 @@ def report(
     Arguments:
         folders: results folders of evaluate, the demo or the gallery, or files of records; those of one recipe are a chapter.
         out: folder to write report.html and tables/ to; by default the results folder, if it is one.
-        metric: what tables and charts are about: psnr, psnr_unclipped, ssim or residual.
+        metric: what tables and charts are about: psnr, psnr_unclipped, psnr_hidden, ssim or residual.
         parts: show only these: overview, curves, comparisons, cost, spread, cases, images, tuning, figures.
         reference: method that the others are compared with; by default the best of each problem.
         n_images: show the pictures of so many images of each problem; by default all there are.
@@ -143,14 +143,14 @@ def _evaluated(row: Any) -> list[str]:
         digits(row.ssim, 3),
         digits(row.seconds, 3),
         str(row.n_images),
-        str(row.n_failed or ""),
+        row.failures,
         ", ".join(f"{key} {value}" for key, value in row.tuned.items()),
     ]
 
 
 def _report_failures(records: Sequence[Mapping[str, Any]], n_shown: int = 5) -> int:
     """One line per failure, on standard error; the exit status."""
-    from flowprox.evaluation.run import NOT_RUN
+    from flowprox.records import NOT_RUN
 
     failures = [r for r in records if not str(r.get("failed", NOT_RUN)).startswith(NOT_RUN)]
     for record in failures[:n_shown]:

@@ -109,8 +109,7 @@ def _restricted(
     recipe: EvaluationOptions, problems: Sequence[EvaluatedProblem], methods: Sequence[EvaluatedMethod]
 ) -> EvaluationOptions:
     """The recipe with fewer problems and methods; what names a problem that has gone goes with it."""
-    kept = _names(problems)
-    gone = _names(recipe.problems) - kept
+    gone = _names(recipe.problems) - _names(problems)
     methods = [
         dataclasses.replace(
             method,
@@ -154,8 +153,8 @@ def _first_place(problem: EvaluatedProblem) -> EvaluatedProblem:
 
 
 def _has_its_files(problem: EvaluatedProblem) -> bool:
-    given = {**problem.parameters, **(problem.parameters.get("noise_parameters") or {})}
-    return all(Path(given[key]).is_file() for key in ("path", "mask", "kernel") if isinstance(given.get(key), str))
+    values = {**problem.parameters, **(problem.parameters.get("noise_parameters") or {})}
+    return all(Path(values[key]).is_file() for key in ("path", "mask", "kernel") if isinstance(values.get(key), str))
 
 
 def _is_at_hand(name: str) -> bool:
@@ -168,14 +167,14 @@ def _is_at_hand(name: str) -> bool:
 
 
 def _replaced(recipe: EvaluationOptions, scale: ScaleOptions) -> EvaluationOptions:
-    def images(given: ImageOptions, source: str | list[str] | None, limit: int | None) -> ImageOptions:
-        split = given.split if source is None else "all"
+    def images(options: ImageOptions, source: str | list[str] | None, limit: int | None) -> ImageOptions:
+        split = options.split if source is None else "all"
         return dataclasses.replace(
-            given,
-            source=source or given.source,
-            image_size=scale.image_size or given.image_size,
+            options,
+            source=source or options.source,
+            image_size=scale.image_size or options.image_size,
             split=split,
-            limit=limit if limit is not None else given.limit,
+            limit=limit if limit is not None else options.limit,
         )
 
     methods = []
@@ -252,29 +251,34 @@ def published_figures(recipe: EvaluationOptions, scale: str = AS_WRITTEN) -> dic
     return {(p.label, label): figure for p, _ in cases for label, figure in p.published.items()}
 
 
-def _problems(given: EvaluatedProblem) -> Iterator[PlannedProblem]:
-    for i, values in enumerate(_places(given.series)):
+def _problems(problem: EvaluatedProblem) -> Iterator[PlannedProblem]:
+    for i, values in enumerate(_places(problem.series)):
         published = {
             label: float(figures[i] if isinstance(figures, list) else figures)
-            for label, figures in given.published.items()
+            for label, figures in problem.published.items()
             if (figures[i] if isinstance(figures, list) else figures) is not None
         }
-        problem = Problem(given.name, {**given.parameters, **values})
-        named = " ".join([given.label or "", *(f"{key}={value}" for key, value in values.items())])
-        label = named if given.label else problem.label
-        yield PlannedProblem(problem, given.seed, published, label, given.published_in)
+        planned = Problem(problem.name, {**problem.parameters, **values})
+        named = " ".join([problem.label or "", *(f"{key}={value}" for key, value in values.items())])
+        label = named if problem.label else planned.label
+        yield PlannedProblem(planned, problem.seed, published, label, problem.published_in)
 
 
-def _methods(given: EvaluatedMethod) -> Iterator[EvaluatedMethod]:
+def _methods(method: EvaluatedMethod) -> Iterator[EvaluatedMethod]:
     """The variants of a method, each with a label."""
-    used = {*given.options, *given.series, *given.tune, *(key for each in given.options_for.values() for key in each)}
-    check_options(given.name, used)
-    missing = METHODS[given.name].missing({"flow": given.flow, "model": given.model})
+    used = {
+        *method.options,
+        *method.series,
+        *method.tune,
+        *(key for each in method.options_for.values() for key in each),
+    }
+    check_options(method.name, used)
+    missing = METHODS[method.name].missing({"flow": method.flow, "model": method.model})
     if missing is not None:
-        raise ValueError(f"method {given.label or given.name} needs {missing}: the name, folder or hub id of one")
-    for values in _places(given.series):
-        label = " ".join([given.label or given.name, *(f"{key}={value}" for key, value in values.items())])
-        yield dataclasses.replace(given, label=label, options={**given.options, **values}, series={})
+        raise ValueError(f"method {method.label or method.name} needs {missing}: the name, folder or hub id of one")
+    for values in _places(method.series):
+        label = " ".join([method.label or method.name, *(f"{key}={value}" for key, value in values.items())])
+        yield dataclasses.replace(method, label=label, options={**method.options, **values}, series={})
 
 
 def _places(series: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:

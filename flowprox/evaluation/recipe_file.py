@@ -27,16 +27,16 @@ class Published(NamedTuple):
 def write_recipe(recipe: EvaluationOptions, path: Path) -> None:
     """Write a recipe that ``flowprox evaluate --config`` reads; what is empty by default, and is, is left out."""
     with atomic_write(path, "w") as file:
-        yaml.safe_dump(_given(recipe), file, sort_keys=False, allow_unicode=True, width=120)
+        yaml.safe_dump(_plain(recipe), file, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _given(record: Any) -> Any:
+def _plain(record: Any) -> Any:
     if dataclasses.is_dataclass(record):
         values = {field: getattr(record, field.name) for field in dataclasses.fields(record)}
-        return {field.name: _given(value) for field, value in values.items() if not _is_empty(field, value)}
+        return {field.name: _plain(value) for field, value in values.items() if not _is_empty(field, value)}
     if isinstance(record, Mapping):
-        return {str(key): _given(value) for key, value in record.items()}
-    return [_given(value) for value in record] if isinstance(record, list | tuple) else record
+        return {str(key): _plain(value) for key, value in record.items()}
+    return [_plain(value) for value in record] if isinstance(record, list | tuple) else record
 
 
 def _is_empty(field: dataclasses.Field[Any], value: Any) -> bool:
@@ -52,11 +52,11 @@ def read_published(path: Path, scales: Collection[str] = ()) -> Published:
         ValueError: it is no recipe of ``flowprox evaluate``.
     """
     try:
-        given = get_loader("yaml")(path.read_text(encoding="utf-8"))  # as flowprox evaluate reads it: 1e-1 is a number
+        recipe = get_loader("yaml")(path.read_text(encoding="utf-8"))  # as flowprox evaluate reads it: 1e-1 is a number
         known = {field.name for field in dataclasses.fields(EvaluatedProblem)}
         problems = [
             EvaluatedProblem(**{key: value for key, value in problem.items() if key in known})
-            for problem in given["problems"]
+            for problem in recipe["problems"]
         ]
         used = [p for p in problems if not scales or p.scales is None or set(p.scales) & set(scales)]
         planned = planned_problems(used)

@@ -50,12 +50,9 @@ from flowprox.evaluation_options import SAMPLES, EvaluationOptions, ImageOptions
 from flowprox.files import remove_temporaries, sole_writer
 from flowprox.methods import make_method
 from flowprox.operators import PROBLEMS, make_physics, measure_each, measurement_shape
-from flowprox.records import UNFINISHED, Record, RecordWriter, read_records, write_records
+from flowprox.records import NOT_RUN, UNFINISHED, Record, RecordWriter, read_records, write_records
 
-__all__ = ["NOT_RUN", "EvaluationInterrupted", "RunOptions", "evaluate", "hashed"]
-
-NOT_RUN = "not run: "
-"""What the message of a failure begins with where a package or a trained network is missing."""
+__all__ = ["EvaluationInterrupted", "RunOptions", "evaluate", "hashed"]
 
 
 @dataclass
@@ -209,10 +206,10 @@ class _Evaluation:
     def end(self) -> list[Record]:
         """The records of the recipe, in its order, which is also that of the file."""
         path = self.out / "records.jsonl"
-        found = {record["id"]: record for record in read_records(path)}
-        ordered = [found.pop(i) for i in dict.fromkeys(self.ids())]
+        left = {record["id"]: record for record in read_records(path)}
+        ordered = [left.pop(i) for i in dict.fromkeys(self.ids())]
         if self.options.devices > 1:
-            write_records(path, [*ordered, *found.values()])
+            write_records(path, [*ordered, *left.values()])
         (self.out / UNFINISHED).unlink()
         for case, reason in zip(self.cases, self.not_run, strict=True):
             if reason:
@@ -250,7 +247,7 @@ class _Evaluation:
             while not context.join(timeout=1):
                 show(len(self._done()))
         except ProcessException as error:
-            raise RuntimeError(
+            raise ChildProcessError(
                 f"a process of the run has ended ({_one_line(error)[-300:]}); the same command continues the run"
             ) from error
         finally:
@@ -363,34 +360,39 @@ class _Evaluation:
 
     def _method(self, case: Case, chosen: Mapping[str, Any]) -> Reconstructor:
         """The method with its options, made once."""
-        given, shape = case.method, None
-        if given.noise is not None:
+        method, shape = case.method, None
+        if method.noise is not None:
             channels, height, width = self.images[0].x.shape
             physics = self._physics(case, self.images[0])
             shape = tuple(measurement_shape(physics, (channels, height, width), device=self.options.device))
         options = {**case.options, **chosen}
-        parts = {"flow": given.flow, "model": given.model, "noise": given.noise}
-        key = hashed({"name": given.name, "problem": case.problem.problem.name, "shape": shape, **parts, "o": options})
+        parts = {"flow": method.flow, "model": method.model, "noise": method.noise}
+        key = hashed({"name": method.name, "problem": case.problem.problem.name, "shape": shape, **parts, "o": options})
         if key not in self.methods:
             for name in case.models.values():
                 if name not in self.models:
                     self.models[name] = load_model(name, device=self.options.device)
             loaded = {part: self.models[name] for part, name in case.models.items()}
             self.methods[key] = make_method(
-                given.name, case.problem.problem, **(parts | loaded), shape=shape, device=self.options.device, **options
+                method.name,
+                case.problem.problem,
+                **(parts | loaded),
+                shape=shape,
+                device=self.options.device,
+                **options,
             )
         return self.methods[key]
 
     def _identity(self, case: Case) -> Record:
         """Everything a reconstruction depends on apart from the image."""
-        given = case.method
-        tuned = {"tune": {k: list(v) for k, v in given.tune.items()}} if given.tune else {}
-        parts = (("flow", given.flow), ("model", given.model), ("noise", given.noise))
+        method = case.method
+        tuned = {"tune": {k: list(v) for k, v in method.tune.items()}} if method.tune else {}
+        parts = (("flow", method.flow), ("model", method.model), ("noise", method.noise))
         return {
             "problem_name": case.problem.problem.name,
             "parameters": json.loads(case.problem.problem.to_json())["parameters"],
             "operator_seed": case.problem.seed,
-            "method_name": given.name,
+            "method_name": method.name,
             "label": case.label,
             "options": case.options,
             "models": {
@@ -403,18 +405,16 @@ class _Evaluation:
     def _record(
         self, case: Case, identity: Mapping[str, Any], image: EvaluatedImage, chosen: Mapping[str, Any]
     ) -> Record:
-        given = case.method
+        method = case.method
         return {
             "id": _id(identity, image),
             "problem": case.problem.label,
-            "problem_name": identity["problem_name"],
-            "parameters": identity["parameters"],
-            "operator_seed": case.problem.seed,
+            **{key: identity[key] for key in ("problem_name", "parameters", "operator_seed")},
             "method": case.label,
-            "method_name": given.name,
+            "method_name": method.name,
             "options": {**identity["options"], **chosen},
             "tuned": dict(chosen),
-            **{part: getattr(given, part) for part in ("flow", "model", "noise") if getattr(given, part)},
+            **{part: getattr(method, part) for part in ("flow", "model", "noise") if getattr(method, part)},
             "model_hashes": identity["models"],
             "image": image.name,
             "image_hash": image.hash,

@@ -17,6 +17,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from flowprox.records import NOT_RUN
+
 __all__ = [
     "METRICS",
     "Metric",
@@ -55,6 +57,7 @@ METRICS = {
     "psnr": Metric("PSNR", "dB", 2, True),
     "psnr_unclipped": Metric("PSNR, not clipped", "dB", 2, True),
     "ssim": Metric("SSIM", "", 3, True),
+    "psnr_hidden": Metric("PSNR, hidden pixels", "dB", 2, True),
     "residual": Metric("residual", "", 4, False),
 }
 """Figures that a record holds for its image, by key."""
@@ -82,6 +85,12 @@ class Row(NamedTuple):
     n_exact: int = 0
     peak_memory_mib: float | None = None
     psnr_of_group: Mapping[str, float | None] = {}
+    not_run: bool = False  # a package or a trained network is missing
+
+    @property
+    def failures(self) -> str:
+        """How many images failed, in words; "" for none."""
+        return "not run" if self.not_run else str(self.n_failed or "")
 
 
 def confidence(values: Iterable[float], level: float = 0.95) -> tuple[float, float | None]:
@@ -180,6 +189,7 @@ def summary_rows(records: Sequence[Record], published: Mapping[tuple[str, str], 
             int(members["exact"].sum()),
             _mean(images, "peak_memory_mib"),
             {name: _mean(per_image(good[good["group"] == name]), "psnr") for name in groups},
+            bool(members["failed"].fillna("").str.startswith(NOT_RUN).all()),
         )
         rows.append(row)
     return rows
@@ -215,4 +225,4 @@ def _cell(row: Row, best: float | None) -> str:
     words = [] if row.psnr is None else [f"**{row.psnr:.2f}**" if row.psnr == best else f"{row.psnr:.2f}"]
     words += [f"± {row.psnr_interval:.2f}"] if row.psnr_interval is not None else []
     words += [f"({row.published:.2f})"] if row.published is not None else []
-    return " ".join([*words, *([f"{row.n_failed} failed"] if row.n_failed else [])])
+    return " ".join([*words, *([row.failures + " failed" * (not row.not_run)] if row.n_failed else [])])

@@ -290,7 +290,7 @@ class Contents:
         forms |= {"s / image": TIME, "peak MiB": ".0f", "images": ".0f", "difference": "+.2f"}
         caption = f"{metric} and other means over images; ± is half of the 95 % confidence interval of the mean."
         best = {} if problem is None else {n: _best(columns[n], high) for n, high in compared.items() if n != "± 95 %"}
-        counts = ["" if row.n_failed == 0 else str(row.n_failed) for row in rows]
+        counts = [row.failures for row in rows]
         return make_table("summary", caption, columns, forms | {"failed": counts}, best)
 
     def comparisons(self, problem: str | None = None) -> Table:
