@@ -209,11 +209,6 @@ class FlowProx(Specified, Prox):
             return torch.autograd.grad(logdet, z, create_graph=trains, materialize_grads=True)[0]
 
 
-def _refuse_mean(mean: Tensor | None) -> None:
-    if mean is not None:
-        raise ValueError("a plain network has no latent that could be shrunk towards a mean: leave out mean")
-
-
 def _per_image(step: float | Tensor) -> float | Tensor:
     """A scalar as it is, one number per image (B,) against images (B, C, H, W)."""
     return step.view(-1, 1, 1, 1) if isinstance(step, Tensor) and step.ndim == 1 else step
@@ -223,46 +218,44 @@ def _soft_threshold(v: Tensor, threshold: float | Tensor) -> Tensor:
     return torch.sign(v) * torch.clamp(v.abs() - threshold, min=0)
 
 
-class ResNetProx(Specified, Prox):
+class _NetProx(Prox):
+    """A plain network in place of the prox; it ignores the step."""
+
+    uses_step = False
+
+    def __init__(self, net: nn.Module, n_channels: int) -> None:
+        super().__init__()
+        self.n_channels = n_channels
+        self.net = net
+
+    def forward(
+        self, v: Tensor, step: float | Tensor = 0.0, sigma: Tensor | None = None, mean: Tensor | None = None
+    ) -> Tensor:
+        if mean is not None:
+            raise ValueError("a plain network has no latent that could be shrunk towards a mean: leave out mean")
+        return self.net(v)
+
+
+class ResNetProx(Specified, _NetProx):
     """ResNet of Mardani et al. 2018 in place of the prox (baseline of Wei et al. 2022, Sec. V-C); it ignores ``step``.
 
     Arguments: as ``flowprox.networks.ResNet``.
     """
 
-    uses_step = False
-
     def __init__(self, n_channels: int = 3, hidden_channels: int = 128, n_blocks: int = 2) -> None:
-        super().__init__()
-        self.n_channels = n_channels
-        self.net = ResNet(n_channels, hidden_channels, n_blocks)
-
-    def forward(
-        self, v: Tensor, step: float | Tensor = 0.0, sigma: Tensor | None = None, mean: Tensor | None = None
-    ) -> Tensor:
-        _refuse_mean(mean)
-        return self.net(v)
+        _NetProx.__init__(self, ResNet(n_channels, hidden_channels, n_blocks), n_channels)
 
 
-class UNetProx(Specified, Prox):
+class UNetProx(Specified, _NetProx):
     """U-Net of Ronneberger et al. 2015 in place of the prox (baseline of Wei et al. 2022, Sec. V-C); it ignores ``step``.
 
     Arguments: as ``flowprox.networks.UNet``.
     """
 
-    uses_step = False
-
     def __init__(
         self, n_channels: int = 3, hidden_channels: int = 64, n_scales: int = 5, residual: bool = True
     ) -> None:
-        super().__init__()
-        self.n_channels = n_channels
-        self.net = UNet(n_channels, hidden_channels, n_scales, residual)
-
-    def forward(
-        self, v: Tensor, step: float | Tensor = 0.0, sigma: Tensor | None = None, mean: Tensor | None = None
-    ) -> Tensor:
-        _refuse_mean(mean)
-        return self.net(v)
+        _NetProx.__init__(self, UNet(n_channels, hidden_channels, n_scales, residual), n_channels)
 
 
 def checked_levels(levels: Sequence[float] | None) -> tuple[float, ...] | None:

@@ -112,28 +112,27 @@ def _latent_mean(options: UnfoldedOptions, data: DataOptions) -> nn.Module | Non
 
 
 def _start_from(model: Unfolded, name: str) -> None:
-    """Copy the weights of a trained network; its scalars stand for every level, shrinkages with their growth, or are
-    interpolated between its levels.
+    """Copy the weights of a trained network.
 
-    Of what it was not given, a level or a predicted mean, it is told nothing at the start. Where the data steps are of another
-    kind or number their weights are not taken, so that a denoiser can start what deblurs; a start image of its own stays.
+    Its scalars stand for every level, shrinkages with their growth, or are interpolated between its levels. An input that it
+    did not have, a level or a predicted mean, has no effect at the start. Data steps of another kind or number keep their own
+    weights, so that a denoiser can start what deblurs; a start image stays, too.
     """
     trained = load_model(name)
     if not isinstance(trained, Unfolded):
         raise ValueError(f"pretrained {name!r} is a {type(trained).__name__}, not an unfolded network")
-    own, given = model.state_dict(), _at_levels(trained, model.levels)
-    if type(trained.data_step) is not type(model.data_step) or len(own["log_data_weight"]) != len(
-        given["log_data_weight"]
-    ):
-        given["log_data_weight"] = own["log_data_weight"]
-    missing = {key for key in own.keys() - given.keys() if not key.startswith(("latent_mean.", "start_image"))}
-    unlike = sorted(missing | (given.keys() - own.keys()))
-    unlike += [key for key in own.keys() & given.keys() if not _fits(key, own[key], given[key])]
+    own, loaded = model.state_dict(), _at_levels(trained, model.levels)
+    weights = "log_data_weight"
+    if type(trained.data_step) is not type(model.data_step) or len(own[weights]) != len(loaded[weights]):
+        loaded[weights] = own[weights]
+    missing = {key for key in own.keys() - loaded.keys() if not key.startswith(("latent_mean.", "start_image"))}
+    unlike = sorted(missing | (loaded.keys() - own.keys()))
+    unlike += [key for key in own.keys() & loaded.keys() if not _fits(key, own[key], loaded[key])]
     if unlike:
         raise ValueError(
             f"pretrained {name!r} is another network: {', '.join(unlike[:3])} differ; use its own model options"
         )
-    for key, value in given.items():
+    for key, value in loaded.items():
         if own[key].shape == value.shape:
             own[key].copy_(value)
         elif key == _FIRST:  # the level is the last input, which pixels of 2x2 blocks come from
@@ -161,10 +160,10 @@ def _at_levels(trained: Unfolded, levels: Sequence[float] | None) -> dict[str, T
 _FIRST = "latent_mean.first.weight"
 
 
-def _fits(key: str, own: Tensor, given: Tensor) -> bool:
+def _fits(key: str, own: Tensor, loaded: Tensor) -> bool:
     if key == _FIRST:
-        return own.shape[0] == given.shape[0] and own.shape[1] in (given.shape[1], given.shape[1] + 4)
-    return own.shape == given.shape or (given.ndim == 1 and own.ndim == 2 and given.shape[0] in own.shape)
+        return own.shape[0] == loaded.shape[0] and own.shape[1] in (loaded.shape[1], loaded.shape[1] + 4)
+    return own.shape == loaded.shape or (loaded.ndim == 1 and own.ndim == 2 and loaded.shape[0] in own.shape)
 
 
 def _learned_blur(problem: ProblemOptions) -> LearnedBlur:

@@ -139,7 +139,7 @@ class Unfolded(Specified, Reconstructor):
                 raise ValueError(
                     "start='flow' needs a FlowProx in the first fold; use start='adjoint' with other proxes"
                 )
-            self.start_image = nn.Parameter(_most_likely_image(proxes[0].flow, proxes[0].flow.image_shape[1:]))
+            self.start_image = nn.Parameter(_most_likely_image(proxes[0].flow))
 
     def forward(self, y: Tensor, physics: LinearPhysics | Sequence[LinearPhysics]) -> Tensor:
         """Reconstruct x (B, C, H, W) from the measurement y of ``physics``.
@@ -411,13 +411,9 @@ def latent_statistics(latents: Sequence[Tensor]) -> list[dict[str, float]]:
     Arguments:
         latents: of the folds, as ``Unfolded.latents`` gives them.
     """
-    rows = []
-    for z in latents:
-        centered = z.double() - z.double().mean()
-        variance = centered.square().mean()
-        kurtosis = centered.pow(4).mean() / variance.square() - 3
-        rows.append({"mean": z.double().mean().item(), "std": variance.sqrt().item(), "kurtosis": kurtosis.item()})
-    return rows
+    names = ("mean", "std", "kurtosis")
+    each = [(z.mean(), z.std(), ((z - z.mean()) / z.std()).pow(4).mean() - 3) for z in (z.double() for z in latents)]
+    return [dict(zip(names, (value.item() for value in values), strict=True)) for values in each]
 
 
 def _lies_within(value: object, low: object, high: object) -> bool:
@@ -443,9 +439,7 @@ def _log_parameter(
 
 
 @torch.no_grad()
-def _most_likely_image(flow: Flow, image_size: Sequence[int]) -> Tensor:
+def _most_likely_image(flow: Flow) -> Tensor:
     """g(0), (1, C, H, W): the image of the most likely latent (Wei et al. 2022, Sec. III-C)."""
-    height, width = image_size
     like = next(chain(flow.parameters(), flow.buffers()), torch.empty(()))  # a flow may have no step, only squeezes
-    zeros = torch.zeros(1, flow.n_channels * height * width, dtype=like.dtype, device=like.device)
-    return flow.decode(zeros, (height, width))
+    return flow.decode(like.new_zeros(1, math.prod(flow.image_shape)))
