@@ -61,7 +61,7 @@ def _command_parser(command: Command, summary: str) -> ArgumentParser:
     if command.has_recipe:
         text = "recipe with any of the options below: a YAML file, or a name that flowprox recipes lists"
         parser.add_argument("--config", action="config", help=text)
-    own: set[str | int] = {*command.several, "n", "callbacks", command.positional}
+    own: set[str | int] = {*command.several, "n", command.positional}
     own &= set(inspect.signature(command.source).parameters)
     if command.positional:
         parser.add_argument(

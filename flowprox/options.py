@@ -16,6 +16,7 @@ __all__ = [
     "GANOptions",
     "LikelihoodOptions",
     "NoiseOptions",
+    "Parameters",
     "ProblemOptions",
     "TrainingOptions",
     "TrainingResult",
@@ -23,6 +24,10 @@ __all__ = [
     "parse_duration",
     "require",
 ]
+
+
+Parameters = dict[str, Any]
+"""Arguments by name, or a specification {kind: ..., arguments: {...}}."""
 
 
 def require(holds: bool, message: str) -> None:
@@ -110,8 +115,8 @@ class NoiseOptions:
     """
 
     name: str
-    parameters: dict[str, Any] = field(default_factory=dict)
-    validation: dict[str, Any] = field(default_factory=dict)
+    parameters: Parameters = field(default_factory=dict)
+    validation: Parameters = field(default_factory=dict)
     image_size: int = 64
     channels: int = 3
     terms: str | None = None
@@ -134,7 +139,7 @@ class ProblemOptions:
     """
 
     name: str = "denoising"
-    parameters: dict[str, Any] = field(default_factory=dict)
+    parameters: Parameters = field(default_factory=dict)
     ranges: dict[str, list[float]] = field(default_factory=dict)
     seed: int = 0
 
@@ -173,7 +178,7 @@ class DenoiserOptions:
     """
 
     prox: Literal["resnet", "unet"] = "unet"
-    prox_arguments: dict[str, Any] = field(default_factory=dict)
+    prox_arguments: Parameters = field(default_factory=dict)
     noise_range: list[float] = field(default_factory=lambda: [0.0, 0.3])
 
     def __post_init__(self) -> None:
@@ -257,9 +262,9 @@ class UnfoldedOptions:
     """
 
     prox: Literal["flow", "plug-and-play", "resnet", "unet"] = "flow"
-    flow: str | dict[str, Any] | None = None
+    flow: str | Parameters | None = None
     pretrained: str | None = None
-    prox_arguments: dict[str, Any] = field(default_factory=dict)
+    prox_arguments: Parameters = field(default_factory=dict)
     n_folds: int = 4
     tied: bool = False
     adaptation_rank: int | None = None
@@ -274,7 +279,7 @@ class UnfoldedOptions:
     iteration: Literal["pgd", "hqs"] = "pgd"
     start: Literal["flow", "adjoint"] | None = None
     levels: list[float] | None = None
-    latent_mean: dict[str, Any] | None = None
+    latent_mean: Parameters | None = None
     loss: Literal["mse", "log-mse"] = "mse"
     teacher: str | None = None
     teacher_weight: float = 0.5

@@ -40,7 +40,7 @@ from flowprox.options import (
 from flowprox.prox import FlowProx, UNetProx
 from flowprox.training import train_denoiser, train_flow, train_unfolded
 from flowprox.training.building import make_flow
-from flowprox.training.loop import Callback, _only_run, fit
+from flowprox.training.loop import Callback, _only_run, fit, listening
 from flowprox.training.optimizers import make_optimizer
 from flowprox.training.tasks import LikelihoodTask, ReconstructionTask, Task, dequantize, reconstruction_task
 from flowprox.unfolding import UnfoldedPGD
@@ -399,7 +399,7 @@ KILLED = """
 import os, signal, sys, yaml
 from flowprox.options import DataOptions, LikelihoodOptions, TrainingOptions
 from flowprox.training import train_flow
-from flowprox.training.loop import Callback
+from flowprox.training.loop import Callback, listening
 
 class Kill(Callback):
     def on_step(self, step, loss, model):
@@ -409,7 +409,8 @@ class Kill(Callback):
 recipe = yaml.safe_load(sys.argv[1])
 parts = {"data": DataOptions, "training": TrainingOptions, "likelihood": LikelihoodOptions}
 options = {name: parts[name](**value) if name in parts else value for name, value in recipe.items()}
-train_flow(**options, callbacks=[Kill()])
+with listening(Kill()):
+    train_flow(**options)
 """
 
 
@@ -946,7 +947,8 @@ class _Witness(Callback):
 def test_callbacks_are_told_and_change_no_bit(images: Path, tmp_path: Path) -> None:
     witness, training = _Witness(), options(max_steps=3, validate_every=2, ema_decay=0.5)
     for name, callbacks in (("with", [witness]), ("without", [])):
-        fit(partial(_Scripted, {1: "NaN"}), data(images), training, tmp_path / name, callbacks=callbacks)
+        with listening(*callbacks):
+            fit(partial(_Scripted, {1: "NaN"}), data(images), training, tmp_path / name)
     assert witness.events == [
         ("step", 1, False),
         ("step", 2, True),

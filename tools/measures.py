@@ -128,6 +128,11 @@ def undocumented(tree: ast.Module, where: str) -> list[str]:
         "grad",
         "prox",
         "backward",
+        "batch",
+        "evaluate",
+        "parameter_groups",
+        "pictures",
+        "saved",
     }
     missing = [] if ast.get_docstring(tree) else [where]
     for node in tree.body:

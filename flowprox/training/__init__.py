@@ -1,13 +1,12 @@
 """Training of flows, unfolded networks, denoisers and GANs: one function per kind of model.
 
-The command line is made from these functions, so nothing heavy is imported before one is called.
+The command line is made from these functions, so nothing heavy is imported before one is called. Callbacks are given by
+``with flowprox.training.loop.listening(callback): train_flow(...)``.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any
 
 from flowprox.options import (
     DataOptions,
@@ -15,6 +14,7 @@ from flowprox.options import (
     GANOptions,
     LikelihoodOptions,
     NoiseOptions,
+    Parameters,
     ProblemOptions,
     TrainingOptions,
     TrainingResult,
@@ -28,7 +28,7 @@ _NO_DATA, _NO_NOISE = DataOptions(train=""), NoiseOptions(name="")
 
 
 def train_flow(
-    flow: str | dict[str, Any],
+    flow: str | Parameters,
     training: TrainingOptions,
     data: DataOptions = _NO_DATA,
     noise: NoiseOptions = _NO_NOISE,
@@ -36,7 +36,6 @@ def train_flow(
     out: str = "runs/flow",
     resume: bool = False,
     name: str = "flow",
-    callbacks: Sequence[Any] = (),
 ) -> TrainingResult:
     """Train a normalizing flow on clean images, or on noise, by maximum likelihood.
 
@@ -51,7 +50,6 @@ def train_flow(
         out: folder of the run; the model is written to OUT/model.
         resume: continue the run in OUT, if there is one.
         name: the model's name in its card.
-        callbacks: see ``flowprox.training.loop.Callback``.
 
     Raises:
         FileExistsError, ValueError, NonFiniteError: see ``flowprox.training.loop.fit``; and ValueError for a flow that
@@ -67,12 +65,10 @@ def train_flow(
         raise ValueError("give data, the images that the flow is to learn, or noise, and not both")
     if not noise.name:
         task = functools.partial(likelihood_task, flow, data, likelihood)
-        return fit(task, data, training, out, {"flow": flow, "likelihood": likelihood}, resume, name, callbacks)
+        return fit(task, data, training, out, {"flow": flow, "likelihood": likelihood}, resume, name)
     if likelihood != _LIKELIHOOD:
         raise ValueError("likelihood tells how images become continuous; noise needs none: leave it out")
-    return fit(
-        functools.partial(noise_task, flow, noise), noise, training, out, {"flow": flow}, resume, name, callbacks
-    )
+    return fit(functools.partial(noise_task, flow, noise), noise, training, out, {"flow": flow}, resume, name)
 
 
 def train_unfolded(
@@ -83,7 +79,6 @@ def train_unfolded(
     out: str = "runs/unfolded",
     resume: bool = False,
     name: str = "unfolded",
-    callbacks: Sequence[Any] = (),
 ) -> TrainingResult:
     """Train an unfolded network, end to end, for one measurement problem.
 
@@ -95,7 +90,6 @@ def train_unfolded(
         out: folder of the run; the model is written to OUT/model.
         resume: continue the run in OUT, if there is one.
         name: the model's name in its card.
-        callbacks: see ``flowprox.training.loop.Callback``.
 
     Raises:
         FileExistsError, ValueError, NonFiniteError: see ``flowprox.training.loop.fit``; ValueError also for what cannot
@@ -105,7 +99,7 @@ def train_unfolded(
     from flowprox.training.tasks import reconstruction_task
 
     task = functools.partial(reconstruction_task, model, problem, data)
-    return fit(task, data, training, out, {"model": model, "problem": problem}, resume, name, callbacks)
+    return fit(task, data, training, out, {"model": model, "problem": problem}, resume, name)
 
 
 def train_denoiser(
@@ -115,7 +109,6 @@ def train_denoiser(
     out: str = "runs/denoiser",
     resume: bool = False,
     name: str = "denoiser",
-    callbacks: Sequence[Any] = (),
 ) -> TrainingResult:
     """Pre-train a ResNet or U-Net to remove Gaussian noise; an unfolded network may start from it.
 
@@ -126,7 +119,6 @@ def train_denoiser(
         out: folder of the run; the network is written to OUT/model.
         resume: continue the run in OUT, if there is one.
         name: the model's name in its card.
-        callbacks: see ``flowprox.training.loop.Callback``.
 
     Raises:
         FileExistsError, ValueError, NonFiniteError: see ``flowprox.training.loop.fit``.
@@ -135,7 +127,7 @@ def train_denoiser(
     from flowprox.training.tasks import denoising_task
 
     task = functools.partial(denoising_task, denoiser, data)
-    return fit(task, data, training, out, {"denoiser": denoiser}, resume, name, callbacks)
+    return fit(task, data, training, out, {"denoiser": denoiser}, resume, name)
 
 
 def train_gan(
@@ -145,7 +137,6 @@ def train_gan(
     out: str = "runs/gan",
     resume: bool = False,
     name: str = "gan",
-    callbacks: Sequence[Any] = (),
 ) -> TrainingResult:
     """Train a DCGAN; its generator is the GAN prior that flow priors are compared with.
 
@@ -156,7 +147,6 @@ def train_gan(
         out: folder of the run; the generator is written to OUT/model.
         resume: continue the run in OUT, if there is one.
         name: the model's name in its card.
-        callbacks: see ``flowprox.training.loop.Callback``.
 
     Raises:
         FileExistsError, ValueError, NonFiniteError: see ``flowprox.training.loop.fit``.
@@ -164,4 +154,4 @@ def train_gan(
     from flowprox.training.gan import gan_task
     from flowprox.training.loop import fit
 
-    return fit(functools.partial(gan_task, gan, data), data, training, out, {"gan": gan}, resume, name, callbacks)
+    return fit(functools.partial(gan_task, gan, data), data, training, out, {"gan": gan}, resume, name)

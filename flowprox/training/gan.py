@@ -10,8 +10,6 @@ with l = D(G(z)), the discriminator's loss sends sigmoid(l) dl/dx to the generat
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from deepinv.physics import Denoising
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 from flowprox.baselines import GANPrior
 from flowprox.metrics import psnr
 from flowprox.networks import DCGANDiscriminator, DCGANGenerator
-from flowprox.options import DataOptions, GANOptions, TrainingOptions
+from flowprox.options import DataOptions, GANOptions, Parameters, TrainingOptions
 from flowprox.training.tasks import Task
 
 __all__ = ["GANTask", "gan_task"]
@@ -72,7 +70,7 @@ class GANTask(Task):
     def evaluate(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         return {self.figure: psnr(self._project(model, x), x, clip=False)}
 
-    def parameter_groups(self, options: TrainingOptions) -> list[dict[str, Any]]:
+    def parameter_groups(self, options: TrainingOptions) -> list[Parameters]:
         (group,) = super().parameter_groups(options)
         return [{**group, "betas": (self.options.betas[0], self.options.betas[1])}]
 

@@ -22,10 +22,9 @@ from torch import Tensor
 
 from flowprox.data import save_image
 from flowprox.files import atomic_write
+from flowprox.options import Parameters
 
 __all__ = ["RunLog"]
-
-Row = dict[str, Any]
 
 
 class _Board(Protocol):
@@ -49,13 +48,11 @@ class RunLog:
         show: whether to show progress: a bar on a terminal, else a line per validation.
     """
 
-    def __init__(
-        self, folder: Path, recipe: Mapping[str, Any], board: _Board, step: int, batch_size: int, show: bool
-    ) -> None:
+    def __init__(self, folder: Path, recipe: Parameters, board: _Board, step: int, batch_size: int, show: bool) -> None:
         self.folder, self.board, self.batch_size, self.show = folder, board, batch_size, show
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / "recipe.yaml", mode="w") as f:
-            yaml.safe_dump(dict(recipe), f, sort_keys=False)
+            yaml.safe_dump(recipe, f, sort_keys=False)
         self.rows = [row for row in _read_rows(folder / "metrics.jsonl") if row["step"] <= step]
         with atomic_write(folder / "metrics.jsonl", mode="w") as f:
             f.writelines(json.dumps(row) + "\n" for row in self.rows)
@@ -135,7 +132,7 @@ class RunLog:
         self.board.finalize("success")
 
 
-def _read_rows(path: Path) -> list[Row]:
+def _read_rows(path: Path) -> list[Parameters]:
     """The rows of a metrics.jsonl; a last line that a kill cut short is left out.
 
     Raises:

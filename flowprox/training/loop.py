@@ -20,12 +20,12 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, is_dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePath
-from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -38,14 +38,14 @@ from torch.nn.parallel import DistributedDataParallel
 from flowprox.checkpoints import save_model, save_training_state
 from flowprox.files import first_line, sole_writer
 from flowprox.flows import NonFiniteError
-from flowprox.options import DataOptions, NoiseOptions, TrainingOptions, TrainingResult, parse_duration
+from flowprox.options import DataOptions, NoiseOptions, Parameters, TrainingOptions, TrainingResult, parse_duration
 from flowprox.training.images import TrainingImages, mixed_seed, seed_global_generators
 from flowprox.training.log import RunLog
 from flowprox.training.optimizers import WeightAverage, make_optimizer, schedule_factor
 from flowprox.training.state import Counts, check_optimizer, check_tensors, read_state, run_identity
 from flowprox.training.tasks import Task
 
-__all__ = ["Callback", "fit"]
+__all__ = ["Callback", "fit", "listening"]
 
 _LOG_EVERY = 20  # steps between two readings of the loss, each of which waits for the device
 _MOST_SKIPPED = 20  # in a row
@@ -75,6 +75,19 @@ class Callback:
         """When the run has ended and all is written."""
 
 
+_CALLBACKS: ContextVar[tuple[Callback, ...]] = ContextVar("callbacks", default=())
+
+
+@contextmanager
+def listening(*callbacks: Callback) -> Iterator[None]:
+    """Within the block every run tells these callbacks how it goes."""
+    token = _CALLBACKS.set(callbacks)
+    try:
+        yield
+    finally:
+        _CALLBACKS.reset(token)
+
+
 @dataclass
 class _Job:
     """What every process of a run is given."""
@@ -83,10 +96,10 @@ class _Job:
     data: DataOptions | NoiseOptions
     training: TrainingOptions
     out: Path
-    recipe: dict[str, Any]
+    recipe: Parameters
     resume: bool
     name: str
-    callbacks: Sequence[Callback]
+    callbacks: tuple[Callback, ...]
 
 
 def fit(
@@ -94,10 +107,9 @@ def fit(
     data: DataOptions | NoiseOptions,
     training: TrainingOptions,
     out: str | Path,
-    recipe: Mapping[str, Any] | None = None,
+    recipe: Parameters | None = None,
     resume: bool = False,
     name: str = "model",
-    callbacks: Sequence[Callback] = (),
 ) -> TrainingResult:
     """Train a task; what ``train_flow``, ``train_unfolded``, ``train_denoiser`` and ``train_gan`` come down to.
 
@@ -111,7 +123,6 @@ def fit(
             model's card with these.
         resume: continue the run in ``out``, if there is one.
         name: the model's name in its card.
-        callbacks: told of steps, validations and the end.
 
     Raises:
         FileExistsError: ``out`` holds a run and ``resume`` is false.
@@ -130,7 +141,9 @@ def fit(
         _check_apart(folder, data)
     parts = {**(recipe or {}), "noise" if isinstance(data, NoiseOptions) else "data": data, "training": training}
     plain = {key: asdict(part) if is_dataclass(part) else part for key, part in parts.items()}  # type: ignore[arg-type]
-    job = _Job(make_task, data, training, folder, {**plain, "out": str(out), "name": name}, resume, name, callbacks)
+    job = _Job(
+        make_task, data, training, folder, {**plain, "out": str(out), "name": name}, resume, name, _CALLBACKS.get()
+    )
     fabric = Fabric(
         accelerator=training.accelerator,
         devices=training.devices,
@@ -168,7 +181,7 @@ def _strategy(training: TrainingOptions) -> DDPStrategy | str:
     start = "spawn" if training.strategy == "ddp_spawn" else "popen"
     # buffers are not broadcast in every step: only batch normalization's change, and they are before a validation
     known = inspect.signature(DistributedDataParallel).parameters
-    quiet: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    quiet: Parameters = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
     return DDPStrategy(start_method=start, gradient_as_bucket_view=True, **quiet)
 
 
@@ -313,7 +326,7 @@ class _Run:
         by_epochs = math.inf if epochs is None else max(1, round(epochs * len(self.images.sampler)))
         return min(self.options.max_steps or math.inf, by_epochs)
 
-    def _initialize_model(self, state: dict[str, Any] | None) -> None:
+    def _initialize_model(self, state: Parameters | None) -> None:
         model = self.task.model
         if state is None:  # from the same images in every process; the data-parallel wrapper then sends process 0's
             with torch.no_grad():
@@ -364,7 +377,7 @@ class _Run:
         self._call("on_end", result)
         return result
 
-    def _call(self, event: str, *arguments: Any) -> None:
+    def _call(self, event: str, *arguments: object) -> None:
         """Tell the callbacks. Random numbers are seeded anew in every step; what they left switched is switched back."""
         if self.job.callbacks and self.fabric.is_global_zero:
             for callback in self.job.callbacks:
@@ -624,7 +637,7 @@ class _Run:
         }
         save_training_state(self.job.out / "state.pt", state)
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _restore(self, state: Parameters) -> None:
         where, model = self.job.out / "state.pt", self.task.model.state_dict()
         self.counts = Counts.of_state(state["counters"], where)
         self.kept = {name: state["kept"].get(name) for name in ("model", "average")}

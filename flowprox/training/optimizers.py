@@ -7,7 +7,7 @@ muon   W <- W - 0.2 sqrt(max(m, n)) lr U V^T,   U S V^T the momentum of a convol
        with which Adam's learning rates fit
 
 Both shrink the weights by 1 - lr decay in every step (Loshchilov and Hutter (2019), https://arxiv.org/abs/1711.05101), if
-asked to: convolutions, biases, and the scales and 1x1 matrices of flows, whose gain has no other bound. Groups called
+asked to: convolutions, biases, and the scales and 1x1 matrices of flows, whose gain has no other bound. Parameterss called
 "scalars" or "start" do not decay: for step sizes, shrinkages and a start image 0 is no natural end.
 """
 
@@ -16,22 +16,23 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from pytorch_optimizer import Muon
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-__all__ = ["WeightAverage", "make_optimizer", "schedule_factor"]
+from flowprox.options import Parameters
 
-Group = dict[str, Any]
+__all__ = ["WeightAverage", "make_optimizer", "schedule_factor"]
 
 _WITHOUT_DECAY = ("scalars", "start")
 _ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 
-def make_optimizer(kind: str, groups: list[Group], fused: bool, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+def make_optimizer(
+    kind: str, groups: list[Parameters], fused: bool, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
     """Adam or Muon over the parameters that ask for gradients.
 
     Arguments:
@@ -55,7 +56,7 @@ def make_optimizer(kind: str, groups: list[Group], fused: bool, weight_decay: fl
     return Muon(groups) if kind == "muon" else torch.optim.AdamW(groups, fused=fused or None, **_ADAM)
 
 
-def _split(group: Group) -> tuple[Group, Group]:
+def _split(group: Parameters) -> tuple[Parameters, Parameters]:
     """Muon's share of a group, convolutions' weights of more than one row and column, and Adam's."""
     matrices: list[Tensor] = []
     others: list[Tensor] = []

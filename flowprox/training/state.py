@@ -7,13 +7,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowprox.checkpoints import load_training_state
-from flowprox.options import require
+from flowprox.options import Parameters, require
 
 __all__ = ["Counts", "check_optimizer", "check_tensors", "read_state", "run_identity"]
 
@@ -38,7 +37,7 @@ class Counts:
     best: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of_state(cls, values: Mapping[str, Any], where: Path) -> Counts:
+    def of_state(cls, values: Parameters, where: Path) -> Counts:
         """Counts as a state holds them; ValueError where a value cannot be one."""
         counts = cls(**{one.name: values[one.name] for one in fields(cls) if one.name in values})
         for name, default in asdict(cls()).items():
@@ -47,15 +46,16 @@ class Counts:
         return counts
 
 
-def _is_like(value: Any, default: Any) -> bool:
+def _is_like(value: object, default: object) -> bool:
     if isinstance(default, dict):
         return isinstance(value, dict) and all(type(number) in (int, float) for number in value.values())
     if isinstance(default, list):
         return isinstance(value, list) and [type(number) for number in value] == [float] * len(default)
-    return type(value) in (int, type(default)) and 0 <= value < math.inf
+    sound = isinstance(value, int) or (isinstance(value, float) and isinstance(default, float))
+    return sound and not isinstance(value, bool) and 0 <= value < math.inf  # type: ignore[operator]
 
 
-def run_identity(recipe: Mapping[str, Any], fingerprint: Mapping[str, str]) -> dict[str, Any]:
+def run_identity(recipe: Parameters, fingerprint: Mapping[str, str]) -> Parameters:
     """What a run is: all of its recipe but limits, rates, logging and devices, and the images themselves.
 
     Arguments:
@@ -63,7 +63,7 @@ def run_identity(recipe: Mapping[str, Any], fingerprint: Mapping[str, str]) -> d
         fingerprint: of the images.
     """
     parts = {name: part for name, part in recipe.items() if name not in ("out", "name")}
-    identity: dict[str, Any] = {"recipe": sorted(parts), **fingerprint}
+    identity: Parameters = {"recipe": sorted(parts), **fingerprint}
     for name, part in parts.items():
         if not isinstance(part, dict) or "kind" in part:  # a specification is one value
             identity[name] = part
@@ -74,7 +74,7 @@ def run_identity(recipe: Mapping[str, Any], fingerprint: Mapping[str, str]) -> d
     return json.loads(json.dumps(identity, default=str))
 
 
-def read_state(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+def read_state(path: Path, identity: Parameters) -> Parameters | None:
     """The state that a run of this identity left; None if there is none.
 
     Raises:
@@ -92,9 +92,10 @@ def read_state(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None
     return state
 
 
-def check_tensors(given: Any, expected: Mapping[str, Tensor], where: str) -> None:
+def check_tensors(given: object, expected: Mapping[str, Tensor], where: str) -> None:
     """Raise ValueError unless ``given`` holds finite tensors of the names, shapes and types that are expected."""
-    require(isinstance(given, dict), f"{where} is damaged: {type(given).__name__} in place of tensors; {_REMEDY}")
+    if not isinstance(given, dict):
+        raise ValueError(f"{where} is damaged: {type(given).__name__} in place of tensors; {_REMEDY}")
     for name in {**expected, **given}:
         value, model = given.get(name), expected.get(name)
         if model is None or not isinstance(value, Tensor):
@@ -112,7 +113,7 @@ def _form(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {tensor.dtype} {tensor.layout}".replace("torch.", "").removesuffix(" strided")
 
 
-def check_optimizer(given: Mapping[str, Any], optimizer: torch.optim.Optimizer, where: str) -> dict[str, Any]:
+def check_optimizer(given: Parameters, optimizer: torch.optim.Optimizer, where: str) -> Parameters:
     """The state that an optimizer can load: moments of the right shapes and counters of steps, its own rates and decays.
 
     Moments of other shapes would be written beyond the ends of memory.
@@ -142,7 +143,7 @@ def check_optimizer(given: Mapping[str, Any], optimizer: torch.optim.Optimizer, 
     return {"state": moments, "param_groups": [{**g, **step} for g, step in zip(own, steps, strict=True)]}
 
 
-def _moments(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+def _moments(parameter: Tensor, group: Parameters) -> dict[str, Tensor]:
     """Tensors of the names and shapes that the optimizers of ``make_optimizer`` keep for a parameter."""
     if group.get("use_muon"):
         return {"momentum_buffer": parameter}

@@ -30,6 +30,7 @@ from flowprox.options import (
     DenoiserOptions,
     LikelihoodOptions,
     NoiseOptions,
+    Parameters,
     ProblemOptions,
     TrainingOptions,
     UnfoldedOptions,
@@ -86,7 +87,7 @@ class Task(nn.Module):
     def initialize(self, x: Tensor) -> None:
         """Data-dependent initialization from clean images x (B, C, H, W), before the first step."""
 
-    def parameter_groups(self, options: TrainingOptions) -> list[dict[str, Any]]:
+    def parameter_groups(self, options: TrainingOptions) -> list[Parameters]:
         """Adam's parameter groups, each with its learning rate ``lr``."""
         return [{"params": list(self.model.parameters()), "lr": options.learning_rate}]
 
@@ -306,7 +307,7 @@ class ReconstructionTask(Task):
         if any(fresh) and start is not None:
             start.copy_(flows[0].decode(start.new_zeros(1, start[0].numel()), start.shape[-2:]))
 
-    def parameter_groups(self, options: TrainingOptions) -> list[dict[str, Any]]:
+    def parameter_groups(self, options: TrainingOptions) -> list[Parameters]:
         rates = options.learning_rate, options.scalar_learning_rate
         return self.model.parameter_groups(*rates)  # type: ignore[operator]
 
@@ -398,12 +399,12 @@ def _initialize_flow(flow: nn.Module, x: Tensor) -> bool:
     return fresh
 
 
-def likelihood_task(flow: str | dict[str, Any], data: DataOptions, options: LikelihoodOptions) -> LikelihoodTask:
+def likelihood_task(flow: str | Parameters, data: DataOptions, options: LikelihoodOptions) -> LikelihoodTask:
     """The task of ``train_flow``."""
     return LikelihoodTask(make_flow(flow, data), options)
 
 
-def noise_task(flow: str | dict[str, Any], options: NoiseOptions) -> NoiseTask:
+def noise_task(flow: str | Parameters, options: NoiseOptions) -> NoiseTask:
     """The task of ``train_flow`` with noise."""
     shape = image_shape(options)
     noise = make_noise(options.name, shape, **options.parameters)
