@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from deepinv.models import Reconstructor
-from deepinv.physics import Denoising, LinearPhysics, Physics
+from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor, nn
 
 from flowprox.baselines import BM3D, Biharmonic, GANPrior, Lasso, PlugAndPlay, TotalVariation, WaveletPrior, Wiener
@@ -28,7 +28,7 @@ from flowprox.checkpoints import load_model
 from flowprox.flows import Flow
 from flowprox.naming import nearest
 from flowprox.noise import NOISES, FlowNoise, make_noise
-from flowprox.operators import PROBLEMS, Problem
+from flowprox.operators import PROBLEMS, Problem, mirrored
 from flowprox.solvers import LBFGS, Adam, LatentMAP, NoiseMAP, PosteriorSampling, SamplerOptions
 
 __all__ = [
@@ -71,7 +71,7 @@ class Measurement(Reconstructor):
 
 
 class SelfEnsemble(Reconstructor):
-    """x_hat = (D(y) + M D(M y)) / 2: a denoising network D averaged over the image and its mirror image, M left to right.
+    """x_hat = (D(y, A) + M D(M y, M A M)) / 2: a network D averaged over the image and its mirror image, M left to right.
 
     What a network does differently to the two is its own error, at twice the time.
 
@@ -80,7 +80,8 @@ class SelfEnsemble(Reconstructor):
         https://arxiv.org/abs/1707.02921, Sec. 3.4 (there over eight transforms)
 
     Arguments:
-        model: ``x_hat = model(y, physics)`` for a denoising physics, which knows nothing of left and right.
+        model: ``x_hat = model(y, physics)`` for an operator that ``flowprox.operators.mirrored`` knows; its mask or kernel is
+            mirrored too, so that the model may know nothing of left and right.
 
     Example:
         >>> from flowprox.operators import make_physics
@@ -95,9 +96,9 @@ class SelfEnsemble(Reconstructor):
         self.model = network(model)
 
     def forward(self, y: Tensor, physics: Physics) -> Tensor:  # type: ignore[override]
-        if not isinstance(physics, Denoising):
-            raise ValueError(f"{type(physics).__name__} has another mirror image; a self-ensemble is for denoising")
-        return (self.model(y, physics) + self.model(y.flip(-1), physics).flip(-1)) / 2
+        if not isinstance(physics, LinearPhysics):
+            raise ValueError(f"{type(physics).__name__} has no mirror image that is known")
+        return (self.model(y, physics) + self.model(y.flip(-1), mirrored(physics)).flip(-1)) / 2
 
 
 # Factories -----------------------------------------------------------------------------------------------------------
@@ -234,7 +235,9 @@ METHODS: dict[str, Method] = {
     "adjoint": Method(Adjoint, "A^T y: the measurement carried back", needs_linear=True),
     "unfolded": Method(network, "a network trained for the operator", needs_linear=True),
     "self-ensemble": Method(
-        SelfEnsemble, "a network trained to denoise, averaged over the image and its mirror image", ("denoising",)
+        SelfEnsemble,
+        "a trained network, averaged over the image and its mirror image",
+        ("denoising", "inpainting", "random-inpainting", "deblurring", "super-resolution"),
     ),
     "latent-map": Method(
         _flat(LatentMAP, "optimizer", **_OPTIMIZERS),

@@ -30,6 +30,8 @@ from flowprox.solvers import LBFGS, Adam
 
 __all__ = ["FlowDenoiser", "FlowPrior", "NoiseFidelity", "ReconstructorDenoiser"]
 
+_SPECTRA = 8  # sizes of image whose spectrum is kept
+
 
 class FlowPrior(Prior):
     """A flow as a ``deepinv.optim.Prior``, for deepinv's PGD, FISTA, HQS, ADMM (unfolded too) and ULA.
@@ -218,8 +220,9 @@ class FlowDenoiser(Denoiser):
         """Wiener filter of v (B, C, H, W) with the mean and spectrum of the flow's own images; variance (B, 1, 1, 1)."""
         size = tuple(v.shape[-2:])
         key = size, v.dtype, v.device
-        if key not in self._spectra:
-            self._spectra[key] = self._spectrum(v)
+        self._spectra[key] = self._spectra.pop(key, None) or self._spectrum(v)
+        if len(self._spectra) > _SPECTRA:
+            del self._spectra[next(iter(self._spectra))]
         mean, power, colors = self._spectra[key]
         coefficients = torch.fft.rfft2(v - mean, norm="ortho").permute(0, 2, 3, 1).unsqueeze(-1)
         gain = (power / (power + variance)).unsqueeze(-1)

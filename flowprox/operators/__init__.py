@@ -19,22 +19,23 @@ from flowprox.operators.blur import (
     PaddedBlur,
     WindowedBlur,
 )
-from flowprox.operators.data_steps import ExactProx, data_gradient, data_prox
 from flowprox.operators.imaging import FILTERS, ParallelCT, RealMRI, SuperResolution, cartesian_mask
 from flowprox.operators.kinds import PROBLEMS, Parameter, ProblemKind
 from flowprox.operators.masks import center_mask, random_mask
-from flowprox.operators.measuring import (
+from flowprox.operators.measurements import (
+    ExactProx,
     check_adjoint,
     check_measurement,
+    data_gradient,
+    data_prox,
     measure,
     measure_each,
     measured_entries,
     measurement_shape,
 )
-from flowprox.operators.problems import Problem, make_physics
+from flowprox.operators.problems import Problem, VariedProblem, make_physics
 from flowprox.operators.sensing import DenseSensing, OneBitSensing, StructuredSensing
 from flowprox.operators.sizes import Fitted, fit_to_divisor, mirrored
-from flowprox.operators.varied import VariedProblem
 
 __all__ = [
     "BOUNDARIES",

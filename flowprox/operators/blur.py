@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from flowprox.naming import Specified
 from flowprox.noise import GaussianNoise
 from flowprox.noise.base import at_least_zero
-from flowprox.operators.data_steps import ExactProx
+from flowprox.operators.measurements import ExactProx
 
 __all__ = [
     "BOUNDARIES",

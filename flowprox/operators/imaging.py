@@ -20,8 +20,8 @@ from deepinv.physics.generator import RandomMaskGenerator
 from torch import Tensor
 
 from flowprox.noise import GaussianNoise
-from flowprox.operators.data_steps import ExactProx
 from flowprox.operators.masks import checked_mask
+from flowprox.operators.measurements import ExactProx
 
 __all__ = ["FILTERS", "MATRIX_LIMIT", "ParallelCT", "RealMRI", "SuperResolution", "cartesian_mask"]
 

@@ -29,6 +29,7 @@ from flowprox.operators.sizes import Fitted, fit_to_divisor
 __all__ = ["PROBLEMS", "ImageShape", "Parameter", "ProblemKind"]
 
 ImageShape = tuple[int, int, int]
+Device = torch.device | str
 
 
 class Parameter(NamedTuple):
@@ -97,30 +98,23 @@ class ProblemKind:
         return {name: parameter.default for name, parameter in {**self.parameters, **_NOISE}.items()}
 
 
-def _denoising(image_shape: ImageShape, *, seed: int, device: torch.device | str) -> LinearPhysics:
+def _denoising(image_shape: ImageShape, *, seed: int, device: Device) -> LinearPhysics:
     return Denoising(device=device, img_size=image_shape)
 
 
 def _inpainting(
-    image_shape: ImageShape,
-    *,
-    seed: int,
-    device: torch.device | str,
-    mask_size: int | tuple[int, int],
-    mask: Any,
+    image_shape: ImageShape, *, seed: int, device: Device, mask_size: int | tuple[int, int], mask: Any
 ) -> LinearPhysics:
     pattern = center_mask(*image_shape[1:], mask_size) if mask is None else _array("mask", mask)
     return _masking(pattern, image_shape, device)
 
 
-def _random_inpainting(
-    image_shape: ImageShape, *, seed: int, device: torch.device | str, keep: float, mask: Any
-) -> LinearPhysics:
+def _random_inpainting(image_shape: ImageShape, *, seed: int, device: Device, keep: float, mask: Any) -> LinearPhysics:
     pattern = random_mask(*image_shape[1:], keep, seed) if mask is None else _array("mask", mask)
     return _masking(pattern, image_shape, device)
 
 
-def _masking(pattern: Tensor, image_shape: ImageShape, device: torch.device | str) -> LinearPhysics:
+def _masking(pattern: Tensor, image_shape: ImageShape, device: Device) -> LinearPhysics:
     mask = checked_mask(pattern, image_shape).expand(image_shape).contiguous()
     return Inpainting(img_size=image_shape, mask=mask, device=device)  # pyright: ignore
 
@@ -129,7 +123,7 @@ def _deblurring(
     image_shape: ImageShape,
     *,
     seed: int,
-    device: torch.device | str,
+    device: Device,
     sigma_blur: float,
     kernel_size: int,
     boundary: str,
@@ -167,12 +161,7 @@ def _enlarged_size(height: int, width: int, parameters: Mapping[str, Any]) -> tu
 
 
 def _compressed_sensing(
-    image_shape: ImageShape,
-    *,
-    seed: int,
-    device: torch.device | str,
-    m: int,
-    structured: bool,
+    image_shape: ImageShape, *, seed: int, device: Device, m: int, structured: bool
 ) -> LinearPhysics:
     if not isinstance(structured, bool):
         raise ValueError(f"structured must be True or False, got {structured!r}")
@@ -181,13 +170,7 @@ def _compressed_sensing(
 
 
 def _one_bit(
-    image_shape: ImageShape,
-    *,
-    seed: int,
-    device: torch.device | str,
-    m: int,
-    structured: bool,
-    noise_first: bool,
+    image_shape: ImageShape, *, seed: int, device: Device, m: int, structured: bool, noise_first: bool
 ) -> Physics:
     if not isinstance(noise_first, bool):
         raise ValueError(f"noise_first must be True or False, got {noise_first!r}")
@@ -196,31 +179,20 @@ def _one_bit(
 
 
 def _super_resolution(
-    image_shape: ImageShape,
-    *,
-    seed: int,
-    device: torch.device | str,
-    factor: int,
-    filter: str | None,
+    image_shape: ImageShape, *, seed: int, device: Device, factor: int, filter: str | None
 ) -> LinearPhysics:
     return SuperResolution(factor, image_shape, filter=filter, device=device)
 
 
 def _mri(
-    image_shape: ImageShape,
-    *,
-    seed: int,
-    device: torch.device | str,
-    acceleration: int,
-    center_fraction: float | None,
-    mask: Any,
+    image_shape: ImageShape, *, seed: int, device: Device, acceleration: int, center_fraction: float | None, mask: Any
 ) -> LinearPhysics:
     size = image_shape[1:]
     pattern = cartesian_mask(*size, acceleration, center_fraction, seed) if mask is None else _array("mask", mask)
     return RealMRI(pattern, image_shape, device=device)
 
 
-def _ct(image_shape: ImageShape, *, seed: int, device: torch.device | str, n_angles: int) -> LinearPhysics:
+def _ct(image_shape: ImageShape, *, seed: int, device: Device, n_angles: int) -> LinearPhysics:
     return ParallelCT(n_angles, image_shape, device=device)
 
 

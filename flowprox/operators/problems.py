@@ -1,4 +1,4 @@
-"""A problem by name and parameters, and its operator."""
+"""A problem by name and parameters, and its operator, one for all images or one that varies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from flowprox.naming import nearest
 from flowprox.noise import NOISES, GaussianNoise, Noise, make_noise
 from flowprox.noise.base import at_least_zero
 from flowprox.operators.kinds import PROBLEMS, ImageShape
-from flowprox.operators.measuring import measurement_shape
+from flowprox.operators.measurements import measurement_shape
 
-__all__ = ["Problem", "make_physics", "noise_of"]
+__all__ = ["Problem", "VariedProblem", "make_physics", "noise_of"]
 
 _NOISE = ("sigma", "noise_norm", "noise", "noise_parameters")
 
@@ -180,6 +180,97 @@ def noise_of(
         noise.sample_like(torch.zeros(1, *measured), torch.Generator().manual_seed(0))
     assert isinstance(noise, NoiseModel)  # Problem has seen to it
     return noise.to(device)
+
+
+class VariedProblem:
+    """A problem whose parameters are drawn anew for every image: what one network for many measurements is trained on.
+
+    Arguments:
+        name: of a problem.
+        image_shape: (C, H, W).
+        ranges: parameter -> (low, high); each is drawn uniformly and independently for every image. ``sigma`` of any problem
+            with white noise; ``mask_size``, the sides of a hidden rectangle anywhere in the image, and ``keep``, the fraction
+            of the pixels seen, of inpainting (with both half of the images have a rectangle and the others single pixels);
+            of another operator what its ``ProblemKind.ranges`` says.
+        seed: of what is drawn once with the operator.
+        parameters: the fixed ones.
+
+    Raises:
+        ValueError: an unknown problem or parameter, a parameter that cannot vary or is given twice, or a range that is none.
+
+    Example:
+        >>> problem = VariedProblem("denoising", (3, 8, 8), {"sigma": (0.0, 0.2)})
+        >>> problem.draw(5, torch.Generator().manual_seed(0)).noise_model.sigma.shape
+        torch.Size([5])
+    """
+
+    def __init__(
+        self,
+        name: str,
+        image_shape: ImageShape,
+        ranges: Mapping[str, Sequence[float]],
+        *,
+        seed: int = 0,
+        **parameters: Any,
+    ) -> None:
+        channels, height, width = image_shape
+        self.image_shape = (channels, height, width)
+        self.problem, self.seed = Problem(name, parameters), seed
+        self._kind = PROBLEMS[name]
+        for key in ranges:
+            known = ("sigma", *self._kind.ranges)
+            if key not in known:
+                raise ValueError(f"{key} cannot vary in {name}; what can: {', '.join(known)}")
+            if key in parameters:
+                raise ValueError(f"{key} is both in parameters and in ranges; give it once")
+            if key != "sigma" and "mask" in parameters:
+                raise ValueError(f"{key} in ranges draws a mask for every image: leave the mask out of the parameters")
+        if "noise" in parameters and "sigma" in ranges:
+            raise ValueError("ranges of sigma are for white noise: leave out noise")
+        ends = {key: _checked(key, ends) for key, ends in ranges.items()}
+        self._level = ends.pop("sigma", None)
+        self._ranges = ends
+        if ends:  # a range that is none is refused now
+            self._fixed = self._varied(1, torch.Generator().manual_seed(0))
+            self._fixed.set_noise_model(noise_of(self.problem, self._fixed, self.image_shape))
+        else:
+            self._fixed = make_physics(self.problem, self.image_shape, seed=seed)
+
+    def to(self, *args: Any, **kwargs: Any) -> VariedProblem:
+        """As ``torch.nn.Module.to``."""
+        self._fixed.to(*args, **kwargs)
+        return self
+
+    def draw(self, n: int, generator: torch.Generator) -> LinearPhysics:
+        """A physics for n images, on the generator's device, valid until the next is drawn: they share their fixed part."""
+        physics = self._fixed
+        if self._ranges:
+            physics = self._varied(n, generator)
+            physics.set_noise_model(self._fixed.noise_model)
+        if self._level is not None:
+            low, high = self._level
+            noise = GaussianNoise(0.0).to(generator.device)
+            noise.update_parameters(
+                sigma=low + (high - low) * torch.rand(n, generator=generator, device=generator.device)
+            )
+            physics.set_noise_model(noise)
+        return physics
+
+    def _varied(self, n: int, generator: torch.Generator) -> LinearPhysics:
+        if self._kind.vary is not None:
+            return self._kind.vary(self._ranges, self.image_shape, n, generator)
+        drawn = {
+            key: low + (high - low) * torch.rand(n, generator=generator, device=generator.device)
+            for key, (low, high) in self._ranges.items()
+        }
+        constructor, fixed = self._kind.constructor, self.problem.operator_parameters
+        return constructor(self.image_shape, seed=self.seed, device=generator.device, **{**fixed, **drawn})  # pyright: ignore
+
+
+def _checked(key: str, ends: Sequence[float]) -> tuple[float, float]:
+    if isinstance(ends, str) or not isinstance(ends, Sequence) or len(ends) != 2 or not 0 <= ends[0] <= ends[1]:
+        raise ValueError(f"the range of {key} must be two numbers, 0 <= low <= high; got {ends!r}")
+    return float(ends[0]), float(ends[1])
 
 
 def _complete(name: str, given: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

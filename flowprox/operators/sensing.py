@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from flowprox.noise import GaussianNoise
-from flowprox.operators.data_steps import ExactProx
+from flowprox.operators.measurements import ExactProx
 
 __all__ = ["DenseSensing", "OneBitSensing", "StructuredSensing", "check_free", "check_memory"]
 

@@ -1,23 +1,37 @@
-"""Measurements of images, and whether a measurement belongs to an operator and an adjoint to its operator.
+"""Measurements of images, what belongs to them, and steps from an image estimate towards them.
 
-    y = A(x) + n                                   the noise n from a generator, or from a seed per image
-    <A x, w> = <x, A^T w>                          for all images x and measurements w
+    y = A(x) + n                                                     the noise n from a generator, or a seed per image
+    <A x, w> = <x, A^T w>                                            for all images x and measurements w
+    data_gradient:  A^T (y - A x)                                    the direction of descent of 1/2 ||y - A x||^2
+    data_prox:      argmin_x 1/2 ||y - A x||^2 + rho/2 ||x - v||^2   = (A^T A + rho I)^-1 (A^T y + rho v)
 
-x image, y measurement, A operator, A^T its adjoint if it is linear.
+x and v images, y measurement, A operator, A^T its adjoint if it is linear, rho > 0 the weight of staying close to v.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from deepinv.physics import Inpainting, LinearPhysics, Physics
+from deepinv.optim.linear import least_squares_implicit_backward
+from deepinv.physics import DecomposablePhysics, Inpainting, LinearPhysics, Physics
 from torch import Tensor
 
 from flowprox.noise import Noise
-from flowprox.operators.sensing import OneBitSensing
 
-__all__ = ["check_adjoint", "check_measurement", "measure", "measure_each", "measured_entries", "measurement_shape"]
+__all__ = [
+    "ExactProx",
+    "check_adjoint",
+    "check_measurement",
+    "data_gradient",
+    "data_prox",
+    "measure",
+    "measure_each",
+    "measured_entries",
+    "measurement_shape",
+]
 
 ImageShape = tuple[int, int, int]
 
@@ -69,7 +83,8 @@ def measure_each(x: Tensor, physics: Physics, seeds: Sequence[int]) -> Tensor:
 
 
 def _before_noise(x: Tensor, physics: Physics) -> Tensor:
-    return physics.before_noise(x) if isinstance(physics, OneBitSensing) else physics.A(x)
+    """What the noise is added to: A(x), but for an operator that says otherwise (``OneBitSensing``)."""
+    return getattr(physics, "before_noise", physics.A)(x)
 
 
 def _add_noise(y: Tensor, physics: Physics, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
@@ -239,3 +254,89 @@ def check_adjoint(
                 f"A_adjoint is not the adjoint of A: <A x, w> = {left:.4g} but <x, A^T w> = {right:.4g} for random x and w; "
                 "pass the transpose of A as A_adjoint, or let deepinv.physics.adjoint_function derive it"
             )
+
+
+# Steps towards a measurement -------------------------------------------------------------------------------------------
+
+
+class ExactProx(LinearPhysics):
+    """A linear operator whose ``data_prox`` has a closed form; deepinv's ``prox_l2`` follows from it."""
+
+    def regularized_inverse(self, v: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:
+        """argmin_x 1/2 ||y - A x||^2 + rho/2 ||x - v||^2, for images v (B, C, H, W), measurements y and rho > 0.
+
+        rho broadcasts against v; the result is differentiable in all three, and nothing is written to the operator.
+        """
+        raise NotImplementedError
+
+    def prox_l2(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, z: Tensor | float | None, y: Tensor, gamma: float | Tensor, **kwargs: Any
+    ) -> Tensor:
+        """argmin_x gamma/2 ||A x - y||^2 + 1/2 ||x - z||^2."""
+        if not isinstance(z, Tensor):
+            z = torch.full_like(self.A_adjoint(y), float(z or 0.0))
+        return self.regularized_inverse(z, y, 1.0 / gamma)
+
+
+def data_gradient(x: Tensor, y: Tensor, physics: LinearPhysics) -> Tensor:
+    """A^T (y - A x): the direction in which 1/2 ||y - A x||^2 falls, so that x + mu * data_gradient is a gradient step.
+
+    References:
+        Wei, van Gorp, Gonzalez-Carabarin, Freedman, Eldar, van Sloun (2022), Deep unfolding with normalizing flow
+        priors for inverse problems, https://arxiv.org/abs/2107.02848, Eq. (8), whose sign is that of ascent.
+
+    Arguments:
+        x: images (B, C, H, W).
+        y: measurements.
+        physics: linear operator.
+    """
+    return physics.A_adjoint(y - physics.A(x))
+
+
+def data_prox(
+    v: Tensor, y: Tensor, physics: LinearPhysics, rho: float | Tensor, *, max_iter: int = 200, tol: float = 1e-6
+) -> Tensor:
+    """argmin_x 1/2 ||y - A x||^2 + rho/2 ||x - v||^2, differentiable in v, y and rho.
+
+    In closed form for an ``ExactProx`` (circular blur, the learned one included, structured sensing, super-resolution, MRI)
+    and the operators that deepinv decomposes (denoising, inpainting); otherwise by conjugate gradient, whose
+    gradient deepinv computes by implicit differentiation. Nothing is written to ``physics``.
+
+    Arguments:
+        v: images (B, C, H, W) to stay close to.
+        y: measurements.
+        physics: linear operator.
+        rho: weight of closeness, positive; a number, a 0-d tensor, or one per image (B,).
+        max_iter: of the conjugate gradient, where there is no closed form.
+        tol: relative residual at which the conjugate gradient stops.
+
+    Raises:
+        ValueError: rho is a number that is not positive (a tensor is not looked at: that would stall a GPU), or the
+            operator is not linear.
+
+    Example:
+        >>> import torch
+        >>> from flowprox.operators import make_physics
+        >>> physics = make_physics("denoising", (1, 2, 2))
+        >>> data_prox(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2), physics, rho=1.0).flatten().tolist()
+        [0.5, 0.5, 0.5, 0.5]
+    """
+    if isinstance(rho, Tensor):
+        rho = rho.view(-1, *[1] * (v.ndim - 1)) if rho.ndim == 1 else rho
+    elif not (math.isfinite(rho) and rho > 0):
+        raise ValueError(f"rho must be a positive number, got {rho}")
+    if not isinstance(physics, LinearPhysics):
+        raise ValueError(
+            f"data_prox takes a linear operator and {type(physics).__name__} is none; use a solver that takes any operator, "
+            "such as NoiseMAP"
+        )
+    if isinstance(physics, ExactProx):
+        return physics.regularized_inverse(v, y, rho)
+    if isinstance(physics, DecomposablePhysics):
+        return physics.prox_l2(v, y, 1.0 / rho)
+    # LinearPhysics.prox_l2 would write solver, max_iter and tol to the operator; its default eps of 1e-8 costs 3 digits
+    gamma = 1.0 / rho
+    gamma = gamma.flatten() if isinstance(gamma, Tensor) and gamma.ndim > 1 else gamma
+    return least_squares_implicit_backward(
+        physics, y, z=v, init=v, gamma=gamma, solver="CG", max_iter=max_iter, tol=tol, parallel_dim=[0], eps=1e-20
+    )
