@@ -359,7 +359,7 @@ def _refusal(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
 def test_an_empty_folder_and_a_missing_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no records and no figures" in _refusal(capsys, tmp_path)
     assert f"flowprox evaluate --out {tmp_path}" in _refusal(capsys, tmp_path)
-    assert "give a folder that flowprox evaluate wrote" in _refusal(capsys, tmp_path / "nowhere")
+    assert "does not exist; check the path" in _refusal(capsys, tmp_path / "nowhere")
     (tmp_path / "records.jsonl").touch()
     assert "no records" in _refusal(capsys, tmp_path)
 
