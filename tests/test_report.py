@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import csv
 import hashlib
+import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +63,15 @@ def results(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The whole page of such a folder that also has drawn figures."""
-    folder = make_results(tmp_path_factory.mktemp("whole") / "run")
-    return write_report(write_figures_of_a_study(folder)).read_text(encoding="utf-8")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Such a folder that also has drawn figures."""
+    return write_figures_of_a_study(make_results(tmp_path_factory.mktemp("whole") / "run"))
+
+
+@pytest.fixture(scope="module")
+def page(whole: Path) -> str:
+    """The whole page of it."""
+    return write_report(whole).read_text(encoding="utf-8")
 
 
 # One file -------------------------------------------------------------------------------------------------------------
@@ -103,10 +111,10 @@ def test_charts_are_described_and_colored_by_the_page(page: str) -> None:
     assert all(rules.count(f"--c{i}:") == 2 for i in range(8)) and "<style" not in drawings
 
 
-def test_reports_are_reproducible(results: Path) -> None:
-    first = [write_report(results).read_bytes(), *(path.read_bytes() for path in write_tables(read_results([results])))]
-    again = [write_report(results).read_bytes(), *(path.read_bytes() for path in write_tables(read_results([results])))]
-    assert first == again
+def test_reports_are_reproducible(whole: Path, page: str) -> None:
+    assert write_report(whole).read_text(encoding="utf-8") == page
+    tables = [[path.read_bytes() for path in write_tables(read_results([whole]))] for _ in range(2)]
+    assert tables[0] == tables[1]
 
 
 def test_text_is_escaped_and_names_stay_in_the_folder(tmp_path: Path) -> None:
@@ -183,8 +191,9 @@ def test_parts_can_be_chosen(tmp_path: Path) -> None:
         "figures": "landscape",
     }
     assert set(titles) == set(PARTS)
+    results = read_results([folder])
     for part in PARTS:
-        text = read(write_report(folder, ReportOptions(parts=[part]))).text
+        text = read(write_page(results, ReportOptions(parts=[part]))).text
         assert {name for name, title in titles.items() if title in text} == {part}
         assert "s / image" in text
 
@@ -209,6 +218,45 @@ def test_pictures_can_be_limited(results: Path) -> None:
     assert "Pictures of 1 of 3 images" in tags.text
 
 
+ACTIONS = """
+const found = [];
+const stage = document.querySelector(".stage");
+const press = (key) => stage.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+press("ArrowRight");
+press("+");
+found.push(stage.getAttribute("aria-valuenow"), getComputedStyle(stage.querySelector(".over")).clipPath);
+found.push([...document.querySelector(".image").querySelectorAll(".picture img")].every((i) => i.style.transform === "scale(2)"));
+const at = stage.getBoundingClientRect();
+stage.setPointerCapture = () => {};
+stage.dispatchEvent(new PointerEvent("pointerdown", { clientX: at.left + at.width / 4, clientY: at.top + 5, bubbles: true }));
+found.push(stage.getAttribute("aria-valuenow"));
+const box = [...document.querySelectorAll("#filter input")].find((each) => each.value === "bm3d");
+box.click();
+const shown = (name) => [...document.querySelectorAll("[data-method]")].filter((e) => e.dataset.method === name)
+  .some((e) => getComputedStyle(e).display !== "none");
+found.push(shown("bm3d"), shown("flow"));
+document.querySelector("table.sortable th button").click();
+found.push(document.querySelector("th[aria-sort]").getAttribute("aria-sort"));
+document.title = JSON.stringify(found);
+"""
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+def test_in_a_browser_pictures_are_compared_and_methods_hidden(page: str, tmp_path: Path) -> None:
+    allowed = re.sub(
+        '<meta http-equiv="Content-Security-Policy"[^>]*>', "", page
+    )  # the actions are a script of their own
+    (tmp_path / "page.html").write_text(
+        allowed.replace("</body>", f"<script>{ACTIONS}</script></body>"), encoding="utf-8"
+    )
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    command = [str(BROWSER), *options, (tmp_path / "page.html").as_uri()]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    (title,) = re.findall("<title>(.*?)</title>", printed.partition("<body")[0])
+    assert json.loads(title) == ["52", "inset(0px 0px 0px 52%)", True, "25", False, True, "ascending"]
+
+
 # What is missing or wrong ---------------------------------------------------------------------------------------------
 
 
@@ -221,7 +269,6 @@ def test_a_missing_picture_is_named_in_its_place(results: Path) -> None:
     assert "denoising-sigma0.1--cat--bm3d.png cannot be read" in text
     assert "cat.png is missing" in text
     assert "4 pictures are missing" in text
-    write_figures(write_results(results / "other", make_records(), n_pictures=0))
 
 
 def test_pictures_of_different_sizes_have_no_error_map(results: Path) -> None:
@@ -277,6 +324,11 @@ def test_figures_are_pictures(results: Path) -> None:
     paths = write_figures(results)
     assert [path.name for path in paths] == ["denoising-sigma0.1.png", "denoising-sigma0.2.png", "summary.png"]
     assert all(min(load_image(path).shape[1:]) > 100 for path in paths)
+
+
+def test_figures_without_pictures_are_drawn_all_the_same(tmp_path: Path) -> None:
+    records = make_records(gains={"a": 0.0}, images=["cat"])
+    assert len(write_figures(write_results(tmp_path / "run", records, n_pictures=0))) == 2
 
 
 # Command --------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from report_cases import NASTY, make_records
 
@@ -28,6 +29,7 @@ from flowprox.evaluation.report.pictures import data_uri, error_map, error_white
 from flowprox.evaluation.report.sources import Chapter
 from flowprox.evaluation.report.sweeps import method_sweeps, problem_sweeps, sweeps_of
 from flowprox.evaluation.report.tables import Contents, make_table, to_csv, to_latex, to_markdown
+from flowprox.reconstruction.files import write_deviation
 
 TABLE = make_table(
     "t",
@@ -282,3 +284,10 @@ def test_pictures_of_an_earlier_version_are_found(tmp_path: Path) -> None:
     assert (
         find_picture([tmp_path / "nowhere", tmp_path], "p", "a cat", "m=1") == tmp_path / "images/p--a%20cat--m%3D1.png"
     )
+
+
+def test_a_deviation_is_an_array_and_a_picture(tmp_path: Path) -> None:
+    write_deviation(torch.tensor([[[0.0, 0.05], [0.1, 0.02]]]), tmp_path, "a")
+    np.testing.assert_allclose(np.load(tmp_path / "a.npy"), [[[0.0, 0.05], [0.1, 0.02]]])
+    with Image.open(tmp_path / "a.png") as picture:
+        assert np.asarray(picture).tolist() == [[0, 128], [255, 51]]

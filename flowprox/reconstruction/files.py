@@ -15,7 +15,16 @@ from flowprox.data import IMAGE_SUFFIXES, save_image
 from flowprox.files import atomic_write, remove_temporaries
 from flowprox.records import UNFINISHED, Record, RecordWriter, read_records, write_records
 
-__all__ = ["Input", "check_place", "earlier_records", "list_inputs", "results_folder", "write_array", "write_picture"]
+__all__ = [
+    "Input",
+    "check_place",
+    "earlier_records",
+    "list_inputs",
+    "results_folder",
+    "write_array",
+    "write_deviation",
+    "write_picture",
+]
 
 ARRAY = ".npy"
 RECORDS = "records.jsonl"
@@ -146,6 +155,12 @@ def write_picture(x: Tensor, folder: Path, name: str) -> None:
     """x (C, H, W) as ``name.png`` and, not clipped, ``name.npy``."""
     save_image(x, folder / f"{name}.png")
     write_array(x, folder, name)
+
+
+def write_deviation(std: Tensor, folder: Path, name: str) -> None:
+    """Standard deviations (C, H, W) as ``name.npy``, and as ``name.png``, whose brightest value is the highest of them."""
+    save_image(std / std.max().clamp(min=1e-12), folder / f"{name}.png")
+    write_array(std, folder, name)
 
 
 def write_array(x: Tensor, folder: Path, name: str) -> None:

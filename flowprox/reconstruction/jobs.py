@@ -43,6 +43,7 @@ from flowprox.reconstruction.files import (
     remove_image,
     results_folder,
     write_array,
+    write_deviation,
     write_picture,
 )
 from flowprox.records import Record
@@ -105,7 +106,8 @@ def reconstruct_files(
 
     For input a.png it holds ``a.png``, ``a.npy`` (float32 (C, H, W), not clipped), the measurement likewise as
     ``measurements/a.png`` (where it is a picture) and ``measurements/a.npy``, and a line of ``records.jsonl``; from a
-    method that tells how sure it is also the standard deviation of each pixel, ``deviations/a.npy``. Each file appears whole.
+    method that tells how sure it is also the standard deviation of each pixel, ``deviations/a.npy``, and ``a.png``, where
+    white is the highest. Each file appears whole.
     Inputs of equal names become a, a-2, ...; the images of an array (B, ...) a-0, a-1, .... Every input is read and checked
     before the first is reconstructed.
 
@@ -419,7 +421,7 @@ class _Task:
             write(y.cpu(), out / "measurements", image.name)
             if found.deviation is not None:
                 (out / "deviations").mkdir(exist_ok=True)
-                write_array(found.deviation, out / "deviations", image.name)
+                write_deviation(found.deviation, out / "deviations", image.name)
         except BaseException:
             remove_image(out, image.name)
             raise
