@@ -225,7 +225,8 @@ const press = (key) => stage.dispatchEvent(new KeyboardEvent("keydown", { key, b
 press("ArrowRight");
 press("+");
 found.push(stage.getAttribute("aria-valuenow"), getComputedStyle(stage.querySelector(".over")).clipPath);
-found.push([...document.querySelector(".image").querySelectorAll(".picture img")].every((i) => i.style.transform === "scale(2)"));
+const pictures = [...document.querySelector(".image").querySelectorAll(".picture img")];
+found.push(pictures.every((each) => each.style.transform === "scale(2)"));
 const at = stage.getBoundingClientRect();
 stage.setPointerCapture = () => {};
 stage.dispatchEvent(new PointerEvent("pointerdown", { clientX: at.left + at.width / 4, clientY: at.top + 5, bubbles: true }));
