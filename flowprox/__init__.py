@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from flowprox.operators import make_physics
     from flowprox.priors import FlowDenoiser, FlowPrior, NoiseFidelity, ReconstructorDenoiser
     from flowprox.prox import FlowProx, ResNetProx, SoftThreshold, UNetProx
+    from flowprox.restoration import restore
     from flowprox.unfolding import LatentMeanNet, UnfoldedHQS, UnfoldedPGD
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "list_models",
     "load_model",
     "make_physics",
+    "restore",
     "save_model",
 ]
 
@@ -47,6 +49,7 @@ _HOMES = {
     "flowprox.flows": ("Glow", "RealNVP"),
     "flowprox.operators": ("make_physics",),
     "flowprox.priors": ("FlowDenoiser", "FlowPrior", "NoiseFidelity", "ReconstructorDenoiser"),
+    "flowprox.restoration": ("restore",),
     "flowprox.prox": ("FlowProx", "ResNetProx", "SoftThreshold", "UNetProx"),
     "flowprox.unfolding": ("LatentMeanNet", "UnfoldedHQS", "UnfoldedPGD"),
 }

@@ -161,11 +161,11 @@ def _flat(make: Callable[..., Reconstructor], argument: str, **choices: Any) -> 
 
     own = {name: p for name, p in inspect.signature(make).parameters.items() if name != argument}
     fields = {
-        f.name: getattr(choice, f.name) for choice in [*choices.values()][::-1] for f in dataclasses.fields(choice)
+        f.name: (getattr(one, f.name), f.type) for one in [*choices.values()][::-1] for f in dataclasses.fields(one)
     }
-    fields = ({argument: next(iter(choices))} if len(choices) > 1 else {}) | fields
+    fields = ({argument: (next(iter(choices)), "str")} if len(choices) > 1 else {}) | fields
     keyword = inspect.Parameter.KEYWORD_ONLY
-    added = [inspect.Parameter(name, keyword, default=default) for name, default in fields.items()]
+    added = [inspect.Parameter(name, keyword, default=value, annotation=kind) for name, (value, kind) in fields.items()]
     make_flat.__signature__ = inspect.Signature([*own.values(), *added])  # type: ignore[attr-defined]
     return make_flat
 
@@ -349,6 +349,24 @@ def check_options(name: str, options: Iterable[str]) -> None:
             raise ValueError(f"method {name} has no option {option!r}; {nearest(option, sorted(known))}")
 
 
+_PLAIN: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "str": (str,),
+    "None": (type(None),),
+}
+
+
+def _check_type(what: str, value: Any, annotation: Any) -> None:
+    """Raise ``ValueError`` for a plain value, as recipes and words have it, that is none of the annotation's plain types."""
+    names = str(getattr(annotation, "__name__", annotation)).split(" | ")
+    if not {*names} <= {*_PLAIN} or not isinstance(value, bool | int | float | str | list | dict | None):
+        return
+    if not any(type(value) in _PLAIN[name] for name in names):
+        raise ValueError(f"{what} must be {' or '.join(names).replace('None', 'null')}, got {value!r}")
+
+
 def make_method(
     name: str,
     problem: Problem | str | None = None,
@@ -392,6 +410,8 @@ def make_method(
     if problem_name is not None and not method.applies_to(problem_name):
         raise ValueError(f"method {name} is not for {problem_name}; it is for {', '.join(method.applicable)}")
     check_options(name, options)
+    for option, value in options.items():
+        _check_type(f"option {option} of {name}", value, inspect.signature(method.make).parameters[option].annotation)
     loaded = {
         key: _noise(part, shape, device) if key == "noise" else _loaded(part, device)
         for key, part in parts.items()

@@ -34,6 +34,7 @@ flows prox solvers priors
 unfolding baselines uncertainty
 data samples checkpoints
 training methods evaluation reconstruction
+restoration
 commands
 cli
 __main__

@@ -1,0 +1,237 @@
+"""One call for one picture: ``flowprox.restore(image, sigma=0.1)``.
+
+The picture is the measurement y, of an operator that is named or follows from what is given: a mask means inpainting, a
+kernel deblurring, neither denoising. What comes back is of the kind that went in.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from deepinv.models import Reconstructor
+from PIL import Image
+from torch import Tensor
+
+from flowprox.checkpoints import load_model, require_device
+from flowprox.data import load_image
+from flowprox.evaluation.estimates import estimate
+from flowprox.flows import Flow
+from flowprox.methods import make_method
+from flowprox.metrics import psnr
+from flowprox.operators import PROBLEMS, Problem, make_physics
+
+__all__ = ["Picture", "Restored", "restore"]
+
+Picture = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
+"""A path, a PIL image, an array (H, W) or (H, W, C), or a tensor (H, W), (C, H, W) or (1, C, H, W); whole numbers of 8 or 16
+bits, or floats in [0, 1]."""
+
+DENOISER = "unfolded-denoising-natural"
+"""The network that is used where none is given: by itself for denoising, else as the prior of plug and play."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A restored picture; notebooks show it.
+
+    Arguments:
+        image: of the kind that was given (a path gives a PIL image), whole numbers rounded, floats not clipped.
+        x_hat: the same as a tensor (C, H, W), not clipped.
+        y: what was given, likewise.
+        x: the truth, if it was given.
+        psnr: in dB, both clipped to [0, 1]; None where the truth is not known.
+        problem: name and parameters of the operator.
+    """
+
+    image: Any = field(repr=False)
+    x_hat: Tensor = field(repr=False)
+    y: Tensor = field(repr=False)
+    x: Tensor | None = field(repr=False)
+    psnr: float | None
+    problem: str
+
+    def compare(self) -> Image.Image:
+        """What was given, what came out and, if known, the truth, side by side."""
+        height, width = self.x_hat.shape[-2:]
+        shown = [x for x in (self.y, self.x_hat, self.x) if x is not None]
+        sheet = Image.new("RGB", (len(shown) * width + 4 * (len(shown) - 1), height), "white")
+        for i, x in enumerate(shown):
+            sheet.paste(_pil(x).convert("RGB").resize((width, height), Image.Resampling.NEAREST), (i * (width + 4), 0))
+        return sheet
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.compare().save(buffer, "PNG")
+        return buffer.getvalue()
+
+
+def restore(
+    image: Picture,
+    problem: str | None = None,
+    model: str | torch.nn.Module | None = None,
+    mask: Picture | None = None,
+    kernel: np.ndarray | Tensor | str | os.PathLike[str] | None = None,
+    truth: Picture | None = None,
+    device: str = "cpu",
+    **parameters: Any,
+) -> Restored:
+    """Restore one picture of any size.
+
+    Arguments:
+        image: what was measured.
+        problem: its operator, a name of ``flowprox.operators.PROBLEMS`` that measures pictures; by default inpainting with a
+            mask, deblurring with a kernel, denoising with neither.
+        model: a trained network, denoiser or flow, or where one is; by default the shipped denoiser of photographs, for
+            other problems as the prior of plug and play.
+        mask: of the size of the image; white (1) is kept, black (0) is filled in.
+        kernel: the blur (h, w), odd sides and sum 1; or the path of an .npy file, or of a picture, which is scaled to sum 1.
+        truth: the clean picture, to compare with.
+        device: cpu, cuda or mps.
+        parameters: of the problem, such as ``sigma``, the noise's standard deviation where pixels lie in [0, 1], which
+            denoising needs.
+
+    Raises:
+        ValueError: something does not fit; the message names it.
+        OSError: a file cannot be read.
+
+    Example:
+        >>> from flowprox.samples import sample_images
+        >>> x = dict(sample_images())["coffee"][:, :40, :52]
+        >>> y = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+        >>> restored = restore(y, sigma=0.1, truth=x)
+        >>> restored.image.shape == y.shape, restored.psnr > 25
+        (True, True)
+    """
+    require_device(device)
+    name = problem or ("inpainting" if mask is not None else "deblurring" if kernel is not None else "denoising")
+    network = (
+        load_model(DENOISER if model is None else model, device=device)
+        if not isinstance(model, torch.nn.Module)
+        else model
+    )
+    trained = getattr(getattr(network, "card", None), "problem", None) or {}
+    own = mask is not None or kernel is not None
+    known = trained.get("parameters", {}) if trained.get("name") == name and not own else {}
+    operator = Problem(name, known).replaced(**_operator_parameters(name, mask, kernel), **parameters)
+    kind = PROBLEMS[name]
+    if not kind.measures_pictures:
+        raise ValueError(f"problem {name} measures no pictures; use flowprox reconstruct")
+    if name == "denoising" and "sigma" not in {*parameters, *known} and "noise" not in parameters:
+        raise ValueError("denoising needs sigma, the standard deviation of the noise where pixels lie in [0, 1]")
+
+    y, back = _as_tensor(image, "image")
+    channels = _n_channels(network) or y.shape[0]
+    if y.shape[0] not in (1, channels):
+        raise ValueError(f"image has {y.shape[0]} channels, the model takes {channels}; convert it to gray")
+    wide = y.expand(channels, -1, -1)[None].to(device, torch.float32)
+    factor = int(operator.parameters[kind.magnification]) if kind.magnification else 1
+    physics = make_physics(operator, (channels, wide.shape[2] * factor, wide.shape[3] * factor), device=device)
+    if name.endswith("inpainting"):
+        wide = physics.A(wide)  # what the mask hides is no measurement
+    method = _method(network, trained, operator, device)
+    x_hat = estimate(method, wide, physics, kind)[0].x_hat
+    if name.endswith("inpainting") and not operator.parameters["sigma"] and operator.parameters["noise"] is None:
+        kept = physics.get_buffer("mask").reshape(-1, *x_hat.shape[-2:]).cpu() > 0
+        x_hat = torch.where(kept, wide[0].cpu(), x_hat)  # what is known without noise stays
+    x_hat = x_hat.mean(0, keepdim=True) if y.shape[0] == 1 else x_hat
+    x = None if truth is None else _as_tensor(truth, "truth")[0].float()
+    if x is not None and x.shape != x_hat.shape:
+        raise ValueError(f"truth has shape {tuple(x.shape)}, the restored image {tuple(x_hat.shape)}")
+    level = None if x is None else float(psnr(x_hat[None], x[None]))
+    return Restored(back(x_hat), x_hat, y.float().cpu(), x, level, operator.label)
+
+
+def _operator_parameters(name: str, mask: Picture | None, kernel: Any) -> dict[str, Any]:
+    """What a photograph's operator is told: its own mask or kernel, and that it goes on beyond its border."""
+    parameters: dict[str, Any] = {}
+    for key, value in (("mask", mask), ("kernel", kernel)):
+        if value is not None and key not in PROBLEMS.get(name, PROBLEMS["denoising"]).parameters:
+            raise ValueError(f"problem {name} has no use for {key}; leave it out")
+    if mask is not None:
+        parameters["mask"] = (_as_tensor(mask, "mask")[0].mean(0) > 0.5).float().numpy()
+    if kernel is not None:
+        is_picture = not isinstance(kernel, np.ndarray | Tensor) and Path(kernel).suffix != ".npy"
+        parameters["kernel"] = _scaled(load_image(Path(kernel), channels=1)[0]) if is_picture else kernel
+    return parameters | ({"boundary": "replicate"} if name == "deblurring" else {})
+
+
+def _scaled(kernel: Tensor) -> Tensor:
+    if float(kernel.sum()) <= 0:
+        raise ValueError("kernel is a black picture; its bright pixels are the blur")
+    return kernel / kernel.sum()
+
+
+def _n_channels(network: torch.nn.Module) -> int | None:
+    card = getattr(network, "card", None)
+    known = None if card is None else card.preprocessing.get("channels")
+    return known or next((part.n_channels for part in network.modules() if isinstance(part, Flow)), None)
+
+
+def _method(network: Any, trained: dict[str, Any], operator: Problem, device: str) -> Reconstructor:
+    if isinstance(network, Flow):
+        return make_method("latent-map", operator, flow=network, device=device)
+    if trained.get("name", operator.name) == operator.name:
+        return make_method("unfolded", operator, model=network, device=device)
+    return make_method("plug-and-play", operator, model=network, device=device)
+
+
+def _as_tensor(picture: Picture, name: str) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """A picture as (C, H, W) in [0, 1], and the way back for a result (C, H, W) on the CPU."""
+    if isinstance(picture, str | os.PathLike):
+        return load_image(Path(picture)), _pil
+    if isinstance(picture, Image.Image):
+        pixels = np.asarray(picture.convert("L" if picture.mode in ("1", "L") else "RGB"))
+        return _as_tensor(pixels, name)[0], _pil
+    if isinstance(picture, np.ndarray):
+        if picture.ndim not in (2, 3):
+            raise ValueError(f"{name} must have shape (H, W) or (H, W, C), got {picture.shape}")
+        x, back = _as_tensor(torch.from_numpy(_native(picture)), name) if picture.ndim == 2 else (None, None)
+        if x is None:
+            x, back = _as_tensor(torch.from_numpy(_native(np.moveaxis(picture, -1, 0))), name)
+        flat, dtype = picture.ndim == 2, picture.dtype
+        assert back is not None
+        return x, lambda x_hat: (back(x_hat).numpy() if flat else np.moveaxis(back(x_hat).numpy(), 0, -1)).astype(dtype)
+    if not isinstance(picture, Tensor) or picture.ndim not in (2, 3, 4) or (picture.ndim == 4 and len(picture) != 1):
+        shape = tuple(picture.shape) if isinstance(picture, Tensor) else type(picture).__name__
+        raise ValueError(
+            f"{name} must be a path, a PIL image, an array or a tensor (C, H, W) of one picture, got {shape}"
+        )
+    return _from_tensor(picture, name)
+
+
+def _from_tensor(picture: Tensor, name: str) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    dtype, shape, device = picture.dtype, picture.shape, picture.device
+    largest = {torch.uint8: 255.0, torch.uint16: 65535.0, torch.int32: 65535.0, torch.bool: 1.0}.get(dtype)
+    if largest is None and not dtype.is_floating_point:
+        raise ValueError(f"{name} must hold whole numbers of 8 or 16 bits, or floats in [0, 1]; got {dtype}")
+    x = picture.detach().cpu().to(torch.float32).reshape(-1, *shape[-2:]) / (largest or 1.0)
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"{name} holds NaN or infinity")
+    if largest is None and float(x.abs().max()) > 8:
+        raise ValueError(f"{name} holds values up to {float(x.abs().max()):g}; divide by 255, floats lie in [0, 1]")
+    if x.shape[0] not in (1, 3):
+        raise ValueError(f"{name} must have 1 or 3 channels, got shape {tuple(shape)}; channels come first in tensors")
+
+    def back(x_hat: Tensor) -> Tensor:
+        values = x_hat if largest is None else (x_hat.clamp(0, 1) * largest).round()
+        return values.reshape(*shape[:-2], *x_hat.shape[-2:]).to(device, dtype)
+
+    return x, back
+
+
+def _native(pixels: np.ndarray) -> np.ndarray:
+    """Contiguous and in the machine's byte order, as torch wants it; 16 bits as 32, which more of torch knows."""
+    pixels = np.array(pixels, dtype=pixels.dtype.newbyteorder("="), order="C")  # a copy: others may be read-only
+    return pixels.astype(np.int32) if pixels.dtype == np.uint16 else pixels
+
+
+def _pil(x: Tensor) -> Image.Image:
+    pixels = (x.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1))

@@ -1,0 +1,130 @@
+"""One call restores a picture of any kind and size, and gives back the kind that it was given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import flowprox
+from flowprox.restoration import restore
+
+SHAPE = (3, 10, 13)
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    """A network of random weights: what it returns does not matter here."""
+    with torch.random.fork_rng():
+        flow = flowprox.Glow((3, 8, 8), n_levels=2, n_steps=1, hidden_channels=4)
+        flow.initialize(torch.rand(8, 3, 8, 8))
+        return flowprox.UnfoldedPGD([flowprox.FlowProx(flow)]).eval()
+
+
+def _pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (*SHAPE[1:], 3), dtype=np.uint8)
+
+
+KINDS: dict[str, Callable[[], Any]] = {
+    "array (H, W, 3) of bytes": _pixels,
+    "array (H, W) of bytes": lambda: _pixels()[..., 0],
+    "array (H, W, 1) of bytes": lambda: _pixels()[..., :1],
+    "array of 16 bits": lambda: _pixels().astype(np.uint16) * 257,
+    "array of doubles, other way round": lambda: (_pixels() / 255)[::-1],
+    "array of big-endian floats": lambda: (_pixels() / 255).astype(">f4"),
+    "tensor (C, H, W)": lambda: torch.rand(SHAPE),
+    "tensor (1, C, H, W) of doubles": lambda: torch.rand(1, *SHAPE, dtype=torch.float64),
+    "tensor (H, W) of bytes": lambda: torch.from_numpy(_pixels()[..., 0].copy()),
+    "color picture": lambda: Image.fromarray(_pixels()),
+    "gray picture": lambda: Image.fromarray(_pixels()[..., 0]),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_same_kind_comes_out(name: str, network: nn.Module) -> None:
+    image = KINDS[name]()
+    restored = restore(image, model=network, sigma=0.1)
+    assert type(restored.image) is type(image)
+    for key in ("dtype", "shape", "size", "mode"):
+        if not callable(getattr(image, key, None)):
+            assert getattr(restored.image, key, None) == getattr(image, key, None), key
+    assert restored.psnr is None and restored.problem == "denoising-sigma0.1"
+    assert restored._repr_png_().startswith(b"\x89PNG")
+
+
+def test_a_path_gives_a_picture(network: nn.Module, tmp_path: Path) -> None:
+    Image.fromarray(_pixels()).save(tmp_path / "a.png")
+    for path in (tmp_path / "a.png", str(tmp_path / "a.png")):
+        assert restore(path, model=network, sigma=0.1).image.size == SHAPE[:0:-1]
+
+
+def test_what_a_mask_keeps_stays_without_noise(network: nn.Module) -> None:
+    x, mask = torch.rand(SHAPE), np.ones(SHAPE[1:], dtype=np.uint8) * 255
+    mask[3:6, 4:9] = 0
+    restored = restore(x, model=network, mask=mask, truth=x)
+    kept = torch.from_numpy(mask) > 0
+    assert torch.equal(restored.x_hat[:, kept], x[:, kept]) and not torch.equal(restored.x_hat, x)
+    assert restored.psnr is not None and restored.problem == "inpainting-mask-given"
+    assert restored.compare().size == (3 * SHAPE[2] + 8, SHAPE[1])
+
+
+def test_a_picture_is_a_kernel(network: nn.Module, tmp_path: Path) -> None:
+    Image.fromarray(np.full((3, 3), 80, dtype=np.uint8)).save(tmp_path / "kernel.png")
+    x = torch.rand(SHAPE)
+    one = restore(x, model=network, kernel=tmp_path / "kernel.png").x_hat
+    other = restore(x, model=network, kernel=torch.ones(3, 3) / 9).x_hat
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+def test_a_flow_is_a_prior(network: Any) -> None:
+    flow = network.flows()[0]
+    assert restore(torch.rand(3, 8, 8), model=flow, sigma=0.1).image.shape == (3, 8, 8)
+
+
+def test_the_shipped_denoiser_denoises() -> None:
+    from flowprox.samples import sample_images
+
+    x = dict(sample_images())["chelsea"][:, :48, :61]
+    y = x + 0.1 * torch.randn(x.shape)
+    restored = flowprox.restore(y, sigma=0.1, truth=x)
+    assert restored.psnr > 26
+
+
+IMAGE = torch.rand(SHAPE, generator=torch.Generator().manual_seed(0))
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no level": ({"image": IMAGE}, "needs sigma"),
+    "8-bit floats": ({"image": IMAGE * 255, "sigma": 0.1}, "divide by 255"),
+    "channels last": ({"image": IMAGE.permute(1, 2, 0), "sigma": 0.1}, "channels come first"),
+    "batch": ({"image": torch.rand(2, *SHAPE), "sigma": 0.1}, "one picture"),
+    "NaN": ({"image": IMAGE * torch.nan, "sigma": 0.1}, "NaN"),
+    "a number": ({"image": 3, "sigma": 0.1}, "got int"),
+    "no pictures": ({"image": IMAGE, "problem": "ct"}, "measures no pictures"),
+    "unknown problem": ({"image": IMAGE, "problem": "denoise"}, "did you mean denoising"),
+    "mask of another size": ({"image": IMAGE, "mask": torch.ones(4, 4)}, "mask has shape"),
+    "mask of no use": ({"image": IMAGE, "problem": "denoising", "mask": torch.ones(10, 13)}, "no use for mask"),
+    "truth of another size": ({"image": IMAGE, "sigma": 0.1, "truth": IMAGE[:, :9]}, "truth has shape"),
+    "no such device": ({"image": IMAGE, "sigma": 0.1, "device": "abacus"}, "device"),
+    "misspelt parameter": ({"image": IMAGE, "sigm": 0.1}, "did you mean sigma"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_does_not_fit_is_refused(name: str, network: nn.Module) -> None:
+    words, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        restore(**words, model=network)
+
+
+def test_a_missing_file_is_named(network: nn.Module) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no\.png"):
+        restore("no.png", model=network, sigma=0.1)
+
+
+def test_the_name_is_the_function() -> None:
+    assert flowprox.restore is restore
