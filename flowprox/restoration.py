@@ -157,8 +157,9 @@ def _operator_parameters(name: str, mask: Picture | None, kernel: Any) -> dict[s
     if mask is not None:
         parameters["mask"] = (_as_tensor(mask, "mask")[0].mean(0) > 0.5).float().numpy()
     if kernel is not None:
-        is_picture = not isinstance(kernel, np.ndarray | Tensor) and Path(kernel).suffix != ".npy"
-        parameters["kernel"] = _scaled(load_image(Path(kernel), channels=1)[0]) if is_picture else kernel
+        if isinstance(kernel, str | os.PathLike) and Path(kernel).suffix != ".npy":
+            kernel = _scaled(load_image(Path(kernel), channels=1)[0])
+        parameters["kernel"] = kernel
     return parameters | ({"boundary": "replicate"} if name == "deblurring" else {})
 
 
