@@ -131,8 +131,10 @@ def restore(
     if y.shape[0] not in (1, channels):
         raise ValueError(f"image has {y.shape[0]} channels, the model takes {channels}; convert it to gray")
     wide = y.expand(channels, -1, -1)[None].to(device, torch.float32)
-    factor = int(operator.parameters[kind.magnification]) if kind.magnification else 1
-    physics = make_physics(operator, (channels, wide.shape[2] * factor, wide.shape[3] * factor), device=device)
+    height, width = wide.shape[-2:]
+    if kind.image_size is not None:
+        height, width = kind.image_size(height, width, operator.parameters)
+    physics = make_physics(operator, (channels, height, width), device=device)
     if name.endswith("inpainting"):
         wide = physics.A(wide)  # what the mask hides is no measurement
     method = _method(network, trained, operator, device)
