@@ -11,7 +11,7 @@ import functools
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +28,8 @@ BOUNDS = {
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+EXTERNAL = {"forward", "inverse", "backward", "extra_repr", "A", "A_adjoint", "fn", "grad", "prox"}
+"""Methods that classes of torch and deepinv document."""
 
 
 def modules(package: Path = PACKAGE) -> dict[str, Path]:
@@ -114,34 +116,30 @@ def body_lines(function: Function) -> int:
     return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
 
 
-def undocumented(tree: ast.Module, where: str) -> list[str]:
-    """Public classes, functions and methods without a docstring; overridden ``forward`` and the like inherit theirs."""
-    inherited = {
-        "forward",
-        "inverse",
-        "encode",
-        "decode",
-        "A",
-        "A_adjoint",
-        "data_step",
-        "fn",
-        "grad",
-        "prox",
-        "backward",
-        "batch",
-        "evaluate",
-        "parameter_groups",
-        "pictures",
-        "saved",
-    }
+def contracts(trees: Iterable[ast.Module]) -> dict[str, set[str]]:
+    """Class name -> names of the methods that it or a base of it in the package documents."""
+    classes = {node.name: node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+
+    def documented(name: str) -> set[str]:
+        if name not in classes:
+            return EXTERNAL
+        own = {f.name for f in classes[name].body if isinstance(f, Function) and ast.get_docstring(f)}
+        bases = [base.id if isinstance(base, ast.Name) else getattr(base, "attr", "") for base in classes[name].bases]
+        return own.union(EXTERNAL, *(documented(base) for base in bases if base != name))
+
+    return {name: documented(name) for name in classes}
+
+
+def undocumented(tree: ast.Module, where: str, documented: dict[str, set[str]]) -> list[str]:
+    """Public classes, functions and methods without a docstring of their own or of the method they override."""
     missing = [] if ast.get_docstring(tree) else [where]
     for node in tree.body:
         if not isinstance(node, (*Function.__args__, ast.ClassDef)) or node.name.startswith("_"):
             continue
         missing += [] if ast.get_docstring(node) else [f"{where}.{node.name}"]
         for inner in node.body if isinstance(node, ast.ClassDef) else []:
-            public = isinstance(inner, Function) and not inner.name.startswith("_") and inner.name not in inherited
-            if public and not ast.get_docstring(inner):
+            public = isinstance(inner, Function) and not inner.name.startswith("_")
+            if public and inner.name not in documented[node.name]:
                 missing.append(f"{where}.{node.name}.{inner.name}")
     return missing
 
@@ -159,7 +157,8 @@ def measure(prefix: str = "") -> tuple[dict[str, float], list[str]]:
     largest = max(parts, key=lambda part: parts[part])
     every = [(name, function) for name, tree in trees.items() for function in functions(tree)]
     long = [f"{name}.{f.name} ({n_arguments(f)} arguments)" for name, f in every if n_arguments(f) > 8]
-    bare = [one for name, tree in trees.items() for one in undocumented(tree, name)]
+    known = contracts(syntax(path) for path in modules().values())
+    bare = [one for name, tree in trees.items() for one in undocumented(tree, name, known)]
     groups = module_cycles()
     anys = sum(isinstance(n, ast.Name) and n.id == "Any" for tree in trees.values() for n in ast.walk(tree))
     numbers = {
