@@ -29,7 +29,7 @@ from flowprox.flows import Flow
 from flowprox.naming import nearest
 from flowprox.noise import NOISES, FlowNoise, make_noise
 from flowprox.operators import PROBLEMS, Problem, mirrored
-from flowprox.solvers import LBFGS, Adam, LatentMAP, NoiseMAP, PosteriorSampling, SamplerOptions
+from flowprox.solvers import LBFGS, Adam, LatentMAP, NoiseMAP, PosteriorSampling, SamplerOptions, TorchLBFGS
 
 __all__ = [
     "METHODS",
@@ -121,9 +121,13 @@ def gan(
     learning_rate: float = 0.3,
     regularization: float = 1e-2,
     seed: int = 0,
+    optimizer: str = "adam",
 ) -> GANPrior:
-    """``GANPrior`` of a trained generator."""
-    return GANPrior(model, n_restarts, n_steps, learning_rate, regularization, seed)
+    """``GANPrior`` of a trained generator; ``n_steps`` and ``learning_rate`` are the optimizer's."""
+    choices = {"adam": None, "lbfgs": LBFGS(n_steps), "torch-lbfgs": TorchLBFGS(n_steps, learning_rate)}
+    if optimizer not in choices:
+        raise ValueError(f"optimizer must be {', '.join(choices)}; got {optimizer!r}")
+    return GANPrior(model, n_restarts, n_steps, learning_rate, regularization, seed, choices[optimizer])
 
 
 def plug_and_play(
@@ -226,7 +230,7 @@ class Method(NamedTuple):
 
 # a line search cannot follow the straight-through gradient of a sign
 _STRAIGHT_THROUGH = {"optimizer": "adam", "n_iterations": 150, "learning_rate": 0.05, "final_learning_rate": 0.0}
-_OPTIMIZERS = {"lbfgs": LBFGS(n_iterations=200), "adam": Adam()}
+_OPTIMIZERS = {"lbfgs": LBFGS(n_iterations=200), "adam": Adam(), "torch-lbfgs": TorchLBFGS()}
 _MASKED = ("inpainting", "random-inpainting")
 _OF_THE_IMAGES_SIZE = ("denoising", *_MASKED, "deblurring")
 
@@ -249,14 +253,14 @@ METHODS: dict[str, Method] = {
             "one-bit": {"gamma": 1.0, **_STRAIGHT_THROUGH},
         },
         quick={"n_iterations": 2},
-        explained_in=(LatentMAP, LBFGS, Adam),
+        explained_in=(LatentMAP, LBFGS, Adam, TorchLBFGS),
     ),
     "noise-map": Method(
         _flat(NoiseMAP, "optimizer", **_OPTIMIZERS),
         "MAP with a flow and a density of the noise (Whang et al. 2021)",
         defaults={"one-bit": {"form": "latent", **_STRAIGHT_THROUGH}},
         quick={"n_iterations": 2},
-        explained_in=(NoiseMAP, LBFGS, Adam),
+        explained_in=(NoiseMAP, LBFGS, Adam, TorchLBFGS),
     ),
     "posterior": Method(
         _flat(PosteriorSampling, "options", only=SamplerOptions()),

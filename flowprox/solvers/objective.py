@@ -3,11 +3,11 @@ r"""What the MAP solvers minimize: the misfit of the measurement and a weight ti
     F = misfit(y - A x) + weight * prior,      x = g(z)
 
     misfit    ||r||^2                                     Asim et al. 2020
-              -log p_noise(r)                             Whang et al. 2021, Eqs. (3) to (5)
+              -log p_noise(r)                             Whang et al. 2021
     prior     "unsquared"  ||z||                          Asim, Eq. (2)
               "squared"    ||z||^2                        Asim, Eq. (4) of their appendix
               "normal"     -log N(z; 0, I)                Whang without the log-determinant
-              "density"    -log p(x) = -log N(z; 0, I) + log|det Dg(z)|         Asim, Eq. (1); Whang, Eq. (4)
+              "density"    -log p(x) = -log N(z; 0, I) + log|det Dg(z)|         Asim, Eqs. (1), (3); Whang, Eqs. (3), (4)
     weight    gamma (Asim), the smoothing parameter beta (Whang, Eq. (10)); 0 is the MLE (Whang, Eq. (5))
 
 Symbols: z latent (B, D), g flow from latent to image x (B, C, H, W), y measurement, A operator. F is one number per image.
@@ -84,13 +84,15 @@ class Objective:
     def value(self, u: Tensor) -> Tensor:
         """F (B,) at u (B, D), differentiable."""
         x, z, logdet = self._point(u)
-        if self.prior == "unsquared":
-            prior = torch.linalg.vector_norm(z, dim=1)  # ||z||, Asim (2)
-        elif self.prior == "squared":
-            prior = z.square().sum(dim=1)  # ||z||^2, Asim (4)
-        else:  # -log p(x) = -log N(z; 0, I) + log|det Dg(z)|, Asim (1), Whang (4)
+        if self.prior == "unsquared":  # Asim, Eq. (2): ||z||
+            prior = torch.linalg.vector_norm(z, dim=1)
+        elif self.prior == "squared":  # Asim, Eq. (4): ||z||^2
+            prior = z.square().sum(dim=1)
+        else:  # Asim, Eqs. (1), (3); Whang, Eq. (4): -log p(x) = -log N(z; 0, I) + log|det Dg(z)|
             prior = 0.5 * (z.square().sum(dim=1) + z.shape[1] * math.log(2 * math.pi)) + logdet
-        return self.misfit(self.problem.residual(x)) + self.weight * prior  # Asim (1), (2), (4); Whang (3), (5), (10)
+        # Asim, Eqs. (1) to (4): ||y - A x||^2 + gamma prior
+        # Whang, Eqs. (3), (4): -log p_noise(y - A x) - log p(x); Eq. (5) with the weight 0, Eq. (10) with beta
+        return self.misfit(self.problem.residual(x)) + self.weight * prior
 
     def _point(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
         """(x, z, log|det Dg(z)|) of what is minimized over; the last is 0 where the prior does not ask for it."""

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
+from solver_cases import SHAPE, operators, small_glow
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flowprox.flows import frozen
 from flowprox.solvers import LBFGS, Adam, TorchLBFGS
+from flowprox.solvers.objective import Objective, squared_error
 from flowprox.solvers.optimizers import _LOOK_EVERY, Evaluate, _Search
+from flowprox.solvers.problem import LatentProblem
 
 OPTIMIZERS = {
     "lbfgs": LBFGS(n_iterations=400, tolerance=0),
@@ -251,6 +255,14 @@ def test_an_iteration_reads_nothing_on_the_host() -> None:
     """Between two looks at which images have stopped."""
     evaluate, z = with_gradient(rosenbrock), torch.randn(3, 4, dtype=torch.float64)
     search = _Search(evaluate, z, LBFGS(), None)
+    flow, physics = small_glow(), operators()["inpainting"]
+    with frozen(flow), torch.no_grad():
+        problem = LatentProblem(flow, torch.rand(2, *SHAPE, dtype=torch.float64), physics)
+        objective = Objective(problem, squared_error, torch.tensor([0.1, 0.2]).double(), "density")
+        of_flow = _Search(objective, problem.latents("zero"), LBFGS(), None)
+        of_flow.trial()
+        with HostReads():
+            of_flow.trial()
     with HostReads():
         for _ in range(_LOOK_EVERY - 1):
             search.trial()
