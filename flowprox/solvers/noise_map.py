@@ -17,7 +17,6 @@ import math
 from contextlib import nullcontext
 from typing import Any
 
-import deepinv
 import torch
 from deepinv.models import Reconstructor
 from deepinv.physics import Physics
@@ -102,7 +101,8 @@ class NoiseMAP(Reconstructor):
             raise ValueError(f"n_restarts must be at least 1, got {n_restarts}")
         if n_restarts > 1 and not (isinstance(start, int | float) and start > 0):
             raise ValueError("n_restarts above 1 needs random starts: give start a positive standard deviation")
-        _check_density(noise)
+        if noise is not None:
+            noise_density(noise)
         self.flow, self.noise, self.beta, self.form, self.space = flow, noise, float(beta), form, space
         self.start, self.n_restarts, self.seed = start, n_restarts, seed
         self.optimizer = optimizer or LBFGS(n_iterations=200)
@@ -204,15 +204,3 @@ class GANPrior(NoiseMAP):
     def _objective(self, problem: LatentProblem, noise: Any) -> Objective:
         # NoiseMAP's times 2 regularization, without the constants that would cost float32 its digits
         return Objective(problem, squared_error, self.regularization, "squared")
-
-
-def _check_density(noise: Any) -> None:
-    if noise is None or isinstance(noise, deepinv.physics.GaussianNoise):
-        return
-    if not callable(getattr(noise, "log_prob", None)):
-        raise ValueError(
-            f"noise must have log_prob(residual) -> (B,), and {type(noise).__name__} has none: "
-            "take one of flowprox.noise or a trained noise flow"
-        )
-    if getattr(noise, "has_density", True) is False:
-        raise ValueError(f"{type(noise).__name__} can be drawn but has no density: train a noise flow on it")

@@ -183,8 +183,8 @@ class PosteriorSampling(Reconstructor):
         for name, value, least in (("n_samples", n_samples, 1), ("n_warmup", n_warmup, 0), ("n_chains", n_chains, 1)):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        if noise is not None and not callable(getattr(noise, "log_prob", None)):
-            raise ValueError(f"noise must have log_prob(residual) -> (B,); {type(noise).__name__} has none")
+        if noise is not None:
+            noise_density(noise)
         options = options or SamplerOptions()
         if n_warmup == 0 and options.step_size is None:
             raise ValueError("n_warmup is 0, so that nothing adapts the step size: give options.step_size")

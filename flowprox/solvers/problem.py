@@ -203,8 +203,8 @@ class LatentProblem:
         for _ in range(n_probes):
             with torch.enable_grad():
                 z = torch.zeros_like(squares).requires_grad_(True)
-                measured = self.physics.A(self.decode(z))
-                seen = torch.view_as_real(measured) if measured.is_complex() else measured
+                seen = self.physics.A(self.decode(z))
+                seen = torch.view_as_real(seen) if seen.is_complex() else seen
                 signs = 2 * torch.randint(0, 2, seen.shape[1:], generator=generator) - 1
                 (back,) = torch.autograd.grad((seen * signs.to(seen)).sum(), z)
             squares += back.square() / n_probes
@@ -262,7 +262,7 @@ def null_space_perturbed(x: Tensor, physics: LinearPhysics, scale: float = 1.0, 
         return x + noise - physics.A_dagger(physics.A(noise))
 
 
-def noise_density(noise: Any, physics: Physics) -> Any:
+def noise_density(noise: Any, physics: Physics | None = None) -> Any:
     """The density of the noise, which has ``log_prob``: residual (B, ...) to (B,). deepinv's Gaussian noise becomes ours.
 
     Arguments:
@@ -282,7 +282,10 @@ def noise_density(noise: Any, physics: Physics) -> Any:
     if callable(getattr(model, "log_prob", None)) and getattr(model, "has_density", True):
         return model
     if not isinstance(model, deepinv.physics.GaussianNoise):
-        raise ValueError(f"the noise, {type(model).__name__}, has no density; pass noise=... with log_prob(residual)")
+        raise ValueError(
+            f"the noise, {type(model).__name__}, has no density: noise must have log_prob(residual) -> (B,), such as one of "
+            "flowprox.noise or a trained noise flow"
+        )
     density = GaussianNoise()
     density.update_parameters(sigma=model.sigma)
     return density
