@@ -26,6 +26,7 @@ from flowprox.noise import (
     MNISTNoise,
     Noise,
     make_noise,
+    noise_level,
     radial_noise,
     sinusoidal_noise,
 )
@@ -416,3 +417,22 @@ def test_digits_have_no_density_and_need_room(digits: Path, tmp_path: Path) -> N
     (tmp_path / "cut.gz").write_bytes(digits.read_bytes()[:40])
     with pytest.raises(ValueError, match="damaged"):
         MNISTNoise(tmp_path / "cut.gz")
+
+
+def test_the_level_is_that_of_the_noise_model() -> None:
+    physics = make_physics("denoising", (3, 8, 8), sigma=0.1)
+    assert noise_level(physics, torch.zeros(3, 3, 8, 8)).tolist() == pytest.approx([0.1] * 3)
+    physics.noise_model.update_parameters(sigma=torch.tensor([0.1, 0.2, 0.3]))
+    assert noise_level(physics, torch.zeros(3, 3, 8, 8)).tolist() == pytest.approx([0.1, 0.2, 0.3])
+    exact = deepinv.physics.Denoising(deepinv.physics.ZeroNoise())
+    assert noise_level(exact, torch.zeros(2, 3, 8, 8)).tolist() == [0.0, 0.0]
+
+
+def test_noise_without_a_level_and_a_wrong_number_of_levels_are_named() -> None:
+    poisson = deepinv.physics.Denoising(deepinv.physics.PoissonNoise())
+    with pytest.raises(ValueError, match="PoissonNoise"):
+        noise_level(poisson, torch.zeros(1, 3, 8, 8))
+    physics = make_physics("denoising", (3, 8, 8))
+    physics.noise_model.update_parameters(sigma=torch.tensor([0.1, 0.2]))
+    with pytest.raises(ValueError, match="2 levels for 3 images"):
+        noise_level(physics, torch.zeros(3, 3, 8, 8))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_prox
 from torch import Tensor, nn
 
 from flowprox.flows import Conv1x1, Flow, Glow, Sequential, Squeeze, Unsqueeze
-from flowprox.prox import FlowProx, ResNetProx, SoftThreshold, UNetProx
+from flowprox.prox import FlowProx, ResNetProx, SoftThreshold, UNetProx, at_level, checked_levels
 
 
 def rotation_flow() -> Flow:
@@ -181,3 +182,26 @@ def test_another_size_leaves_the_buffers_as_they_are() -> None:
     before = {name: buffer.shape for name, buffer in prox.named_buffers()}
     assert prox(torch.rand(1, 3, 12, 16), 0.1).shape == (1, 3, 12, 16)
     assert {name: buffer.shape for name, buffer in prox.named_buffers()} == before
+
+
+LEVELS = (0.01, 0.03, 0.2, 0.25)
+
+
+def test_interpolates_as_numpy_does_in_log_sigma() -> None:
+    values = torch.randn(4, 5, dtype=torch.float64)
+    sigma = torch.tensor([0.0, 1e-3, 0.01, 0.02, 0.03, 0.1, 0.24, 0.25, 3.0], dtype=torch.float64)
+    expected = [np.interp(sigma.clamp_min(1e-9).log().numpy(), np.log(LEVELS), column) for column in values.T.numpy()]
+    np.testing.assert_allclose(at_level(values, LEVELS, sigma).T, expected, atol=1e-12)
+
+
+def test_only_the_neighboring_levels_get_a_gradient() -> None:
+    values = torch.zeros(4, 2, requires_grad=True)
+    at_level(values, LEVELS, torch.tensor([0.1])).sum().backward()
+    assert values.grad is not None
+    assert (values.grad.abs().sum(1) > 0).tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("levels", [[], [0.1], [0.2, 0.1], [0.0, 0.1], [0.1, float("inf")]])
+def test_levels_must_rise(levels: list[float]) -> None:
+    with pytest.raises(ValueError, match="levels must be at least two rising positive"):
+        checked_levels(levels)

@@ -327,10 +327,10 @@ def test_a_blurred_photograph_is_not_taken_as_periodic(pictures: Path) -> None:
 
 def test_a_network_beyond_its_training_is_used_with_a_warning(model: str, pictures: Path) -> None:
     jobs_and_words = [
-        (replace(_simulated(model), parameters={"sigma": 0.25}), "at sigma 0.25 too, though trained at 0.1 only"),
+        (replace(_simulated(model), parameters={"sigma": 0.25}), "trained with sigma 0.0 to 0.1 and is used with 0.25"),
         (
             replace(_simulated(model), problem="inpainting", parameters={"mask_size": 3}),
-            "though trained for denoising only",
+            "was trained for denoising and is used for inpainting",
         ),
     ]
     for i, (job, words) in enumerate(jobs_and_words):

@@ -152,7 +152,7 @@ class PixelNorm(Bijection):
             if not bool(self.initialized):
                 self.initialize(x)
             self._initialization_pending = False
-        return x * torch.exp(self.log_scale) + self.bias, self.log_scale.sum().expand(len(x))
+        return x * torch.exp(self.log_scale) + self.bias, self.log_scale.sum().expand(x.shape[0])
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """x and log|det|; errors as in ``forward``."""

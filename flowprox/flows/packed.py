@@ -46,7 +46,7 @@ class PackedConvolution:
 
     def __call__(self, x: Tensor, relu: bool = False) -> Tensor:
         """(B, O, H, W) from x (B, I, H, W)."""
-        if not (self._packs and len(x)) or torch.compiler.is_compiling() or _is_differentiated(x):
+        if torch.compiler.is_compiling() or not (self._packs and len(x)) or _is_differentiated(x):
             y = F.conv2d(x, self.weight, self.bias, padding=self.padding)
             return y.relu_() if relu else y
         blocks = self._blocks.get(x.shape)

@@ -368,19 +368,8 @@ class _Task:
             self.problem, self._physics = self.problem.replaced(boundary="replicate"), None
             self._methods.clear()
             self.assumed.append("beyond its border a photograph goes on as its last pixel, boundary=replicate")
-        if self.name != "unfolded" or not self.trained:
-            return
-        if self.problem.name != self.trained["name"]:
-            self.assumed.append(
-                f"{self.label} serves {self.problem.name} too, though trained for {self.trained['name']} only"
-            )
-            return
-        level = self.problem.parameters.get("sigma")
-        fixed = Problem(self.trained["name"], self.trained.get("parameters", {})).parameters.get("sigma")
-        low, high = self.trained.get("ranges", {}).get("sigma", (fixed, fixed))
-        if isinstance(level, int | float) and low is not None and not low <= level <= high:
-            span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-            self.assumed.append(f"{self.label} works at sigma {level:g} too, though trained at {span} only")
+        check = getattr(self.parts["model"], "check", None)
+        self.assumed += [] if check is None else check(self.problem)
 
     def _read(self, image: Input) -> tuple[Tensor, tuple[int, ...]]:
         """The input (1, ...), and the shape (C, H, W) of the image that is to be found."""

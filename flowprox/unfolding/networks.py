@@ -15,7 +15,6 @@ leaves the last shrinkage out, which makes the last flow the identity: ``shrink_
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -241,30 +240,28 @@ class Unfolded(Specified, Reconstructor):
             )
         return adjoint
 
-    def check(self, problem: Problem) -> None:
-        """Compare a problem with the one that the model's card says it was trained for; without a card nothing is known.
+    def check(self, problem: Problem) -> list[str]:
+        """What of a problem the network was not trained for, by its card, a sentence each; without a card nothing is known.
 
-        Raises:
-            ValueError: another kind of problem.
-
-        Warns:
-            UserWarning: a parameter, or a noise level, that it was not trained for.
+        Less noise than in training is harmless; another kind of problem, another mask size or more noise are not.
         """
         card = getattr(self, "card", None)
         if card is None or not card.problem:
-            return
+            return []
         trained, ranges = Problem(card.problem["name"], card.problem["parameters"]), card.problem.get("ranges") or {}
         varied = PROBLEMS[problem.name].ranges
         if problem.name != trained.name and not (varied and set(varied) <= set(ranges)):
-            raise ValueError(f"{card.name} was trained for {trained.name}, not {problem.name}; see flowprox models")
+            return [f"{card.name} was trained for {trained.name} and is used for {problem.name}"]
+        remarks = []
         for key, value in problem.parameters.items():
             low, high = ranges.get(key, [trained.parameters.get(key)] * 2)
-            if key == "sigma":  # less noise is harmless
+            if key == "sigma":
                 low, high = 0.0, max(high or 0.0, self.levels[-1] if self.levels else 0.0)
             is_known = (key in ranges or key in trained.parameters) and not (key == "mask" and ranges)
             if is_known and not _lies_within(value, low, high):
                 span = low if low == high else f"{low} to {high}"
-                warnings.warn(f"{card.name} was trained with {key} {span} and is used with {value}", stacklevel=2)
+                remarks.append(f"{card.name} was trained with {key} {span} and is used with {value}")
+        return remarks
 
     @property
     def shrinkages(self) -> Tensor:
