@@ -86,7 +86,7 @@ def generator_each(y: Tensor, generator: Generators) -> list[torch.Generator]:
     return list(generator)
 
 
-def finite_number(name: str, value: Any) -> float:
+def finite_number(name: str, value: object) -> float:
     """The number as a float, also one of numpy or torch, or an error if it is none or not finite."""
     if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.ndim == 0):
         value = value.item()
@@ -95,7 +95,7 @@ def finite_number(name: str, value: Any) -> float:
     return float(value)
 
 
-def at_least_zero(name: str, value: Any) -> float:
+def at_least_zero(name: str, value: object) -> float:
     """The standard deviation as a float, or an error if it is none."""
     try:
         number = finite_number(name, value)

@@ -64,6 +64,7 @@ class GaussianNoise(Noise, deepinv.physics.GaussianNoise):
         self.register_buffer("mean", torch.tensor(finite_number("mean", mean)))
 
     def sample_like(self, y: Tensor, generator: Generators = None) -> Tensor:
+        """mean + sigma u of y's shape (B, ...), u standard normal."""
         sigma, mean = self._parameters_like(y)
         return mean + sigma * standard_normal(y, generator)
 
@@ -125,6 +126,7 @@ class HeteroscedasticNoise(Noise):
         self.register_buffer("mean", mean.clone())
 
     def sample_like(self, y: Tensor, generator: Generators = None) -> Tensor:
+        """mean + sigma u of y's shape (B, ...), u standard normal."""
         scale, mean = self._parameters_like(y)
         return mean + scale * standard_normal(y, generator)
 

@@ -8,8 +8,6 @@ which sees the image repeated. ``PaddedBlur`` has the others.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from deepinv.physics import Blur, LinearPhysics, NoiseModel
 from deepinv.physics.functional import conv2d, conv_transpose2d, filter_fft, gaussian_blur
@@ -50,11 +48,11 @@ class CircularConvolution(ExactProx):
         """The kernel, shape (1, 1, h, w) with h and w odd, its center in the middle."""
         raise NotImplementedError
 
-    def A(self, x: Tensor, **kwargs: Any) -> Tensor:
+    def A(self, x: Tensor, **kwargs: object) -> Tensor:
         """k * x, of the shape of x (B, C, H, W)."""
         return self._filtered(x, self._transfer(x))
 
-    def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
+    def A_adjoint(self, y: Tensor, **kwargs: object) -> Tensor:
         """Correlation of y with the kernel, of the shape of y (B, C, H, W)."""
         return self._filtered(y, self._transfer(y).conj())
 
@@ -64,7 +62,7 @@ class CircularConvolution(ExactProx):
         spectrum = transfer.conj() * _fourier(y) + rho * _fourier(v)
         return torch.fft.irfft2(spectrum / (transfer.abs().square() + rho), s=y.shape[-2:])
 
-    def A_dagger(self, y: Tensor, *, tolerance: float = 1e-6, **kwargs: Any) -> Tensor:  # pyright: ignore
+    def A_dagger(self, y: Tensor, *, tolerance: float = 1e-6, **kwargs: object) -> Tensor:  # pyright: ignore
         """Pseudo-inverse; frequencies that the kernel damps below ``tolerance`` are set to zero."""
         transfer = self._transfer(y)
         kept = transfer.abs() > tolerance
@@ -156,11 +154,11 @@ class PaddedBlur(Blur):
         super().__init__(filter=kernel, padding=boundary, device=torch.device(device), img_size=image_shape)
         self.set_noise_model(GaussianNoise(0.0))
 
-    def A(self, x: Tensor, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def A(self, x: Tensor, **kwargs: object) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """k * x: (B, C, H, W), or less the kernel's sides plus one where the boundary is "valid"."""
         return conv2d(x, self.get_buffer("filter").to(x.dtype), padding=self.padding)
 
-    def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def A_adjoint(self, y: Tensor, **kwargs: object) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The adjoint of A, (B, C, H, W)."""
         return conv_transpose2d(y, self.get_buffer("filter").to(y.dtype), padding=self.padding)
 
@@ -180,11 +178,11 @@ class WindowedBlur(LinearPhysics):
         self.blur = CircularBlur(kernel, device=kernel.device)
         self.register_buffer("mask", mask.to(kernel))
 
-    def A(self, x: Tensor, **kwargs: Any) -> Tensor:
+    def A(self, x: Tensor, **kwargs: object) -> Tensor:
         """M (k * x), of the shape of x (B, C, H, W)."""
         return self.get_buffer("mask") * self.blur.A(x)
 
-    def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
+    def A_adjoint(self, y: Tensor, **kwargs: object) -> Tensor:
         """The adjoint blur of M y, of the shape of y (B, C, H, W)."""
         return self.blur.A_adjoint(self.get_buffer("mask") * y)
 

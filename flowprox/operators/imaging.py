@@ -75,20 +75,20 @@ class RealMRI(ExactProx):
         self.register_buffer("gram", (half + mirrored)[:, : mask.shape[1] // 2 + 1] / 2, persistent=False)
         self.to(device)
 
-    def A(self, x: Tensor, **kwargs: Any) -> Tensor:
+    def A(self, x: Tensor, **kwargs: object) -> Tensor:
         """M F x: (B, 2 C, H, W) from images (B, C, H, W)."""
         self._check("images", x, 1)
         x = x.reshape(-1, 1, *x.shape[-2:])
         y = self.mri.A(torch.cat([x, torch.zeros_like(x)], 1))
         return y.reshape(-1, 2 * self._channels, *y.shape[-2:])
 
-    def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
+    def A_adjoint(self, y: Tensor, **kwargs: object) -> Tensor:
         """Re F^H M y: (B, C, H, W) from measurements (B, 2 C, H, W)."""
         self._check("y", y, 2)
         x = self.mri.A_adjoint(y.reshape(-1, 2, *y.shape[-2:]))[:, :1]
         return x.reshape(-1, self._channels, *x.shape[-2:])
 
-    def noise(self, x: Tensor, **kwargs: Any) -> Tensor:
+    def noise(self, x: Tensor, **kwargs: object) -> Tensor:
         """x with noise where it is measured."""
         return self.get_buffer("mask") * self.noise_model(x, **kwargs)
 
@@ -97,7 +97,7 @@ class RealMRI(ExactProx):
         spectrum = torch.fft.rfft2(self.A_adjoint(y) + rho * v)
         return torch.fft.irfft2(spectrum / (self.get_buffer("gram") + rho), s=v.shape[-2:])
 
-    def A_dagger(self, y: Tensor, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def A_dagger(self, y: Tensor, **kwargs: object) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Pseudo-inverse: frequencies that neither the line nor its mirror image measures are set to zero."""
         gram = self.get_buffer("gram")
         inverse = torch.where(gram > 0, 1.0 / torch.where(gram > 0, gram, torch.ones_like(gram)), 0.0)
@@ -167,7 +167,7 @@ class SuperResolution(ExactProx):
         self._spectra: tuple[Tensor, ...] = ()
         self.to(device)
 
-    def A(self, x: Tensor, **kwargs: Any) -> Tensor:
+    def A(self, x: Tensor, **kwargs: object) -> Tensor:
         """R x C^T: (B, C, H/f, W/f) from images (B, C, H, W)."""
         rows, columns = self._weights(x)
         if x.shape[-2:] != (rows.shape[1], columns.shape[1]):
@@ -177,7 +177,7 @@ class SuperResolution(ExactProx):
             )
         return rows @ x @ columns.T
 
-    def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
+    def A_adjoint(self, y: Tensor, **kwargs: object) -> Tensor:
         """R^T y C: (B, C, H, W) from small images (B, C, H/f, W/f)."""
         rows, columns = self._weights(y)
         return rows.T @ y @ columns
@@ -282,7 +282,7 @@ class ParallelCT(Tomography):
         self.normalize = True
         self.to(device)
 
-    def A(self, x: Tensor, **kwargs: Any) -> Tensor:
+    def A(self, x: Tensor, **kwargs: object) -> Tensor:
         """R x / ||R||: (B, C, N, n_angles) from images (B, C, W, W)."""
         norm, matrix = self.get_buffer("operator_norm"), self.matrix
         if not isinstance(matrix, Tensor) or tuple(x.shape[-2:]) != (self.img_width, self.img_width):
@@ -291,7 +291,7 @@ class ParallelCT(Tomography):
         y = y.view(*x.shape[:2], -1, len(self.angles))  # pyright: ignore
         return (y / norm if self.normalize else y).to(x.dtype)
 
-    def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
+    def A_adjoint(self, y: Tensor, **kwargs: object) -> Tensor:
         """R^T y / ||R||: (B, C, W, W) from measurements (B, C, N, n_angles)."""
         norm, dtype = self.get_buffer("operator_norm"), y.dtype
         shape = (*y.shape[:2], self.img_width, self.img_width)

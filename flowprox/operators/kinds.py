@@ -8,7 +8,7 @@ To add one, write the function that builds it and enter it:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ __all__ = ["PROBLEMS", "ImageShape", "Parameter", "ProblemKind"]
 
 ImageShape = tuple[int, int, int]
 Device = torch.device | str
+Array = Tensor | np.ndarray | Sequence[Sequence[float]] | str | Path
 
 
 class Parameter(NamedTuple):
@@ -103,13 +104,15 @@ def _denoising(image_shape: ImageShape, *, seed: int, device: Device) -> LinearP
 
 
 def _inpainting(
-    image_shape: ImageShape, *, seed: int, device: Device, mask_size: int | tuple[int, int], mask: Any
+    image_shape: ImageShape, *, seed: int, device: Device, mask_size: int | tuple[int, int], mask: Array | None
 ) -> LinearPhysics:
     pattern = center_mask(*image_shape[1:], mask_size) if mask is None else _array("mask", mask)
     return _masking(pattern, image_shape, device)
 
 
-def _random_inpainting(image_shape: ImageShape, *, seed: int, device: Device, keep: float, mask: Any) -> LinearPhysics:
+def _random_inpainting(
+    image_shape: ImageShape, *, seed: int, device: Device, keep: float, mask: Array | None
+) -> LinearPhysics:
     pattern = random_mask(*image_shape[1:], keep, seed) if mask is None else _array("mask", mask)
     return _masking(pattern, image_shape, device)
 
@@ -127,7 +130,7 @@ def _deblurring(
     sigma_blur: float,
     kernel_size: int,
     boundary: str,
-    kernel: Any,
+    kernel: Array | None,
 ) -> LinearPhysics:
     if boundary not in BOUNDARIES:
         raise ValueError(f"unknown boundary {boundary!r}; {nearest(str(boundary), BOUNDARIES)}")
@@ -137,7 +140,7 @@ def _deblurring(
     return PaddedBlur(k, boundary, image_shape=image_shape, device=device)
 
 
-def _own_kernel(kernel: Any) -> Tensor:
+def _own_kernel(kernel: Array) -> Tensor:
     k = _array("kernel", kernel)
     if abs(float(k.sum()) - 1) > 0.01 or bool((k < 0).any()):
         warnings.warn(
@@ -185,7 +188,13 @@ def _super_resolution(
 
 
 def _mri(
-    image_shape: ImageShape, *, seed: int, device: Device, acceleration: int, center_fraction: float | None, mask: Any
+    image_shape: ImageShape,
+    *,
+    seed: int,
+    device: Device,
+    acceleration: int,
+    center_fraction: float | None,
+    mask: Array | None,
 ) -> LinearPhysics:
     size = image_shape[1:]
     pattern = cartesian_mask(*size, acceleration, center_fraction, seed) if mask is None else _array("mask", mask)
@@ -319,7 +328,7 @@ PROBLEMS: dict[str, ProblemKind] = {
 """The operators by name; another entry adds one."""
 
 
-def _array(name: str, value: Any) -> Tensor:
+def _array(name: str, value: Array) -> Tensor:
     """An array, tensor, nested list, .npy file or picture as float32; a picture of a mask is 1 where it is bright, one of a
     kernel has the sum 1."""
     if isinstance(value, str | Path):

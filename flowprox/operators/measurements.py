@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from deepinv.optim.linear import least_squares_implicit_backward
@@ -270,7 +269,7 @@ class ExactProx(LinearPhysics):
         raise NotImplementedError
 
     def prox_l2(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, z: Tensor | float | None, y: Tensor, gamma: float | Tensor, **kwargs: Any
+        self, z: Tensor | float | None, y: Tensor, gamma: float | Tensor, **kwargs: object
     ) -> Tensor:
         """argmin_x gamma/2 ||A x - y||^2 + 1/2 ||x - z||^2."""
         if not isinstance(z, Tensor):

@@ -236,7 +236,7 @@ class VariedProblem:
         else:
             self._fixed = make_physics(self.problem, self.image_shape, seed=seed)
 
-    def to(self, *args: Any, **kwargs: Any) -> VariedProblem:
+    def to(self, *args: Any, **kwargs: object) -> VariedProblem:
         """As ``torch.nn.Module.to``."""
         self._fixed.to(*args, **kwargs)
         return self
@@ -313,7 +313,7 @@ def _canonical(value: Any) -> Any:
     return tuple(_canonical(part) for part in value) if isinstance(value, list | tuple) else value
 
 
-def _label_part(key: str, value: Any) -> str:
+def _label_part(key: str, value: object) -> str:
     if isinstance(value, bool):
         return key if value else f"no_{key}"
     if isinstance(value, dict):
@@ -321,7 +321,7 @@ def _label_part(key: str, value: Any) -> str:
     return key + _label_value(value)
 
 
-def _label_value(value: Any) -> str:
+def _label_value(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, np.ndarray):

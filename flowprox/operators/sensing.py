@@ -99,11 +99,11 @@ class DenseSensing(_Sensing):
         self.register_buffer("matrix", matrix, persistent=False)
         self.to(device)
 
-    def A(self, x: Tensor, **kwargs: Any) -> Tensor:
+    def A(self, x: Tensor, **kwargs: object) -> Tensor:
         """A x: (B, m) from images (B, C, H, W)."""
         return functional.linear(*_same_dtype(self._vector(x), self.get_buffer("matrix")))
 
-    def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
+    def A_adjoint(self, y: Tensor, **kwargs: object) -> Tensor:
         """A^T y: (B, C, H, W) from measurements (B, m)."""
         y, matrix = _same_dtype(self._measured(y), self.get_buffer("matrix"))
         return self._image(y @ matrix)
@@ -159,18 +159,18 @@ class StructuredSensing(_Sensing, ExactProx):
         self.scale = math.sqrt(self.n / self.m)
         self.to(device)
 
-    def A(self, x: Tensor, **kwargs: Any) -> Tensor:
+    def A(self, x: Tensor, **kwargs: object) -> Tensor:
         """A x: (B, m) from images (B, C, H, W)."""
         x, signs = _same_dtype(self._vector(x), self.get_buffer("signs"))
         return self.scale * _hartley(signs * x)[:, self.get_buffer("rows")]
 
-    def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
+    def A_adjoint(self, y: Tensor, **kwargs: object) -> Tensor:
         """A^T y: (B, C, H, W) from measurements (B, m)."""
         y, signs = _same_dtype(self._measured(y), self.get_buffer("signs"))
         spectrum = y.new_zeros(len(y), self.n).index_copy(1, self.get_buffer("rows"), y)
         return self._image(self.scale * signs * _hartley(spectrum))
 
-    def A_dagger(self, y: Tensor, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def A_dagger(self, y: Tensor, **kwargs: object) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Pseudo-inverse: (m/n) A^T."""
         return self.A_adjoint(y) / self.scale**2
 
@@ -217,15 +217,15 @@ class OneBitSensing(Physics):
         self.noise_first = noise_first
         self.img_size = linear.img_size
 
-    def A(self, x: Tensor, **kwargs: Any) -> Tensor:
+    def A(self, x: Tensor, **kwargs: object) -> Tensor:
         """sign(A x): (B, m) of -1 and 1 from images (B, C, H, W)."""
         return _Sign.apply(self.linear.A(x))  # pyright: ignore[reportReturnType]
 
-    def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
+    def A_adjoint(self, y: Tensor, **kwargs: object) -> Tensor:
         """A^T y of the linear part: the straight-through gradient of <y, A(x)>."""
         return self.linear.A_adjoint(y)
 
-    def A_dagger(self, y: Tensor, x_init: Tensor | None = None, **kwargs: Any) -> Tensor:  # pyright: ignore
+    def A_dagger(self, y: Tensor, x_init: Tensor | None = None, **kwargs: object) -> Tensor:  # pyright: ignore
         """Pseudo-inverse of the linear part, which knows no amplitude: a start, not an inverse."""
         return self.linear.A_dagger(y)
 
@@ -237,7 +237,7 @@ class OneBitSensing(Physics):
         """What follows the noise: the sign if the noise comes first, otherwise nothing."""
         return _Sign.apply(x) if self.noise_first else x  # pyright: ignore[reportReturnType]
 
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, **kwargs: object) -> Tensor:
         """y, with noise."""
         return self.sensor(self.noise(self.before_noise(x), **kwargs))
 
