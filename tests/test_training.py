@@ -741,7 +741,7 @@ def test_early_stopping_keeps_the_best(images: Path, tmp_path: Path) -> None:
 def test_time_and_epochs_limit_a_run(images: Path, tmp_path: Path) -> None:
     training = options(max_steps=None, max_time=0.5, schedule="one-cycle")
     result = fit(partial(_Scripted, {}), data(images), training, tmp_path / "time")
-    assert result.reason == "max_time" and result.steps > 5 and 0.5 <= result.elapsed < 5
+    assert result.reason == "max_time" and result.steps >= 1 and 0.5 <= result.elapsed < 5
     again = fit(partial(_Scripted, {}), data(images), training, tmp_path / "time", resume=True)
     assert again.steps == result.steps  # the time is summed over resumptions
     result = fit(partial(_Scripted, {}), data(images), options(max_steps=None, max_epochs=2), tmp_path / "epochs")

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 import yaml
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from flowprox.data import save_image
 from flowprox.files import atomic_write
@@ -27,29 +27,19 @@ from flowprox.options import Parameters
 __all__ = ["RunLog"]
 
 
-class _Board(Protocol):
-    """The part of Lightning's TensorBoard logger that is used."""
-
-    @property
-    def experiment(self) -> Any: ...
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
-    def finalize(self, status: str) -> None: ...
-
-
 class RunLog:
     """The log of one run; rows after ``step`` that a killed predecessor left are dropped.
 
     Arguments:
         folder: of the run; created if needed.
         recipe: written to recipe.yaml.
-        board: gets every row and the samples too.
         step: step the run starts from.
         batch_size: images per step, for the speed.
         show: whether to show progress: a bar on a terminal, else a line per validation.
     """
 
-    def __init__(self, folder: Path, recipe: Parameters, board: _Board, step: int, batch_size: int, show: bool) -> None:
-        self.folder, self.board, self.batch_size, self.show = folder, board, batch_size, show
+    def __init__(self, folder: Path, recipe: Parameters, step: int, batch_size: int, show: bool) -> None:
+        self.folder, self.batch_size, self.show = folder, batch_size, show
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / "recipe.yaml", mode="w") as f:
             yaml.safe_dump(recipe, f, sort_keys=False)
@@ -57,6 +47,7 @@ class RunLog:
         with atomic_write(folder / "metrics.jsonl", mode="w") as f:
             f.writelines(json.dumps(row) + "\n" for row in self.rows)
         self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+        self.board = SummaryWriter(folder / "tensorboard")
         self.measured = (step, time.monotonic())
         self.validated = ""
         console = Console()
@@ -83,10 +74,10 @@ class RunLog:
             print(f"step {step}  {elapsed:.0f} s  loss {loss}  {self.validated}  {speed} images/s", flush=True)
 
     def pictures(self, step: int, rows: Sequence[Tensor]) -> None:
-        """Write samples.png from rows of images (n, C, H, W) in [0, 1]; the board keeps those of all steps."""
+        """Write samples.png from rows of images (n, C, H, W) in [0, 1]; TensorBoard keeps those of all steps."""
         grid = torch.cat([torch.cat(list(row.float().nan_to_num().clamp(0, 1)), dim=-1) for row in rows], dim=-2).cpu()
         save_image(grid, self.folder / "samples.png")
-        self.board.experiment.add_image("samples", grid, step)
+        self.board.add_image("samples", grid, step)
 
     def _latest(self, name: str, form: str) -> str:
         """The last figure of that name, or a dash before there is one."""
@@ -98,7 +89,9 @@ class RunLog:
         self.rows.append(row)
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
-        self.board.log_metrics({name: value for name, value in finite.items() if value is not None}, step)
+        for name, value in finite.items():
+            if value is not None:
+                self.board.add_scalar(name, value, step)
 
     def draw_loss(self, figure: str) -> None:
         """Write loss.png: the training loss and a validation figure over the steps."""
@@ -129,7 +122,7 @@ class RunLog:
         if self.bar is not None:
             self.bar.stop()
         self.file.close()
-        self.board.finalize("success")
+        self.board.close()
 
 
 def _read_rows(path: Path) -> list[Parameters]:

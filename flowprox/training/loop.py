@@ -8,7 +8,7 @@ whose gradient is far above its running average, is counted and not applied.
 Other bits, though the same run but for rounding, come of another number of processes or threads, another device, memory
 layout, precision or version of torch; and of ``max_time``, when rates follow the clock.
 
-The loop is ours; devices, processes and the logger are Lightning Fabric's.
+The loop is ours; devices and processes are Lightning Fabric's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from pathlib import Path, PurePath
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
@@ -141,9 +140,8 @@ def fit(
         _check_apart(folder, data)
     parts = {**(recipe or {}), "noise" if isinstance(data, NoiseOptions) else "data": data, "training": training}
     plain = {key: asdict(part) if is_dataclass(part) else part for key, part in parts.items()}  # type: ignore[arg-type]
-    job = _Job(
-        make_task, data, training, folder, {**plain, "out": str(out), "name": name}, resume, name, _CALLBACKS.get()
-    )
+    plain |= {"out": str(out), "name": name}
+    job = _Job(make_task, data, training, folder, plain, resume, name, _CALLBACKS.get())
     fabric = Fabric(
         accelerator=training.accelerator,
         devices=training.devices,
@@ -171,7 +169,7 @@ def _check_apart(folder: Path, data: DataOptions) -> None:
             pattern = str(Path(source).resolve()) + ("/**/*" if Path(source).is_dir() else "")
             if fnmatch(picture, pattern.replace("/**/", "/")) if "**" in pattern else PurePath(picture).match(pattern):
                 raise ValueError(
-                    f"out {folder} lies among the images of {source} and would be read as such; choose another"
+                    f"out {folder} lies among the images of {source}, its own would be too; choose another"
                 )
 
 
@@ -252,11 +250,8 @@ def _one_line_failures(fabric: Fabric, job: _Job) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         text = str(error)
-        if (
-            isinstance(error, MemoryError | torch.OutOfMemoryError)
-            or "allocate memory" in text
-            or "not enough memory" in text
-        ):
+        allocator = any(words in text for words in ("allocate memory", "not enough memory"))
+        if allocator or isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise MemoryError(
                 f"{first_line(error)}; what is in {job.out} stays, --resume continues from there; train with a batch_size "
                 f"below {job.training.batch_size} or on more devices"
@@ -311,7 +306,8 @@ class _Run:
             self._restore(state)
         self.losses = torch.tensor(self.counts.losses, device=self.device)
         self.batches = self.images.batches(self.counts.step)
-        self.log = self._make_log() if fabric.is_global_zero else None
+        place = job.out, job.recipe, self.counts.step
+        self.log = RunLog(*place, self.options.batch_size, self.options.progress) if fabric.is_global_zero else None
 
     # -- before the first step
 
@@ -340,11 +336,6 @@ class _Run:
             check_tensors(state["model"], model.state_dict(), f"the model in {self.job.out}/state.pt")
             model.load_state_dict(state["model"])
         self.task.train()
-
-    def _make_log(self) -> RunLog:
-        out, options = self.job.out, self.options
-        board = TensorBoardLogger(out, name="tensorboard", version="")
-        return RunLog(out, self.job.recipe, board, self.counts.step, options.batch_size, options.progress)
 
     # -- the course of the run
 
