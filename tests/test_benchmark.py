@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 from flowprox.baselines import BM3D
-from flowprox.checkpoints import save_model
+from flowprox.checkpoints import load_model, save_model
 from flowprox.cli import main, make_parser
 from flowprox.data import save_image
 from flowprox.evaluation import run as run_module
@@ -516,10 +516,23 @@ def test_misspelt_key_in_a_list(pictures: Path, tmp_path: Path, capsys: pytest.C
     assert "unknown key 'batch_sise' in methods; did you mean batch_size?" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def small_flow() -> Glow:
+    """A flow of the shipped one's shape at a fraction of its cost."""
+    with torch.random.fork_rng():
+        flow = Glow((3, 64, 64), n_levels=2, n_steps=1, hidden_channels=4)
+        flow.initialize(torch.rand(4, 3, 64, 64))
+    return flow.eval()
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_in_miniature(
-    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    path: Path, tmp_path: Path, small_flow: Glow, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def load(name: str, device: str) -> Any:
+        return small_flow if name == "glow-faces64" else load_model(name, device=device)
+
+    monkeypatch.setattr(run_module, "load_model", load)
     monkeypatch.setattr(BM3D, "forward", lambda self, y, physics: y)  # has tests of its own, and takes most of the time
     parser = make_parser()
     options = parser.instantiate(parser.parse_args(["evaluate", "--config", str(path)]))["evaluate"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ import pytest
 import torch
 from report_cases import Tags
 
+from flowprox.baselines import TotalVariation
 from flowprox.cli import main
 from flowprox.data import save_image
+from flowprox.methods import METHODS
 from flowprox.records import read_records
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +31,8 @@ def _commands() -> list[list[str]]:
 def test_ten_lines_evaluate_a_folder_and_an_operator_of_ones_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    quick = METHODS["tv"]._replace(make=partial(TotalVariation, n_iterations=20), explained_in=(TotalVariation,))
+    monkeypatch.setitem(METHODS, "tv", quick)
     (recipe,) = re.findall(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)
     assert len(recipe.splitlines()) == 10
     monkeypatch.chdir(tmp_path)
