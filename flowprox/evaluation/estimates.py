@@ -11,9 +11,8 @@ import inspect
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,10 +27,9 @@ from flowprox.operators import Fitted, ProblemKind
 from flowprox.records import Record
 from flowprox.solvers import Solution, SolverInterrupted
 
-__all__ = ["Cost", "Estimate", "estimate", "figures", "measured_cost"]
+__all__ = ["Estimate", "estimate", "figures"]
 
 _SSIM_SIDE = 11
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Estimate(NamedTuple):
@@ -80,11 +78,15 @@ def estimate(
         fitted = kind.extend(y, physics, divisor)  # type: ignore[arg-type]
     solve = getattr(method, "solve", method)
     progress = {"callback": callback} if "callback" in inspect.signature(solve).parameters else {}
-    with measured_cost(y.device) as cost:
-        try:
-            found = solve(fitted.y, fitted.physics, **progress)
-        except SolverInterrupted as error:  # of a long solve the best so far is worth keeping
-            found = error.solution
+    _forget_peak(y.device)
+    _wait(y.device)
+    started = time.perf_counter()
+    try:
+        found = solve(fitted.y, fitted.physics, **progress)
+    except SolverInterrupted as error:  # of a long solve the best so far is worth keeping
+        found = error.solution
+    _wait(y.device)
+    seconds = (time.perf_counter() - started) / len(y)
     solution = found if isinstance(found, Solution) else None
     x_hat = (found.estimate if isinstance(found, Solution) else found)[..., fitted.rows, fitted.columns]
     if not torch.isfinite(x_hat).all():
@@ -92,7 +94,7 @@ def estimate(
     facts = _facts(solution, len(x_hat))
     if x is not None:
         facts = [figure | fact for figure, fact in zip(figures(x_hat, x, y, physics, kind), facts, strict=True)]
-    shared = {"seconds": cost.seconds / len(y), "peak_memory_mib": cost.peak_memory_mib, "batch": len(y)}
+    shared = {"seconds": seconds, "peak_memory_mib": _peak_mib(y.device), "batch": len(y)}
     deviation = getattr(solution, "std", None)
     deviations = [None] * len(y) if deviation is None else deviation[..., fitted.rows, fitted.columns].cpu()
     return [
@@ -139,50 +141,25 @@ def figures(x_hat: Tensor, x: Tensor, y: Tensor, physics: Physics, kind: Problem
     return [{key: values[i] for key, values in lists.items()} | scaled for i in range(len(x))]
 
 
-@dataclass
-class Cost:
-    """Filled when the block ends.
-
-    Arguments:
-        seconds: on the clock, the device's queue emptied.
-        peak_memory_mib: on a GPU, of its tensors; on the CPU, of the whole process, weights and libraries included.
-            None where the system does not tell.
-    """
-
-    seconds: float = 0.0
-    peak_memory_mib: float | None = None
+def _forget_peak(device: torch.device) -> None:
+    """Begin to watch the memory anew; on the CPU only Linux can, elsewhere the mark stays that of the whole run."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        with suppress(OSError):  # not allowed in some containers: the mark then includes earlier methods
+            Path("/proc/self/clear_refs").write_text("5")
 
 
-@contextmanager
-def measured_cost(device: str | torch.device) -> Iterator[Cost]:
-    """Measure the block.
-
-    Example:
-        >>> with measured_cost("cpu") as cost:
-        ...     _ = torch.zeros(10)
-        >>> cost.seconds >= 0
-        True
-    """
-    target = torch.device(device)
-    on_gpu = target.type == "cuda"
-    cost = Cost()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(target)
-        torch.cuda.synchronize(target)
-    elif sys.platform == "linux":  # the high-water mark can be set back; elsewhere it stays that of the whole run
-        try:
-            _RESET.write_text("5")
-        except OSError:  # not allowed in some containers: the mark then includes earlier methods
-            pass
-    start = time.perf_counter()
-    yield cost
-    if on_gpu:
-        torch.cuda.synchronize(target)
-    cost.seconds = time.perf_counter() - start
-    cost.peak_memory_mib = torch.cuda.max_memory_allocated(target) / 2**20 if on_gpu else _peak()
+def _peak_mib(device: torch.device) -> float | None:
+    """Most memory in use since: on a GPU of its tensors, on the CPU of the whole process, weights and libraries included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status").read_text() if sys.platform == "linux" else ""
+    mark = re.search(r"VmHWM:\s*(\d+) kB", status)
+    return int(mark[1]) / 1024 if mark else None
 
 
-def _peak() -> float | None:
-    if sys.platform == "linux" and (found := re.search(r"VmHWM:\s*(\d+) kB", _STATUS.read_text())):
-        return int(found[1]) / 1024
-    return None
+def _wait(device: torch.device) -> None:
+    """Until the device's queue is empty."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -2,7 +2,7 @@
 
 A series of parameters or options becomes one problem or variant for each place in its lists. The scale "smoke" is made
 from any recipe: the pictures that ship, one image, the fewest iterations; "small" is the recipe as it stands; any other
-is one of the recipe's own ``scales``.
+is one of the recipe's own ``scales``. ``recipe.yaml`` beside the records runs again and holds the published figures.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
+from jsonargparse import get_loader
 
 from flowprox.checkpoints import CheckpointError, load_card
 from flowprox.evaluation_options import (
@@ -23,6 +26,7 @@ from flowprox.evaluation_options import (
     ImageOptions,
     ScaleOptions,
 )
+from flowprox.files import atomic_write
 from flowprox.methods import METHODS, check_options
 from flowprox.naming import nearest
 from flowprox.noise import NOISES
@@ -33,11 +37,14 @@ __all__ = [
     "SMOKE",
     "Case",
     "PlannedProblem",
+    "Published",
     "at_scale",
     "combinations",
     "planned",
     "planned_problems",
     "published_figures",
+    "read_published",
+    "write_recipe",
 ]
 
 SMOKE = "smoke"
@@ -303,3 +310,58 @@ def _check_distinct(what: str, labels: Sequence[str]) -> None:
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise ValueError(f"{what}: {twice[0]} stands there twice; give one of them another label or other values")
+
+
+# The file ------------------------------------------------------------------------------------------------------------
+
+
+class Published(NamedTuple):
+    """Published PSNR in dB by label of the problem and of the method, and by label of the problem where it stands."""
+
+    psnr: Mapping[tuple[str, str], float]
+    sources: Mapping[str, str]
+
+
+def write_recipe(recipe: EvaluationOptions, path: Path) -> None:
+    """Write a recipe that ``flowprox evaluate --config`` reads; what is empty by default, and is, is left out."""
+    with atomic_write(path, "w") as file:
+        yaml.safe_dump(_plain(recipe), file, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _plain(record: Any) -> Any:
+    if dataclasses.is_dataclass(record):
+        values = {field: getattr(record, field.name) for field in dataclasses.fields(record)}
+        return {field.name: _plain(value) for field, value in values.items() if not _is_empty(field, value)}
+    if isinstance(record, Mapping):
+        return {str(key): _plain(value) for key, value in record.items()}
+    return [_plain(value) for value in record] if isinstance(record, list | tuple) else record
+
+
+def _is_empty(field: dataclasses.Field[Any], value: Any) -> bool:
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return value == default and default in (None, {}, [])
+
+
+def read_published(path: Path, scales: Collection[str] = ()) -> Published:
+    """The published figures that a recipe names for some scales; for all, if none is given.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no recipe of ``flowprox evaluate``.
+    """
+    try:
+        recipe = get_loader("yaml")(path.read_text(encoding="utf-8"))  # as flowprox evaluate reads it: 1e-1 is a number
+        known = {field.name for field in dataclasses.fields(EvaluatedProblem)}
+        problems = [
+            EvaluatedProblem(**{key: value for key, value in problem.items() if key in known})
+            for problem in recipe["problems"]
+        ]
+        used = [p for p in problems if not scales or p.scales is None or set(p.scales) & set(scales)]
+        planned = planned_problems(used)
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} is no recipe of flowprox evaluate ({reason}); mend it or remove it") from error
+    return Published(
+        {(problem.label, method): figure for problem in planned for method, figure in problem.published.items()},
+        {problem.label: problem.published_in for problem in planned if problem.published_in},
+    )

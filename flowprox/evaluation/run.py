@@ -43,8 +43,7 @@ from flowprox.checkpoints import CheckpointError, load_card, load_model, require
 from flowprox.data import save_image
 from flowprox.evaluation.estimates import Estimate, estimate
 from flowprox.evaluation.images import EvaluatedImage, load_images
-from flowprox.evaluation.plan import AS_WRITTEN, Case, at_scale, combinations, planned
-from flowprox.evaluation.recipe_file import write_recipe
+from flowprox.evaluation.plan import AS_WRITTEN, Case, at_scale, combinations, planned, write_recipe
 from flowprox.evaluation.report.pictures import picture_path, truth_path
 from flowprox.evaluation_options import SAMPLES, EvaluationOptions, ImageOptions
 from flowprox.files import remove_temporaries, sole_writer

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flowprox.evaluation.recipe_file import Published, read_published
+from flowprox.evaluation.plan import Published, read_published
 from flowprox.evaluation.summary import figures_of
 from flowprox.records import UNFINISHED, read_records
 
