@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from flowprox.records import NOT_RUN
+from flowprox.records import NOT_RUN, Record
 
 __all__ = [
     "METRICS",
@@ -30,8 +30,6 @@ __all__ = [
     "summary_markdown",
     "summary_rows",
 ]
-
-Record = Mapping[str, Any]
 
 
 class Metric(NamedTuple):

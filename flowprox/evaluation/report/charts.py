@@ -22,6 +22,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from flowprox.evaluation.report.sweeps import Sweep, flattened, method_sweeps, problem_sweeps, sweeps_of
 from flowprox.evaluation.report.tables import TIME, Contents, number
+from flowprox.records import Record
 
 __all__ = [
     "N_COLORS",
@@ -232,7 +233,7 @@ def curves(contents: Contents, prefix: str) -> list[Chart]:
             if method not in swept and (line := _line(method, places)) is not None:
                 color = contents.methods.index(method)
                 lines.append(line._replace(published=figures, color=color, method=method))
-        charts += _line_charts(contents, sweep, lines, f"{prefix}-p{len(charts)}")
+        charts += _swept_charts(contents, sweep, lines, f"{prefix}-p{len(charts)}")
     groups: dict[tuple[str, str], list[tuple[str, Sweep]]] = {}
     for problem, sweeps in of_methods.items():
         for sweep in sweeps:
@@ -244,14 +245,14 @@ def curves(contents: Contents, prefix: str) -> list[Chart]:
             for (problem, sweep), label in zip(members, labels, strict=True)
         ]
         lines = [line for line in found if line is not None]
-        charts += _line_charts(contents, Sweep(name, key, ()), lines, f"{prefix}-m{len(charts)}")
+        charts += _swept_charts(contents, Sweep(name, key, ()), lines, f"{prefix}-m{len(charts)}")
     return charts
 
 
 def tuning_curves(contents: Contents, prefix: str) -> list[Chart]:
     """Mean PSNR on the images for tuning over the value that was tried, the chosen one ringed."""
     chosen = {(row.problem, row.method): flattened(row.tuned) for row in contents.rows}
-    tried: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    tried: dict[tuple[str, str], dict[str, Record]] = {}
     for i, record in enumerate(contents.chapter.tuning):
         if record.get("psnr") is not None:
             tried.setdefault((str(record["method"]), str(record["problem"])), {})[str(i)] = record
@@ -265,12 +266,10 @@ def tuning_curves(contents: Contents, prefix: str) -> list[Chart]:
                 best = chosen.get((problem, method), {}).get(sweep.key)
                 lines.setdefault((method, sweep.key), []).append(line._replace(chosen=best, method=method))
     charts: list[Chart] = []
+    caption = "Mean PSNR on the images for tuning; the chosen value is ringed."
     for (method, key), members in lines.items():
-        for start in range(0, len(members), N_COLORS):
-            part, title = members[start : start + N_COLORS], f"{method}: tuning of {key}"
-            svg = line_chart(f"{prefix}-t{len(charts)}", part, (key, "PSNR (dB)"))
-            caption = "Mean PSNR on the images for tuning; the chosen value is ringed."
-            charts.append(Chart(svg, title, caption, f"{title}. {_told(part, key)}"))
+        name, title = f"{prefix}-t{len(charts)}", f"{method}: tuning of {key}"
+        charts += _line_charts(name, members, title, caption, (key, "PSNR (dB)"))
     return charts
 
 
@@ -335,14 +334,28 @@ def _labels(members: Sequence[tuple[str, Sweep]]) -> list[str]:
     return [f"{problem}, {variant}" for problem, variant in zip(problems, variants, strict=True)]
 
 
-def _line_charts(contents: Contents, sweep: Sweep, lines: Sequence[Series], name: str) -> list[Chart]:
-    charts, metric = [], contents.metric
+def _swept_charts(contents: Contents, sweep: Sweep, lines: Sequence[Series], name: str) -> list[Chart]:
+    metric = contents.metric
     more = "; hollow and dotted: published" if any(line.published for line in lines) else ""
+    title, caption = f"{sweep.name}: {metric.label} over {sweep.key}", f"Mean over images, bars: 95 % confidence{more}."
+    return _line_charts(name, lines, title, caption, (sweep.key, metric.title), metric.form, _top(contents))
+
+
+def _line_charts(
+    name: str,
+    lines: Sequence[Series],
+    title: str,
+    caption: str,
+    labels: tuple[str, str],
+    form: str = ".2f",
+    top: float | None = None,
+) -> list[Chart]:
+    """As many charts as there must be for every line to have a color."""
+    charts = []
     for start in range(0, len(lines), N_COLORS):
-        part, title = lines[start : start + N_COLORS], f"{sweep.name}: {metric.label} over {sweep.key}"
-        svg = line_chart(f"{name}-{start}", part, (sweep.key, metric.title), form=metric.form, top=_top(contents))
-        caption = f"Mean over images, bars: 95 % confidence{more}."
-        charts.append(Chart(svg, title, caption, f"{title}. {_told(part, sweep.key, metric.form)}"))
+        part = lines[start : start + N_COLORS]
+        svg = line_chart(f"{name}-{start}", part, labels, form=form, top=top)
+        charts.append(Chart(svg, title, caption, f"{title}. {_told(part, labels[0], form)}"))
     return charts
 
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -22,6 +22,7 @@ from flowprox.evaluation.report.tables import Contents, Table, number, to_csv, t
 from flowprox.evaluation.summary import METRICS
 from flowprox.files import atomic_write
 from flowprox.naming import nearest
+from flowprox.records import Record
 
 __all__ = [
     "PARTS",
@@ -174,7 +175,7 @@ def write_tables(results: Results) -> list[Path]:
     return paths
 
 
-def _chapter(contents: Contents, name: str, options: ReportOptions) -> dict[str, Any]:
+def _chapter(contents: Contents, name: str, options: ReportOptions) -> Record:
     chapter, shows = contents.chapter, options.shows
     sections = [_section(contents, problem, f"{name}-{i}", options) for i, problem in enumerate(contents.problems)]
     tiles = [tile for section in sections for _, _, row in section["rows"] for tile in row]
@@ -201,7 +202,7 @@ def _chapter(contents: Contents, name: str, options: ReportOptions) -> dict[str,
     }
 
 
-def _section(contents: Contents, problem: str, name: str, options: ReportOptions) -> dict[str, Any]:
+def _section(contents: Contents, problem: str, name: str, options: ReportOptions) -> Record:
     records = [record for record in contents.chapter.records if str(record["problem"]) == problem]
     degraded = {str(r["method"]) for r in records if MEASUREMENT == r["method"] or r.get("method_name") == "adjoint"}
     drawn = [
@@ -228,15 +229,18 @@ def _section(contents: Contents, problem: str, name: str, options: ReportOptions
     }
 
 
-def _stated(record: Mapping[str, Any]) -> str:
+def _stated(record: Record) -> str:
     """The parameters of a problem in words: sigma, mask, blur."""
-    parameters = {key: value for key, value in (record.get("parameters") or {}).items() if value is not None}
-    words = [f"{key.replace('_', ' ')} {value:g}" if isinstance(value, float) else f"{key.replace('_', ' ')} {value}"
-             for key, value in parameters.items()]  # fmt: skip
+    given = {key.replace("_", " "): value for key, value in (record.get("parameters") or {}).items()}
+    words = [
+        f"{key} {value:g}" if isinstance(value, float) else key if value is True else f"{key} {value}"
+        for key, value in given.items()
+        if value is not None and value is not False
+    ]
     return f"{record.get('problem_name', record['problem'])}: {', '.join(words)}" if words else ""
 
 
-def _facts(records: Sequence[Mapping[str, Any]]) -> list[str]:
+def _facts(records: Sequence[Record]) -> list[str]:
     if not records:
         return []
     n_images = len(ordered(str(record["image"]) for record in records))
@@ -255,7 +259,7 @@ def _facts(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _pictures(
-    contents: Contents, problem: str, records: Sequence[Mapping[str, Any]], degraded: set[str], n_images: int | None
+    contents: Contents, problem: str, records: Sequence[Record], degraded: set[str], n_images: int | None
 ) -> tuple[float | None, list[tuple[str, str, list[Tile]]]]:
     """The error shown white, and of each image that has pictures its name, what is remarkable about it, and its tiles."""
     folders, methods = contents.chapter.folders, contents.methods_of(problem)
@@ -284,7 +288,7 @@ def _pictures(
             score = "" if value is None else f"{number(value, contents.metric.form)} {contents.metric.unit}".strip()
             alt = f"{image}, {problem}: {method}, {contents.metric.label} {score or 'unknown'}"
             record = recorded.get((image, method))
-            shown: dict[str, Any]
+            shown: Record
             if record is None:
                 shown = {"missing": "not run on this image"}
             elif "failed" in record:
@@ -307,13 +311,13 @@ def _read(path: Path | None) -> Pixels | None:
         return None
 
 
-def _shown_picture(pixels: Pixels | None, path: Path | None, *parts: str) -> dict[str, Any]:
+def _shown_picture(pixels: Pixels | None, path: Path | None, *parts: str) -> Record:
     if pixels is not None:
         return {"picture": data_uri(pixels)}
     return {"missing": f"{file_stem(*parts)}.png {_ABSENT}" if path is None else f"{path.name} {_DAMAGED}"}
 
 
-def _remarks(contents: Contents, problem: str, image: str, records: Sequence[Mapping[str, Any]]) -> str:
+def _remarks(contents: Contents, problem: str, image: str, records: Sequence[Record]) -> str:
     remarks = [str(r["group"]) for r in records if str(r["image"]) == image and "group" in r][:1]
     best = contents.best(problem)
     if best is not None:
@@ -328,7 +332,7 @@ def _shown(tables: Iterable[Table]) -> list[Table]:
     return [table for table in tables if not table.values.empty]
 
 
-def _drawn(drawings: Iterable[charts.Chart]) -> list[dict[str, Any]]:
+def _drawn(drawings: Iterable[charts.Chart]) -> list[Record]:
     return [{**chart._asdict(), "svg": Markup(chart.svg)} for chart in drawings]  # no text of a record unescaped in it
 
 

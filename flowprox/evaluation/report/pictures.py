@@ -11,9 +11,8 @@ import base64
 import hashlib
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -26,6 +25,7 @@ from flowprox.evaluation.report.sources import ordered, read_chapters
 from flowprox.evaluation.report.tables import number
 from flowprox.evaluation.summary import Row, summary_rows
 from flowprox.files import atomic_write
+from flowprox.records import Record
 
 __all__ = [
     "MEASUREMENT",
@@ -163,7 +163,7 @@ def write_figures(folder: str | Path) -> list[Path]:
     return [folder / "figures" / f"{name}.png" for name in figures]
 
 
-def _grid(folder: Path, problem: str, records: Sequence[Mapping[str, Any]]) -> Figure:
+def _grid(folder: Path, problem: str, records: Sequence[Record]) -> Figure:
     members = {(str(r["image"]), str(r["method"])): r for r in records if str(r["problem"]) == problem}
     images, methods = (ordered(names) for names in zip(*members, strict=True))
     figure = Figure(figsize=(1.9 * (1 + len(methods)), 2.25 * len(images) + 0.4), layout="constrained")

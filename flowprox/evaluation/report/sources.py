@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flowprox.evaluation.plan import Published, read_published
 from flowprox.evaluation.summary import figures_of
-from flowprox.records import UNFINISHED, read_records
+from flowprox.records import UNFINISHED, Record, read_records
 
 __all__ = ["Chapter", "Illustration", "ordered", "read_chapters"]
 
@@ -50,8 +50,8 @@ class Chapter:
 
     name: str
     folders: list[Path]
-    records: list[dict[str, Any]] = field(default_factory=list)
-    tuning: list[dict[str, Any]] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+    tuning: list[Record] = field(default_factory=list)
     published: Published = _NOTHING_PUBLISHED
     illustrations: list[Illustration] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -143,7 +143,7 @@ def _folder_chapter(folder: Path) -> Chapter:
     return Chapter("", [folder], records, tuning, published, illustrations, notes)
 
 
-def _records(path: Path, notes: list[str], optional: bool = False) -> list[dict[str, Any]]:
+def _records(path: Path, notes: list[str], optional: bool = False) -> list[Record]:
     if optional and not path.exists():
         return []
     with warnings.catch_warnings(record=True) as caught:
@@ -153,7 +153,7 @@ def _records(path: Path, notes: list[str], optional: bool = False) -> list[dict[
     return records
 
 
-def _check(record: Mapping[str, Any], number: int, source: Path) -> None:
+def _check(record: Record, number: int, source: Path) -> None:
     missing = [key for key in ("problem", "method", "image") if key not in record]
     if missing:
         raise ValueError(
@@ -165,7 +165,7 @@ def _check(record: Mapping[str, Any], number: int, source: Path) -> None:
             raise ValueError(f"{source}: {key} of record {number} must be a number, got {value!r}; mend the line")
 
 
-def _conflict(records: Iterable[Mapping[str, Any]]) -> str | None:
+def _conflict(records: Iterable[Record]) -> str | None:
     """Two different things that go by one label, so that a mean over both would mean nothing; None without any."""
     seen: dict[tuple[str, str, str], str] = {}
     for record in records:
@@ -196,7 +196,7 @@ def _illustrations(folder: Path, notes: list[str]) -> list[Illustration]:
     return found
 
 
-def _captions(path: Path) -> dict[str, dict[str, Any]]:
+def _captions(path: Path) -> dict[str, Record]:
     if not path.exists():
         return {}
     try:
@@ -214,7 +214,7 @@ def _merged(members: Sequence[Chapter]) -> Chapter:
     first = members[0]
     if len(members) == 1:
         return first
-    seen: dict[tuple[str, ...], dict[str, Any]] = {}
+    seen: dict[tuple[str, ...], Record] = {}
     records = [record for member in members for record in member.records]
     for record in records:
         key = (json.dumps(record.get(k), sort_keys=True) for k in ("problem", "method", "image", "id", "seed"))

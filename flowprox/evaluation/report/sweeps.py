@@ -11,6 +11,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from flowprox.records import Record
+
 __all__ = ["Sweep", "flattened", "method_sweeps", "problem_sweeps", "sweeps_of"]
 
 
@@ -23,17 +25,18 @@ class Sweep(NamedTuple):
 
     @property
     def labels(self) -> list[str]:
+        """Those that are compared, in their order."""
         return [label for _, label in self.points]
 
 
-def flattened(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(given: Mapping[str, object], prefix: str = "") -> Record:
     """Nested keys as one level, joined by a point.
 
     Example:
         >>> flattened({"m": 5, "noise": {"sigma": 0.1}})
         {'m': 5, 'noise.sigma': 0.1}
     """
-    flat: dict[str, Any] = {}
+    flat: Record = {}
     for key, value in given.items():
         if isinstance(value, Mapping):
             flat |= flattened(value, f"{prefix}{key}.")
@@ -42,7 +45,7 @@ def flattened(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def sweeps_of(variants: Mapping[str, Mapping[str, Any]], name: str) -> list[Sweep]:
+def sweeps_of(variants: Mapping[str, Record], name: str) -> list[Sweep]:
     """The sweeps among variants of one thing.
 
     Arguments:
@@ -83,9 +86,9 @@ def _sweep(members: Mapping[str, Mapping[str, float]], name: str, key: str) -> S
     return Sweep(name, key, tuple(sorted((values[key], label) for label, values in members.items())))
 
 
-def problem_sweeps(records: Sequence[Mapping[str, Any]]) -> list[Sweep]:
+def problem_sweeps(records: Sequence[Record]) -> list[Sweep]:
     """Problems of one name that differ in a number."""
-    kinds: dict[str, dict[str, dict[str, Any]]] = {}
+    kinds: dict[str, dict[str, Record]] = {}
     for record in records:
         if isinstance(record.get("parameters"), Mapping):
             kind = kinds.setdefault(str(record.get("problem_name", record["problem"])), {})
@@ -93,9 +96,9 @@ def problem_sweeps(records: Sequence[Mapping[str, Any]]) -> list[Sweep]:
     return [sweep for name, variants in kinds.items() for sweep in sweeps_of(variants, name)]
 
 
-def method_sweeps(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Sweep]]:
+def method_sweeps(records: Sequence[Record]) -> dict[str, list[Sweep]]:
     """Variants of one method, with the same models, that differ in a number that was not tuned; by problem."""
-    kinds: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    kinds: dict[tuple[str, str], dict[str, Record]] = {}
     for record in records:
         name = str(record.get("method_name", record["method"]))
         given = {

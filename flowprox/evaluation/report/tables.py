@@ -63,7 +63,7 @@ class Table(NamedTuple):
         """Whether a column holds words, not numbers."""
         return not pd.api.types.is_numeric_dtype(self.values[column])
 
-    def lines(self) -> list[list[tuple[str, Any, bool]]]:
+    def lines(self) -> list[list[tuple[str, float | None, bool]]]:
         """The rows, each cell as (text, value or None, whether it is the best)."""
         parts = [frame.to_numpy(dtype=object).tolist() for frame in (self.text, self.values, self.best)]
         known = [[v if isinstance(v, int | float) and v == v else None for v in line] for line in parts[1]]
@@ -73,7 +73,7 @@ class Table(NamedTuple):
 def make_table(
     slug: str,
     caption: str,
-    columns: Mapping[str, Sequence[Any]],
+    columns: Mapping[str, Sequence[object]],
     forms: Mapping[str, str | Sequence[str]] | None = None,
     best: Mapping[str, Sequence[bool]] | None = None,
 ) -> Table:
@@ -127,7 +127,7 @@ def to_csv(table: Table) -> str:
     Words that a spreadsheet would take for a formula get an apostrophe in front.
     """
 
-    def plain(value: Any) -> Any:
+    def plain(value: object) -> object:
         return f"'{value}" if isinstance(value, str) and re.match(r"[=+\-@\t\r]", value) else value
 
     words = table.values.map(plain).rename(columns=plain)
@@ -214,7 +214,7 @@ class Contents:
 
     def overview(self) -> Table:
         """Methods down, problems across."""
-        columns: dict[str, Sequence[Any]] = {"method": self.methods}
+        columns: dict[str, Sequence[object]] = {"method": self.methods}
         texts, best = {}, {}
         for problem in self.problems:
             means = [self.mean(problem, method) for method in self.methods]
