@@ -283,8 +283,8 @@ def options(**changes: Any) -> TrainingOptions:
     return TrainingOptions(**{**defaults, **changes})
 
 
-@pytest.mark.parametrize("name", ["sinusoidal", "radial"])
-def test_trained_flow_approaches_the_exact_density(name: str, tmp_path: Path) -> None:
+def test_trained_flow_approaches_the_exact_density(tmp_path: Path) -> None:
+    name = "radial"  # its level is another one in every pixel
     noise = NoiseOptions(name, {"sigma": 0.5}, image_size=8, channels=1)
     training = options(max_steps=30, learning_rate=3e-3, validate_every=15, n_validation_images=256)
     result = train_flow(PIXELWISE, training, noise=noise, out=str(tmp_path), name="toy")

@@ -63,7 +63,7 @@ CASES: dict[str, Case] = {
     "compressed-sensing-more-rows-than-pixels": _made("compressed-sensing", m=300),
     "compressed-sensing-structured": _made("compressed-sensing", m=40, structured=True),
     "compressed-sensing-structured-odd": _made("compressed-sensing", (1, 5, 7), m=35, structured=True),
-    **{f"super-resolution-{f}": _made("super-resolution", (1, 18, 18), factor=2, filter=f) for f in (None, *FILTERS)},
+    **{f"super-resolution-{f}": _made("super-resolution", (1, 8, 10), factor=2, filter=f) for f in (None, *FILTERS)},
     "mri": _made("mri"),
     "mri-odd": _made("mri", (1, 7, 9), acceleration=2, center_fraction=0.3),
     "mri-own-mask": _made("mri", mask=OWN_MASK),
