@@ -15,9 +15,10 @@ Symbols: z latent (B, D), g flow from latent to image x (B, C, H, W), y measurem
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class Objective:
         scales: the diagonal the optimizer begins with, (B, D) or None; decides how the start z = 0 of "unsquared" is left.
         callback: see ``Callback``.
         n_evaluations: at most, for the callback.
-        n_done: evaluations so far.
+        count: numbers the evaluations, those of selected images too.
         at_kink: whether the next evaluation is the first, where ||z|| may have no gradient.
     """
 
@@ -59,7 +60,7 @@ class Objective:
     callback: Callback | None = None
     n_evaluations: int = 0
 
-    n_done: int = 0
+    count: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     at_kink: bool = False
 
     def start(self, start: Start, seed: int, n_restarts: int = 1) -> Tensor:
@@ -118,9 +119,8 @@ class Objective:
         if self.at_kink:
             self.at_kink = False  # torch gives ||z|| the gradient 0 there
             gradient = torch.where((u == 0).all(dim=1, keepdim=True), self._out_of_the_kink(gradient), gradient)
-        self.n_done += 1
         if self.callback is not None:
-            self.callback(min(self.n_done, self.n_evaluations), self.n_evaluations)
+            self.callback(min(next(self.count), self.n_evaluations), self.n_evaluations)
         return value.detach(), gradient
 
     def select(self, images: Tensor) -> Objective | None:

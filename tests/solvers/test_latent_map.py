@@ -409,6 +409,19 @@ def test_progress_is_told(gamma: float | str, optimizer: Any) -> None:
     assert list(done) == sorted(done) and done[0] == 1 and len(set(at_most)) == 1 and done[-1] <= at_most[0]
 
 
+def test_progress_goes_on_when_images_leave_the_batch() -> None:
+    """Three of four are at their solution when they start; the others' results are the same as alone."""
+    flow, physics = small_glow(), operators()["denoising"]
+    y = measurement(physics, 4)
+    start, calls = "zero", []
+    gamma = torch.tensor([1e3, 1e3, 0.01, 1e3], dtype=torch.float64)
+    solver = LatentMAP(flow, gamma, start=start, optimizer=LBFGS(30))
+    solution = solver.solve(y, physics, callback=lambda n, _: calls.append(n))
+    assert calls == list(range(1, len(calls) + 1)) and solution.n_evaluations[2] > 8 > solution.n_evaluations[0]
+    alone = LatentMAP(flow, 0.01, start=start, optimizer=LBFGS(30))(y[2:3], physics)
+    torch.testing.assert_close(solution.estimate[2:3], alone, atol=1e-8, rtol=0)
+
+
 @pytest.mark.parametrize("gamma", [0.0, "discrepancy"])
 def test_what_stands_in_hidden_pixels_changes_nothing(gamma: float | str) -> None:
     flow, physics = small_glow(), operators()["inpainting"]
