@@ -13,6 +13,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowprox.flows import Glow
+from flowprox.prox import FlowProx
+from flowprox.unfolding import UnfoldedPGD
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -94,3 +96,22 @@ def test_what_is_slower_than_plain_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     ]
     (line,) = slower_than_plain(rows, 0.8)
     assert "inverse, 0.50 times" in line
+
+
+def test_cost_on_a_gpu_is_counted_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import gpu_cost
+
+    with gpu_cost.as_on_a_gpu(), gpu_cost.Cost() as cost:
+        a, b = torch.empty(4, 5, dtype=torch.bfloat16), torch.empty(5, 6, dtype=torch.bfloat16)
+        (a @ b).view(24)
+    assert dict(cost.kernels) == {"mm bfloat16": 1}
+    assert cost.bytes["mm bfloat16"] == 2 * (20 + 30 + 24) and cost.operations["mm bfloat16"] == 2 * 4 * 5 * 6
+    plain, default = (
+        gpu_cost.cost_of(gpu_cost.contender(name, "tiny"), gpu_cost.likelihood(2)).summary()
+        for name in ("plain, bf16", "default, bf16")
+    )
+    assert default["kernels"] < plain["kernels"] and default["GB"] < 1.05 * plain["GB"]
+    assert default["TFLOP"] == pytest.approx(plain["TFLOP"], rel=1e-2)
+    model = UnfoldedPGD([FlowProx(Glow((3, 64, 64), 1, 1, 8))])
+    assert 20 < gpu_cost.cost_of(lambda: model, gpu_cost.reconstruction(1)).summary()["kernels"] < 100

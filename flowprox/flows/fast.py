@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from flowprox.flows.bijection import Bijection, current_checks
-from flowprox.flows.conditioners import CouplingNet, folded
-from flowprox.flows.layers import AffineCoupling, GlowStep, LinearParts, full_precision, halves, pixelwise
+from flowprox.flows.conditioners import CouplingNet, convolved, folded, folded_together
+from flowprox.flows.layers import AffineCoupling, GlowStep, LinearParts, full_precision, halves, on_cpu, pixelwise
 from flowprox.flows.packed import PackedConvolution
 from flowprox.flows.reversible import (
     AutocastState,
@@ -134,7 +134,7 @@ class GlowSteps(Reversible):
         if not len(self.layers):
             return super()._stepwise(method, x)
         if recompute == "auto":
-            recompute = "fast-early" if x.device.type == "cpu" else "plain"
+            recompute = "fast-early" if on_cpu(x) else "plain"
         if self._is_frozen and self.has_fast_path:
             recompute = {"plain": "fast-nothing", "inputs": "fast-inputs", "invert": "fast-invert"}.get(
                 recompute, recompute
@@ -146,18 +146,36 @@ class GlowSteps(Reversible):
         return super()._recorded(method, x, recompute)
 
     def _plain(self, method: str, x: Tensor, checkpointed: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Step by step; all matrices in one batched call. ``checkpointed``: each step's input is kept, the rest recomputed."""
+        """Step by step; all matrices in one batched call, on accelerators all weights too.
+
+        With ``checkpointed`` each step's input is kept and the rest recomputed.
+        """
         backwards = method in ("inverse", "decode")
         linear = self._linear(self._kept(), backwards)
         logdet = _whole(linear.logdet.sum(), x) if method in ("forward", "inverse") else None
+        nets = None if checkpointed or on_cpu(x) else self._nets_together(x)
+        matrices, biases = linear.matrix.unbind(), linear.bias.unbind()
         for i in reversed(range(len(self.layers))) if backwards else range(len(self.layers)):
             coupling: Any = self.layers[i].coupling
-            slots = parameter_slots(coupling) if checkpointed else []
-            tensors = x, linear.matrix[i], linear.bias[i], *(values[name] for values, name in slots)
-            x, step_logdet = (recomputed(_step) if checkpointed else _step)(coupling, method, slots, *tensors)
+            if nets is not None:
+                x, step_logdet = _step_with_net(coupling, nets[i], method, x, matrices[i], biases[i])
+            else:
+                slots = parameter_slots(coupling) if checkpointed else []
+                tensors = x, matrices[i], biases[i], *(values[name] for values, name in slots)
+                x, step_logdet = (recomputed(_step) if checkpointed else _step)(coupling, method, slots, *tensors)
             if logdet is not None and step_logdet is not None:
                 logdet = logdet + step_logdet
         return x, logdet
+
+    def _nets_together(self, x: Tensor) -> list[list[tuple[Tensor, Tensor]]] | None:
+        """Folded convolutions of all coupling nets, if these are alike, in the precision they run in."""
+        steps: list[Any] = list(self.layers)
+        nets: list[Any] = [step.coupling.net for step in steps]
+        if not self.has_fast_path or len({tuple(p.shape for layer in net.parts() for p in layer) for net in nets}) > 1:
+            return None
+        autocast = AutocastState.current(x.device.type)
+        with full_precision(x):
+            return folded_together(nets, (autocast.dtype if autocast.enabled else None) or nets[0].last.bias.dtype)
 
     def _fast(self, method: str, x: Tensor, recompute: str | None) -> tuple[Tensor, Tensor | None]:
         """One pass on the fast path, without gradients or as one autograd node."""
@@ -247,6 +265,23 @@ def _step(
         with full_precision(x):
             x = pixelwise(x, matrix, bias)
     return x, logdet
+
+
+def _step_with_net(
+    coupling: AffineCoupling, net: list[tuple[Tensor, Tensor]], method: str, x: Tensor, matrix: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """``_step`` with the folded convolutions given, in their precision."""
+    backwards, asks_logdet = method in ("inverse", "decode"), method in ("forward", "inverse")
+    with full_precision(x):
+        first, second = halves(x if backwards else pixelwise(x, matrix, bias))
+        raw = convolved(second.to(net[0][0].dtype), net).to(x.dtype)
+        log_scale, shift = coupling.bounded(*raw.chunk(2, dim=1))
+        if backwards:
+            log_scale = -log_scale
+            x = pixelwise(_cat((first - shift) * torch.exp(log_scale), second), matrix, bias)
+        else:
+            x = _cat(first * torch.exp(log_scale) + shift, second)
+    return x, log_scale.sum((1, 2, 3)) if asks_logdet else None
 
 
 def _whole(logdet: Tensor, x: Tensor) -> Tensor:
@@ -367,7 +402,7 @@ def _data_gradient(grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     A CPU computes 16 output channels at a time at the least: for fewer, a matrix product whose columns are added up is faster.
     """
     size = weight.shape[-1]
-    if grad.device.type != "cpu" or size == 1 or weight.shape[1] > _FEW_CHANNELS:
+    if not on_cpu(grad) or size == 1 or weight.shape[1] > _FEW_CHANNELS:
         padding = [size // 2] * 2
         return torch.ops.aten.convolution_backward(
             grad, x, weight, None, [1, 1], padding, [1, 1], False, [0, 0], 1, [True, False, False]
@@ -567,7 +602,7 @@ class _Chain:
 
     def chunks(self, i: int, x: Tensor) -> list[slice]:
         """Images whose hidden layers fit the cache; on an accelerator, and in an exported program, the whole batch."""
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if not on_cpu(x) or torch.compiler.is_compiling():
             return [slice(None)]
         n = max(1, _CHUNK // (self.couplings[i].net.last.in_channels * x.shape[-2] * x.shape[-1]))
         return [slice(start, start + n) for start in range(0, max(1, len(x)), n)]

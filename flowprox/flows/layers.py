@@ -241,6 +241,11 @@ def full_precision(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
+def on_cpu(x: Tensor) -> bool:
+    """Whether a CPU computes; accelerators are better served otherwise in places."""
+    return x.device.type == "cpu"
+
+
 def pixelwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None, as_product: bool | None = None) -> Tensor:
     """The same affine map of the channels at every pixel, M x + m; never in TF32, which would undo the exact inverse.
 
@@ -248,7 +253,7 @@ def pixelwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None, as_product:
     product (``as_product``), and where TF32 is allowed for products too, one in float64. What the coupling nets use is the
     user's choice.
     """
-    if not (x.device.type != "cpu" if as_product is None else as_product):
+    if not (not on_cpu(x) if as_product is None else as_product):
         return F.conv2d(x, matrix[:, :, None, None], bias)
     pixels = x.permute(0, 2, 3, 1)
     if x.is_cuda and x.dtype == torch.float32 and _products_are_tf32():
@@ -324,8 +329,12 @@ class AffineCoupling(Bijection):
 
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The first C//2 channels and the others."""
     half = x.shape[1] // 2
-    return x[:, :half], x[:, half:]
+    first, others = x.split(
+        [half, x.shape[1] - half], dim=1
+    )  # one kernel in the backward pass, where slices take three
+    return first, others
 
 
 class GlowStep(Bijection):

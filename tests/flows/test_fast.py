@@ -7,13 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import product
 
 import pytest
 import torch
-from flow_cases import FAST_MODES, chain, decode_loss, every_loss, gradients, log_prob_loss, pair
+from flow_cases import FAST_MODES, chain, decode_loss, every_loss, gradients, inverse_loss, log_prob_loss, pair
 from torch import Tensor
 
-from flowprox.flows import Flow, Glow, GlowStep, GlowSteps, RealNVP, Reversible, Sequential, fast, frozen
+from flowprox.flows import (
+    Flow,
+    Glow,
+    GlowStep,
+    GlowSteps,
+    RealNVP,
+    Reversible,
+    Sequential,
+    conditioners,
+    fast,
+    frozen,
+    layers,
+)
 from flowprox.flows.conditioners import CouplingNet, CouplingUNet
 from flowprox.flows.glow import FAST_WIDTH
 from flowprox.operators import make_physics
@@ -24,17 +38,32 @@ every_fast_mode = pytest.mark.parametrize("mode", FAST_MODES)
 every_coupling = pytest.mark.parametrize("coupling", ["conv", "conv-actnorm"])
 
 
-def flows(mode: str, coupling: str) -> tuple[Flow, Flow, Flow, Tensor]:
-    """Plain in float64, plain and fast in float32, with the same weights; float32 images."""
-    exact, plain, quick = (Glow((3, 16, 16), 2, 4, 48, coupling, backward=b) for b in ("plain", "plain", mode))
-    x = torch.rand(4, 3, 16, 16)
+@cache
+def references(coupling: str) -> tuple[Flow, Flow, Tensor]:
+    """Plain flows in float64 and float32 with the same weights, and float32 images; nothing changes them."""
+    torch.manual_seed(0)
+    exact, plain = (Glow((3, 8, 8), 2, 3, 32, coupling, backward="plain") for _ in range(2))
+    x = torch.rand(4, 3, 8, 8)
     plain.initialize(x)
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
-    for flow in (exact, quick):
-        flow.load_state_dict(plain.state_dict())
-    return exact.double(), plain, quick, x
+    exact.load_state_dict(plain.state_dict())
+    return exact.double(), plain, x
+
+
+def flows(mode: str, coupling: str) -> tuple[Flow, Flow, Flow, Tensor]:
+    """Those, and a fast one with the same weights."""
+    exact, plain, x = references(coupling)
+    quick = Glow((3, 8, 8), 2, 3, 32, coupling, backward=mode)
+    quick.load_state_dict(plain.state_dict())
+    return exact, plain, quick, x
+
+
+@cache
+def exact_gradients(coupling: str, loss: Callable[[Flow, Tensor], Tensor]) -> Tensor:
+    exact, _, x = references(coupling)
+    return flat_gradients(exact, loss, x.double())
 
 
 def relative(found: Tensor, exact: Tensor) -> float:
@@ -50,7 +79,7 @@ def flat_gradients(flow: Flow, loss: Callable[[Flow, Tensor], Tensor], x: Tensor
 @every_coupling
 def test_float32_values_are_those_of_float64(mode: str, coupling: str) -> None:
     exact, _, quick, x = flows(mode, coupling)
-    z = torch.randn(4, 768)
+    z = torch.randn(4, 192)
     for found, expected in [(quick(x), exact(x.double())), (quick.inverse(z), exact.inverse(z.double()))]:
         assert relative(found[0], expected[0]) < 1e-5 and relative(found[1], expected[1]) < 1e-5
     assert relative(quick.decode(quick.encode(x)), x) < 1e-5
@@ -62,8 +91,8 @@ def test_float32_values_are_those_of_float64(mode: str, coupling: str) -> None:
 def test_float32_gradients_are_as_good_as_plain_ones(
     mode: str, coupling: str, loss: Callable[[Flow, Tensor], Tensor]
 ) -> None:
-    exact, plain, quick, x = flows(mode, coupling)
-    expected = flat_gradients(exact, loss, x.double())
+    _, plain, quick, x = flows(mode, coupling)
+    expected = exact_gradients(coupling, loss)
     found, plain_found = (relative(flat_gradients(flow, loss, x), expected) for flow in (quick, plain))
     assert found < 2 * plain_found + 1e-7
 
@@ -83,9 +112,29 @@ def test_bfloat16_nets_are_as_good_as_plain_ones(mode: str, coupling: str) -> No
     z_exact = exact.encode(x.double())
     assert z.dtype == torch.float32
     assert relative(z, z_exact) < min(1e-2, 1.5 * relative(z_plain, z_exact))
-    expected = flat_gradients(exact, log_prob_loss, x.double())
+    expected = exact_gradients(coupling, log_prob_loss)
     found, plain_found = (relative(flat_gradients(flow, low, x), expected) for flow in (quick, plain))
     assert found < min(5e-2, 2 * plain_found)
+
+
+@every_coupling
+@pytest.mark.parametrize("mode", ["plain", "fast-nothing"])
+def test_what_accelerators_take_together_is_the_same(mode: str, coupling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of a level folded at once, products for 1x1 convolutions, no chunks: on the CPU only for this test."""
+    _, _, quick, x = flows(mode, coupling)
+    for loss, is_low in product((log_prob_loss, inverse_loss), (False, True)):
+
+        def error() -> float:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_low):  # noqa: B023
+                value = loss(quick, x)  # noqa: B023
+            gradients = torch.autograd.grad(value, list(quick.parameters()))
+            return relative(torch.cat([g.flatten() for g in gradients]), exact_gradients(coupling, loss)[x.numel() :])  # noqa: B023
+
+        on_the_cpu = error()
+        with monkeypatch.context() as patch:
+            for module in (fast, layers, conditioners):
+                patch.setattr(module, "on_cpu", lambda _: False)
+            assert error() < 2 * on_the_cpu + 1e-6
 
 
 @every_fast_mode
