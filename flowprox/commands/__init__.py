@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from flowprox.commands.catalog import demo, methods, models, problems, recipes, sample
-from flowprox.commands.evaluate import EvaluateOptions, evaluate, report
+from flowprox.commands.evaluate import EvaluateOptions, ShowOptions, evaluate, report
 from flowprox.commands.reconstruct import ReconstructOptions, reconstruct
 from flowprox.options import TrainingOptions
 from flowprox.training import train_denoiser, train_flow, train_gan, train_unfolded
@@ -88,7 +88,7 @@ COMMANDS: dict[str, Command] = {
         several={"options": "KEY=VALUE", "parameters": "KEY=VALUE", "noise": "NAME", "size": "N"},
     ),
     "evaluate": Command(evaluate, EvaluateOptions, has_recipe=True),
-    "report": Command(report, positional="folders", n_positional="+", several={"parts": "PART"}),
+    "report": Command(report, ShowOptions, positional="folders", n_positional="+", several={"parts": "PART"}),
     "sample": Command(sample),
     "models": Command(models, positional="name"),
     "problems": Command(problems, positional="name"),

@@ -13,7 +13,7 @@ from flowprox.commands.terminal import check_device, check_inputs, digits
 from flowprox.evaluation_options import EvaluatedMethod, EvaluatedProblem, EvaluationOptions, ImageOptions, ScaleOptions
 from flowprox.naming import printable
 
-__all__ = ["EvaluateOptions", "evaluate", "report"]
+__all__ = ["EvaluateOptions", "ShowOptions", "evaluate", "report"]
 
 
 @dataclass
@@ -72,18 +72,9 @@ def evaluate(options: EvaluateOptions) -> int:
     return _report_failures(records)
 
 
-def report(
-    folders: list[str],
-    out: str | None = None,
-    metric: str = "psnr",
-    parts: list[str] | None = None,
-    reference: str | None = None,
-    n_images: int | None = None,
-    recipe: str | None = None,
-    title: str | None = None,
-    open: bool = False,
-) -> None:
-    """Show finished evaluations as one HTML page and as tables; reads records only and runs no model.
+@dataclass
+class ShowOptions:
+    """What to show of finished evaluations.
 
     Arguments:
         folders: results folders of evaluate, the demo or the gallery, or files of records; those of one recipe are a chapter.
@@ -96,11 +87,25 @@ def report(
         title: heading of the page.
         open: show the page in the browser.
     """
-    check_inputs(folders)
+
+    folders: list[str]
+    out: str | None = None
+    metric: str = "psnr"
+    parts: list[str] | None = None
+    reference: str | None = None
+    n_images: int | None = None
+    recipe: str | None = None
+    title: str | None = None
+    open: bool = False
+
+
+def report(show: ShowOptions) -> None:
+    """Show finished evaluations as one HTML page and as tables; reads records only and runs no model."""
+    check_inputs(show.folders)
     from flowprox.evaluation.report import ReportOptions, read_results, write_page, write_tables
 
-    options = ReportOptions(title, metric, parts, reference, n_images, recipe)
-    results = read_results(folders, out, options)
+    options = ReportOptions(show.title, show.metric, show.parts, show.reference, show.n_images, show.recipe)
+    results = read_results(show.folders, show.out, options)
     for note in results.notes:
         print(f"flowprox: note: {printable(note)}", file=sys.stderr)
     tables = write_tables(results)
@@ -108,7 +113,7 @@ def report(
     if tables:
         print(f"tables: {os.path.join(results.out, 'tables')} ({len(tables)} files)")
     print(f"report: {page}")
-    if open and not webbrowser.open(page.resolve().as_uri()):
+    if show.open and not webbrowser.open(page.resolve().as_uri()):
         print("flowprox: no browser could be started; open the file by hand", file=sys.stderr)
 
 

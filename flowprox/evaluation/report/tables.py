@@ -320,19 +320,15 @@ class Contents:
 
     def cases(self, problem: str | None = None) -> Table:
         """Best and worst image of every method."""
-        places = {p: v for p, v in self.images.items() if len(v) and problem in (None, p[0])}
-        ends = [(str(v.idxmin()), str(v.idxmax())) for v in places.values()]
-        ends = ends if self.metric.high_is_best else [pair[::-1] for pair in ends]
-        values = list(places.values())
-        columns = {
-            "method": [method for _, method in places],
-            "problem": ["" if problem else place for place, _ in places],
-            "worst": [v[worst] for v, (worst, _) in zip(values, ends, strict=True)],
-            "worst image": [worst for worst, _ in ends],
-            "median": [v.median() for v in values],
-            "best": [v[best] for v, (_, best) in zip(values, ends, strict=True)],
-            "best image": [best for _, best in ends],
-        }
+        lines: list[tuple[Any, ...]] = []
+        for (place, method), values in self.images.items():
+            if len(values) and problem in (None, place):
+                ends = [values.idxmin(), values.idxmax()]
+                worst, best = map(str, ends if self.metric.high_is_best else ends[::-1])
+                figures = values[worst], worst, values.median(), values[best], best
+                lines.append((method, "" if problem else place, *figures))
+        head = ["method", "problem", "worst", "worst image", "median", "best", "best image"]
+        columns = {name: [line[i] for line in lines] for i, name in enumerate(head)}
         caption = f"{self.metric.title} of the worst and the best image of each method, and the median over images."
         return make_table("cases", caption, columns, dict.fromkeys(("worst", "median", "best"), self.metric.form))
 
