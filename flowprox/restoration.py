@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flowprox.checkpoints import load_model, require_device
 from flowprox.data import load_image
-from flowprox.evaluation.estimates import estimate
+from flowprox.estimates import estimate
 from flowprox.flows import Flow
 from flowprox.methods import make_method
 from flowprox.metrics import psnr

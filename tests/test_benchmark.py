@@ -23,8 +23,8 @@ from flowprox.baselines import BM3D
 from flowprox.checkpoints import load_model, save_model
 from flowprox.cli import main, make_parser
 from flowprox.data import save_image
+from flowprox.estimates import Estimate, estimate
 from flowprox.evaluation import run as run_module
-from flowprox.evaluation.estimates import Estimate, estimate
 from flowprox.evaluation.images import load_images
 from flowprox.evaluation.plan import at_scale, planned, published_figures
 from flowprox.evaluation.report import picture_path, write_report

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from flowprox.evaluation import demo
+from flowprox import demo
+from flowprox.demo import DEMO_PROBLEMS, demo_recipe, run_demo
 from flowprox.evaluation import run as run_module
-from flowprox.evaluation.demo import DEMO_PROBLEMS, demo_recipe, run_demo
 from flowprox.evaluation.plan import planned
 from flowprox.evaluation.run import EvaluationInterrupted
 from flowprox.evaluation_options import EvaluatedMethod, ImageOptions

@@ -33,7 +33,7 @@ networks noise operators
 flows prox solvers priors
 unfolding baselines uncertainty
 data samples checkpoints
-training methods evaluation reconstruction
+training methods estimates evaluation reconstruction demo
 restoration
 commands
 cli

@@ -11,7 +11,7 @@ from deepinv.models import Reconstructor
 from deepinv.physics import Physics
 from torch import Tensor
 
-from flowprox.evaluation.estimates import estimate
+from flowprox.estimates import estimate
 from flowprox.flows import Flow, Glow
 from flowprox.methods import METHODS, Method, check_options, make_method, method_options
 from flowprox.networks import DCGANGenerator

@@ -23,7 +23,7 @@ from flowprox import FlowProx, Glow, UnfoldedPGD, load_model, save_model
 from flowprox.baselines import TotalVariation
 from flowprox.cli import main
 from flowprox.data import load_image, save_image
-from flowprox.evaluation.estimates import Estimate, estimate
+from flowprox.estimates import Estimate, estimate
 from flowprox.flows import NonFiniteError
 from flowprox.methods import METHODS, Method
 from flowprox.operators import ProblemKind, make_physics, measure_each

@@ -33,7 +33,7 @@ def demo(out: str = "flowprox-demo", device: str = "cpu", seed: int = 0, overwri
     """
     check_device(device)
     from flowprox.checkpoints import require_device
-    from flowprox.evaluation.demo import run_demo
+    from flowprox.demo import run_demo
 
     require_device(device)
     print(f"report: {run_demo(out, device=device, seed=seed, overwrite=overwrite)}")

@@ -41,7 +41,7 @@ from torch.multiprocessing.spawn import ProcessException, spawn
 from flowprox import __version__
 from flowprox.checkpoints import CheckpointError, load_card, load_model, require_device
 from flowprox.data import save_image
-from flowprox.evaluation.estimates import Estimate, estimate
+from flowprox.estimates import Estimate, estimate
 from flowprox.evaluation.images import EvaluatedImage, load_images
 from flowprox.evaluation.plan import AS_WRITTEN, Case, at_scale, combinations, planned, write_recipe
 from flowprox.evaluation.report.pictures import picture_path, truth_path

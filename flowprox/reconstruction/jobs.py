@@ -27,7 +27,7 @@ from torch import Tensor
 
 from flowprox.checkpoints import load_model
 from flowprox.data import load_array, load_image, load_measurement
-from flowprox.evaluation.estimates import Estimate, estimate
+from flowprox.estimates import Estimate, estimate
 from flowprox.evaluation.images import image_seed
 from flowprox.evaluation.run import hashed
 from flowprox.files import sha256, sole_writer
