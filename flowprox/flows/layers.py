@@ -197,7 +197,7 @@ class Conv1x1(Bijection):
     d are fixed. The inverse is two triangular solves.
 
     References:
-        Kingma and Dhariwal 2018, Glow, https://arxiv.org/abs/1807.03039, Sec. 3.2 (LU decomposition)
+        Kingma and Dhariwal 2018, Glow, https://arxiv.org/abs/1807.03039, Sec. 3.2, Eqs. (10) and (11) (LU decomposition)
 
     Arguments:
         n_channels: C. The start is a random orthogonal matrix.
@@ -275,7 +275,7 @@ def soft_bound(value: Tensor, bound: float) -> Tensor:
 
 
 class AffineCoupling(Bijection):
-    """z_a = exp(s(x_b)) x_a + t(x_b), z_b = x_b (Wei et al. 2022, Sec. IV; Dinh et al. 2017).
+    """z_a = exp(s(x_b)) x_a + t(x_b), z_b = x_b (Dinh et al. 2017, Eqs. 4 and 5; Wei et al. 2022, Sec. IV).
 
     Arguments:
         net: maps x_b (B, C - C//2, H, W) to (s, t) stacked, (B, 2 (C//2), H, W).
