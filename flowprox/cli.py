@@ -40,8 +40,12 @@ _BAD_INPUT = (ValueError, TypeError, OSError, ArithmeticError, MemoryError, argp
 _BUILDS_DIFFER = "operator torchvision::nms does not exist"
 
 
-def make_parser() -> ArgumentParser:
-    """The parser of the whole command line."""
+def make_parser(only: str | None = None) -> ArgumentParser:
+    """The parser of the whole command line.
+
+    Arguments:
+        only: the command whose options will be read; those of the others are left out, which saves time.
+    """
     parser = ArgumentParser(
         prog="flowprox",
         exit_on_error=False,
@@ -52,7 +56,8 @@ def make_parser() -> ArgumentParser:
     commands = parser.add_subcommands(dest="command", required=True)
     for name, command in COMMANDS.items():
         summary = (command.function.__doc__ or "").partition("\n")[0]
-        commands.add_subcommand(name, _command_parser(command, summary), help=summary)
+        is_read = only in (None, name)
+        commands.add_subcommand(name, _command_parser(command, summary) if is_read else ArgumentParser(), help=summary)
     return parser
 
 
@@ -64,9 +69,8 @@ def _command_parser(command: Command, summary: str) -> ArgumentParser:
     own: set[str | int] = {*command.several, "n", command.positional}
     own &= set(inspect.signature(command.source).parameters)
     if command.positional:
-        parser.add_argument(
-            command.positional, nargs=command.n_positional, help=_help(command.source, command.positional)
-        )
+        n: dict[str, Any] = {} if command.n_positional == "1" else {"nargs": command.n_positional}
+        parser.add_argument(command.positional, **n, help=_help(command.source, command.positional))
     for name, word in command.several.items():
         kind = int if word == "N" else str
         parser.add_argument(f"--{name}", nargs="+", metavar=word, type=kind, help=_help(command.source, name))
@@ -132,7 +136,7 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 
 def _run(words: list[str]) -> int:
-    parser = make_parser()
+    parser = make_parser(words[0] if words and words[0] in COMMANDS else "")
     try:
         parsed = parser.parse_args(completed(words))
     except argparse.ArgumentError as error:

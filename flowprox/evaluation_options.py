@@ -104,9 +104,9 @@ class EvaluatedMethod:
     Arguments:
         name: a method of ``flowprox.methods``.
         label: what it is called in records and tables; by default its name. A series appends its values.
-        flow: the prior, by name, folder or hub id.
-        model: the trained network, by name, folder or hub id.
-        noise: density of the noise: name, folder or hub id of a flow trained on noise, or {name: ..., parameters} of
+        flow: the prior, by name, folder or hf:ORG/NAME.
+        model: the trained network, by name, folder or hf:ORG/NAME.
+        noise: density of the noise: name, folder or hf:ORG/NAME of a flow trained on noise, or {name: ..., parameters} of
             ``flowprox.noise``; null takes the problem's own.
         options: of the method.
         options_for: label or name of a problem -> options that differ there.

@@ -386,7 +386,7 @@ def make_method(
     Arguments:
         name: a key of ``METHODS``.
         problem: what it will be used for; some methods have other defaults for other problems.
-        flow: the prior: a flow, or the name, folder or hub id of one; for "noise-map" with beta 0 also a generator.
+        flow: the prior: a flow, or the name, folder or hf:ORG/NAME of one; for "noise-map" with beta 0 also a generator.
         model: the trained network ("unfolded"), generator ("gan") or denoiser ("plug-and-play"), or where it is.
         noise: density of the noise: a ``flowprox.noise.Noise``; a flow trained on noise, or where it is; a name of
             ``flowprox.noise.NOISES``, or {"name": ..., parameters}, made for ``shape``. None takes the physics' own.
@@ -405,7 +405,7 @@ def make_method(
     """
     method, parts = _known(name), {"flow": flow, "model": model, "noise": noise}
     if (missing := method.missing(parts)) is not None:
-        raise ValueError(f"method {name} needs {missing}: give the name, folder or hub id of a trained one")
+        raise ValueError(f"method {name} needs {missing}: give the name, folder or hf:ORG/NAME of a trained one")
     for key, part in parts.items():
         if part is not None and key not in method.parts:
             takers = [other for other, one in METHODS.items() if key in one.parts]

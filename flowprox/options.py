@@ -221,10 +221,10 @@ class UnfoldedOptions:
     Arguments:
         prox: "flow" (trained), "plug-and-play" (a frozen flow, the same in every fold, only the step sizes and shrinkages
             learned), "resnet" or "unet".
-        flow: a pretrained flow (name, hub id or folder), or a preset or specification as in train-flow to start from
+        flow: a pretrained flow (name, hf:ORG/NAME or folder), or a preset or specification as in train-flow to start from
             random weights. Needed by "flow" and "plug-and-play".
         pretrained: what to start from: for "resnet" and "unet" a pretrained prox (folder written by train-denoiser), for
-            "flow" an unfolded network (name, hub id or folder) of the same flows and folds, whose scalars hold for all
+            "flow" an unfolded network (name, hf:ORG/NAME or folder) of the same flows and folds, whose scalars hold for all
             ``levels``, or are interpolated between its own. It may have been trained for another problem: where its data
             steps are of another kind or number their weights are not taken.
         prox_arguments: arguments of the ResNet's or U-Net's constructor when it is not pretrained.
@@ -252,8 +252,8 @@ class UnfoldedOptions:
         loss: "mse", or "log-mse": the logarithm of each image's error, for problems drawn from ``ranges``, where the hardest
             images make up most of a mean squared error. Its gradients are larger by 1 / error, 300 times at 25 dB and 5,000 at
             40: give gradient_clip and skip_above room.
-        teacher: an unfolded network (name, hub id or folder) whose estimates from the same measurements are imitated, besides
-            the images themselves (distillation). null imitates none.
+        teacher: an unfolded network (name, hf:ORG/NAME or folder) whose estimates from the same measurements are imitated,
+            besides the images themselves (distillation). null imitates none.
         teacher_weight: how much of the target the teacher's estimate makes up, between 0 and 1.
         likelihood_weight: weight in the loss of the clean images' bits per dimension, averaged over the folds' flows.
         latent_weight: weight in the loss of how far the folds' latents are from a standard normal distribution, in nats per

@@ -20,7 +20,7 @@ import torch
 import yaml
 from PIL import Image
 
-from flowprox import FlowProx, Glow, UnfoldedPGD, __version__, checkpoints, files, save_model
+from flowprox import FlowProx, Glow, ResNetProx, UnfoldedPGD, __version__, checkpoints, files, make_physics, save_model
 from flowprox.cli import completed, main
 from flowprox.commands.terminal import key_values
 from flowprox.methods import METHODS
@@ -43,6 +43,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng():
         save_model(_glow(), folder / "flow", {"name": "tiny-flow", "metrics": {"bits_per_dimension": 3.5}})
         network = UnfoldedPGD([FlowProx(_glow())])
+        save_model(ResNetProx(3, 4, 1), folder / "resnet")
         save_model(network, folder / "network", {"name": "tiny", "problem": {"name": "denoising", "parameters": {}}})
         save_model(UnfoldedPGD([FlowProx(_glow(1))]), folder / "gray-network", {"problem": {"name": "denoising"}})
     rng = np.random.default_rng(0)
@@ -104,6 +105,20 @@ def test_sample_is_the_same_for_the_same_seed(world: Path, here: Path) -> None:
         assert main(words) == 0
     contents = [Path(name).read_bytes() for name in ("a.png", "new/b.png", "c.png")]
     assert contents[0] == contents[1] != contents[2]
+
+
+@pytest.mark.filterwarnings("ignore:No complete tensor found in the group")
+def test_export_writes_what_the_network_computes(world: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["export", str(world / "network"), "--size", "8", "12", "--parameters", "sigma=0.1"]
+    assert main([*words, "--out", "a.pt2"]) == 0
+    assert "(B, 3, 8, 12) for denoising-sigma0.1" in capsys.readouterr().out
+    program, network = torch.export.load("a.pt2").module(), checkpoints.load_model(world / "network")
+    y = torch.rand(3, 3, 8, 12)
+    with torch.no_grad():
+        expected = network(y, make_physics("denoising", (3, 8, 12), sigma=0.1))
+        torch.testing.assert_close(program(y), expected, rtol=1e-5, atol=1e-5)
+    _assert_refused([*words, "--out", "a.txt"], ".pt2 or .onnx", capsys)
+    _assert_refused(["export", str(world / "flow")], "only unfolded networks", capsys)
 
 
 def test_models_lists_shipped_models_and_prints_a_card(
@@ -402,7 +417,7 @@ BAD_COMMANDS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         lambda world: ["sample", "--model", "m", "--seed", "one"],
         "Parser key \"seed\": Expected a <class 'int'>. Got value: one",
     ),
-    "sample from no flow": (lambda world: ["sample", "--model", str(world / "network")], "not a flow"),
+    "sample from no flow": (lambda world: ["sample", "--model", str(world / "resnet")], "not a flow"),
     "sample of odd size": (lambda world: ["sample", "--model", str(world / "flow"), "--size", "9"], "divisible by 4"),
     "sample nothing": (lambda world: ["sample", "--model", str(world / "flow"), "-n", "0"], "n must be positive"),
     "sample as jpeg": (lambda world: ["sample", "--model", str(world / "flow"), "--out", "a.jpg"], ".png"),

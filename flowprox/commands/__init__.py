@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from flowprox.commands.catalog import demo, methods, models, problems, recipes, sample
+from flowprox.commands.catalog import demo, export, methods, models, problems, recipes, sample
 from flowprox.commands.evaluate import EvaluateOptions, ShowOptions, evaluate, report
 from flowprox.commands.reconstruct import ReconstructOptions, reconstruct
 from flowprox.options import TrainingOptions
@@ -29,7 +29,7 @@ class Command(NamedTuple):
         record: a dataclass whose fields are the options, where the function takes one record instead.
         has_recipe: whether ``--config`` reads options from YAML.
         positional: the argument that is no option.
-        n_positional: "?" for at most one, "+" for at least one.
+        n_positional: "1" for one, "?" for at most one, "+" for at least one.
         several: options of several words, and what a word is called.
         trains: whether the function starts a training run.
     """
@@ -90,6 +90,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command(evaluate, EvaluateOptions, has_recipe=True),
     "report": Command(report, ShowOptions, positional="folders", n_positional="+", several={"parts": "PART"}),
     "sample": Command(sample),
+    "export": Command(export, positional="model", n_positional="1", several={"parameters": "KEY=VALUE", "size": "N"}),
     "models": Command(models, positional="name"),
     "problems": Command(problems, positional="name"),
     "methods": Command(methods, positional="name"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flowprox.commands.terminal import (
     check_device,
@@ -12,6 +12,7 @@ from flowprox.commands.terminal import (
     check_picture,
     digits,
     find_recipe,
+    key_values,
     list_recipes,
     print_table,
 )
@@ -19,7 +20,7 @@ from flowprox.commands.terminal import (
 if TYPE_CHECKING:
     from flowprox.checkpoints import Card
 
-__all__ = ["demo", "methods", "models", "problems", "recipes", "sample"]
+__all__ = ["demo", "export", "methods", "models", "problems", "recipes", "sample"]
 
 
 def demo(out: str = "flowprox-demo", device: str = "cpu", seed: int = 0, overwrite: bool = False) -> None:
@@ -87,6 +88,61 @@ def sample(
     columns = n if isinstance(flow, Unfolded) else math.ceil(math.sqrt(n))
     save_image(make_grid(x.clamp(0, 1).cpu(), nrow=columns, padding=2, pad_value=1.0), out)
     print(f"written to {out}")
+
+
+def export(
+    model: str, out: str = "model.pt2", size: list[int] | None = None, parameters: list[str] | None = None
+) -> None:
+    """Write a trained network as one program for one operator, which runs without flowprox.
+
+    Arguments:
+        model: a shipped model (see "flowprox models"), a folder, or hf:ORG/NAME.
+        out: file to write: .pt2 for torch.export, .onnx for onnxruntime and browsers (needs the package onnxscript).
+        size: height and width in pixels, which are then fixed; by default those the network was made for.
+        parameters: KEY=VALUE ... of the problem it was trained for, where they differ from its card.
+    """
+    if not out.endswith((".pt2", ".onnx")):
+        raise ValueError(f"out must end in .pt2 or .onnx, got {out!r}")
+    if size is not None and len(size) != 2:
+        raise ValueError(f"size must be two numbers, height and width; got {size}")
+    other = key_values(parameters, "parameters")
+    check_models(model)
+    import torch
+
+    from flowprox.checkpoints import load_model
+    from flowprox.files import atomic_write
+    from flowprox.operators import Problem, make_physics
+    from flowprox.unfolding.export import export_program
+
+    network = load_model(model)
+    trained, shape = network.card.problem, network.card.preprocessing.get("image_shape")
+    if not trained or not shape:
+        raise ValueError(f"model {model} was trained for no problem; only unfolded networks can be exported")
+    problem = Problem(trained["name"], trained.get("parameters", {})).replaced(**other)
+    height, width = size or shape[1:]
+    shape = (shape[0], height, width)
+    physics = make_physics(problem, shape, seed=trained.get("seed", 0))
+    with torch.random.fork_rng(devices=[]):
+        program = export_program(network, physics, physics(torch.rand(2, *shape)))
+    with atomic_write(out) as file:
+        if out.endswith(".pt2"):
+            torch.export.save(program, file)
+        else:
+            file.write(_onnx(program))
+    print(f"written to {out}: y of shape (B, {', '.join(map(str, shape))}) for {problem.label}")
+
+
+def _onnx(program: Any) -> bytes:
+    """The program as one file for onnxruntime, weights inside."""
+    import torch
+
+    try:
+        import onnxscript  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        raise ImportError("export to .onnx needs the package onnxscript: pip install onnxscript") from error
+    exported = torch.onnx.export(program, dynamo=True, verbose=False)
+    assert exported is not None
+    return exported.model_proto.SerializeToString()
 
 
 def models(name: str | None = None) -> None:

@@ -82,7 +82,7 @@ class Case(NamedTuple):
 
     @property
     def models(self) -> dict[str, str]:
-        """Which trained models the method uses: flow, model or noise -> name, folder or hub id."""
+        """Which trained models the method uses: flow, model or noise -> name, folder or hf:ORG/NAME."""
         parts = {"flow": self.method.flow, "model": self.method.model, "noise": self.method.noise}
         return {part: name for part, name in parts.items() if isinstance(name, str) and name not in NOISES}
 
@@ -282,7 +282,9 @@ def _methods(method: EvaluatedMethod) -> Iterator[EvaluatedMethod]:
     check_options(method.name, used)
     missing = METHODS[method.name].missing({"flow": method.flow, "model": method.model})
     if missing is not None:
-        raise ValueError(f"method {method.label or method.name} needs {missing}: the name, folder or hub id of one")
+        raise ValueError(
+            f"method {method.label or method.name} needs {missing}: the name, folder or hf:ORG/NAME of one"
+        )
     for values in _places(method.series):
         label = " ".join([method.label or method.name, *(f"{key}={value}" for key, value in values.items())])
         yield dataclasses.replace(method, label=label, options={**method.options, **values}, series={})

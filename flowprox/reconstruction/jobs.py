@@ -59,7 +59,7 @@ class ReconstructionJob:
     """What to reconstruct, with what, from what.
 
     Arguments:
-        model: folder of a trained network, name of a shipped one, or hub id.
+        model: folder of a trained network, name of a shipped one, or hf:ORG/NAME.
         problem: name of the measurement problem; None takes the one in the model's card.
         parameters: of the problem, where they differ. Without another problem those of the card hold otherwise.
         measured: image files are measurements (True), or clean images, which are measured first (False). None takes them
@@ -204,7 +204,9 @@ class _Task:
         if job.method is None and job.model is None:
             raise ValueError(f"give a method, one of {', '.join(METHODS)}, or a model, which means unfolded")
         if self.name == "unfolded" and job.model is None:
-            raise ValueError("method unfolded needs model: a shipped one (see flowprox models), a folder or a hub id")
+            raise ValueError(
+                "method unfolded needs model: a shipped one (see flowprox models), a folder or hf:ORG/NAME"
+            )
         check_options(self.name, job.options)
         missing = METHODS[self.name].missing({"flow": job.flow, "model": job.model}) or ""
         flow = DEFAULT_FLOW if "flow" in missing.split(" or ") else job.flow

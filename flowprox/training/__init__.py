@@ -40,8 +40,8 @@ def train_flow(
     """Train a normalizing flow on clean images, or on noise, by maximum likelihood.
 
     Arguments:
-        flow: "compact", "paper", a specification {kind: Glow, arguments: {...}}, or a pretrained flow (name, hub id or
-            folder) to train on.
+        flow: "compact", "paper", a specification {kind: Glow, arguments: {...}}, or a pretrained flow (name, hf:ORG/NAME
+            or folder) to train on.
         training: limits, optimizer and devices.
         data: the images.
         noise: what to learn in place of images, as the density of a measurement's noise; the model is then a
