@@ -248,7 +248,10 @@ class Unfolded(Specified, Reconstructor):
         card = getattr(self, "card", None)
         if card is None or not card.problem:
             return []
-        trained, ranges = Problem(card.problem["name"], card.problem["parameters"]), card.problem.get("ranges") or {}
+        trained, ranges = (
+            Problem(card.problem["name"], card.problem.get("parameters") or {}),
+            card.problem.get("ranges") or {},
+        )
         varied = PROBLEMS[problem.name].ranges
         if problem.name != trained.name and not (varied and set(varied) <= set(ranges)):
             return [f"{card.name} was trained for {trained.name} and is used for {problem.name}"]
