@@ -574,6 +574,7 @@ DAMAGE: dict[str, tuple[str, Any]] = {
     "no number of steps": ("optimizer/state/0/step", "two"),
     "moments that are text": ("optimizer/state/0", "moments"),
     "another optimizer's moments": ("optimizer/state/0", {"momentum_buffer": torch.zeros(())}),
+    "a group of tensors": ("optimizer/param_groups/0/params", [torch.zeros(0)]),
     "other groups": ("optimizer/param_groups/0/params", [0, 1]),
     "no weights to go back to": ("kept/model", None),
     "an average of another model": ("average", {"scale": torch.zeros(3)}),

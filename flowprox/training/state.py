@@ -122,8 +122,8 @@ def check_optimizer(given: Parameters, optimizer: torch.optim.Optimizer, where: 
         ValueError: parameters are grouped otherwise, or a moment is missing or of another form.
     """
     own, groups = optimizer.state_dict()["param_groups"], given.get("param_groups")
-    sound = isinstance(groups, list) and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
-    require(sound and isinstance(given.get("state"), dict), f"{where} is damaged; {_REMEDY}")
+    sound = isinstance(groups, list) and isinstance(given.get("state"), dict) and all(map(_is_group, groups))
+    require(sound, f"{where} is damaged; {_REMEDY}")
     assert groups is not None
     indices, own_indices = ([group["params"] for group in part] for part in (groups, own))
     require(
@@ -141,6 +141,11 @@ def check_optimizer(given: Parameters, optimizer: torch.optim.Optimizer, where: 
     steps = [{"step": group["step"]} if "step" in group else {} for group in groups]
     require(all(type(step.get("step", 0)) is int for step in steps), f"{where} has no number of steps; {_REMEDY}")
     return {"state": moments, "param_groups": [{**g, **step} for g, step in zip(own, steps, strict=True)]}
+
+
+def _is_group(group: object) -> bool:
+    indices = group.get("params") if isinstance(group, dict) else None
+    return isinstance(indices, list) and all(type(index) is int for index in indices)
 
 
 def _moments(parameter: Tensor, group: Parameters) -> dict[str, Tensor]:
