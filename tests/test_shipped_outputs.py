@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import flowprox
+from flowprox.checkpoints import list_models, load_model
 from flowprox.flows import Flow
 from flowprox.noise import FlowNoise
+from flowprox.operators import make_physics
 
 STORED = Path(__file__).with_name("shipped_outputs.json")
 SIZE = 64
@@ -43,13 +44,13 @@ def image(channels: int = 3) -> Tensor:
 @torch.no_grad()
 def outputs(name: str) -> dict[str, Tensor]:
     """The latent and log-density of a flow, the reconstruction of a network."""
-    model = flowprox.load_model(name)
+    model = load_model(name)
     flow = model.flow if isinstance(model, FlowNoise) else model
     if isinstance(flow, Flow):
         x = image(flow.n_channels) - (0.5 if isinstance(model, FlowNoise) else 0.0)
         return {"encode": flow.encode(x), "log_prob": model.log_prob(x)}
     parameters = {**model.card.problem["parameters"], "sigma": 0.05}
-    physics = flowprox.make_physics(model.card.problem["name"], (3, SIZE, SIZE), **parameters)
+    physics = make_physics(model.card.problem["name"], (3, SIZE, SIZE), **parameters)
     return {"reconstruction": model(physics.A(image()), physics)}
 
 
@@ -65,10 +66,10 @@ def record(tensor: Tensor) -> dict[str, Any]:
 
 
 def test_outputs_of_every_shipped_model_are_stored() -> None:
-    assert list(json.loads(STORED.read_text(encoding="utf-8"))["models"]) == flowprox.list_models()
+    assert list(json.loads(STORED.read_text(encoding="utf-8"))["models"]) == list_models()
 
 
-@pytest.mark.parametrize("name", flowprox.list_models())
+@pytest.mark.parametrize("name", list_models())
 def test_output_is_the_stored_one(name: str) -> None:
     stored = json.loads(STORED.read_text(encoding="utf-8"))
     threads = torch.get_num_threads()
@@ -88,5 +89,5 @@ def test_output_is_the_stored_one(name: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    models = {name: {key: record(tensor) for key, tensor in outputs(name).items()} for name in flowprox.list_models()}
+    models = {name: {key: record(tensor) for key, tensor in outputs(name).items()} for name in list_models()}
     STORED.write_text(json.dumps({"machine": machine(), "models": models}, indent=1) + "\n", encoding="utf-8")
