@@ -15,11 +15,11 @@ from deepinv.physics import Physics
 from torch import Tensor
 
 from flowprox.evaluation.run import evaluate
-from flowprox.evaluation.summary import summary_markdown, summary_rows
 from flowprox.evaluation_options import EvaluatedMethod, EvaluatedProblem, EvaluationOptions, ImageOptions
 from flowprox.flows import Flow
 from flowprox.methods import METHODS, Method
 from flowprox.priors import FlowDenoiser, FlowPrior
+from flowprox.summary import summary_markdown, summary_rows
 
 WEIGHTS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
 

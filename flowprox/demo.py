@@ -14,10 +14,10 @@ from rich.table import Table
 
 from flowprox.evaluation.report import ReportOptions, write_figures, write_report
 from flowprox.evaluation.run import RunOptions, evaluate
-from flowprox.evaluation.summary import summary_rows
 from flowprox.evaluation_options import EvaluatedMethod, EvaluatedProblem, EvaluationOptions, ImageOptions
 from flowprox.records import Record
 from flowprox.samples import PORTRAITS, SAMPLES_FOLDER
+from flowprox.summary import summary_rows
 
 __all__ = ["DEMO_PROBLEMS", "demo_model_name", "demo_recipe", "run_demo"]
 

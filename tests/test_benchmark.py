@@ -29,7 +29,6 @@ from flowprox.evaluation.images import load_images
 from flowprox.evaluation.plan import at_scale, planned, published_figures
 from flowprox.evaluation.report import picture_path, write_report
 from flowprox.evaluation.run import EvaluationInterrupted, RunOptions, evaluate
-from flowprox.evaluation.summary import summary_markdown, summary_rows
 from flowprox.evaluation_options import (
     EvaluatedMethod,
     EvaluatedProblem,
@@ -43,6 +42,7 @@ from flowprox.metrics import psnr
 from flowprox.operators import ProblemKind, make_physics, measure_each
 from flowprox.prox import FlowProx, UNetProx
 from flowprox.records import NOT_RUN, RecordWriter, read_records
+from flowprox.summary import summary_markdown, summary_rows
 from flowprox.unfolding import UnfoldedPGD
 
 OWN_TABLES = ("classical", "family", "family-deblurring", "family-inpainting", "levels", "natural", "readme")

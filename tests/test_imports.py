@@ -27,7 +27,7 @@ measures = _measures()
 MODULES: dict[str, Path] = {name: path for name, path in measures.modules().items() if name != "flowprox"}
 
 FLOORS = """
-files naming metrics records
+files naming metrics records summary
 options evaluation_options
 networks noise operators
 flows prox solvers priors

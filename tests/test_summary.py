@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from flowprox.evaluation.summary import (
+from flowprox.summary import (
     confidence,
     figures_of,
     paired_comparisons,

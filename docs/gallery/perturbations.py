@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from common import Record, Scene, new_figure, rounded, scene_of
 
-from flowprox.evaluation.summary import confidence
+from flowprox.summary import confidence
 
 LENGTHS = [0.0, 2.0, 5.0, 10.0, 20.0, 30.0, 40.0, 50.0]
 SCALES = {

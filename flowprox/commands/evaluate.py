@@ -59,8 +59,8 @@ def evaluate(options: EvaluateOptions) -> int:
     )
     from flowprox.evaluation.plan import published_figures
     from flowprox.evaluation.run import RunOptions, evaluate
-    from flowprox.evaluation.summary import summary_markdown, summary_rows
     from flowprox.files import atomic_write
+    from flowprox.summary import summary_markdown, summary_rows
 
     run = RunOptions(options.scale, options.limit, options.seed, options.device, options.devices, options.n_pictures)
     records = evaluate(recipe, options.out, run)
@@ -118,7 +118,7 @@ def report(show: ShowOptions) -> None:
 
 
 def _print_evaluated(rows: Sequence[Any]) -> None:
-    """Table of ``evaluation.summary.Row``, a section per problem; a column appears where a row has something in it."""
+    """Table of ``flowprox.summary.Row``, a section per problem; a column appears where a row has something in it."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

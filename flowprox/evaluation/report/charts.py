@@ -168,19 +168,11 @@ def box_chart(name: str, boxes: Sequence[Series], label: str, *, form: str = ".2
         places = [sum(heights[:i]) + height / 2 for i, height in enumerate(heights)]
         for i, (box, place) in enumerate(zip(boxes, places, strict=True)):
             line: Any = {"color": _COLORS[(box.color or 0) % N_COLORS], "linewidth": 1.4}
-            drawn = axes.boxplot(
-                [box.y],
-                positions=[place],
-                orientation="horizontal",
-                whis=(0, 100),
-                widths=0.18,
-                patch_artist=True,
-                boxprops={"edgecolor": line["color"], "linewidth": 1.4, "facecolor": to_rgba(line["color"], 0.15)},
-                whiskerprops=line,
-                capprops=line,
-                medianprops={"color": _INK, "linewidth": 1.6},
-                manage_ticks=False,
-            )
+            face = {"edgecolor": line["color"], "linewidth": 1.4, "facecolor": to_rgba(line["color"], 0.15)}
+            styles = {"boxprops": face, "whiskerprops": line, "capprops": line}
+            styles["medianprops"] = {"color": _INK, "linewidth": 1.6}
+            extent: Any = {"positions": [place], "widths": 0.18, "whis": (0, 100), "orientation": "horizontal"}
+            drawn = axes.boxplot([box.y], patch_artist=True, manage_ticks=False, **extent, **styles)
             for artist in [artist for artists in drawn.values() for artist in artists]:
                 artist.set_gid(f"series{i}")
             ends = f"{number(min(box.y), form)} to {number(max(box.y), form)}"
@@ -269,7 +261,7 @@ def tuning_curves(contents: Contents, prefix: str) -> list[Chart]:
     caption = "Mean PSNR on the images for tuning; the chosen value is ringed."
     for (method, key), members in lines.items():
         name, title = f"{prefix}-t{len(charts)}", f"{method}: tuning of {key}"
-        charts += _line_charts(name, members, title, caption, (key, "PSNR (dB)"))
+        charts += _line_charts(name, members, (title, caption), (key, "PSNR (dB)"), ".2f", None)
     return charts
 
 
@@ -338,24 +330,18 @@ def _swept_charts(contents: Contents, sweep: Sweep, lines: Sequence[Series], nam
     metric = contents.metric
     more = "; hollow and dotted: published" if any(line.published for line in lines) else ""
     title, caption = f"{sweep.name}: {metric.label} over {sweep.key}", f"Mean over images, bars: 95 % confidence{more}."
-    return _line_charts(name, lines, title, caption, (sweep.key, metric.title), metric.form, _top(contents))
+    return _line_charts(name, lines, (title, caption), (sweep.key, metric.title), metric.form, _top(contents))
 
 
 def _line_charts(
-    name: str,
-    lines: Sequence[Series],
-    title: str,
-    caption: str,
-    labels: tuple[str, str],
-    form: str = ".2f",
-    top: float | None = None,
+    name: str, lines: Sequence[Series], words: tuple[str, str], labels: tuple[str, str], form: str, top: float | None
 ) -> list[Chart]:
-    """As many charts as there must be for every line to have a color."""
+    """As many charts as there must be for every line to have a color; ``words`` are title and caption."""
     charts = []
     for start in range(0, len(lines), N_COLORS):
         part = lines[start : start + N_COLORS]
         svg = line_chart(f"{name}-{start}", part, labels, form=form, top=top)
-        charts.append(Chart(svg, title, caption, f"{title}. {_told(part, labels[0], form)}"))
+        charts.append(Chart(svg, *words, f"{words[0]}. {_told(part, labels[0], form)}"))
     return charts
 
 

@@ -19,21 +19,12 @@ from flowprox.evaluation.report import charts, pictures
 from flowprox.evaluation.report.pictures import MEASUREMENT, Pixels, data_uri, file_stem, find_picture
 from flowprox.evaluation.report.sources import ordered, read_chapters
 from flowprox.evaluation.report.tables import Contents, Table, number, to_csv, to_latex, to_markdown
-from flowprox.evaluation.summary import METRICS
 from flowprox.files import atomic_write
 from flowprox.naming import nearest
 from flowprox.records import Record
+from flowprox.summary import METRICS
 
-__all__ = [
-    "PARTS",
-    "ReportOptions",
-    "Results",
-    "Tile",
-    "read_results",
-    "write_page",
-    "write_report",
-    "write_tables",
-]
+__all__ = ["PARTS", "ReportOptions", "Results", "Tile", "read_results", "write_page", "write_report", "write_tables"]
 
 PARTS = ("overview", "curves", "comparisons", "cost", "spread", "cases", "images", "tuning", "figures")
 """What a report may show besides the table of each problem."""

@@ -23,9 +23,9 @@ from PIL import Image
 
 from flowprox.evaluation.report.sources import ordered, read_chapters
 from flowprox.evaluation.report.tables import number
-from flowprox.evaluation.summary import Row, summary_rows
 from flowprox.files import atomic_write
 from flowprox.records import Record
+from flowprox.summary import Row, summary_rows
 
 __all__ = [
     "MEASUREMENT",

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flowprox.evaluation.plan import Published, read_published
-from flowprox.evaluation.summary import figures_of
 from flowprox.records import UNFINISHED, Record, read_records
+from flowprox.summary import NUMBERS, figures_of
 
 __all__ = ["Chapter", "Illustration", "ordered", "read_chapters"]
 
-_NUMBERS = ("psnr", "psnr_unclipped", "ssim", "residual", "seconds", "peak_memory_mib")
 _NOTHING_PUBLISHED = Published({}, {})
 SMOKE = "smoke"
 
@@ -159,7 +158,7 @@ def _check(record: Record, number: int, source: Path) -> None:
         raise ValueError(
             f"{source}: record {number} lacks {', '.join(missing)}; make the records with flowprox evaluate or the demo"
         )
-    for key in _NUMBERS:
+    for key in NUMBERS:
         value = record.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ValueError(f"{source}: {key} of record {number} must be a number, got {value!r}; mend the line")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from flowprox.evaluation.report.sources import Chapter, ordered
-from flowprox.evaluation.summary import (
+from flowprox.summary import (
     METRICS,
     Metric,
     Row,

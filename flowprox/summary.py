@@ -21,6 +21,7 @@ from flowprox.records import NOT_RUN, Record
 
 __all__ = [
     "METRICS",
+    "NUMBERS",
     "Metric",
     "Row",
     "confidence",
@@ -60,7 +61,9 @@ METRICS = {
 }
 """Figures that a record holds for its image, by key."""
 
-_NUMBERS = [*METRICS, "seconds", "peak_memory_mib"]
+NUMBERS = [*METRICS, "seconds", "peak_memory_mib"]
+"""Keys of everything that is a number in a record of a reconstruction."""
+
 _PLACE = ["problem", "method"]
 
 
@@ -119,17 +122,17 @@ def figures_of(records: Iterable[Record]) -> pd.DataFrame:
             "failed": record.get("failed"),
             "exact": "failed" not in record and "psnr" in record and record["psnr"] is None,
         }
-        | {key: None if "failed" in record else record.get(key) for key in _NUMBERS}
+        | {key: None if "failed" in record else record.get(key) for key in NUMBERS}
         for record in records
     ]
-    columns = ["problem", "method", "image", "measurement", "group", "failed", "exact", *_NUMBERS]
-    return pd.DataFrame(lines, columns=columns).astype(dict.fromkeys(_NUMBERS, float))
+    columns = ["problem", "method", "image", "measurement", "group", "failed", "exact", *NUMBERS]
+    return pd.DataFrame(lines, columns=columns).astype(dict.fromkeys(NUMBERS, float))
 
 
 def per_image(figures: pd.DataFrame) -> pd.DataFrame:
     """The figures of each problem, method and image, which index them: the mean over its measurements."""
     once = figures.drop_duplicates([*_PLACE, "image", "measurement"], keep="last")
-    return once.groupby([*_PLACE, "image"], sort=False)[_NUMBERS].mean()
+    return once.groupby([*_PLACE, "image"], sort=False)[NUMBERS].mean()
 
 
 def paired_comparisons(figures: pd.DataFrame, metric: str, reference: str) -> pd.DataFrame:
