@@ -268,11 +268,12 @@ class FullDisk:
 
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, name: str, room: int) -> None:
-    """Let writing of the files that replace ``name`` fail after ``room`` bytes."""
+    """Let writing of the file that replaces ``name`` fail after ``room`` bytes: a card is begun before its weights."""
+    begun = iter(range(100))
 
-    def full_open(path: Any, *args: Any, **kwargs: Any) -> Any:
-        file = open(path, *args, **kwargs)
-        return FullDisk(file, room) if Path(path).name.startswith(f".{name}") else file
+    def full_open(path: Any, mode: str = "r", **kwargs: Any) -> Any:
+        file = open(path, mode, **kwargs)
+        return FullDisk(file, room) if "x" in mode and next(begun) == int(name == WEIGHTS) else file
 
     monkeypatch.setattr(files, "open", full_open, raising=False)
 
