@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from flowprox.flows.bijection import Bijection, current_checks
 from flowprox.flows.conditioners import CouplingNet, convolved, folded, folded_together
@@ -58,7 +59,8 @@ class GlowSteps(Reversible):
     within ``frozen``, with gradients of images and latents. What is differentiated otherwise goes by ``recompute``.
 
     A changed parameter is known by its version, which every operation in place raises except one on ``parameter.data``: after
-    such a change call ``train()`` and ``eval()``.
+    such a change call ``train()`` and ``eval()``. Steps of fused optimizers do not raise it either; importing this module makes
+    them.
 
     Arguments:
         layers: ``GlowStep``, with a ``CouplingNet`` each for the fast path.
@@ -92,7 +94,7 @@ class GlowSteps(Reversible):
             if not isinstance(layer, GlowStep):
                 raise ValueError(f"layers must be GlowStep, got {type(layer).__name__}; use Sequential or Reversible")
         self._constants: _Constants | None = None
-        self._is_frozen = False
+        self._n_frozen = 0
         if recompute.startswith("fast") and not self.has_fast_path:
             nets = sorted({type(step.coupling.net).__name__ for step in self.layers})  # type: ignore[union-attr]
             raise ValueError(
@@ -108,11 +110,15 @@ class GlowSteps(Reversible):
 
     def freeze(self, is_frozen: bool) -> None:
         """Record passes by the fast path with kept constants; parameters must stay as they are until this is undone."""
-        self._is_frozen = is_frozen
-        if is_frozen:
+        self._n_frozen += 1 if is_frozen else -1  # blocks around a model and around its flow may be nested
+        if is_frozen and self._n_frozen == 1:
             self._constants = self._current_constants() or _Constants(all_modules(self), None)
-        elif self.training or self._constants is None or self._constants.stamp is None:
+        elif not self._is_frozen and (self.training or self._constants is None or self._constants.stamp is None):
             self._constants = None
+
+    @property
+    def _is_frozen(self) -> bool:
+        return self._n_frozen > 0
 
     def train(self, mode: bool = True) -> GlowSteps:
         """As ``torch.nn.Module.train``; training forgets what is kept."""
@@ -120,9 +126,14 @@ class GlowSteps(Reversible):
             self._constants = None
         return super().train(mode)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> GlowSteps:
+        """As ``torch.nn.Module._apply``, by which ``to``, ``half`` and the like set ``parameter.data``: no version tells."""
+        self._constants = None
+        return super()._apply(*args, **kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
         """Without what is kept: a copy computes it again."""
-        return {**self.__dict__, "_constants": None, "_is_frozen": False}
+        return {**self.__dict__, "_constants": None, "_n_frozen": 0}
 
     def _stepwise(self, method: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if not len(self.layers) or (self.training and not self._is_initialized()):
@@ -243,7 +254,7 @@ class GlowSteps(Reversible):
             return self._constants
         modules = all_modules(self)
         stamp = _stamp(modules)
-        return None if stamp is None else _Constants(modules, stamp)
+        return None if stamp is None else _Constants(modules, stamp, _tensors(modules))
 
 
 def _step(
@@ -302,11 +313,26 @@ def all_modules(parent: nn.Module) -> list[nn.Module]:
 
 def _stamp(modules: list[nn.Module]) -> tuple[Any, ...] | None:
     """Another one after any change of a parameter, buffer or layer; None for tensors whose changes are not counted."""
-    tensors = [t for m in modules for values in (m._parameters, m._buffers) for t in values.values() if t is not None]
+    tensors = _tensors(modules)
     if any(type(t) not in (nn.Parameter, Tensor) or t.is_inference() for t in tensors):
         return None
     children = [id(child) for m in modules for child in m._modules.values()]
     return (*children, *((id(t), t._version, t.data_ptr()) for t in tensors))
+
+
+def _tensors(modules: list[nn.Module]) -> list[Tensor]:
+    return [t for m in modules for values in (m._parameters, m._buffers) for t in values.values() if t is not None]
+
+
+def _count_change(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Raise the versions of what a fused optimizer has changed, which its kernels leave as they are."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            for parameter in group["params"]:
+                torch.autograd.graph.increment_version(parameter)
+
+
+register_optimizer_step_post_hook(_count_change)
 
 
 @dataclass
@@ -315,6 +341,7 @@ class _Constants:
 
     modules: list[nn.Module]
     stamp: tuple[Any, ...] | None
+    tensors: list[Tensor] = field(default_factory=list)  # those of the stamp: an id is not given again while they live
     linear: dict[tuple[bool, bool], LinearParts] = field(default_factory=dict)
     nets: dict[torch.dtype, list[_Net]] = field(default_factory=dict)
 

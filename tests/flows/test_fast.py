@@ -273,6 +273,20 @@ def test_frozen_gives_the_same_values_and_image_gradients_and_leaves_no_trace(na
     assert not torch.allclose(found[0], expected[0])
 
 
+@torch.no_grad()
+def test_a_block_around_a_flow_ends_within_one_around_its_model() -> None:
+    model, y = UnfoldedPGD([FlowProx(Glow((3, 8, 8), 1, 2, 8))]), torch.rand(2, 3, 8, 8)
+    flow = model.flows()[0].eval()
+    for parameter in flow.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    with frozen(model):
+        expected = flow.encode(y)
+        with frozen(flow):
+            pass
+        assert torch.equal(flow.encode(y), expected)  # of matrices rounded from float64
+    assert not torch.equal(flow.encode(y), expected)
+
+
 def test_threads_share_a_frozen_model() -> None:
     flow = Glow((3, 8, 8), 2, 2, 8).eval()
     x = torch.rand(2, 3, 8, 8)

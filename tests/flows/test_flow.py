@@ -234,10 +234,19 @@ def in_place(flow: Flow) -> None:
             parameter.mul_(1.1)
 
 
-def by_an_optimizer(flow: Flow) -> None:
+def by_an_optimizer(flow: Flow, **kernel: bool) -> None:
     for parameter in flow.parameters():
         parameter.grad = torch.ones_like(parameter)
-    torch.optim.AdamW(flow.parameters(), lr=0.01, foreach=True).step()
+    torch.optim.AdamW(flow.parameters(), lr=0.01, **(kernel or {"foreach": True})).step()
+
+
+def by_a_fused_optimizer(flow: Flow) -> None:
+    by_an_optimizer(flow, fused=True)
+
+
+def by_conversion(flow: Flow) -> None:
+    """What ``to`` does to parameters, with the new values at the old address."""
+    flow._apply(lambda tensor: tensor.data.mul_(1.1) if isinstance(tensor, nn.Parameter) else tensor)
 
 
 def by_loading(flow: Flow) -> None:
@@ -275,6 +284,8 @@ def through_data(flow: Flow) -> None:
 CHANGES = (
     in_place,
     by_an_optimizer,
+    by_a_fused_optimizer,
+    by_conversion,
     by_loading,
     by_assignment,
     by_parametrization,
