@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from deepinv.models import Reconstructor
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from flowprox import load_model, make_physics, save_model
@@ -30,12 +31,12 @@ N_IMAGES, N_SAMPLES, N_PIXELS = 1000, 49, 6
 SIGMA = 0.5
 
 
-def posterior(spread: float = 1.0, shift: float = 0.0) -> tuple[Tensor, Tensor]:
+def posterior(spread: float = 1.0, shift: float = 0.0, n_samples: int = N_SAMPLES) -> tuple[Tensor, Tensor]:
     """Samples (L, B, D) and truth (B, D) of x ~ N(0, 1), y = x + N(0, sigma^2), of which the posterior is known."""
     x = torch.randn(N_IMAGES, N_PIXELS)
     y = x + SIGMA * torch.randn_like(x)
     mean, deviation = y / (1 + SIGMA**2), SIGMA / math.sqrt(1 + SIGMA**2)
-    noise = torch.randn(N_SAMPLES, *x.shape)
+    noise = torch.randn(n_samples, *x.shape)
     return mean + deviation * (spread * noise + shift), x
 
 
@@ -53,6 +54,18 @@ def test_tarp_tells_an_honest_posterior(spread: float, shift: float, is_honest: 
     samples, x = posterior(spread, shift)
     p = uniform_p_value(tarp(samples, x, torch.Generator().manual_seed(0)))
     assert p > 0.01 if is_honest else p < 1e-3
+
+
+@pytest.mark.parametrize("n_samples", [1, 8])
+def test_tarp_accepts_few_samples_of_an_honest_posterior(n_samples: int) -> None:
+    assert uniform_p_value(tarp(*posterior(n_samples=n_samples), torch.Generator().manual_seed(0))) > 0.01
+
+
+def test_crps_tells_the_posterior_from_the_prior_and_tarp_does_not() -> None:
+    samples, x = posterior()
+    prior = torch.randn(N_SAMPLES, *x.shape)
+    assert uniform_p_value(tarp(prior, x, torch.Generator().manual_seed(0))) > 0.01
+    assert crps(prior, x).mean() > 1.5 * crps(samples, x).mean()
 
 
 def test_the_true_posterior_has_the_lowest_crps() -> None:
@@ -113,6 +126,17 @@ def test_intervals_find_where_the_error_is_and_keep_their_coverage(tmp_path) -> 
     assert 0.75 < figures["coverage"] < 0.87 and figures["rank_correlation"] > 0.4
     save_model(intervals, tmp_path / "intervals", {"problem": {"name": "inpainting", "parameters": {}}})
     assert torch.equal(load_model(tmp_path / "intervals")(Constant()(y, physics), y, physics), widths)
+
+
+def test_statistics_of_intervals_are_those_of_scipy() -> None:
+    errors = torch.arange(2500.0).view(1, 1, 50, 50) / 2500
+    figures = interval_statistics(torch.full_like(errors, 0.1), errors)
+    assert figures["rank_correlation"] == 0 and figures["mean_half_width"] == pytest.approx(0.1)
+    widths = (10 * torch.rand(errors.shape)).round()  # many are equal
+    found = interval_statistics(widths + errors, errors.round(decimals=1))["rank_correlation"]
+    assert found == pytest.approx(spearmanr((widths + errors).flatten(), errors.round(decimals=1).flatten()).statistic)
+    errors = torch.arange(1.0, 11).view(2, 1, 1, 5)
+    assert interval_statistics(torch.where(errors == 10, 2, 0.5) * errors, errors)["coverage_of_largest"] == 1
 
 
 REFUSED = {

@@ -1,11 +1,12 @@
 r"""Checks of stated uncertainties against truths: they hold for an honest method and fail for one that is too sure or biased.
 
     rank       r = #{l : s(x_l) < s(x)},  x_1 .. x_L samples of p(x | y)           uniform on 0 .. L if honest
-    TARP       f = mean over l of  1[ d(x_l, r) < d(x, r) ],  r a reference        uniform on [0, 1] if honest
+    TARP       f = (#{l : d(x_l, r) < d(x, r)} + u) / (L + 1),  r a reference      uniform on [0, 1] if honest
     CRPS       mean |x_l - x| - 1/2 mean |x_l - x_l'|                              on average lowest for the true posterior
     coverage   part of the pixels of an image that its interval holds
 
-Symbols: x truth (B, ...), x_l samples (L, B, ...), s a statistic of an image, d the Euclidean distance.
+Symbols: x truth (B, ...), x_l samples (L, B, ...), s a statistic of an image, d the Euclidean distance, u uniform on [0, 1).
+Lemos et al. have the count over L in the place of f, which takes L + 1 values and is uniform only for many samples.
 
 References:
     Talts et al. 2018, Validating Bayesian inference algorithms with simulation-based calibration, https://arxiv.org/abs/1804.06788
@@ -71,18 +72,19 @@ def rank_p_value(found: Tensor, n_samples: int, n_bins: int = 10) -> float:
 
 
 def tarp(samples: Tensor, truth: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """For each image the part of its samples that lie nearer to a random reference than the truth does.
+    """For each image the part of its samples that lie nearer to a random reference than the truth does, spread over [0, 1].
 
-    Uniform on [0, 1] over images if and only if the samples are of the posterior, for references that depend on y alone. Here
-    the reference is the truth of another image of the batch, drawn at random.
+    Uniform on [0, 1] over images if the samples are of the posterior. Here the reference is the truth of another image of the
+    batch, drawn at random. It does not depend on y, so that samples of the prior pass too, whatever y is: ``crps`` tells these
+    apart.
 
     Arguments:
         samples: (L, B, ...).
         truth: (B, ...), B at least 2.
-        generator: of the references, on the CPU.
+        generator: of the references and of u, on the CPU.
 
     Returns:
-        (B,) in [0, 1].
+        f (B,) in [0, 1).
 
     Raises:
         ValueError: the shapes do not fit, or there is one image only.
@@ -95,7 +97,8 @@ def tarp(samples: Tensor, truth: Tensor, generator: torch.Generator | None = Non
     reference = truth[((torch.arange(n) + shift) % n).to(truth.device)]
     of_truth = (truth - reference).flatten(1).norm(dim=1)
     of_samples = (samples - reference).flatten(2).norm(dim=2)
-    return (of_samples < of_truth).double().mean(0)
+    u = torch.rand(n, generator=generator, dtype=torch.float64).to(truth.device)
+    return ((of_samples < of_truth).sum(0) + u) / (len(samples) + 1)
 
 
 def uniform_p_value(values: Tensor) -> float:
@@ -145,10 +148,11 @@ def coverage(lower: Tensor, upper: Tensor, truth: Tensor) -> Tensor:
 def coverage_limits(n: int, alpha: float, probability: float = 0.99) -> tuple[float, float]:
     """Within which limits the coverage of a split-conformal interval lies, calibrated on n exchangeable values.
 
-    The coverage is Beta(n + 1 - l, l) with l = floor((n + 1) alpha), over draws of the calibration set.
+    The coverage is Beta(n + 1 - l, l) with l = floor((n + 1) alpha), over draws of the calibration set. That is for one value
+    per image, which its interval holds or not; the part of an image's pixels that ``conformal_factor`` controls varies otherwise.
 
     Arguments:
-        n: calibration values.
+        n: calibration values, of distinct images.
         alpha: one minus the nominal coverage, in (0, 1).
         probability: of lying within the limits.
 

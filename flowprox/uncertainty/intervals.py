@@ -18,10 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from deepinv.models import Reconstructor
 from deepinv.physics import LinearPhysics
+from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from flowprox.naming import Specified
@@ -208,15 +210,17 @@ def interval_statistics(half_widths: Tensor, errors: Tensor) -> dict[str, float]
 
     Returns:
         mean_half_width (in units of the image), coverage, coverage_5 (5 % quantile over images), coverage_of_largest (of the
-        tenth of all entries with the largest errors), rank_correlation (Spearman's, of half-width and error over entries).
+        tenth of all entries with the largest errors), rank_correlation (Spearman's, of half-width and error over entries; 0 for
+        half-widths that are all the same).
     """
     per_image = coverage(-half_widths, half_widths, errors)
-    large = errors >= errors.flatten().kthvalue(int(0.9 * errors.numel())).values
-    order = [t.flatten().argsort().argsort().double() for t in (half_widths, errors)]
+    n_large = max(1, round(0.1 * errors.numel()))
+    large = errors >= errors.flatten().kthvalue(errors.numel() + 1 - n_large).values
+    order = np.stack([rankdata(t.detach().flatten().cpu().numpy()) for t in (half_widths, errors)])  # ties share a rank
     return {
         "mean_half_width": float(half_widths.mean()),
         "coverage": float(per_image.mean()),
         "coverage_5": float(per_image.quantile(0.05)),
         "coverage_of_largest": float((errors <= half_widths)[large].double().mean()),
-        "rank_correlation": float(torch.corrcoef(torch.stack(order))[0, 1]),
+        "rank_correlation": float(torch.corrcoef(torch.from_numpy(order))[0, 1].nan_to_num(0.0)),
     }
