@@ -240,7 +240,7 @@ class UnfoldedOptions:
             the measured pixels.
         base: density of the latent: "gaussian" divides it by 1 + lambda, "laplace" soft-thresholds it.
         channelwise: learn one weight of the shrinkage per latent channel instead of one for all.
-        log_determinant: let the prox follow the determinant of the flow too, which Eq. (9) of Wei et al. leaves out; for flows
+        log_determinant: let the prox follow the determinant of the flow too, which Eq. (7) of Wei et al. leaves out; for flows
             of ``backward`` "plain".
         iteration: "pgd" (proximal gradient) or "hqs" (half-quadratic splitting, exact data step).
         start: x_0: "flow" (the most likely latent of the flow, decoded) or "adjoint" (A^T y). null takes the flow where

@@ -90,7 +90,7 @@ class FlowProx(Specified, Prox):
         channelwise: learn one weight per latent channel; all are 1 at the start.
         levels: rising noise levels at which the weights of ``channelwise`` are learned, interpolated between them; None
             learns one set for all levels.
-        log_determinant: shrink by the whole density of the image, log|det Dg| included, which Eq. (9) leaves out:
+        log_determinant: shrink by the whole density of the image, log|det Dg| included, which Wei et al. leave out (Eq. 7):
             z = P(f(v) - s grad log|det Dg(f(v))|), a gradient step on that term. It trains with flows of ``backward`` "plain".
 
     Raises:

@@ -50,7 +50,7 @@ class Solution:
         n_evaluations: evaluations of objective and gradient per image, (B,).
         gamma: weight of the prior that was used, (B,), or None.
         restarts: how often a non-finite value or a failed line search sent the image back to its best point, (B,).
-        latent_norms: ||z|| after each iteration, laid out as ``losses``.
+        latent_norms: ||z|| after each iteration, laid out as ``losses``; in the space "image" ||x||, which is what moves there.
     """
 
     estimate: Tensor
