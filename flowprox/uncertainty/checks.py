@@ -149,7 +149,7 @@ def coverage_limits(n: int, alpha: float, probability: float = 0.99) -> tuple[fl
     """Within which limits the coverage of a split-conformal interval lies, calibrated on n exchangeable values.
 
     The coverage is Beta(n + 1 - l, l) with l = floor((n + 1) alpha), over draws of the calibration set. That is for one value
-    per image, which its interval holds or not; the part of an image's pixels that ``conformal_factor`` controls varies otherwise.
+    per image, which its interval holds or not; the part of the pixels that ``conformal_factor`` controls varies otherwise.
 
     Arguments:
         n: calibration values, of distinct images.
