@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
@@ -101,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a terminal may know fewer letters than a file's name has
             stream.reconfigure(errors="replace")
     try:
-        with _terminated_as_interrupted():
+        with _terminated_as_interrupted(), warnings.catch_warnings():
+            warnings.showwarning = _show_warning
             return _run(words)
     except SystemExit as end:  # argparse, after --help or --version
         return end.code if isinstance(end.code, int) else 2
@@ -133,6 +135,11 @@ def _terminated_as_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _show_warning(message: Warning | str, *place: object) -> None:
+    """A warning as one line, without the place in the code that it comes from."""
+    print(f"flowprox: warning: {printable(str(message))}", file=sys.stderr)
 
 
 def _run(words: list[str]) -> int:

@@ -188,6 +188,15 @@ def test_termination_ends_a_command_as_interruption_does(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line(world: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["reconstruct", str(world / "a.png"), "--method", "adjoint", "--problem", "denoising", "--measured"]
+    assert main([*words, "--parameters", "sigma=25", "--out", "rec"]) == 0
+    printed = capsys.readouterr().err.strip()
+    assert printed.startswith("flowprox: warning: sigma is 25, and images lie in [0, 1]") and ".py" not in printed
+    assert printed.count("\n") == 0
+
+
 def test_interruption_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted() -> list[str]:
         raise KeyboardInterrupt
@@ -327,6 +336,18 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "missing mask": (_picture("--problem=inpainting", "--parameters", "mask=no.npy"), "no.npy"),
     "mask too large": (_picture("--problem=inpainting", "--parameters", "mask_size=9"), "mask_size 9x9"),
     "kernel too large": (_picture("--problem=deblurring", "--parameters", "kernel_size=11"), "kernel"),
+    "no enlargement": (
+        _picture("--problem=super-resolution", "--measured", "--parameters", "factor=0"),
+        "factor must be",
+    ),
+    "enlarged by a half": (
+        _picture("--problem=super-resolution", "--measured", "--parameters", "factor=2.5"),
+        "factor must be a positive whole number that divides the height and width of the image, got 2.5",
+    ),
+    "kernel size is text": (
+        _picture("--problem=deblurring", "--measured", "--parameters", "boundary=valid", "kernel_size=big"),
+        "kernel_size must be a positive odd number",
+    ),
     "which mask": (_picture("--problem=random-inpainting", "--measured"), "operator_seed"),
     "option of the method": (_picture("--options", "n_folds=3"), "unfolded has no options, got n_folds"),
     "unknown method": (_picture("--method", "latent-mop", "--problem=denoising"), "did you mean latent-map"),

@@ -187,8 +187,9 @@ def test_a_network_that_is_told_the_level_asks_for_it(pictures: Path) -> None:
     }
     save_model(UnfoldedPGD([prox], start="adjoint", levels=levels), pictures / "told", card)
     job = ReconstructionJob(str(pictures / "told"), measured=True)
-    with pytest.raises(ValueError, match="told the noise level of a measurement: give parameter sigma"):
-        reconstruct_files(job, [pictures / "two"], pictures / "out")
+    for unknown in (None, {"sigma": None}):
+        with pytest.raises(ValueError, match="told the noise level of a measurement: give parameter sigma"):
+            reconstruct_files(replace(job, parameters=unknown), [pictures / "two"], pictures / "out")
     for measured in (True, False):  # a clean picture gets noise of a level that is known, for a new job
         job = replace(job, measured=measured, parameters={"sigma": 0.1} if measured else None)
         assert len(reconstruct_files(job, [pictures / "two"], pictures / f"out-{measured}")) == 2

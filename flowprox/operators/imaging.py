@@ -153,11 +153,7 @@ class SuperResolution(ExactProx):
         device: torch.device | str = "cpu",
     ) -> None:
         height, width = image_shape[1:]
-        if not isinstance(factor, int) or isinstance(factor, bool) or factor < 1 or height % factor or width % factor:
-            raise ValueError(
-                "factor must be a positive whole number that divides the height and width of the image, "
-                f"{height}x{width}, got {factor!r}"
-            )
+        checked_factor(factor, height, width)
         if filter is not None and filter not in FILTERS:
             raise ValueError(f"unknown filter {filter!r}; known: {', '.join(FILTERS)}, None")
         super().__init__(img_size=tuple(image_shape))
@@ -198,6 +194,16 @@ class SuperResolution(ExactProx):
             pairs = (torch.linalg.eigh(w.double() @ w.double().T) for w in (part.cpu() for part in self._weights(x)))
             self._spectra = tuple(part.to(x) for values, vectors in pairs for part in (vectors, values))
         return self._spectra
+
+
+def checked_factor(factor: object, height: int = 0, width: int = 0) -> int:
+    """The factor, or an error if it is no positive whole number or does not divide the sides of the image."""
+    if not isinstance(factor, int) or isinstance(factor, bool) or factor < 1 or height % factor or width % factor:
+        size = f", {height}x{width}" if height else ""
+        raise ValueError(
+            f"factor must be a positive whole number that divides the height and width of the image{size}, got {factor!r}"
+        )
+    return factor
 
 
 def _sampling(length: int, factor: int, filter: str | None) -> Tensor:

@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from flowprox.naming import nearest
-from flowprox.operators.blur import BOUNDARIES, CircularBlur, PaddedBlur, gaussian_kernel
-from flowprox.operators.imaging import FILTERS, ParallelCT, RealMRI, SuperResolution, cartesian_mask
+from flowprox.operators.blur import BOUNDARIES, CircularBlur, PaddedBlur, checked_kernel, gaussian_kernel
+from flowprox.operators.imaging import FILTERS, ParallelCT, RealMRI, SuperResolution, cartesian_mask, checked_factor
 from flowprox.operators.masks import center_mask, checked_mask, random_mask, varied_masks
 from flowprox.operators.sensing import DenseSensing, OneBitSensing, StructuredSensing
 from flowprox.operators.sizes import Fitted, fit_to_divisor
@@ -155,12 +155,14 @@ def _blurred_image_size(height: int, width: int, parameters: Mapping[str, Any]) 
     if parameters["boundary"] != "valid":
         return height, width
     own = parameters["kernel"]
-    h, w = _array("kernel", own).shape if own is not None else 2 * (parameters["kernel_size"],)
+    k = gaussian_kernel(parameters["kernel_size"], parameters["sigma_blur"]) if own is None else _array("kernel", own)
+    h, w = checked_kernel(k, None).shape
     return height + h - 1, width + w - 1
 
 
 def _enlarged_size(height: int, width: int, parameters: Mapping[str, Any]) -> tuple[int, int]:
-    return height * parameters["factor"], width * parameters["factor"]
+    factor = checked_factor(parameters["factor"])
+    return height * factor, width * factor
 
 
 def _compressed_sensing(

@@ -347,7 +347,8 @@ class _Task:
         """A network that is told the level reconstructs at any other one too, and wrongly."""
         if getattr(self.parts["model"], "levels", None) is None:
             return
-        if not {"sigma", "noise_norm"} & {*(self.job.parameters or {}), *self.trained.get("parameters", {})}:
+        known = {**self.trained.get("parameters", {}), **(self.job.parameters or {})}
+        if all(known.get(key) is None for key in ("sigma", "noise_norm", "noise")):
             raise ValueError(
                 f"{self.label} is told the noise level of a measurement: give parameter sigma, its standard deviation "
                 "where images lie in [0, 1]"
