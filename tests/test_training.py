@@ -241,17 +241,22 @@ def test_a_teacher_takes_the_weighted_place_of_the_image() -> None:
     torch.testing.assert_close(half(x, x, physics).item(), 0.5 * (0.02**2 + 0.05**2), rtol=1e-4, atol=0)
 
 
+def _mean_divergence(z: Tensor) -> Tensor:
+    m, s = z.mean((0, 2, 3)), z.std((0, 2, 3))
+    normal = torch.distributions.Normal
+    return torch.distributions.kl_divergence(normal(m, s), normal(0.0, 1.0)).mean()
+
+
 def test_latents_are_drawn_towards_a_normal_distribution(images: Path, flow: str) -> None:
     model = UnfoldedOptions(flow=flow, n_folds=1, start="adjoint", latent_weight=2.0)
     task = reconstruction_task(model, ProblemOptions(), data(images)).double()
     x, y = torch.rand(2, 4, 3, SIZE, SIZE, dtype=torch.float64)
     plain = ReconstructionTask(task.model, task.physics)(x, y, task.physics)
     z = load_model(flow).double().encode_image(y)  # the start is y, and so is the first data step's result
-    m, s2 = z.mean((0, 2, 3)), z.var((0, 2, 3))
-    divergence = torch.distributions.kl_divergence(
-        torch.distributions.Normal(m, s2.sqrt()), torch.distributions.Normal(0.0, 1.0)
-    )
-    torch.testing.assert_close(task(x, y, task.physics) - plain, 2 * divergence.mean())
+    torch.testing.assert_close(task(x, y, task.physics) - plain, 2 * _mean_divergence(z))
+    mixed = UnfoldedPGD([task.model.proxes[0], UNetProx(3, 4, 2).double()], start="adjoint").double()  # type: ignore[index, union-attr]
+    weighted, alone = (ReconstructionTask(mixed, task.physics, latent_weight=w)(x, y, task.physics) for w in (2.0, 0.0))
+    torch.testing.assert_close(weighted - alone, 2 * _mean_divergence(mixed.latents(y, task.physics)[0]))
     with pytest.raises(ValueError, match="latent_weight need"):
         ReconstructionTask(UnfoldedPGD([UNetProx(3, 4, 2)], start="adjoint"), task.physics, latent_weight=1.0)
 

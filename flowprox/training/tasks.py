@@ -35,6 +35,7 @@ from flowprox.options import (
     TrainingOptions,
     UnfoldedOptions,
 )
+from flowprox.prox import FlowProx
 from flowprox.training.building import image_shape, make_flow, make_net_prox, make_unfolded
 from flowprox.unfolding import Unfolded
 
@@ -357,12 +358,13 @@ def _logarithm(error: Tensor) -> Tensor:
 
 @contextmanager
 def _latents_into(latents: list[Tensor], model: nn.Module) -> Iterator[None]:
-    """Within the block every fold that is computed appends f_k(v_k) (B, C, H, W), at the cost of one more pass of its flow."""
+    """Within the block every fold with a flow appends f_k(v_k) (B, C, H, W), at the cost of one more pass of its flow."""
 
     def note(prox: nn.Module, inputs: tuple[Any, ...]) -> None:
         latents.append(prox.flow.encode_image(inputs[0]))  # type: ignore[operator, union-attr]
 
-    hooks = [prox.register_forward_pre_hook(note) for prox in set(model.proxes)]  # type: ignore[arg-type]
+    proxes = [prox for prox in dict.fromkeys(model.proxes) if isinstance(prox, FlowProx)]  # type: ignore[arg-type]
+    hooks = [prox.register_forward_pre_hook(note) for prox in proxes]
     try:
         yield
     finally:

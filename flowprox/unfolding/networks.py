@@ -288,7 +288,8 @@ class Unfolded(Specified, Reconstructor):
         image_size: tuple[int, int] | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """n images of the density of every fold's prox, fold after fold (K n, C, H, W); with ``levels`` at the lowest one.
+        """n images (n, C, H, W) of the density of every fold's prox, fold after fold, those of tied folds once; with ``levels``
+        at the lowest one.
 
         Raises:
             ValueError: a fold without a flow, or a predicted mean: without a measurement there is no density.
