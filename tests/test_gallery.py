@@ -22,7 +22,10 @@ from flowprox.records import read_records
 GALLERY = Path(__file__).parents[1] / "docs" / "gallery"
 NAMES = sorted(path.stem for path in GALLERY.glob("*.py") if path.stem != "common")
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*deprecated.*:DeprecationWarning"),
+    pytest.mark.xdist_group("gallery"),  # the scripts run once
+]
 
 
 @pytest.fixture(scope="module")
