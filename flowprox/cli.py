@@ -67,11 +67,11 @@ def _command_parser(command: Command, summary: str) -> ArgumentParser:
     if command.has_recipe:
         text = "recipe with any of the options below: a YAML file, or a name that flowprox recipes lists"
         parser.add_argument("--config", action="config", help=text)
-    own: set[str | int] = {*command.several, "n", command.positional}
+    own: set[str | int] = {*command.several, "n", *command.positional.split()}
     own &= set(inspect.signature(command.source).parameters)
-    if command.positional:
+    for name in command.positional.split():
         n: dict[str, Any] = {} if command.n_positional == "1" else {"nargs": command.n_positional}
-        parser.add_argument(command.positional, **n, help=_help(command.source, command.positional))
+        parser.add_argument(name, **n, help=_help(command.source, name))
     for name, word in command.several.items():
         kind = int if word == "N" else str
         parser.add_argument(f"--{name}", nargs="+", metavar=word, type=kind, help=_help(command.source, name))

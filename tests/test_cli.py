@@ -86,7 +86,18 @@ def test_help_does_not_import_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "train-flow", "train-denoiser", "reconstruct", "evaluate", "report", "sample", "recipes"]
+    "command",
+    [
+        "demo",
+        "train-flow",
+        "train-denoiser",
+        "reconstruct",
+        "calibrate",
+        "evaluate",
+        "report",
+        "sample",
+        "recipes",
+    ],
 )
 def test_help_of_each_command_explains_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0

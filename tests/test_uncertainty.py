@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from deepinv.models import Reconstructor
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from flowprox import load_model, make_physics, save_model
-from flowprox.operators import measure_each
+from flowprox import FlowProx, Glow, UnfoldedPGD, load_model, make_physics, save_model
+from flowprox.checkpoints import Card, load_card
+from flowprox.cli import main
+from flowprox.data import load_image, save_image
+from flowprox.operators import Problem, measure_each
+from flowprox.reconstruction import ReconstructionJob, reconstruct_files
 from flowprox.uncertainty import (
     Intervals,
     ScaleNet,
@@ -154,3 +162,134 @@ def test_refused(case: str) -> None:
     call, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# From the command line --------------------------------------------------------------------------------------------------
+
+
+def _network(folder: Path, seed: int = 0) -> str:
+    """A network for denoising at 0.1, of 8x8 images."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        flow = Glow((3, 8, 8), n_levels=2, n_steps=1, hidden_channels=4)
+        flow.initialize(torch.rand(8, 3, 8, 8))
+        problem = {"name": "denoising", "parameters": {"sigma": 0.1}, "seed": 0}
+        save_model(UnfoldedPGD([FlowProx(flow)]), folder, {"problem": problem})
+    return str(folder)
+
+
+def _words(world: Path, *others: str, out: str = "out") -> list[str]:
+    sizes = ["--alpha=0.2", "--n_training=10", "--n_calibration=20", "--n_steps=20", "--image_size=16"]
+    return ["calibrate", str(world / "network"), str(world / "pictures"), f"--out={world / out}", *sizes, *others]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures, a network, another one, and the intervals of the first."""
+    folder = tmp_path_factory.mktemp("world")
+    _network(folder / "network")
+    _network(folder / "other", seed=1)
+    (folder / "pictures").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(52):
+        save_image(torch.rand(3, 16, 16, generator=generator), folder / "pictures" / f"{i}.png")
+    assert main(_words(folder, out="intervals")) == 0
+    return folder
+
+
+def test_a_calibration_says_what_it_holds_for(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    card, network = load_card(world / "intervals"), load_card(world / "network")
+    assert card.problem is not None and card.problem["name"] == "denoising"
+    assert card.problem["parameters"]["sigma"] == 0.1
+    told = {"model": network.name, "model_sha256": network.sha256, "alpha": 0.2, "seed": 0, "n_test": 22}
+    assert told.items() <= card.training.items() and len(card.training["calibration_sha256"]) == 64
+    assert {"coverage", "mean_half_width"} <= card.metrics.keys() and 0.7 < card.metrics["coverage"] < 0.9
+    words = ["--n_calibration=30", "--n_training=12", "--parameters", "sigma=0.2"]
+    assert main(_words(world, *words, out="again")) == 0
+    assert "not measured: 10 images are left" in capsys.readouterr().out
+    again = load_card(world / "again")
+    assert again.problem is not None and again.problem["parameters"]["sigma"] == 0.2 and not again.metrics
+    pictures = str(world / "pictures")
+    assert main(_words(world, f"--training={pictures}", f"--test={pictures}", out="named")) == 0
+    assert load_card(world / "named").training["n_test"] == 52
+
+
+def test_reconstruct_writes_the_intervals_ends(world: Path) -> None:
+    out, picture = world / "rec", world / "pictures/0.png"
+    job = ReconstructionJob(str(world / "network"), measured=False, intervals=str(world / "intervals"))
+    words = ["--model", str(world / "network"), "--simulate", "--intervals", str(world / "intervals")]
+    assert main(["reconstruct", str(picture), "--out", str(out), *words]) == 0
+    (record,) = reconstruct_files(job, [picture], out)  # finished by the command
+    x_hat, lower, upper, widths, y = (
+        torch.from_numpy(np.load(out / folder / "0.npy"))
+        for folder in ("", "lower", "upper", "half-widths", "measurements")
+    )
+    intervals = load_model(world / "intervals")
+    expected = intervals(x_hat[None], y[None], make_physics("denoising", (3, 16, 16), sigma=0.1))[0]
+    torch.testing.assert_close(widths, expected)
+    torch.testing.assert_close(torch.stack([lower, upper]), torch.stack([x_hat - widths, x_hat + widths]))
+    assert load_image(out / "half-widths/0.png").max() == 1
+    facts = record["intervals"]
+    assert (facts["alpha"], facts["calibration"]) == (0.2, "intervals")
+    assert facts["sha256"] == intervals.card.sha256[:16]
+    x = load_image(picture)
+    assert facts["coverage"] == pytest.approx(float(coverage(lower[None], upper[None], x[None])))
+    with pytest.raises(ValueError, match="another job"):
+        reconstruct_files(replace(job, intervals=None), [picture], out)
+    reconstruct_files(replace(job, intervals=None), [picture], out, overwrite=True)
+    assert {path.parent.name for path in out.rglob("0.*")} == {"rec", "measurements"}
+
+
+JOBS_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "another network": ({"model": "other"}, "calibrated for the network network with the hash"),
+    "other parameters": ({"parameters": {"sigma": 0.2}}, "denoising-sigma0.1, not for denoising-sigma0.2"),
+    "another problem": ({"problem": "inpainting"}, "calibrated for denoising-sigma0.1, not for inpainting"),
+    "another method": ({"method": "self-ensemble"}, "not of method self-ensemble"),
+    "no intervals": ({"intervals": "other"}, "is a UnfoldedPGD; make some with flowprox calibrate"),
+    "not there": ({"intervals": "nowhere"}, "no model"),
+}
+
+
+@pytest.mark.parametrize("case", JOBS_REFUSED)
+def test_a_job_refused(case: str, world: Path) -> None:
+    changes, message = JOBS_REFUSED[case]
+    job = ReconstructionJob(str(world / "network"), measured=False, intervals=str(world / "intervals"))
+    folders = {key: str(world / value) if key in ("model", "intervals") else value for key, value in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        reconstruct_files(replace(job, **folders), [world / "pictures/0.png"], world / "refused")
+    assert not (world / "refused").exists()
+
+
+def test_intervals_are_of_one_drawn_mask_and_need_a_card() -> None:
+    intervals, problem = Intervals(ScaleNet(1, 4, 1), 0.1), Problem("random-inpainting")
+    with pytest.raises(ValueError, match="names no network and problem"):
+        intervals.check("a" * 64, problem)
+    known = {"name": "random-inpainting", "parameters": {}, "seed": 3}
+    intervals.card = Card("c", problem=known, training={"model_sha256": "a" * 64})
+    intervals.check("a" * 64, problem, seed=3)
+    with pytest.raises(ValueError, match="mask of operator_seed 3, not 4"):
+        intervals.check("a" * 64, problem, seed=4)
+
+
+COMMANDS_REFUSED = {
+    "alpha": (["--alpha=1.5"], "alpha must lie between 0 and 1"),
+    "few to calibrate": (["--n_calibration=3"], "alpha 0.2 needs at least 4 calibration images, got 3"),
+    "few images": (["--n_calibration=50"], "holds 52 images, but 50 to calibrate and 10 for the half-widths are 60"),
+    "few to learn from": (["--n_training=60", "--training={pictures}"], "holds 52 images, not 60"),
+    "no steps": (["--n_steps=0"], "n_steps must be positive"),
+    "negative": (["--n_test=-1"], "n_test must not be negative"),
+    "split": (["--split=valid"], "split must be one of"),
+    "array": (["--parameters", "sigma"], "is not KEY=VALUE"),
+    "not linear": (["--problem=one-bit"], "linear operators only"),
+    "no problem": (["--problem=nothing"], "unknown problem"),
+}
+
+
+@pytest.mark.parametrize("case", COMMANDS_REFUSED)
+def test_a_command_refused(case: str, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words, message = COMMANDS_REFUSED[case]
+    words = [word.format(pictures=world / "pictures") for word in words]
+    assert main(_words(world, *words, out="refused")) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+    assert not (world / "refused").exists()

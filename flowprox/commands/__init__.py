@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from flowprox.commands.calibrate import CalibrateOptions, calibrate
 from flowprox.commands.catalog import demo, export, methods, models, problems, recipes, sample
 from flowprox.commands.evaluate import EvaluateOptions, ShowOptions, evaluate, report
 from flowprox.commands.reconstruct import ReconstructOptions, reconstruct
@@ -28,7 +29,7 @@ class Command(NamedTuple):
         function: its arguments are the options.
         record: a dataclass whose fields are the options, where the function takes one record instead.
         has_recipe: whether ``--config`` reads options from YAML.
-        positional: the argument that is no option.
+        positional: the argument that is no option; several with blanks between them.
         n_positional: "1" for one, "?" for at most one, "+" for at least one.
         several: options of several words, and what a word is called.
         trains: whether the function starts a training run.
@@ -86,6 +87,13 @@ COMMANDS: dict[str, Command] = {
         positional="inputs",
         n_positional="+",
         several={"options": "KEY=VALUE", "parameters": "KEY=VALUE", "noise": "NAME", "size": "N"},
+    ),
+    "calibrate": Command(
+        calibrate,
+        CalibrateOptions,
+        positional="model data",
+        n_positional="1",
+        several={"parameters": "KEY=VALUE"},
     ),
     "evaluate": Command(evaluate, EvaluateOptions, has_recipe=True),
     "report": Command(report, ShowOptions, positional="folders", n_positional="+", several={"parts": "PART"}),

@@ -34,6 +34,8 @@ class ReconstructOptions:
         noise: density of the noise, for noise-map and posterior: a flow trained on noise (a shipped model such as
             noise-mnist64, a folder or hf:ORG/NAME), or a name with KEY=VALUE ... (gaussian, sinusoidal, radial); by
             default the noise of the problem.
+        intervals: folder of calibrated intervals of the trained network, from flowprox calibrate: writes the lower and the
+            upper end for each pixel, and a picture of the half-widths.
         options: KEY=VALUE ... of the method; "flowprox methods NAME" lists them.
         problem: what was measured; "flowprox problems" lists them; by default the one in the model's card.
         parameters: KEY=VALUE ... of the problem; "flowprox problems NAME" lists them.
@@ -55,6 +57,7 @@ class ReconstructOptions:
     method: str | None = None
     flow: str | None = None
     noise: list[str] | None = None
+    intervals: str | None = None
     options: list[str] | None = None
     problem: str | None = None
     parameters: list[str] | None = None
@@ -84,7 +87,7 @@ def reconstruct(options: ReconstructOptions) -> None:
         raise ValueError("--measured and --simulate exclude each other; give one of them")
     check_device(options.device)
     check_inputs(options.inputs)
-    check_models(options.model, options.flow)
+    check_models(options.model, options.flow, options.intervals)
     from rich.console import Console
 
     from flowprox.checkpoints import require_device
@@ -105,6 +108,7 @@ def reconstruct(options: ReconstructOptions) -> None:
         noise=noise,
         options=of_method,
         size=options.size,
+        intervals=options.intervals,
     )
     records = reconstruct_files(
         job, options.inputs, options.out, overwrite=options.overwrite, console=Console(stderr=True)
@@ -136,6 +140,13 @@ def _print_notes(records: list[dict[str, Any]]) -> None:
     print(f"problem {records[0]['problem']}: {parameters}")
     for assumption in records[0]["assumed"]:
         print(f"assumed: {assumption}")
+    if interval := records[0].get("intervals"):
+        covered = mean([record["intervals"] for record in records], "coverage")
+        print(
+            f"intervals for {1 - interval['alpha']:.0%} of the pixels on average, half-width "
+            f"{digits(mean([record['intervals'] for record in records], 'mean_half_width'), 4)}"
+            + ("" if covered is None else f"; here they hold {covered:.1%}")
+        )
     unmixed = [record for record in records if str(record.get("reason", "")).startswith("not mixed")]
     if unmixed:
         print(

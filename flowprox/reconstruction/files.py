@@ -28,7 +28,7 @@ __all__ = [
 
 ARRAY = ".npy"
 RECORDS = "records.jsonl"
-_FOLDERS = ("", "measurements", "deviations")
+_FOLDERS = ("", "measurements", "deviations", "lower", "upper", "half-widths")
 
 
 class Input(NamedTuple):
@@ -158,7 +158,7 @@ def write_picture(x: Tensor, folder: Path, name: str) -> None:
 
 
 def write_deviation(std: Tensor, folder: Path, name: str) -> None:
-    """Standard deviations (C, H, W) as ``name.npy``, and as ``name.png``, whose brightest value is the highest of them."""
+    """Standard deviations or half-widths (C, H, W) as ``name.npy``, and as ``name.png``, where white is the highest."""
     save_image(std / std.max().clamp(min=1e-12), folder / f"{name}.png")
     write_array(std, folder, name)
 

@@ -47,6 +47,7 @@ from flowprox.reconstruction.files import (
     write_picture,
 )
 from flowprox.records import Record
+from flowprox.uncertainty import Intervals
 
 __all__ = ["ReconstructionInterrupted", "ReconstructionJob", "reconstruct_files"]
 
@@ -73,6 +74,7 @@ class ReconstructionJob:
         noise: density of the noise, for methods that take one: see ``flowprox.methods.make_method``.
         options: of the method.
         size: (H, W) or (C, H, W) of the image behind measurements that do not show it; None takes that of the flow.
+        intervals: folder of calibrated intervals of the model (``flowprox calibrate``).
     """
 
     model: str | None = None
@@ -88,6 +90,7 @@ class ReconstructionJob:
     noise: str | Mapping[str, Any] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     size: Sequence[int] | None = None
+    intervals: str | None = None
 
 
 class ReconstructionInterrupted(KeyboardInterrupt):
@@ -107,7 +110,8 @@ def reconstruct_files(
     For input a.png it holds ``a.png``, ``a.npy`` (float32 (C, H, W), not clipped), the measurement likewise as
     ``measurements/a.png`` (where it is a picture) and ``measurements/a.npy``, and a line of ``records.jsonl``; from a
     method that tells how sure it is also the standard deviation of each pixel, ``deviations/a.npy``, and ``a.png``, where
-    white is the highest. Each file appears whole.
+    white is the highest; with intervals their ends ``lower/a.npy`` and ``upper/a.npy``, and likewise
+    ``half-widths/a.npy`` and ``a.png``. Each file appears whole.
     Inputs of equal names become a, a-2, ...; the images of an array (B, ...) a-0, a-1, .... Every input is read and checked
     before the first is reconstructed.
 
@@ -122,7 +126,8 @@ def reconstruct_files(
     Returns:
         one record per image: input, image (its name in ``out``), problem, parameters, method, measured, assumed (what was
         not given), height, width, seconds; for inputs that were clean images also the figures and seed; what the solver
-        tells: reason, n_evaluations, gamma.
+        tells: reason, n_evaluations, gamma; intervals: alpha, calibration (name), sha256, mean_half_width, and coverage where
+        the truth is known.
 
     Raises:
         ValueError: an input, a parameter or the model does not fit, or ``out`` holds the results of another job; the
@@ -158,7 +163,9 @@ def reconstruct_files(
                         y, x, physics = task.measurement(image)
                         show = partial(_show_part, shown, bar, i)
                         (found,) = estimate(task.method(y.shape[1:]), y, physics, task.kind, x, show)
-                        record = key | task.write(image, y[0], found, out)
+                        half_width = task.half_width(found.x_hat, y, physics)
+                        record = key | task.write(image, y[0], found, half_width, out)
+                        record |= task.interval(found, half_width, x)
                         records.write(record)
                     finished[image.label] = record
                     if record.get("reason") == "interrupted":
@@ -222,6 +229,7 @@ class _Task:
             )
         card: Any = getattr(self.parts["model"], "card", None)
         self.trained: Mapping[str, Any] = getattr(card, "problem", None) or {}
+        self.sha256 = str(getattr(card, "sha256", ""))
         self.label = card.name if self.name == "unfolded" and card is not None else self.name
         named = {key: value for key, value in {**names, "options": dict(job.options)}.items() if value}
         self.facts: Record = {} if self.name == "unfolded" else named
@@ -232,6 +240,7 @@ class _Task:
         pictures = self.kind.measures_pictures
         self.measured = (job.method is None and pictures) if job.measured is None else job.measured
         self.assumed: list[str] = []
+        self.intervals = self._intervals()
         self._physics: tuple[tuple[int, ...], Physics] | None = None
         self._methods: dict[tuple[int, ...] | None, Reconstructor] = {}
         self._held: dict[str, Tensor] = {}
@@ -252,6 +261,8 @@ class _Task:
             "size": self.job.size,
             "measured": self.measured,
         }
+        if self.intervals is not None:
+            models["intervals"] = self.intervals.card.sha256
         return hashed({"method": self.name, "problem": problem, "operator": self.operator_seed, **models, **job})
 
     def _problem(self) -> tuple[Problem, int]:
@@ -262,6 +273,19 @@ class _Task:
         problem = Problem(name, known).replaced(**(self.job.parameters or {}))
         seed = self.trained.get("seed", 0) if self.job.operator_seed is None else self.job.operator_seed
         return problem, int(seed)
+
+    def _intervals(self) -> Intervals | None:
+        """Those of the job, if it is the network's."""
+        if self.job.intervals is None:
+            return None
+        if self.name != "unfolded":
+            raise ValueError(f"intervals are of a trained network by itself, not of method {self.name}; leave one out")
+        intervals = load_model(self.job.intervals, device=self.job.device)
+        if not isinstance(intervals, Intervals):
+            raise ValueError(
+                f"intervals {self.job.intervals!r} is a {type(intervals).__name__}; make some with flowprox calibrate"
+            )
+        return intervals
 
     def physics(self, shape: tuple[int, ...]) -> Physics:
         """The operator for images (C, H, W); the last one is kept."""
@@ -373,6 +397,8 @@ class _Task:
             self.assumed.append("beyond its border a photograph goes on as its last pixel, boundary=replicate")
         check = getattr(self.parts["model"], "check", None)
         self.assumed += [] if check is None else check(self.problem)
+        if self.intervals is not None:
+            self.intervals.check(self.sha256, self.problem, self.operator_seed)
 
     def _read(self, image: Input) -> tuple[Tensor, tuple[int, ...]]:
         """The input (1, ...), and the shape (C, H, W) of the image that is to be found."""
@@ -405,7 +431,26 @@ class _Task:
     def _seed(self, image: Input) -> int:
         return image_seed(self.job.seed, image.path.stem)
 
-    def write(self, image: Input, y: Tensor, found: Estimate, out: Path) -> Record:
+    @torch.no_grad()
+    def half_width(self, x_hat: Tensor, y: Tensor, physics: Physics) -> Tensor | None:
+        """Of the intervals (C, H, W), if there are any."""
+        if self.intervals is None:
+            return None
+        return self.intervals(x_hat[None].to(y.device), y, physics)[0].cpu()
+
+    def interval(self, found: Estimate, half_width: Tensor | None, x: Tensor | None) -> Record:
+        """What the record says of the intervals."""
+        if self.intervals is None or half_width is None:
+            return {}
+        card, facts = self.intervals.card, {"mean_half_width": float(half_width.mean())}
+        if x is not None:
+            inside = (found.x_hat - x[0].cpu()).abs() <= half_width
+            facts["coverage"] = float(inside.double().mean())
+        return {
+            "intervals": {"alpha": self.intervals.alpha, "calibration": card.name, "sha256": card.sha256[:16], **facts}
+        }
+
+    def write(self, image: Input, y: Tensor, found: Estimate, half_width: Tensor | None, out: Path) -> Record:
         """Write the image's files, or none; its record."""
         try:
             write_picture(found.x_hat, out, image.name)
@@ -414,6 +459,13 @@ class _Task:
             if found.deviation is not None:
                 (out / "deviations").mkdir(exist_ok=True)
                 write_deviation(found.deviation, out / "deviations", image.name)
+            if half_width is not None:
+                ends = {"lower": found.x_hat - half_width, "upper": found.x_hat + half_width}
+                for folder in (*ends, "half-widths"):
+                    (out / folder).mkdir(exist_ok=True)
+                for folder, end in ends.items():
+                    write_array(end, out / folder, image.name)
+                write_deviation(half_width, out / "half-widths", image.name)
         except BaseException:
             remove_image(out, image.name)
             raise

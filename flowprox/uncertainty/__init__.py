@@ -15,6 +15,7 @@ from flowprox.uncertainty.intervals import (
     conformal_factor,
     fit_intervals,
     interval_statistics,
+    measured_intervals,
 )
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "crps",
     "fit_intervals",
     "interval_statistics",
+    "measured_intervals",
     "rank_p_value",
     "ranks",
     "tarp",

@@ -16,7 +16,10 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,10 +30,10 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from flowprox.naming import Specified
-from flowprox.operators import measure_each
+from flowprox.operators import PROBLEMS, Problem, measure_each
 from flowprox.uncertainty.checks import coverage, required
 
-__all__ = ["Intervals", "ScaleNet", "conformal_factor", "fit_intervals", "interval_statistics"]
+__all__ = ["Intervals", "ScaleNet", "conformal_factor", "fit_intervals", "interval_statistics", "measured_intervals"]
 
 _SMALLEST = 1e-4  # in units of the image: a half-width of zero could not be scaled up
 
@@ -94,10 +97,44 @@ class Intervals(Specified, nn.Module):
         if not factor > 0:
             raise ValueError(f"factor must be positive, got {factor}")
         self.scale, self.alpha, self.factor = scale, alpha, factor
+        self.card: Any = None
 
     def forward(self, x_hat: Tensor, y: Tensor, physics: LinearPhysics) -> Tensor:
         """c s(x_hat, y), (B, C, H, W): the interval of a pixel is x_hat -+ this."""
         return self.factor * self.scale(x_hat, *_conditions(x_hat, y, physics))
+
+    def check(self, sha256: str, problem: Problem, seed: int = 0) -> None:
+        """Refuse what the calibration does not hold for; it must have been made by ``flowprox calibrate`` and loaded.
+
+        Arguments:
+            sha256: hash of the network's weights, as in its card.
+            problem: what is measured.
+            seed: of what is drawn with the operator, such as a mask.
+
+        Raises:
+            ValueError: the intervals are of another network, problem or drawn operator, or have no card that says so.
+        """
+        training, known = getattr(self.card, "training", {}), getattr(self.card, "problem", None)
+        if not (known and training.get("model_sha256")):
+            raise ValueError(
+                "the card of the intervals names no network and problem; make them with flowprox calibrate"
+            )
+        if sha256 != training["model_sha256"]:
+            raise ValueError(
+                f"the intervals were calibrated for the network {training.get('model')} with the hash "
+                f"{training['model_sha256'][:12]}, not for one with {sha256[:12]}; make others with flowprox calibrate"
+            )
+        calibrated = Problem(known["name"], known.get("parameters", {}))
+        if json.loads(problem.to_json()) != json.loads(calibrated.to_json()):
+            raise ValueError(
+                f"the intervals were calibrated for {calibrated.label}, not for {problem.label}; give the same problem "
+                "and parameters, or make others with flowprox calibrate"
+            )
+        if PROBLEMS[problem.name].drawn and seed != known.get("seed", 0):
+            raise ValueError(
+                f"the intervals were calibrated for the {PROBLEMS[problem.name].drawn} of operator_seed "
+                f"{known.get('seed', 0)}, not {seed}"
+            )
 
 
 def _conditions(x_hat: Tensor, y: Tensor, physics: LinearPhysics) -> tuple[Tensor, Tensor]:
@@ -150,6 +187,7 @@ def fit_intervals(
     alpha: float = 0.1,
     n_steps: int = 600,
     seed: int = 0,
+    callback: Callable[[str, int, int], None] | None = None,
 ) -> Intervals:
     """Train the half-widths of a method's estimates on some images, and calibrate them on others.
 
@@ -161,20 +199,24 @@ def fit_intervals(
         alpha: one minus the coverage.
         n_steps: of Adam, 16 images each.
         seed: of the noise, the first weights and the order.
+        callback: called with what is being done, how much of it is done and how much there is.
 
     Raises:
-        ValueError: alpha is outside (0, 1), or there are too few calibration images for it.
+        ValueError: alpha is outside (0, 1), there are too few calibration images for it, or no step.
     """
     required(len(calibration), alpha)
+    if n_steps < 1:
+        raise ValueError(f"n_steps must be positive, got {n_steps}")
+    show = callback or (lambda what, n, n_at_most: None)
     device = training.device
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         scale = ScaleNet(training.shape[1]).to(device)
-    inputs, errors = _features(method, training, physics, seed)
+    inputs, errors = _features(method, training, physics, seed, partial(show, "estimates to learn from"))
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(scale.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=n_steps)
-    for _ in range(n_steps):
+    for step in range(n_steps):
         chosen = torch.randint(len(errors), (min(16, len(errors)),), generator=generator).to(device)
         excess = errors[chosen] - scale(inputs[0][chosen], inputs[1][chosen], inputs[2])
         loss = torch.maximum((1 - alpha) * excess, -alpha * excess).mean()
@@ -182,14 +224,16 @@ def fit_intervals(
         loss.backward()
         optimizer.step()
         schedule.step()
+        show("half-widths", step + 1, n_steps)
     scale.eval().requires_grad_(False)
-    inputs, errors = _features(method, calibration, physics, seed + len(training))
+    show_estimates = partial(show, "estimates to calibrate on")
+    inputs, errors = _features(method, calibration, physics, seed + len(training), show_estimates)
     scales = torch.cat([scale(a, b, inputs[2]) for a, b in zip(inputs[0].split(32), inputs[1].split(32), strict=True)])
     return Intervals(scale, alpha, conformal_factor(errors, scales, alpha)).to(device)
 
 
 def _features(
-    method: Reconstructor, images: Tensor, physics: LinearPhysics, seed: int
+    method: Reconstructor, images: Tensor, physics: LinearPhysics, seed: int, show: Callable[[int, int], None]
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """What the half-widths are predicted from, and the absolute errors."""
     estimates, adjoints, errors = [], [], []
@@ -197,8 +241,21 @@ def _features(
         estimates.append(x_hat)
         adjoints.append(physics.A_adjoint(y))
         errors.append((x - x_hat).abs())
+        show(sum(map(len, errors)), len(images))
     seen = _conditions(estimates[0], physics.A(images[:1]), physics)[1]
     return (torch.cat(estimates), torch.cat(adjoints), seen), torch.cat(errors)
+
+
+@torch.no_grad()
+def measured_intervals(
+    intervals: Intervals, method: Reconstructor, physics: LinearPhysics, images: Tensor, seed: int = 0
+) -> dict[str, float]:
+    """``interval_statistics`` of intervals on test images (B, C, H, W), whose noise has the seeds seed, seed + 1, ...."""
+    widths, errors = [], []
+    for x, y, x_hat in _estimates(method, images, physics, range(seed, seed + len(images))):
+        widths.append(intervals(x_hat, y, physics))
+        errors.append((x - x_hat).abs())
+    return interval_statistics(torch.cat(widths), torch.cat(errors))
 
 
 def interval_statistics(half_widths: Tensor, errors: Tensor) -> dict[str, float]:

@@ -1,0 +1,189 @@
+"""The command that makes calibrated intervals for a trained network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flowprox.commands.terminal import check_device, check_models, digits, key_values, print_table
+
+if TYPE_CHECKING:
+    from flowprox.checkpoints import Card
+    from flowprox.operators import Problem
+
+__all__ = ["CalibrateOptions", "calibrate"]
+
+_FEWEST = 20  # test images from which figures are worth writing down
+
+
+@dataclass
+class CalibrateOptions:
+    """Which network, which images, how sure.
+
+    Arguments:
+        model: the trained network: a shipped model (see "flowprox models"), a folder, or hf:ORG/NAME.
+        data: clean images that it was not trained on: a folder, an .npz shard or a glob. They are shuffled; the first
+            calibrate, the next train the half-widths, others measure.
+        out: folder to write the intervals to.
+        alpha: largest expected part of pixels outside their interval, in (0, 1).
+        training: other images to train the half-widths on; those of the network's own training will do.
+        test: other images to measure the intervals on.
+        split: "val" or "test" takes that part of data only, which a network trained on the same folder has not seen.
+        problem: what is measured; by default the problem in the model's card.
+        parameters: KEY=VALUE ... of the problem, where they differ from the model's card.
+        n_training: how many images train the half-widths.
+        n_calibration: how many calibrate; alpha needs at least 1 / alpha - 1.
+        n_test: at most how many measure.
+        n_steps: of training the half-widths.
+        image_size: height and width in pixels; by default those the network was made for.
+        seed: of the shuffling, the noise and the first weights.
+        device: cpu, cuda or mps.
+    """
+
+    model: str
+    data: str
+    out: str
+    alpha: float = 0.1
+    training: str | None = None
+    test: str | None = None
+    split: str = "all"
+    problem: str | None = None
+    parameters: list[str] | None = None
+    n_training: int = 1000
+    n_calibration: int = 150
+    n_test: int = 300
+    n_steps: int = 600
+    image_size: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+
+
+def calibrate(options: CalibrateOptions) -> None:
+    """Make error bars for a trained network that hold a stated part of the pixels; flowprox reconstruct --intervals uses them.
+
+    The promise is about the average over images like those that calibrate, not about single pixels or images.
+    """
+    parameters = key_values(options.parameters, "parameters")
+    for name in ("n_training", "n_calibration", "n_steps"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name} must be positive, got {getattr(options, name)}")
+    if options.n_test < 0:
+        raise ValueError(f"n_test must not be negative, got {options.n_test}")
+    check_device(options.device)
+    check_models(options.model)
+    import torch
+    from deepinv.physics import LinearPhysics
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from flowprox.checkpoints import load_model, save_model
+    from flowprox.data import ImageDataset
+    from flowprox.methods import make_method
+    from flowprox.operators import make_physics
+    from flowprox.uncertainty import fit_intervals, measured_intervals
+    from flowprox.uncertainty.checks import required
+
+    required(options.n_calibration, options.alpha)
+    network = load_model(options.model, device=options.device)
+    card: Card = network.card
+    problem = _problem(options, card, parameters, is_told=getattr(network, "levels", None) is not None)
+    method = make_method("unfolded", problem, model=network, device=options.device)
+    recipe_data = card.training.get("recipe", {}).get("data", {})
+    size = options.image_size or (card.preprocessing.get("image_shape") or [0, recipe_data.get("image_size") or 64])[1]
+    channels = int(card.preprocessing.get("channels") or recipe_data.get("channels") or 3)
+    generator = torch.Generator().manual_seed(options.seed)
+
+    def read(source: str, split: str = "all") -> torch.Tensor:
+        images = ImageDataset(source, size, split, channels=channels).images
+        return images[torch.randperm(len(images), generator=generator)]
+
+    pool = read(options.data, options.split)
+    n_own = 0 if options.training else options.n_training
+    if len(pool) < options.n_calibration + n_own:
+        remedy = "" if options.training else "; or give other images for the half-widths with --training"
+        raise ValueError(
+            f"{options.data} holds {len(pool)} images, but {options.n_calibration} to calibrate and {n_own} for the "
+            f"half-widths are {options.n_calibration + n_own}: give more images, or lower n_calibration or n_training{remedy}"
+        )
+    calibration, own, rest = pool.tensor_split([options.n_calibration, options.n_calibration + n_own])
+    training = read(options.training)[: options.n_training] if options.training else own
+    if len(training) < options.n_training:
+        raise ValueError(
+            f"{options.training} holds {len(training)} images, not {options.n_training}: give more, or lower n_training"
+        )
+    test = (read(options.test) if options.test else rest)[: options.n_test]
+    seed = int((card.problem or {}).get("seed", 0))
+    physics = make_physics(problem, (channels, size, size), seed=seed, device=options.device)
+    if not isinstance(physics, LinearPhysics):
+        raise ValueError(f"intervals are made for linear operators only, and {problem.name} is none")
+
+    def floats(images: torch.Tensor) -> torch.Tensor:
+        return (images.float() / 255).to(options.device)
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as shown:
+        bars: dict[str, Any] = {}
+
+        def show(what: str, n: int, n_at_most: int) -> None:
+            if what not in bars:
+                bars[what] = shown.add_task(what, total=n_at_most)
+            shown.update(bars[what], completed=n)
+
+        intervals = fit_intervals(
+            method,
+            physics,
+            floats(training),
+            floats(calibration),
+            options.alpha,
+            options.n_steps,
+            options.seed,
+            show,
+        )
+    metrics: dict[str, float] = {}
+    if len(test) >= _FEWEST:
+        first = options.seed + options.n_training + options.n_calibration
+        metrics = measured_intervals(intervals, method, physics, floats(test), first)
+    facts = {
+        "data": options.data,
+        "terms": card.training.get("terms"),
+        "model": card.name,
+        "model_sha256": card.sha256,
+        "calibration_sha256": hashlib.sha256(calibration.numpy().tobytes()).hexdigest(),
+        "alpha": options.alpha,
+        "n_training": len(training),
+        "n_calibration": len(calibration),
+        "n_test": len(test) if metrics else 0,
+        "training": options.training or options.data,
+        "test": options.test or options.data,
+        "steps": options.n_steps,
+        "seed": options.seed,
+    }
+    known = {**json.loads(problem.to_json()), "seed": seed}
+    save_model(intervals, options.out, {"problem": known, "training": facts, "metrics": metrics})
+    print(f"intervals of {card.name} for {problem.label}: at most {options.alpha:.0%} of the pixels outside on average")
+    if metrics:
+        print_table([f"on {len(test)} test images", ""], [[key, digits(value, 4)] for key, value in metrics.items()])
+    else:
+        print(f"not measured: {len(test)} images are left, and {_FEWEST} are needed; give more, or others with --test")
+    print(f"written to {options.out}; use them with flowprox reconstruct --intervals")
+
+
+def _problem(options: CalibrateOptions, card: Card, parameters: dict[str, Any], is_told: bool) -> Problem:
+    """The card's problem, with what was given in its place."""
+    from flowprox.operators import Problem
+
+    trained = card.problem or {}
+    name = options.problem or trained.get("name")
+    if name is None:
+        raise ValueError(f"{card.name} is for no problem in particular; give one with --problem")
+    known = trained.get("parameters", {}) if name == trained.get("name") else {}
+    if is_told and not {"sigma", "noise_norm"} & {*known, *parameters}:
+        raise ValueError(
+            f"{card.name} is told the noise level of a measurement: give parameter sigma, its standard deviation where "
+            "images lie in [0, 1]"
+        )
+    problem = Problem(name, known).replaced(**parameters)
+    problem.to_json()  # what the card cannot hold is refused before anything is done
+    return problem
