@@ -13,7 +13,7 @@ from flowprox.operators import PROBLEMS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(ROOT.glob("docs/**/*.md"))
-RUN = ["concepts.md", "extend.md", "reconstruct.md"]
+RUN = ["concepts.md", "extend.md", "reconstruct.md", "uncertainty.md"]
 
 
 @pytest.fixture

@@ -280,7 +280,7 @@ COMMANDS_REFUSED = {
     "negative": (["--n_test=-1"], "n_test must not be negative"),
     "split": (["--split=valid"], "split must be one of"),
     "array": (["--parameters", "sigma"], "is not KEY=VALUE"),
-    "not linear": (["--problem=one-bit"], "linear operators only"),
+    "not linear": (["--problem=one-bit"], "method unfolded is not for one-bit"),
     "no problem": (["--problem=nothing"], "unknown problem"),
 }
 

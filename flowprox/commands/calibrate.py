@@ -25,7 +25,7 @@ class CalibrateOptions:
     Arguments:
         model: the trained network: a shipped model (see "flowprox models"), a folder, or hf:ORG/NAME.
         data: clean images that it was not trained on: a folder, an .npz shard or a glob. They are shuffled; the first
-            calibrate, the next train the half-widths, others measure.
+            calibrate, the next train the half-widths (unless training is given), others measure.
         out: folder to write the intervals to.
         alpha: largest expected part of pixels outside their interval, in (0, 1).
         training: other images to train the half-widths on; those of the network's own training will do.
@@ -116,8 +116,7 @@ def calibrate(options: CalibrateOptions) -> None:
     test = (read(options.test) if options.test else rest)[: options.n_test]
     seed = int((card.problem or {}).get("seed", 0))
     physics = make_physics(problem, (channels, size, size), seed=seed, device=options.device)
-    if not isinstance(physics, LinearPhysics):
-        raise ValueError(f"intervals are made for linear operators only, and {problem.name} is none")
+    assert isinstance(physics, LinearPhysics)  # method unfolded is for no other
 
     def floats(images: torch.Tensor) -> torch.Tensor:
         return (images.float() / 255).to(options.device)
