@@ -329,7 +329,8 @@ def _count_change(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for group in optimizer.param_groups:
         if group.get("fused"):
             for parameter in group["params"]:
-                torch.autograd.graph.increment_version(parameter)
+                if not parameter.is_inference():  # such tensors have no version
+                    torch.autograd.graph.increment_version(parameter)
 
 
 register_optimizer_step_post_hook(_count_change)
