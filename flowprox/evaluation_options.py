@@ -95,6 +95,10 @@ class EvaluatedProblem:
         for label, figures in self.published.items():
             fits = isinstance(figures, list) and len(figures) == n if self.series else not isinstance(figures, list)
             _require(fits, f"published {label} of {self.name} must be {n} figure(s), one per problem; got {figures!r}")
+            try:
+                [float(figure) for figure in (figures if self.series else [figures]) if figure is not None]
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"published {label} of {self.name} must be PSNR in dB; got {figures!r}") from error
 
 
 @dataclass

@@ -14,7 +14,15 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-__all__ = ["atomic_write", "first_line", "force_to_disk", "remove_temporaries", "sha256", "sole_writer"]
+__all__ = [
+    "atomic_write",
+    "first_line",
+    "force_to_disk",
+    "refuse_foreign",
+    "remove_temporaries",
+    "sha256",
+    "sole_writer",
+]
 
 
 @contextmanager
@@ -59,6 +67,16 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(target.parent)
+
+
+def refuse_foreign(folder: Path, own: tuple[str, ...], names: tuple[str, ...]) -> None:
+    """Raise ``FileExistsError`` for the first of ``names`` in a folder that holds none of ``own``: it is no earlier run's."""
+    if not any((folder / name).exists() for name in own):
+        for name in names:
+            if (folder / name).exists():
+                raise FileExistsError(
+                    f"{folder / name} is of no earlier run and would be overwritten; choose another out"
+                )
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -199,6 +199,16 @@ def test_termination_ends_a_command_as_interruption_does(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize("command", ["train-flow", "evaluate"])
+def test_a_recipe_in_the_folder_is_not_overwritten(
+    command: str, world: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = (world / "recipe.yaml").read_text() if command == "train-flow" else EVALUATION
+    Path("recipe.yaml").write_text(recipe)
+    words = [command, "--config", "recipe.yaml", "--out", "."]
+    _assert_refused(words, "recipe.yaml is of no earlier run and would be overwritten; choose another out", capsys)
+
+
 @pytest.mark.filterwarnings("default")
 def test_a_warning_is_one_line(world: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["reconstruct", str(world / "a.png"), "--method", "adjoint", "--problem", "denoising", "--measured"]
@@ -415,6 +425,19 @@ def _recipe(world: Path, change: Callable[[dict], object]) -> list[str]:
     return ["train-flow", "--config", "changed.yaml", "--out", "run"]
 
 
+EVALUATION = (
+    "{images: {source: samples, image_size: 16, limit: 1}, problems: [{name: denoising}], methods: [{name: adjoint}]}"
+)
+
+
+def _evaluation(*options: str, text: str = EVALUATION) -> Callable[[Path], list[str]]:
+    def make(world: Path) -> list[str]:
+        Path("evaluation.yaml").write_text(text)
+        return ["evaluate", "--config", "evaluation.yaml", "--out", "results", *options]
+
+    return make
+
+
 def _not_yaml(world: Path) -> list[str]:
     Path("broken.yaml").write_text("flow: [compact\n")
     return ["train-flow", "--config", "broken.yaml", "--out", "run"]
@@ -491,6 +514,18 @@ BAD_COMMANDS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "recipe of another command": (
         lambda world: ["train-unfolded", *_recipe(world, lambda r: None)[1:]],
         "'flow' is a key of train-flow",
+    ),
+    "empty recipe": (_evaluation(text=""), "evaluation.yaml has no keys"),
+    "recipe is a list": (_evaluation(text="[1, 2]"), "evaluation.yaml has no keys"),
+    "less than no pictures": (_evaluation("--n_pictures=-1"), "n_pictures must be 0 or more, got -1"),
+    "published in words": (
+        _evaluation(text=EVALUATION.replace("denoising", "denoising, published: {tv: high}")),
+        "published tv of denoising must be PSNR in dB; got 'high'",
+    ),
+    "long seed": (_evaluation(f"--seed={2**63}"), "seed must be a whole number of at most 63 bits"),
+    "long seed of a run": (
+        lambda world: _recipe(world, lambda r: r["training"].update(seed=2**63)),
+        "training.seed must be a whole number of at most 63 bits",
     ),
     "no such device": (lambda world: _recipe(world, lambda r: r["training"].update(accelerator="abacus")), "abacus"),
 }

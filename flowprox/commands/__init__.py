@@ -50,6 +50,9 @@ class Command(NamedTuple):
 
     def run(self, **options: Any) -> int:
         """Run the command; the exit status."""
+        for name, value in {"training.seed": getattr(options.get("training"), "seed", None), **options}.items():
+            if name.endswith("seed") and value is not None and not -(2**63) <= value < 2**63:
+                raise ValueError(f"{name} must be a whole number of at most 63 bits, got {value}")
         if self.trains:
             return _train(self.function, **options)
         return (self.function(self.record(**options)) if self.record else self.function(**options)) or 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from flowprox.commands.terminal import (
@@ -126,6 +127,7 @@ def export(
         program = export_program(network, physics, physics(torch.rand(2, *shape)))
     with atomic_write(out) as file:
         if out.endswith(".pt2"):
+            warnings.filterwarnings("ignore", "No complete tensor found")  # of buffers that are views of one storage
             torch.export.save(program, file)
         else:
             file.write(_onnx(program))

@@ -157,6 +157,10 @@ def check_yaml(path: Path) -> None:
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         n_nodes = _n_nodes(root, {})
+        if not isinstance(root, yaml.MappingNode):
+            raise ValueError(
+                f"recipe {path} has no keys; it is a YAML file with those of the command, such as name: mine"
+            )
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"recipe {path} cannot be read, in parsing: {printable(str(error))}") from error
     if n_nodes > _MAX_NODES:

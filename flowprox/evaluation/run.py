@@ -46,7 +46,7 @@ from flowprox.evaluation.images import EvaluatedImage, load_images
 from flowprox.evaluation.plan import AS_WRITTEN, Case, at_scale, combinations, planned, write_recipe
 from flowprox.evaluation.report.pictures import picture_path, truth_path
 from flowprox.evaluation_options import SAMPLES, EvaluationOptions, ImageOptions
-from flowprox.files import remove_temporaries, sole_writer
+from flowprox.files import refuse_foreign, remove_temporaries, sole_writer
 from flowprox.methods import make_method
 from flowprox.operators import PROBLEMS, make_physics, measure_each, measurement_shape
 from flowprox.records import NOT_RUN, UNFINISHED, Record, RecordWriter, read_records, write_records
@@ -79,6 +79,8 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be positive, got {self.limit}")
+        if self.n_pictures < 0:
+            raise ValueError(f"n_pictures must be 0 or more, got {self.n_pictures}")
         if self.devices < 1:
             raise ValueError(f"devices must be positive, got {self.devices}")
         if self.devices > 1 and ":" in self.device:
@@ -173,6 +175,7 @@ class _Evaluation:
         """Make the folder, or check the one that an earlier run left, and forget its failures."""
         if all(self.not_run):
             raise ValueError(f"no method can run: {self.not_run[0]}")
+        refuse_foreign(self.out, ("records.jsonl",), ("recipe.yaml", "summary.md"))
         (self.out / "images").mkdir(parents=True, exist_ok=True)
         for folder in (self.out, self.out / "images"):
             remove_temporaries(folder)

@@ -41,11 +41,11 @@ class RunLog:
     def __init__(self, folder: Path, recipe: Parameters, step: int, batch_size: int, show: bool) -> None:
         self.folder, self.batch_size, self.show = folder, batch_size, show
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(folder / "recipe.yaml", mode="w") as f:
-            yaml.safe_dump(recipe, f, sort_keys=False)
         self.rows = [row for row in _read_rows(folder / "metrics.jsonl") if row["step"] <= step]
         with atomic_write(folder / "metrics.jsonl", mode="w") as f:
             f.writelines(json.dumps(row) + "\n" for row in self.rows)
+        with atomic_write(folder / "recipe.yaml", mode="w") as f:
+            yaml.safe_dump(recipe, f, sort_keys=False)
         self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")
         self.board = SummaryWriter(folder / "tensorboard")
         self.measured = (step, time.monotonic())

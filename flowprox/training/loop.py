@@ -35,7 +35,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from torch.nn.parallel import DistributedDataParallel
 
 from flowprox.checkpoints import save_model, save_training_state
-from flowprox.files import first_line, sole_writer
+from flowprox.files import first_line, refuse_foreign, sole_writer
 from flowprox.flows import NonFiniteError
 from flowprox.options import DataOptions, NoiseOptions, Parameters, TrainingOptions, TrainingResult, parse_duration
 from flowprox.training.images import TrainingImages, mixed_seed, seed_global_generators
@@ -124,7 +124,7 @@ def fit(
         name: the model's name in its card.
 
     Raises:
-        FileExistsError: ``out`` holds a run and ``resume`` is false.
+        FileExistsError: ``out`` holds a run and ``resume`` is false, or other files that the run would overwrite.
         ValueError: the run in ``out`` is another one (the message says in what), its state is damaged, weights are not
             finite, ``out`` lies among the images, or another process is training there.
         NonFiniteError: twenty steps in a row were skipped, and that once more often than ``n_rollbacks``; with several
@@ -136,6 +136,7 @@ def fit(
     folder = Path(out)
     if (folder / "state.pt").exists() and not resume:
         raise FileExistsError(f"{folder} already holds a run; resume it, or choose another out")
+    refuse_foreign(folder, ("state.pt", "metrics.jsonl"), ("recipe.yaml", "loss.png", "samples.png", "model"))
     if isinstance(data, DataOptions):
         _check_apart(folder, data)
     parts = {**(recipe or {}), "noise" if isinstance(data, NoiseOptions) else "data": data, "training": training}
