@@ -96,7 +96,7 @@ class EvaluatedProblem:
             fits = isinstance(figures, list) and len(figures) == n if self.series else not isinstance(figures, list)
             _require(fits, f"published {label} of {self.name} must be {n} figure(s), one per problem; got {figures!r}")
             try:
-                [float(figure) for figure in (figures if self.series else [figures]) if figure is not None]
+                [float(figure or 0) for figure in (figures if isinstance(figures, list) else [figures])]
             except (TypeError, ValueError) as error:
                 raise ValueError(f"published {label} of {self.name} must be PSNR in dB; got {figures!r}") from error
 

@@ -165,6 +165,10 @@ class Unfolded(Specified, Reconstructor):
         """The start image and the result of every fold, the last with its final data step: K + 1 images (B, C, H, W)."""
         operators = self._operators(physics)
         adjoint = self._checked_adjoint(y, operators[0])
+        if not torch.compiler.is_compiling() and not len(
+            adjoint
+        ):  # pixel_unshuffle leaves the shape of an empty batch as it is
+            return [adjoint] * (len(self.proxes) + 1)
         if not any(side % self.divisor for side in adjoint.shape[-2:]):
             return self._folds(y, operators, adjoint)
         if any(operator is not operators[0] for operator in operators):

@@ -130,6 +130,13 @@ def test_starts_at_the_most_likely_image_or_at_the_adjoint() -> None:
     torch.testing.assert_close(UnfoldedPGD([prox], start="adjoint").iterates(y, physics)[0], physics.A_adjoint(y))
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_an_empty_batch_gives_one(name: str) -> None:
+    model, physics = NETWORKS[name](), PROBLEMS["denoising"]()
+    images = model.iterates(torch.zeros(0, *SHAPE), physics)
+    assert [image.shape for image in images] == (len(model.proxes) + 1) * [(0, *SHAPE)]
+
+
 @pytest.mark.parametrize("size", [(12, 20), (9, 8), (7, 13)])
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_takes_any_size(problem: str, size: tuple[int, int]) -> None:
