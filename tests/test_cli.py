@@ -152,6 +152,7 @@ def test_models_fits_the_terminal_and_says_what_for(
     for words in (
         "prior: --flow NAME",
         "noise: --noise NAME",
+        "error bars: --intervals unfolded-denoising-faces64-intervals",
         "mask_size",
         "CelebA",
         "license of the weights",

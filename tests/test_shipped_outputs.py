@@ -19,7 +19,8 @@ from torch import Tensor
 from flowprox.checkpoints import list_models, load_model
 from flowprox.flows import Flow
 from flowprox.noise import FlowNoise
-from flowprox.operators import make_physics
+from flowprox.operators import Problem, make_physics
+from flowprox.uncertainty import Intervals
 
 STORED = Path(__file__).with_name("shipped_outputs.json")
 SIZE = 64
@@ -43,12 +44,16 @@ def image(channels: int = 3) -> Tensor:
 
 @torch.no_grad()
 def outputs(name: str) -> dict[str, Tensor]:
-    """The latent and log-density of a flow, the reconstruction of a network."""
+    """The latent and log-density of a flow, the reconstruction of a network, the half-widths of intervals."""
     model = load_model(name)
     flow = model.flow if isinstance(model, FlowNoise) else model
     if isinstance(flow, Flow):
         x = image(flow.n_channels) - (0.5 if isinstance(model, FlowNoise) else 0.0)
         return {"encode": flow.encode(x), "log_prob": model.log_prob(x)}
+    if isinstance(model, Intervals):
+        problem = model.card.problem
+        physics = make_physics(Problem(problem["name"], problem["parameters"]), (3, SIZE, SIZE))
+        return {"half_widths": model(image(), physics.A(image()), physics)}
     parameters = {**model.card.problem["parameters"], "sigma": 0.05}
     physics = make_physics(model.card.problem["name"], (3, SIZE, SIZE), **parameters)
     return {"reconstruction": model(physics.A(image()), physics)}

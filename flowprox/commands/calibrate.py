@@ -88,7 +88,7 @@ def calibrate(options: CalibrateOptions) -> None:
     required(options.n_calibration, options.alpha)
     network = load_model(options.model, device=options.device)
     card: Card = network.card
-    problem = _problem(options, card, parameters, is_told=getattr(network, "levels", None) is not None)
+    problem = _problem(options, card, parameters)
     method = make_method("unfolded", problem, model=network, device=options.device)
     recipe_data = card.training.get("recipe", {}).get("data", {})
     size = options.image_size or (card.preprocessing.get("image_shape") or [0, recipe_data.get("image_size") or 64])[1]
@@ -121,6 +121,7 @@ def calibrate(options: CalibrateOptions) -> None:
     def floats(images: torch.Tensor) -> torch.Tensor:
         return (images.float() / 255).to(options.device)
 
+    print(f"intervals of {card.name} for {problem.label}: at most {options.alpha:.0%} of the pixels outside on average")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as shown:
         bars: dict[str, Any] = {}
@@ -161,7 +162,6 @@ def calibrate(options: CalibrateOptions) -> None:
     }
     known = {**json.loads(problem.to_json()), "seed": seed}
     save_model(intervals, options.out, {"problem": known, "training": facts, "metrics": metrics})
-    print(f"intervals of {card.name} for {problem.label}: at most {options.alpha:.0%} of the pixels outside on average")
     if metrics:
         print_table([f"on {len(test)} test images", ""], [[key, digits(value, 4)] for key, value in metrics.items()])
     else:
@@ -169,7 +169,7 @@ def calibrate(options: CalibrateOptions) -> None:
     print(f"written to {options.out}; use them with flowprox reconstruct --intervals")
 
 
-def _problem(options: CalibrateOptions, card: Card, parameters: dict[str, Any], is_told: bool) -> Problem:
+def _problem(options: CalibrateOptions, card: Card, parameters: dict[str, Any]) -> Problem:
     """The card's problem, with what was given in its place."""
     from flowprox.operators import Problem
 
@@ -178,11 +178,6 @@ def _problem(options: CalibrateOptions, card: Card, parameters: dict[str, Any], 
     if name is None:
         raise ValueError(f"{card.name} is for no problem in particular; give one with --problem")
     known = trained.get("parameters", {}) if name == trained.get("name") else {}
-    if is_told and not {"sigma", "noise_norm"} & {*known, *parameters}:
-        raise ValueError(
-            f"{card.name} is told the noise level of a measurement: give parameter sigma, its standard deviation where "
-            "images lie in [0, 1]"
-        )
     problem = Problem(name, known).replaced(**parameters)
     problem.to_json()  # what the card cannot hold is refused before anything is done
     return problem

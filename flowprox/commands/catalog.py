@@ -162,8 +162,14 @@ def models(name: str | None = None) -> None:
     if not cards:
         print("no models are shipped with this installation")
         return
-    rows = [[card.name, _purpose(card), _terms(card).partition(":")[0], f"{card.n_bytes / 1e6:.1f}"] for card in cards]
+    intervals = [card for card in cards if card.model["kind"] == "Intervals"]
+    networks = [card for card in cards if card not in intervals]
+    rows = [
+        [card.name, _purpose(card), _terms(card).partition(":")[0], f"{card.n_bytes / 1e6:.1f}"] for card in networks
+    ]
     print_table(["model", "use it for", "trained on", "MB"], rows, justify="left")
+    for card in intervals:
+        print(f"error bars: --intervals {card.name}")
     for license in sorted({card.license for card in cards}):
         print(f"license of the weights: {license}")
     print("\n".join(sorted({f"  {_terms(card)}" for card in cards if ":" in _terms(card)})))
