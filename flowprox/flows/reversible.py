@@ -201,6 +201,7 @@ class AutocastState:
 
     @classmethod
     def current(cls, device_type: str) -> AutocastState:
+        """What autocast is set to on a kind of device now."""
         if not torch.amp.is_autocast_available(device_type):
             return cls(device_type, False, None)
         enabled = torch.is_autocast_enabled(device_type)
@@ -228,14 +229,17 @@ class StepChain:
         self.parameters = [[values[name] for values, name in part] for part in self.slots]
 
     def apply(self, i: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Step i of x (B, C, H, W): the value, and its log-determinant (B,) or None where the method has none."""
         out = applied(self.steps[i], self.method, [], x)
         return out if isinstance(out, tuple) else (out, None)
 
     def undo(self, i: int, y: Tensor) -> Tensor:
+        """What step i made y of, (B, C, H, W)."""
         with torch.no_grad():
             return getattr(self.steps[i], _UNDO[self.method])(y)
 
     def run(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """All steps of x, without recording: the value and the sum of the log-determinants, as ``apply`` has them."""
         logdet = x.new_zeros(x.shape[0]) if self.method in ("forward", "inverse") else None
         for i in range(len(self.steps)):
             x, step_logdet = self.apply(i, x)
