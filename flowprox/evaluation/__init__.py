@@ -1,1 +1,1 @@
-"""Measuring reconstructions, and showing them: the loop, records, report, demo."""
+"""Measuring reconstructions, and showing them: images, plan, loop, report."""

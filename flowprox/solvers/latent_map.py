@@ -5,7 +5,7 @@ r"""MAP with a flow, for any operator and without training (Asim et al. 2020).
 
 Symbols: y measurement, A operator (linear or any differentiable map), g = f^-1 the flow from latent z (B, D) to image x
 (B, C, H, W), gamma >= 0 weight of the prior. Squared norms are sums over an image. Both forms can be minimized over z or
-over x; ``flowprox.solvers.objective`` has the formulas.
+over x; ``flowprox.solvers.objective.Objective.value`` computes them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 r"""What is trained, on what, and how well it does: the contract between a model and the training loop, and its members.
 
     likelihood       min E[-log p(x~) / (D ln 2)] + b        bits per dimension of dequantized images x~
+                                                             (``flowprox.flows.Flow.bits_per_dimension``)
     reconstruction   min E||x_hat(y, A) - x||^2              y = A x + noise made on the fly (Wei et al. 2022, Sec. V),
                                                              A and the noise's level fixed, or drawn per image
     denoising        min E||prox(x + n) - x||^2              n Gaussian, its level drawn per image
