@@ -15,7 +15,7 @@ from rich.table import Table
 from flowprox.evaluation.report import ReportOptions, write_figures, write_report
 from flowprox.evaluation.run import RunOptions, evaluate
 from flowprox.evaluation_options import EvaluatedMethod, EvaluatedProblem, EvaluationOptions, ImageOptions
-from flowprox.records import Record
+from flowprox.records import Record, write_records
 from flowprox.samples import PORTRAITS, SAMPLES_FOLDER
 from flowprox.summary import summary_rows
 
@@ -96,8 +96,8 @@ def run_demo(
     except OSError as error:
         reason = f"out cannot be written ({error.strerror}); choose another folder"
         raise type(error)(error.errno, reason, str(out)) from error
-    if overwrite:
-        (out / "records.jsonl").unlink(missing_ok=True)
+    if overwrite and out.exists():
+        write_records(out / "records.jsonl", [])
     recipe = demo_recipe()
     records = evaluate(recipe, out, RunOptions(seed=seed, device=device, console=console))
     write_report(out, ReportOptions(title="flowprox demo"))
