@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowprox.checkpoints import list_models, load_model
+from flowprox.checkpoints import list_models, load_card, load_model
 from flowprox.flows import Flow
 from flowprox.noise import FlowNoise
 from flowprox.operators import Problem, make_physics
@@ -72,6 +72,13 @@ def record(tensor: Tensor) -> dict[str, Any]:
 
 def test_outputs_of_every_shipped_model_are_stored() -> None:
     assert list(json.loads(STORED.read_text(encoding="utf-8"))["models"]) == list_models()
+
+
+@pytest.mark.parametrize("name", [name for name in list_models() if name.endswith("-intervals")])
+def test_intervals_are_of_the_network_that_ships(name: str) -> None:
+    network, problem = load_card(name.removesuffix("-intervals")), load_card(name).problem
+    assert problem is not None
+    load_model(name).check(network.sha256, Problem(problem["name"], problem["parameters"]))
 
 
 @pytest.mark.parametrize("name", list_models())
