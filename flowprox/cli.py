@@ -217,7 +217,7 @@ def _one_line(error: Exception) -> str:
     if _BUILDS_DIFFER in str(error):
         return (
             "torch and torchvision are builds of two kinds (such as CPU and CUDA); install both again with one command: "
-            "pip install --force-reinstall torch torchvision, with one --index-url"
+            "pip install --force-reinstall torch torchvision, both from one package index"
         )
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         return printable(f"out of memory ({error}); use a smaller image, batch or model")
