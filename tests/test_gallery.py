@@ -19,7 +19,7 @@ from flowprox.data import save_image
 from flowprox.flows import Glow
 from flowprox.records import read_records
 
-GALLERY = Path(__file__).parents[1] / "docs" / "gallery"
+GALLERY = Path(__file__).parents[1] / "docs" / "gallery" / "papers"
 NAMES = sorted(path.stem for path in GALLERY.glob("*.py") if path.stem != "common")
 
 pytestmark = [
