@@ -23,7 +23,18 @@ from deepinv.models import Reconstructor
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor, nn
 
-from flowprox.baselines import BM3D, Biharmonic, GANPrior, Lasso, PlugAndPlay, TotalVariation, WaveletPrior, Wiener
+from flowprox.baselines import (
+    BM3D,
+    Biharmonic,
+    FFDNet,
+    GANPrior,
+    Lasso,
+    PlugAndPlay,
+    Pretrained,
+    TotalVariation,
+    WaveletPrior,
+    Wiener,
+)
 from flowprox.checkpoints import load_model
 from flowprox.flows import Flow
 from flowprox.naming import nearest
@@ -269,6 +280,19 @@ METHODS: dict[str, Method] = {
         explained_in=(PosteriorSampling, SamplerOptions),
     ),
     "bm3d": Method(BM3D, "block matching and 3D filtering", ("denoising",)),
+    "ffdnet": Method(FFDNet, "a network of others (Zhang et al. 2018), pretrained", ("denoising",)),
+    "drunet": Method(
+        partial(Pretrained, "drunet"),
+        "a network of others (Zhang et al. 2021), where its weights are at hand",
+        ("denoising",),
+        explained_in=(Pretrained,),
+    ),
+    "ram": Method(
+        partial(Pretrained, "ram"),
+        "a network of others for any operator (Terris et al. 2025), where its weights are at hand",
+        needs_linear=True,
+        explained_in=(Pretrained,),
+    ),
     "lasso-dct": Method(
         partial(Lasso, "dct"),
         "sparse in a cosine basis",

