@@ -10,14 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
-from flowprox.evaluation.report import ReportOptions, write_figures, write_report
+from flowprox.evaluation.report import ReportOptions, write_report
 from flowprox.evaluation.run import RunOptions, evaluate
 from flowprox.evaluation_options import EvaluatedMethod, EvaluatedProblem, EvaluationOptions, ImageOptions
-from flowprox.records import Record, write_records
+from flowprox.records import write_records
 from flowprox.samples import PORTRAITS, SAMPLES_FOLDER
-from flowprox.summary import summary_rows
+from flowprox.summary import summary_rows, terminal_table
 
 __all__ = ["DEMO_PROBLEMS", "demo_model_name", "demo_recipe", "run_demo"]
 
@@ -67,7 +66,7 @@ def run_demo(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Path:
-    """Reconstruct the bundled pictures and write records, pictures, figures and ``report.html``.
+    """Reconstruct the bundled pictures and write records, pictures and ``report.html``.
 
     An interrupted demo is continued by the same call. About half a minute on two processor cores.
 
@@ -101,28 +100,10 @@ def run_demo(
     recipe = demo_recipe()
     records = evaluate(recipe, out, RunOptions(seed=seed, device=device, console=console))
     write_report(out, ReportOptions(title="flowprox demo"))
-    write_figures(out)
-    (console or Console()).print(_table(records))
+    (console or Console()).print(terminal_table(summary_rows(records)))
     if any(method.name == "tv" and method.problems == ["denoising"] for method in recipe.methods):
         (console or Console()).print(
             "bm3d is not installed: denoising is compared with total variation, which is weaker (pip install bm3d; its "
             "license is non-commercial)"
         )
     return out / "report.html"
-
-
-def _table(records: list[Record]) -> Table:
-    table = Table(title="Means over the bundled pictures")
-    table.add_column("method", no_wrap=True)
-    for name in ("PSNR (dB)", "portraits", "SSIM", "s / image"):
-        table.add_column(name, justify="right")
-    before = None
-    for row in summary_rows(records):
-        if row.problem != before:
-            table.add_section()
-            table.add_row(f"[bold]{row.problem}[/bold]")
-        numbers = [row.psnr, row.psnr_of_group.get("portraits"), row.ssim, row.seconds]
-        texts = ["–" if n is None else f"{n:.{digits}f}" for n, digits in zip(numbers, (2, 2, 3, 3), strict=True)]
-        table.add_row(f"  {row.method}", *texts)
-        before = row.problem
-    return table

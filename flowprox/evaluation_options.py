@@ -8,12 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
-__all__ = ["SAMPLES", "EvaluatedMethod", "EvaluatedProblem", "EvaluationOptions", "ImageOptions", "ScaleOptions"]
+from flowprox.naming import Values
+
+__all__ = [
+    "SAMPLES",
+    "EvaluatedMethod",
+    "EvaluatedProblem",
+    "EvaluationOptions",
+    "Grid",
+    "ImageOptions",
+    "ScaleOptions",
+]
 
 SAMPLES = "samples"
 """The source that stands for the pictures that ship with the package."""
+
+Grid: TypeAlias = dict[str, list[Any]]
+"""Values to take in turn, by the name of a parameter or an option."""
 
 
 def _require(holds: bool, message: str) -> None:
@@ -21,14 +34,14 @@ def _require(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _check_lists(name: str, values: Mapping[str, Any]) -> None:
+def _check_lists(name: str, values: Grid) -> None:
     for key, items in values.items():
         _require(
             isinstance(items, list) and len(items) > 0, f"{name} {key} must be a list of values to try, got {items!r}"
         )
 
 
-def _check_series(name: str, values: Mapping[str, Any]) -> None:
+def _check_series(name: str, values: Grid) -> None:
     _check_lists(name, values)
     lengths = {key: len(items) for key, items in values.items()}
     _require(
@@ -79,10 +92,10 @@ class EvaluatedProblem:
     """
 
     name: str
-    parameters: dict[str, Any] = field(default_factory=dict)
-    series: dict[str, list[Any]] = field(default_factory=dict)
+    parameters: Values = field(default_factory=dict)
+    series: Grid = field(default_factory=dict)
     seed: int = 0
-    published: dict[str, Any] = field(default_factory=dict)
+    published: Values = field(default_factory=dict)
     label: str | None = None
     published_in: str | None = None
     scales: list[str] | None = None
@@ -126,11 +139,11 @@ class EvaluatedMethod:
     label: str | None = None
     flow: str | None = None
     model: str | None = None
-    noise: str | dict[str, Any] | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    options_for: dict[str, dict[str, Any]] = field(default_factory=dict)
-    series: dict[str, list[Any]] = field(default_factory=dict)
-    tune: dict[str, list[Any]] = field(default_factory=dict)
+    noise: str | Values | None = None
+    options: Values = field(default_factory=dict)
+    options_for: dict[str, Values] = field(default_factory=dict)
+    series: Grid = field(default_factory=dict)
+    tune: Grid = field(default_factory=dict)
     problems: list[str] | None = None
     batch_size: int = 16
     scales: list[str] | None = None
@@ -167,7 +180,7 @@ class ScaleOptions:
     flow: str | None = None
     noise: str | None = None
     models: dict[str, str] = field(default_factory=dict)
-    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    options: dict[str, Values] = field(default_factory=dict)
 
 
 @dataclass

@@ -11,9 +11,12 @@ import difflib
 import functools
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
-__all__ = ["Specified", "build", "nearest", "printable", "registered_kinds"]
+__all__ = ["Specified", "Values", "build", "nearest", "printable", "registered_kinds"]
+
+Values: TypeAlias = dict[str, Any]
+"""Parameters, options or arguments by name: plain values, as a recipe or a card holds them."""
 
 _REGISTRY: dict[str, type] = {}
 

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from rich.table import Table
+from rich.text import Text
 from scipy import stats
 
 from flowprox.records import NOT_RUN, Record
@@ -30,6 +32,7 @@ __all__ = [
     "per_image",
     "summary_markdown",
     "summary_rows",
+    "terminal_table",
 ]
 
 
@@ -199,6 +202,41 @@ def summary_rows(records: Sequence[Record], published: Mapping[tuple[str, str], 
 def _mean(images: pd.DataFrame, key: str) -> float | None:
     mean = images[key].mean()
     return None if np.isnan(mean) else float(mean)
+
+
+def terminal_table(rows: Sequence[Row]) -> Table:
+    """What is known of every row, a section per problem; a column appears where a row has something in it."""
+    groups = {name: "PSNR, " + name for row in rows for name in row.psnr_of_group} if rows else {}
+    lines = [
+        {
+            "method": "  " + row.method,
+            "PSNR (dB)": _figure(row.psnr) + ("" if row.psnr_interval is None else f" ± {row.psnr_interval:.2f}"),
+            "published": "" if row.published is None else _figure(row.published),
+            **({head: _figure(row.psnr_of_group[name]) for name, head in groups.items()} if len(groups) > 1 else {}),
+            "SSIM": _figure(row.ssim, 3),
+            "s / image": _figure(row.seconds, 3),
+            "images": str(row.n_images),
+            "failed": row.failures,
+            "tuned": ", ".join(f"{key} {value}" for key, value in row.tuned.items()),
+        }
+        for row in rows
+    ]
+    heads = [head for head in (lines[0] if lines else ()) if any(line[head] for line in lines)]
+    table = Table(caption="PSNR clipped to [0, 1], mean over images ± 95 % confidence", caption_justify="left")
+    for head in heads:
+        table.add_column(head, justify="left" if head == "method" else "right", overflow="fold")
+    before = None
+    for row, line in zip(rows, lines, strict=True):
+        if row.problem != before:
+            table.add_section()
+            table.add_row(Text(row.problem, style="bold"))
+        table.add_row(*(Text(line[head]) for head in heads))
+        before = row.problem
+    return table
+
+
+def _figure(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def summary_markdown(rows: Sequence[Row]) -> str:

@@ -25,9 +25,8 @@ def quick(monkeypatch):
 
 
 @pytest.fixture
-def no_figures(monkeypatch):
-    """Drawing takes longer than everything else, and one test looks at the figures."""
-    monkeypatch.setattr(demo, "write_figures", lambda folder: [])
+def no_page(monkeypatch):
+    """Drawing takes longer than everything else, and one test looks at the page."""
     monkeypatch.setattr(demo, "write_report", lambda folder, options: folder / "report.html")
 
 
@@ -45,7 +44,7 @@ def test_the_full_demo_shows_a_network_and_a_classical_method_for_every_problem(
         assert ("denoising", name) in {(case.problem.label, case.label) for case in planned(demo_recipe())}
 
 
-def test_a_missing_bm3d_is_said(tmp_path, console, no_figures, monkeypatch):
+def test_a_missing_bm3d_is_said(tmp_path, console, no_page, monkeypatch):
     tv = EvaluatedMethod("tv", options={"n_iterations": 2}, problems=["denoising"])
     recipe = replace(demo.demo_recipe(), methods=[tv])
     monkeypatch.setattr(demo, "demo_recipe", lambda: recipe)
@@ -61,16 +60,15 @@ def test_everything_is_written_behind_a_link_too(tmp_path, console):
     records = read_records(out / "records.jsonl")
     assert len(records) == 3 * 3 * 2
     assert {record["group"] for record in records} == {"portraits", "other pictures"}
-    names = {"records.jsonl", "report.html", "images", "figures", "recipe.yaml"}
+    names = {"records.jsonl", "report.html", "images", "recipe.yaml"}
     assert {path.name for path in (tmp_path / "disk/demo").iterdir()} == names
     assert len(list((out / "images").iterdir())) == 3 + len(records)
-    assert len(list((out / "figures").iterdir())) == 4
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "no picture" not in page and "quick" in page
     assert "portraits" in console.file.getvalue() and "bm3d is not installed" not in console.file.getvalue()
 
 
-def test_the_same_seed_gives_the_same_scores(tmp_path, console, no_figures):
+def test_the_same_seed_gives_the_same_scores(tmp_path, console, no_page):
     def scores(name, seed):
         run_demo(tmp_path / name, seed=seed, console=console)
         return [record["psnr"] for record in read_records(tmp_path / name / "records.jsonl")]
@@ -81,7 +79,7 @@ def test_the_same_seed_gives_the_same_scores(tmp_path, console, no_figures):
 
 
 def test_an_interrupted_demo_is_completed_and_another_begins_anew_only_when_asked(
-    tmp_path, console, no_figures, monkeypatch
+    tmp_path, console, no_page, monkeypatch
 ):
     out = tmp_path / "demo"
     estimate = run_module.estimate

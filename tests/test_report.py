@@ -18,14 +18,13 @@ import yaml
 from report_cases import NASTY, Tags, make_records, write_figures_of_a_study, write_results
 
 from flowprox.cli import main
-from flowprox.data import load_image, save_image
+from flowprox.data import save_image
 from flowprox.evaluation.report import (
     PARTS,
     ReportOptions,
     picture_path,
     read_results,
     truth_path,
-    write_figures,
     write_page,
     write_report,
     write_tables,
@@ -129,7 +128,6 @@ def test_text_is_escaped_and_names_stay_in_the_folder(tmp_path: Path) -> None:
     assert len(tags.all("script")) == 1
     assert tags.text.count(NASTY) > 8
     assert any(NASTY in str(image["alt"]) for image in tags.all("img"))
-    assert len(write_figures(folder)) == 2
 
 
 # Figures of the page --------------------------------------------------------------------------------------------------
@@ -319,17 +317,6 @@ def test_tables_of_an_earlier_report_do_not_stay(results: Path) -> None:
     paths = write_tables(read_results([results]))
     names = {path.name for path in (results / "tables").iterdir()}
     assert names == {path.name for path in paths} | {"mine.md"} and "published.csv" not in names
-
-
-def test_figures_are_pictures(results: Path) -> None:
-    paths = write_figures(results)
-    assert [path.name for path in paths] == ["denoising-sigma0.1.png", "denoising-sigma0.2.png", "summary.png"]
-    assert all(min(load_image(path).shape[1:]) > 100 for path in paths)
-
-
-def test_figures_without_pictures_are_drawn_all_the_same(tmp_path: Path) -> None:
-    records = make_records(gains={"a": 0.0}, images=["cat"])
-    assert len(write_figures(write_results(tmp_path / "run", records, n_pictures=0))) == 2
 
 
 # Command --------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flowprox.commands.terminal import check_device, check_inputs, digits
+from flowprox.commands.terminal import check_device, check_inputs
 from flowprox.evaluation_options import EvaluatedMethod, EvaluatedProblem, EvaluationOptions, ImageOptions, ScaleOptions
 from flowprox.naming import printable
 
@@ -57,17 +57,20 @@ def evaluate(options: EvaluateOptions) -> int:
     recipe = EvaluationOptions(
         options.images, options.problems, options.methods, options.tune_images, options.scales, options.name
     )
+    from rich.console import Console
+
     from flowprox.evaluation.plan import published_figures
     from flowprox.evaluation.run import RunOptions, evaluate
     from flowprox.files import atomic_write
-    from flowprox.summary import summary_markdown, summary_rows
+    from flowprox.summary import summary_markdown, summary_rows, terminal_table
 
     run = RunOptions(options.scale, options.limit, options.seed, options.device, options.devices, options.n_pictures)
     records = evaluate(recipe, options.out, run)
     rows = summary_rows(records, {} if run.scale == "smoke" else published_figures(recipe, run.scale))
     with atomic_write(os.path.join(options.out, "summary.md"), "w") as file:
         file.write(summary_markdown(rows))
-    _print_evaluated(rows)
+    console = Console()
+    (console if console.is_terminal else Console(width=120)).print(terminal_table(rows))
     print(f"records: {os.path.join(options.out, 'records.jsonl')}")
     return _report_failures(records)
 
@@ -115,42 +118,6 @@ def report(show: ShowOptions) -> None:
     print(f"report: {page}")
     if show.open and not webbrowser.open(page.resolve().as_uri()):
         print("flowprox: no browser could be started; open the file by hand", file=sys.stderr)
-
-
-def _print_evaluated(rows: Sequence[Any]) -> None:
-    """Table of ``flowprox.summary.Row``, a section per problem; a column appears where a row has something in it."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    head = ["method", "PSNR (dB)", "published", "SSIM", "s / image", "images", "failed", "tuned"]
-    lines = [_evaluated(row) for row in rows]
-    shown = [i for i in range(len(head)) if any(line[i] for line in lines)]
-    table = Table(caption="PSNR clipped to [0, 1], mean over images ± 95 % confidence", caption_justify="left")
-    for i in shown:
-        table.add_column(head[i], justify="right" if i else "left", overflow="fold")
-    before = None
-    for row, line in zip(rows, lines, strict=True):
-        if row.problem != before:
-            table.add_section()
-            table.add_row(Text(row.problem, style="bold"))
-        table.add_row(*(Text(("" if i else "  ") + line[i]) for i in shown))
-        before = row.problem
-    console = Console()
-    (console if console.is_terminal else Console(width=120)).print(table)
-
-
-def _evaluated(row: Any) -> list[str]:
-    return [
-        row.method,
-        digits(row.psnr, 2) + ("" if row.psnr_interval is None else f" ± {row.psnr_interval:.2f}"),
-        "" if row.published is None else f"{row.published:.2f}",
-        digits(row.ssim, 3),
-        digits(row.seconds, 3),
-        str(row.n_images),
-        row.failures,
-        ", ".join(f"{key} {value}" for key, value in row.tuned.items()),
-    ]
 
 
 def _report_failures(records: Sequence[Mapping[str, Any]], n_shown: int = 5) -> int:

@@ -12,7 +12,7 @@ import difflib
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 from jsonargparse import get_loader
@@ -23,12 +23,13 @@ from flowprox.evaluation_options import (
     EvaluatedMethod,
     EvaluatedProblem,
     EvaluationOptions,
+    Grid,
     ImageOptions,
     ScaleOptions,
 )
 from flowprox.files import atomic_write
 from flowprox.methods import METHODS, check_options
-from flowprox.naming import nearest
+from flowprox.naming import Values, nearest
 from flowprox.noise import NOISES
 from flowprox.operators import Problem
 
@@ -74,17 +75,22 @@ class Case(NamedTuple):
         return self.method.label or self.method.name
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Values:
         """The options of the method on the problem."""
         names = (self.problem.problem.name, self.problem.label)
         differing = {key: value for name in names for key, value in self.method.options_for.get(name, {}).items()}
         return {**self.method.options, **differing}
 
     @property
+    def parts(self) -> Values:
+        """What the method uses: flow, model or noise -> how the recipe names it."""
+        parts = {part: getattr(self.method, part) for part in ("flow", "model", "noise")}
+        return {part: name for part, name in parts.items() if name is not None}
+
+    @property
     def models(self) -> dict[str, str]:
-        """Which trained models the method uses: flow, model or noise -> name, folder or hf:ORG/NAME."""
-        parts = {"flow": self.method.flow, "model": self.method.model, "noise": self.method.noise}
-        return {part: name for part, name in parts.items() if isinstance(name, str) and name not in NOISES}
+        """The parts that are trained models: name, folder or hf:ORG/NAME."""
+        return {part: name for part, name in self.parts.items() if isinstance(name, str) and name not in NOISES}
 
 
 def at_scale(recipe: EvaluationOptions, scale: str) -> EvaluationOptions:
@@ -150,7 +156,7 @@ def _smoke(recipe: EvaluationOptions) -> EvaluationOptions:
     return _restricted(small, problems, methods)
 
 
-def _first(series: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+def _first(series: Grid) -> Grid:
     return {key: values[:1] for key, values in series.items()}
 
 
@@ -192,7 +198,9 @@ def _replaced(recipe: EvaluationOptions, scale: ScaleOptions) -> EvaluationOptio
                 method,
                 flow=scale.models.get(method.flow) or scale.flow or method.flow if method.flow else None,
                 model=scale.models.get(method.model, method.model) if method.model else None,
-                noise=_other_noise(method.noise, scale),
+                noise=(isinstance(method.noise, str) and scale.models.get(method.noise)) or scale.noise or method.noise
+                if method.noise
+                else None,
                 options={k: v for k, v in {**method.options, **differing}.items() if k not in method.tune},
                 options_for={
                     problem: {k: v for k, v in options.items() if k not in differing}
@@ -204,11 +212,6 @@ def _replaced(recipe: EvaluationOptions, scale: ScaleOptions) -> EvaluationOptio
     test = images(recipe.images, scale.source, scale.limit)
     tuning = recipe.tune_images and images(recipe.tune_images, scale.tune_source, scale.tune_limit)
     return dataclasses.replace(recipe, images=test, tune_images=tuning, methods=methods)
-
-
-def _other_noise(noise: str | Mapping[str, Any] | None, scale: ScaleOptions) -> Any:
-    other = scale.models.get(noise) if isinstance(noise, str) else None
-    return other or scale.noise or noise if noise else None
 
 
 def planned(recipe: EvaluationOptions) -> list[Case]:
@@ -290,7 +293,7 @@ def _methods(method: EvaluatedMethod) -> Iterator[EvaluatedMethod]:
         yield dataclasses.replace(method, label=label, options={**method.options, **values}, series={})
 
 
-def _places(series: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+def _places(series: Grid) -> Iterator[Values]:
     """The values at each place of lists of equal length; one empty place for no list."""
     if not series:
         yield {}
@@ -298,7 +301,7 @@ def _places(series: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
         yield dict(zip(series, values, strict=True))
 
 
-def combinations(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+def combinations(grid: Grid) -> list[Values]:
     """Every combination of the values of a grid.
 
     Example:
@@ -330,7 +333,7 @@ def write_recipe(recipe: EvaluationOptions, path: Path) -> None:
         yaml.safe_dump(_plain(recipe), file, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _plain(record: Any) -> Any:
+def _plain(record: object) -> object:
     if dataclasses.is_dataclass(record):
         values = {field: getattr(record, field.name) for field in dataclasses.fields(record)}
         return {field.name: _plain(value) for field, value in values.items() if not _is_empty(field, value)}
@@ -339,7 +342,7 @@ def _plain(record: Any) -> Any:
     return [_plain(value) for value in record] if isinstance(record, list | tuple) else record
 
 
-def _is_empty(field: dataclasses.Field[Any], value: Any) -> bool:
+def _is_empty(field: dataclasses.Field[object], value: object) -> bool:
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     return value == default and default in (None, {}, [])
 

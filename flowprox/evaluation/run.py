@@ -27,7 +27,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import deepinv
 import torch
@@ -35,7 +34,7 @@ from deepinv.models import Reconstructor
 from deepinv.physics import Physics
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessException, spawn
 
 from flowprox import __version__
@@ -48,6 +47,7 @@ from flowprox.evaluation.report.pictures import picture_path, truth_path
 from flowprox.evaluation_options import SAMPLES, EvaluationOptions, ImageOptions
 from flowprox.files import refuse_foreign, remove_temporaries, sole_writer
 from flowprox.methods import make_method
+from flowprox.naming import Values
 from flowprox.operators import PROBLEMS, make_physics, measure_each, measurement_shape
 from flowprox.records import NOT_RUN, UNFINISHED, Record, RecordWriter, read_records, write_records
 
@@ -139,7 +139,7 @@ class _Evaluation:
     def __init__(self, recipe: EvaluationOptions, cases: Sequence[Case], out: Path, run: RunOptions) -> None:
         self.recipe, self.cases, self.out, self.options = recipe, cases, out, run
         self.console = run.console or Console(stderr=True)
-        self.models: dict[str, Any] = {}
+        self.models: dict[str, nn.Module] = {}
         self.methods: dict[str, Reconstructor] = {}
         self.hashes: dict[str, str] = {}
         self._last: tuple[str, tuple[int, ...], Physics] | None = None
@@ -258,7 +258,7 @@ class _Evaluation:
             for process in context.processes:
                 process.terminate()  # type: ignore[attr-defined]
 
-    def run_cases(self, advance: Callable[[str, int], Any] = lambda label, n: None) -> None:
+    def run_cases(self, advance: Callable[[str, int], object] = lambda label, n: None) -> None:
         """Every case of this process, one after the other."""
         done = self._done()
         with RecordWriter(self.out / "records.jsonl", resume=True) as records:
@@ -335,7 +335,7 @@ class _Evaluation:
                 )
         return grid[best]
 
-    def _score(self, case: Case, values: Mapping[str, Any]) -> Record:
+    def _score(self, case: Case, values: Values) -> Record:
         method = self._method(case, values)
         batches = _batches(self.tune_images, case.method.batch_size)
         facts = [facts for batch in batches for _, facts in self._attempt(case, method, batch)]
@@ -362,7 +362,7 @@ class _Evaluation:
             self._last = (case.problem.label, shape, physics)
         return self._last[2]
 
-    def _method(self, case: Case, chosen: Mapping[str, Any]) -> Reconstructor:
+    def _method(self, case: Case, chosen: Values) -> Reconstructor:
         """The method with its options, made once."""
         method, shape = case.method, None
         if method.noise is not None:
@@ -370,20 +370,15 @@ class _Evaluation:
             physics = self._physics(case, self.images[0])
             shape = tuple(measurement_shape(physics, (channels, height, width), device=self.options.device))
         options = {**case.options, **chosen}
-        parts = {"flow": method.flow, "model": method.model, "noise": method.noise}
-        key = hashed({"name": method.name, "problem": case.problem.problem.name, "shape": shape, **parts, "o": options})
+        problem = case.problem.problem
+        key = hashed({"name": method.name, "problem": problem.name, "shape": shape, **case.parts, "options": options})
         if key not in self.methods:
             for name in case.models.values():
                 if name not in self.models:
                     self.models[name] = load_model(name, device=self.options.device)
-            loaded = {part: self.models[name] for part, name in case.models.items()}
+            parts = case.parts | {part: self.models[name] for part, name in case.models.items()}
             self.methods[key] = make_method(
-                method.name,
-                case.problem.problem,
-                **(parts | loaded),
-                shape=shape,
-                device=self.options.device,
-                **options,
+                method.name, problem, **parts, shape=shape, device=self.options.device, **options
             )
         return self.methods[key]
 
@@ -391,7 +386,6 @@ class _Evaluation:
         """Everything a reconstruction depends on apart from the image."""
         method = case.method
         tuned = {"tune": {k: list(v) for k, v in method.tune.items()}} if method.tune else {}
-        parts = (("flow", method.flow), ("model", method.model), ("noise", method.noise))
         return {
             "problem_name": case.problem.problem.name,
             "parameters": json.loads(case.problem.problem.to_json())["parameters"],
@@ -399,26 +393,19 @@ class _Evaluation:
             "method_name": method.name,
             "label": case.label,
             "options": case.options,
-            "models": {
-                part: self.hashes.get(name, name) if isinstance(name, str) else name
-                for part, name in parts
-                if name is not None
-            },
+            "models": case.parts | {part: self.hashes.get(name, name) for part, name in case.models.items()},
         } | tuned
 
-    def _record(
-        self, case: Case, identity: Mapping[str, Any], image: EvaluatedImage, chosen: Mapping[str, Any]
-    ) -> Record:
-        method = case.method
+    def _record(self, case: Case, identity: Record, image: EvaluatedImage, chosen: Values) -> Record:
         return {
             "id": _id(identity, image),
             "problem": case.problem.label,
             **{key: identity[key] for key in ("problem_name", "parameters", "operator_seed")},
             "method": case.label,
-            "method_name": method.name,
+            "method_name": case.method.name,
             "options": {**identity["options"], **chosen},
             "tuned": dict(chosen),
-            **{part: getattr(method, part) for part in ("flow", "model", "noise") if getattr(method, part)},
+            **case.parts,
             "model_hashes": identity["models"],
             "image": image.name,
             "image_hash": image.hash,
@@ -431,7 +418,13 @@ class _Evaluation:
             "recipe": self.recipe.name,
             "scale": self.options.scale,
             "version": __version__,
-            "versions": _versions(),
+            "versions": {
+                "flowprox": __version__,
+                "torch": torch.__version__,
+                "deepinv": deepinv.__version__,
+                "python": platform.python_version(),
+                "platform": sys.platform,
+            },
         }
 
 
@@ -483,27 +476,17 @@ def _failure(error: Exception) -> Record:
     return {"failed": f"{type(error).__name__}: {_one_line(error)}"}
 
 
-def _is_success(record: Mapping[str, Any]) -> bool:
+def _is_success(record: Record) -> bool:
     """Whether a record holds figures, and not the message of a failure."""
     return "failed" not in record
 
 
-def _id(identity: Mapping[str, Any], image: EvaluatedImage) -> str:
+def _id(identity: Record, image: EvaluatedImage) -> str:
     """The image's name is left out: what it is called may depend on others that came later."""
     return hashed({**identity, "image_hash": image.hash, "seed": image.seed})
 
 
-def hashed(value: Mapping[str, Any]) -> str:
+def hashed(value: Mapping[str, object]) -> str:
     """A hash of plain values, as hexadecimal digits."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "flowprox": __version__,
-        "torch": torch.__version__,
-        "deepinv": deepinv.__version__,
-        "python": platform.python_version(),
-        "platform": sys.platform,
-    }

@@ -16,7 +16,7 @@ from flowprox.evaluation.report.page import (
     write_report,
     write_tables,
 )
-from flowprox.evaluation.report.pictures import MEASUREMENT, picture_path, truth_path, write_figures
+from flowprox.evaluation.report.pictures import MEASUREMENT, picture_path, truth_path
 
 __all__ = [
     "MEASUREMENT",
@@ -26,7 +26,6 @@ __all__ = [
     "picture_path",
     "read_results",
     "truth_path",
-    "write_figures",
     "write_page",
     "write_report",
     "write_tables",

@@ -8,13 +8,15 @@ a title, and names its method, so that the page can hide what the reader is not 
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
-from xml.etree import ElementTree
 
 import matplotlib
+from markupsafe import escape
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
@@ -88,13 +90,39 @@ class Series(NamedTuple):
     color: int | None = None
     method: str = ""
 
-    def titles(self, form: str) -> list[str]:
-        """What is said of each of its marks."""
-        half = [*self.half, *[None] * (len(self.x) - len(self.half))]
-        return [
-            f"{self.label}: {number(y, form)}{'' if h is None else f' ± {number(h, form)}'} at {x:.4g}"
-            for x, y, h in zip(self.x, self.y, half, strict=True)
-        ]
+
+class _Drawing:
+    """Axes whose marks name their method and have titles, as inline SVG; used within ``matplotlib.rc_context(_STYLE)``."""
+
+    def __init__(self, height: float) -> None:
+        self.figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        self.axes: Axes = self.figure.subplots()
+        self._marks: list[str] = []
+
+    def mark(self, artists: Iterable[Artist], method: str, title: str = "") -> None:
+        """Say what artists show."""
+        for artist in artists:
+            artist.set_gid(f"mark {len(self._marks)}")
+        hidden_with = f' data-method="{escape(method)}"' if method else ""
+        self._marks.append(f"<g{hidden_with}>" + (f"<title>{escape(title)}</title>" if title else ""))
+
+    def svg(self, name: str) -> str:
+        """The drawing without what only a file of its own needs, ``name`` before its identifiers, its colors the page's."""
+        file = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        self.figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+        svg = file.getvalue().partition("<svg ")[2]
+        svg = re.sub(r'^[^>]*(viewBox="[^"]*")[^>]*', r"<svg \1", svg)
+        svg = re.sub(
+            r"<defs>\s*<style.*?</defs>", "", svg, flags=re.DOTALL
+        )  # rules that would be those of the whole page
+        svg = re.sub(r'<g id="mark (\d+)">', lambda found: self._marks[int(found[1])], svg)
+        used = set(re.findall(r'(?:href="|url\()#([\w-]+)', svg))
+        svg = re.sub(r'(<\w+) id="([^"]*)"', lambda f: f[1] + (f' id="{name}-{f[2]}"' if f[2] in used else ""), svg)
+        svg = re.sub(r'(?:xlink:)?(href="|url\()#', rf"\1#{name}-", svg)
+        svg = svg.replace(_INK, "var(--ink)").replace(_GRID, "var(--line)")
+        svg = re.sub(r"#03030(\d)", r"var(--c\1)", svg)
+        return re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", svg)
 
 
 def line_chart(
@@ -125,26 +153,24 @@ def line_chart(
     with matplotlib.rc_context(_STYLE):
         n_columns = 2 if len(series) > 1 and max(map(len, wrapped)) <= 20 else 1
         n_lines = -(-sum(label.count("\n") + 1 for label in wrapped) // n_columns)
-        figure = Figure(figsize=(_WIDTH, 2.8 + 0.17 * n_lines), layout="constrained")
-        axes = figure.subplots()
-        marks: dict[str, list[str]] = {}
-        for i, (one, place, label) in enumerate(zip(series, places, wrapped, strict=True)):
-            color: Any = {"color": _COLORS[place], "marker": _MARKERS[place]}
-            hollow = not connected and one.color is not None and one.color >= N_COLORS
-            half = [h or 0.0 for h in one.half] or None
-            style = {"linewidth": 1.4, "markersize": 4} if connected else {"linestyle": "", "markersize": 6}
-            drawn = axes.errorbar(one.x, one.y, half, elinewidth=1, label=_plain(label), **color, **style)
-            artists = [*drawn.get_children()]
-            drawn[0].set_markerfacecolor("none" if hollow else _COLORS[place])
-            if one.published:
-                style = {"markersize": 5, "markerfacecolor": "none", "linestyle": ":", "linewidth": 1}
-                artists += axes.plot(*zip(*one.published, strict=True), **color, **style)
-            for x, y in zip(one.x, one.y, strict=True):
+        drawing = _Drawing(2.8 + 0.17 * n_lines)
+        axes = drawing.axes
+        for one, place, label in zip(series, places, wrapped, strict=True):
+            color, marker = _COLORS[place], _MARKERS[place]
+            face = "none" if not connected and (one.color or 0) >= N_COLORS else color
+            line = {"color": color, "linewidth": 1.4 if connected else 0}
+            drawing.mark(axes.plot(one.x, one.y, **line), one.method)
+            half = [*one.half, *[None] * (len(one.x) - len(one.half))]
+            for i, (x, y, h) in enumerate(zip(one.x, one.y, half, strict=True)):
+                style = {"color": color, "marker": marker, "markersize": 4 if connected else 6, "mfc": face}
+                bar = axes.errorbar([x], [y], h, elinewidth=1, label="" if i else _plain(label), **line | style)
+                spread = "" if h is None else f" ± {number(h, form)}"
+                drawing.mark(bar.get_children(), one.method, f"{one.label}: {number(y, form)}{spread} at {x:.4g}")
                 if x == one.chosen:
-                    artists += axes.plot([x], [y], color=_COLORS[place], marker="o", ms=10, mfc="none")
-            for artist in artists:
-                artist.set_gid(f"series{i}")
-            marks[f"series{i}"] = [one.method, *one.titles(form)]
+                    drawing.mark(axes.plot([x], [y], color=color, marker="o", ms=10, mfc="none"), one.method)
+            if one.published:
+                style = {"color": color, "marker": marker, "markersize": 5, "mfc": "none", "ls": ":", "linewidth": 1}
+                drawing.mark(axes.plot(*zip(*one.published, strict=True), **style), one.method)
         if connected:
             _scale_x(axes, [x for one in series for x in one.x])
         else:
@@ -153,37 +179,43 @@ def line_chart(
         axes.set(xlabel=_plain(labels[0]), ylabel=_plain(labels[1]))
         if top is not None:
             axes.set_ylim(top=top)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=n_columns)
-        return _inline(figure, name, marks)
+        drawing.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=n_columns)
+        return drawing.svg(name)
 
 
 def box_chart(name: str, boxes: Sequence[Series], label: str, *, form: str = ".2f", right: float | None = None) -> str:
     """One row per method: extremes, quartiles and median of ``y`` over images; other arguments as ``line_chart``."""
     wrapped = [textwrap.fill(box.label, 24) for box in boxes]
     heights = [max(0.32, 0.16 * (text.count("\n") + 1)) for text in wrapped]
+    places = [sum(heights[:i]) + height / 2 for i, height in enumerate(heights)]
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 0.8 + sum(heights)), layout="constrained")
-        axes = figure.subplots()
-        marks: dict[str, list[str]] = {}
-        places = [sum(heights[:i]) + height / 2 for i, height in enumerate(heights)]
-        for i, (box, place) in enumerate(zip(boxes, places, strict=True)):
-            line: Any = {"color": _COLORS[(box.color or 0) % N_COLORS], "linewidth": 1.4}
-            face = {"edgecolor": line["color"], "linewidth": 1.4, "facecolor": to_rgba(line["color"], 0.15)}
-            styles = {"boxprops": face, "whiskerprops": line, "capprops": line}
-            styles["medianprops"] = {"color": _INK, "linewidth": 1.6}
-            extent: Any = {"positions": [place], "widths": 0.18, "whis": (0, 100), "orientation": "horizontal"}
-            drawn = axes.boxplot([box.y], patch_artist=True, manage_ticks=False, **extent, **styles)
-            for artist in [artist for artists in drawn.values() for artist in artists]:
-                artist.set_gid(f"series{i}")
+        drawing = _Drawing(0.8 + sum(heights))
+        axes = drawing.axes
+        for box, place in zip(boxes, places, strict=True):
+            color = _COLORS[(box.color or 0) % N_COLORS]
+            line = {"color": color, "linewidth": 1.4}
+            parts = axes.boxplot(
+                [box.y],
+                positions=[place],
+                widths=0.18,
+                whis=(0, 100),
+                orientation="horizontal",
+                patch_artist=True,
+                manage_ticks=False,
+                boxprops={"edgecolor": color, "linewidth": 1.4, "facecolor": to_rgba(color, 0.15)},
+                whiskerprops=line,
+                capprops=line,
+                medianprops={"color": _INK, "linewidth": 1.6},
+            )
             ends = f"{number(min(box.y), form)} to {number(max(box.y), form)}"
-            marks[f"series{i}"] = [box.method, f"{box.label}: {ends}, {len(box.y)} images"]
+            drawing.mark(itertools.chain(*parts.values()), box.method, f"{box.label}: {ends}, {len(box.y)} images")
         axes.set_yticks(places, [_plain(text) for text in wrapped])
         axes.set_ylim(sum(heights), 0)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(_plain(label))
         if right is not None:
             axes.set_xlim(right=right)
-        return _inline(figure, name, marks)
+        return drawing.svg(name)
 
 
 def _scale_x(axes: Axes, values: Sequence[float]) -> None:
@@ -351,55 +383,3 @@ def _told(lines: Sequence[Series], key: str, form: str = ".2f") -> str:
         f"{line.label}: {number(line.y[0], form)} at {key} {line.x[0]:g}, {number(line.y[-1], form)} at {line.x[-1]:g}."
         for line in lines
     )
-
-
-# SVG for a page ------------------------------------------------------------------------------------------------------
-
-
-def _inline(figure: Figure, name: str, marks: Mapping[str, Sequence[str]]) -> str:
-    """The drawing without what only a file of its own needs, its identifiers made unique, its colors the page's.
-
-    ``marks`` holds the method of each group of marks and the titles of the marks in it; one title is that of the group.
-    """
-    file = io.BytesIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(file, format="svg", transparent=True, metadata=nothing)
-    root = ElementTree.fromstring(file.getvalue())
-    attributes = [(k, v) for element in root.iter() for k, v in element.attrib.items()]
-    used = set(re.findall(r"#([\w-]+)", " ".join(value for key, value in attributes if _refers(key, value))))
-    for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        for key, value in list(element.attrib.items()):
-            del element.attrib[key]
-            plain = key.rpartition("}")[2]
-            if plain == "id" and value in marks:
-                _name_marks(element, *marks[value])
-            elif plain == "id" and value in used:
-                element.set("id", f"{name}-{value}")
-            elif plain != "id":
-                value = re.sub(r"#([\w-]+)", rf"#{name}-\1", value) if _refers(key, value) else value
-                element.set(plain, _colored(value) if plain == "style" else value)
-    for key in ("width", "height", "version"):
-        root.attrib.pop(key, None)
-    for definitions in root.findall("defs"):  # rules for every element, which would be those of the whole page
-        for rules in definitions.findall("style"):
-            definitions.remove(rules)
-    return ElementTree.tostring(root, encoding="unicode", short_empty_elements=True)
-
-
-def _name_marks(group: ElementTree.Element, method: str, *titles: str) -> None:
-    if method:
-        group.set("data-method", method)
-    marks = [element for element in group.iter() if element.tag.rpartition("}")[2] == "use"]
-    for mark, title in zip(marks if len(titles) > 1 else [group], titles, strict=False):
-        ElementTree.SubElement(mark, "title").text = title
-
-
-def _refers(key: str, value: str) -> bool:
-    return key.rpartition("}")[2] == "href" or "url(#" in value
-
-
-def _colored(style: str) -> str:
-    style = style.replace(_INK, "var(--ink)").replace(_GRID, "var(--line)")
-    style = re.sub(r"#03030(\d)", r"var(--c\1)", style)
-    return re.sub(r"'DejaVu Sans'[^;]*", "system-ui, sans-serif", style)

@@ -1,4 +1,4 @@
-"""Pictures of a results folder: where they stand, how they get into a page, maps of their errors, and figures of them.
+"""Pictures of a results folder: where they stand, how they get into a page, and maps of their errors.
 
     error map = mean over channels of |x_hat - x|,    black where it is 0, white where it reaches ``white``
 
@@ -17,15 +17,7 @@ from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
-
-from flowprox.evaluation.report.sources import ordered, read_chapters
-from flowprox.evaluation.report.tables import number
-from flowprox.files import atomic_write
-from flowprox.records import Record
-from flowprox.summary import Row, summary_rows
 
 __all__ = [
     "MEASUREMENT",
@@ -37,7 +29,6 @@ __all__ = [
     "picture_path",
     "read_picture",
     "truth_path",
-    "write_figures",
 ]
 
 Pixels = npt.NDArray[np.float64]
@@ -134,71 +125,3 @@ def data_uri(picture: Path | Pixels) -> str:
         Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8)).save(file, format="PNG", optimize=True)
         content, media = file.getvalue(), "image/png"
     return f"data:{media};base64,{base64.b64encode(content).decode('ascii')}"
-
-
-# Figures as PNG files, for slides and documents -----------------------------------------------------------------------
-
-
-def write_figures(folder: str | Path) -> list[Path]:
-    """Write ``<problem>.png`` (every image by every method) and ``summary.png`` (mean PSNR) into ``figures/``.
-
-    Raises:
-        FileNotFoundError: no records.
-        ValueError: they are damaged, or of several recipes.
-    """
-    folder = Path(folder)
-    chapters = read_chapters([folder])
-    if len(chapters) > 1:
-        raise ValueError(f"{folder} holds several recipes; flowprox report shows them")
-    records = chapters[0].records
-    if not records:
-        raise FileNotFoundError(f"no records in {folder}; nothing to draw")
-    rows = summary_rows(records)
-    figures = {file_stem(name): _grid(folder, name, records) for name in ordered(row.problem for row in rows)}
-    figures["summary"] = _bars(rows)
-    (folder / "figures").mkdir(exist_ok=True)
-    for name, figure in figures.items():
-        with atomic_write(folder / "figures" / f"{name}.png", "wb") as file:
-            figure.savefig(file, format="png", dpi=130, metadata={"Software": None})
-    return [folder / "figures" / f"{name}.png" for name in figures]
-
-
-def _grid(folder: Path, problem: str, records: Sequence[Record]) -> Figure:
-    members = {(str(r["image"]), str(r["method"])): r for r in records if str(r["problem"]) == problem}
-    images, methods = (ordered(names) for names in zip(*members, strict=True))
-    figure = Figure(figsize=(1.9 * (1 + len(methods)), 2.25 * len(images) + 0.4), layout="constrained")
-    axes = figure.subplots(len(images), 1 + len(methods), squeeze=False)
-    for row, image in zip(axes, images, strict=True):
-        _draw(row[0], find_picture([folder], image), f"{image}\ntruth")
-        for cell, method in zip(row[1:], methods, strict=True):
-            psnr = members.get((image, method), {}).get("psnr")
-            _draw(cell, find_picture([folder], problem, image, method), f"{method}\n{number(psnr)} dB")
-    figure.suptitle(_plain(problem))
-    return figure
-
-
-def _draw(cell: Axes, path: Path | None, text: str) -> None:
-    cell.set_axis_off()
-    cell.set_title(_plain(text), fontsize=8)
-    if path is not None:
-        with Image.open(path) as picture:
-            cell.imshow(picture.convert("RGB"), interpolation="nearest")
-
-
-def _bars(rows: Sequence[Row]) -> Figure:
-    figure = Figure(figsize=(7, 0.32 * len(rows) + 1.2), layout="constrained")
-    cell = figure.subplots()
-    problems = ordered(row.problem for row in rows)
-    colors = [f"C{problems.index(row.problem) % 10}" for row in rows]
-    bars = cell.barh(range(len(rows)), [row.psnr or 0.0 for row in rows], color=colors)
-    cell.bar_label(bars, labels=[number(row.psnr) for row in rows], padding=3, fontsize=8)
-    cell.set_yticks(range(len(rows)), [_plain(f"{row.method} ({row.problem})") for row in rows], fontsize=8)
-    cell.invert_yaxis()
-    cell.margins(x=0.12)
-    cell.set(xlabel="mean PSNR (dB)", ylabel="method (problem)")
-    cell.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-def _plain(text: str) -> str:
-    return text.replace("$", r"\$")  # matplotlib would read formulas

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -261,7 +261,7 @@ class Contents:
         rows = [row for row in self.rows if problem in (None, row.problem)]
         means = [self.mean(row.problem, row.method) for row in rows]
         metric = self.metric.title
-        columns: dict[str, Sequence[Any]] = {
+        columns: dict[str, Sequence[object]] = {
             "method": [row.method for row in rows],
             "problem": ["" if problem else row.problem for row in rows],
             metric: [mean for mean, _ in means],
@@ -295,7 +295,7 @@ class Contents:
 
     def comparisons(self, problem: str | None = None) -> Table:
         """Every method against the reference, image by image."""
-        lines: list[tuple[Any, ...]] = []
+        lines: list[tuple[object, ...]] = []
         for place in self.problems if problem is None else [problem]:
             chosen = self.reference is not None and len(self.images.get((place, self.reference), ())) > 0
             reference = self.reference if chosen else self.best(place)
@@ -320,7 +320,7 @@ class Contents:
 
     def cases(self, problem: str | None = None) -> Table:
         """Best and worst image of every method."""
-        lines: list[tuple[Any, ...]] = []
+        lines: list[tuple[object, ...]] = []
         for (place, method), values in self.images.items():
             if len(values) and problem in (None, place):
                 ends = [values.idxmin(), values.idxmax()]
@@ -359,8 +359,8 @@ class Contents:
         return make_table("failures", "Reconstructions that failed; the means are those of the others.", columns)
 
 
-def _best(values: Sequence[float | None], high_is_best: bool) -> list[bool]:
-    known = [value for value in values if value is not None]
+def _best(values: Sequence[object], high_is_best: bool) -> list[bool]:
+    known = [value for value in values if isinstance(value, int | float)]
     if len(known) < 2 or min(known) == max(known):
         return [False] * len(values)
     best = max(known) if high_is_best else min(known)
