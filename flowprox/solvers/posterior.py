@@ -128,13 +128,11 @@ class PosteriorSampling(Reconstructor):
 
     Every image has its own chains, step size and preconditioner. After warm-up these are fixed. The samplers:
 
-    ======== ==========================================================================================================
-    ula      unadjusted Langevin: every step is taken, the posterior is sampled with an error that shrinks with the step
-    mala     Langevin with Metropolis correction
-    pcnl     preconditioned Crank-Nicolson Langevin: the prior is solved exactly, the step does not shrink with D
-    hmc      Hamiltonian Monte Carlo: several leapfrog steps per draw
-    split-hmc the same, with the Gaussian fitted in warm-up solved exactly
-    ======== ==========================================================================================================
+        ula        unadjusted Langevin: every step is taken, the posterior is sampled with an error that shrinks with the step
+        mala       Langevin with Metropolis correction
+        pcnl       preconditioned Crank-Nicolson Langevin: the prior is solved exactly, the step does not shrink with D
+        hmc        Hamiltonian Monte Carlo: several leapfrog steps per draw
+        split-hmc  the same, with the Gaussian fitted in warm-up solved exactly
 
     References:
         See the module; Neal 2011, MCMC using Hamiltonian dynamics, https://arxiv.org/abs/1206.1901 (hmc); Shahbaba et

@@ -1,13 +1,13 @@
 """How the weights move: the optimizers, their learning rates over a run, and the running average of the weights.
 
-adam   Kingma and Ba (2015), https://arxiv.org/abs/1412.6980
-muon   W <- W - 0.2 sqrt(max(m, n)) lr U V^T,   U S V^T the momentum of a convolution's weight, read as an m x n matrix
-       (output channels, the rest), by Newton and Schulz's iteration; Adam for everything else. Jordan et al. (2024),
-       https://kellerjordan.github.io/posts/muon; scale of Liu et al. (2025), https://arxiv.org/abs/2502.16982, Eq. (4),
-       with which Adam's learning rates fit
+    adam   Kingma and Ba (2015), https://arxiv.org/abs/1412.6980
+    muon   W <- W - 0.2 sqrt(max(m, n)) lr U V^T,   U S V^T the momentum of a convolution's weight, read as an m x n matrix
+           (output channels, the rest), by Newton and Schulz's iteration; Adam for everything else. Jordan et al. (2024),
+           https://kellerjordan.github.io/posts/muon; scale of Liu et al. (2025), https://arxiv.org/abs/2502.16982, Eq. (4),
+           with which Adam's learning rates fit
 
 Both shrink the weights by 1 - lr decay in every step (Loshchilov and Hutter (2019), https://arxiv.org/abs/1711.05101), if
-asked to: convolutions, biases, and the scales and 1x1 matrices of flows, whose gain has no other bound. Parameterss called
+asked to: convolutions, biases, and the scales and 1x1 matrices of flows, whose gain has no other bound. Parameters called
 "scalars" or "start" do not decay: for step sizes, shrinkages and a start image 0 is no natural end.
 """
 

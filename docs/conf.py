@@ -1,0 +1,142 @@
+"""The documentation site, built by ``sphinx-build -W docs build/site``.
+
+FLOWPROX_DOCS_ONLINE=1      link to the reference of deepinv and torch, whose inventories come from the network
+FLOWPROX_DOCS_REPOSITORY    ORG/NAME on GitHub: buttons that open the gallery's notebooks in Colab; without it there are none
+-D plot_gallery=0           leave the gallery's scripts unexecuted, which takes half a minute less
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import re
+from pathlib import Path
+
+import flowprox
+
+project = "flowprox"
+author = "The flowprox developers"
+copyright = author
+version = release = flowprox.__version__
+repository = os.environ.get("FLOWPROX_DOCS_REPOSITORY", "")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
+]
+if os.environ.get("FLOWPROX_DOCS_ONLINE"):
+    extensions.append("sphinx.ext.intersphinx")
+    intersphinx_mapping = {
+        "deepinv": ("https://deepinv.github.io/deepinv", None),
+        "python": ("https://docs.python.org/3", None),
+        "torch": ("https://docs.pytorch.org/docs/stable", None),
+    }
+templates_path = ["_templates"]
+exclude_patterns = ["gallery"]
+myst_heading_anchors = 3
+
+html_theme = "pydata_sphinx_theme"
+html_title = "flowprox"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sourcelink = False
+html_theme_options = {
+    "navbar_end": ["theme-switcher"],
+    "show_toc_level": 2,
+    "footer_start": ["copyright"],
+    "footer_end": [],
+    "secondary_sidebar_items": ["page-toc"],
+}
+html_sidebars = {"index": []}
+
+# Reference ------------------------------------------------------------------------------------------------------------
+
+autodoc_default_options = {"members": True, "show-inheritance": True, "exclude-members": "forward"}
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
+python_use_unqualified_type_names = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+
+
+def _submodules(package: str) -> list[str]:
+    return [f"{package}.{info.name}" for info in pkgutil.iter_modules(importlib.import_module(package).__path__)]
+
+
+def _exports(package: str) -> list[str]:
+    """What a package hands on, under the name of the module that documents it."""
+    names = set(getattr(importlib.import_module(package), "__all__", ()))
+    homes = {module: getattr(importlib.import_module(module), "__all__", ()) for module in _submodules(package)}
+    return [f"~{home.rpartition('.')[2]}.{name}" for home, own in homes.items() for name in own if name in names]
+
+
+_PACKAGES = [name for name in _submodules("flowprox") if hasattr(importlib.import_module(name), "__path__")]
+autosummary_context = {"exports": {name: _exports(name) for name in [*_PACKAGES, "flowprox.evaluation.report"]}}
+
+_SECTION = re.compile(r"(Arguments|Attributes|Example|Raises|References|Returns):$")
+_INDENT = re.compile(r" *")
+
+
+def _indent(line: str) -> int:
+    match = _INDENT.match(line)
+    return match.end() if match else 0
+
+
+def _escaped(text: str) -> str:
+    """Docstrings are plain words, formulas and ``code``; what reStructuredText would read into them is escaped."""
+    parts = re.split(r"(``.+?``|\*\*\w[^*]*\*\*)", text, flags=re.DOTALL)
+    return "".join(part if i % 2 else re.sub(r"([\\*|`]|_\b)", r"\\\1", part) for i, part in enumerate(parts))
+
+
+def _listed(lines: list[str]) -> list[str]:
+    """References with hanging indents become a list; without them they are one entry."""
+    hanging = any(_indent(line) > 4 for line in lines)
+    return [f"    * {line[4:]}" if hanging and _indent(line) == 4 else line for line in lines]
+
+
+def _as_rst(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Indented blocks before the sections are formulas, whose lines stay as they are."""
+    result: list[str] = []
+    section = ""
+    for block in re.split(r"\n\n+", "\n".join(lines).strip("\n")):
+        head, *rest = block.split("\n")
+        if match := _SECTION.match(head):
+            section = match[1]
+        if section == "Example":
+            result += [head, *rest]
+        elif section == "References" and match:
+            result += [head, *_listed(_escaped("\n".join(rest)).split("\n"))]
+        elif section or _indent(head) < 4:
+            result += _escaped(block).split("\n")
+        else:
+            result += [".. code-block:: none", "   :class: formula", "", head, *rest]
+        result.append("")
+    lines[:] = result
+
+
+# Gallery --------------------------------------------------------------------------------------------------------------
+
+sphinx_gallery_conf = {
+    "examples_dirs": "gallery",
+    "gallery_dirs": "examples",
+    "filename_pattern": r"/plot_",
+    "ignore_pattern": r"/papers/",
+    "within_subsection_order": "FileNameSortKey",
+    "remove_config_comments": True,
+    "show_memory": False,
+    "show_signature": False,
+    "download_all_examples": False,
+    "abort_on_example_error": True,
+    "first_notebook_cell": f"%pip install git+https://github.com/{repository}" if repository else None,
+}
+suppress_warnings = ["config.cache"]
+
+
+def setup(app) -> None:
+    app.connect("autodoc-process-docstring", _as_rst, priority=400)  # before napoleon
