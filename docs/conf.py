@@ -11,7 +11,8 @@ import importlib
 import os
 import pkgutil
 import re
-from pathlib import Path
+
+from sphinx.ext import autosummary
 
 import flowprox
 
@@ -42,10 +43,13 @@ myst_heading_anchors = 3
 
 html_theme = "pydata_sphinx_theme"
 html_title = "flowprox"
+html_favicon = "_static/icon.svg"
+html_context = {"default_mode": "auto"}
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_theme_options = {
+    "logo": {"image_light": "_static/icon.svg", "image_dark": "_static/icon.svg", "text": "flowprox"},
     "navbar_end": ["theme-switcher"],
     "show_toc_level": 2,
     "footer_start": ["copyright"],
@@ -56,13 +60,16 @@ html_sidebars = {"index": []}
 
 # Reference ------------------------------------------------------------------------------------------------------------
 
-autodoc_default_options = {"members": True, "show-inheritance": True, "exclude-members": "forward"}
+autodoc_default_options = {"members": True, "show-inheritance": True, "no-value": True, "exclude-members": "forward"}
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 python_use_unqualified_type_names = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+
+
+autosummary.WELL_KNOWN_ABBREVIATIONS += ("Eq.", "Eqs.", "Sec.", "Fig.", "App.")  # which end no sentence
 
 
 def _submodules(package: str) -> list[str]:
