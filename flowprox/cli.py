@@ -50,6 +50,7 @@ def make_parser(only: str | None = None) -> ArgumentParser:
     parser = ArgumentParser(
         prog="flowprox",
         exit_on_error=False,
+        allow_abbrev=False,
         description="Image reconstruction with normalizing-flow priors.",
         epilog=f"Set {TRACEBACK}=1 to see the traceback of an error.",
     )
@@ -63,7 +64,7 @@ def make_parser(only: str | None = None) -> ArgumentParser:
 
 
 def _command_parser(command: Command, summary: str) -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False, description=summary)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=summary)
     if command.has_recipe:
         text = "recipe with any of the options below: a YAML file, or a name that flowprox recipes lists"
         parser.add_argument("--config", action="config", help=text)
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after ``flowprox``; by default those of the process.
 
     Returns:
-        0 on success, 2 after bad input, 130 when interrupted or terminated.
+        0 on success, 2 after bad input, 130 when interrupted or terminated, 141 when nobody reads on.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
@@ -104,12 +105,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _terminated_as_interrupted(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            return _run(words)
+            status = _run(words)
+            sys.stdout.flush()
+            return status
     except SystemExit as end:  # argparse, after --help or --version
         return end.code if isinstance(end.code, int) else 2
     except KeyboardInterrupt as end:
         print(f"flowprox: interrupted{f': {end}' if str(end) else ''}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who read standard output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except Exception as error:
         if not _is_bad_input(error):
             raise
@@ -203,7 +209,13 @@ def _is_bad_input(error: Exception) -> bool:
     return isinstance(error, (*_BAD_INPUT, torch.OutOfMemoryError) if torch else _BAD_INPUT)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception, n_most: int = 1500) -> str:
+    """What to say of an error; of a word as long as a book only its ends."""
+    line = _explained(error)
+    return line if len(line) <= n_most else f"{line[: n_most // 2]} ... {line[-n_most // 2 :]}"
+
+
+def _explained(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         places = [os.fsdecode(place) for place in (error.filename, error.filename2) if place is not None]
         remedy = {

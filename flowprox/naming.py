@@ -10,15 +10,22 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import math
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-__all__ = ["Specified", "Values", "build", "nearest", "printable", "registered_kinds"]
+from flowprox.files import first_line
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Specified", "Values", "build", "nearest", "printable", "registered_kinds", "require_device"]
 
 Values: TypeAlias = dict[str, Any]
 """Parameters, options or arguments by name: plain values, as a recipe or a card holds them."""
 
 _REGISTRY: dict[str, type] = {}
+_MOST_NAMES = 30  # in one message
 
 
 def nearest(name: object, known: Iterable[str], prefix: str = "") -> str:
@@ -36,9 +43,10 @@ def nearest(name: object, known: Iterable[str], prefix: str = "") -> str:
         'known: denoising, inpainting'
     """
     names = [str(one) for one in known]
-    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
-    said = f"did you mean {' or '.join(prefix + one for one in near)}?"
-    return said if near else f"known: {', '.join(prefix + one for one in names) or 'none'}"
+    if near := difflib.get_close_matches(str(name)[:200], names, n=3, cutoff=0.5):
+        return f"did you mean {' or '.join(prefix + one for one in near)}?"
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return f"known: {', '.join(prefix + one for one in names[:_MOST_NAMES]) or 'none'}{more}"
 
 
 def printable(text: str) -> str:
@@ -49,6 +57,24 @@ def printable(text: str) -> str:
         'a\\x1b[31m b'
     """
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+
+
+def require_device(device: str | torch.device) -> torch.device:
+    """The device, if it is there; otherwise ``ValueError`` says what to use."""
+    import torch
+
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is not known: {first_line(error)}; use 'cpu' or 'cuda'") from error
+    n = {
+        "cpu": lambda: math.inf,
+        "cuda": torch.cuda.device_count,
+        "mps": lambda: int(torch.backends.mps.is_available()),
+    }.get(target.type, lambda: 0)()
+    if (target.index or 0) >= n:
+        raise ValueError(f"device {str(target)!r} is not available: torch sees {n} such devices here; use 'cpu'")
+    return target
 
 
 class Specified:

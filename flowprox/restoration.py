@@ -10,6 +10,7 @@ import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from deepinv.models import Reconstructor
 from PIL import Image
 from torch import Tensor
 
-from flowprox.checkpoints import load_model, require_device
-from flowprox.data import load_image
+from flowprox.checkpoints import load_model
+from flowprox.data import load_image, picture_form
+from flowprox.data.files import as_pil, form_of_pil, from_pil
 from flowprox.estimates import estimate
 from flowprox.flows import Flow
 from flowprox.methods import make_method
 from flowprox.metrics import psnr
+from flowprox.naming import require_device
 from flowprox.operators import PROBLEMS, Problem, make_physics
 
 __all__ = ["Picture", "Restored", "restore"]
@@ -63,7 +66,9 @@ class Restored:
         shown = [x for x in (self.y, self.x_hat, self.x) if x is not None]
         sheet = Image.new("RGB", (len(shown) * width + 4 * (len(shown) - 1), height), "white")
         for i, x in enumerate(shown):
-            sheet.paste(_pil(x).convert("RGB").resize((width, height), Image.Resampling.NEAREST), (i * (width + 4), 0))
+            sheet.paste(
+                as_pil(x).convert("RGB").resize((width, height), Image.Resampling.NEAREST), (i * (width + 4), 0)
+            )
         return sheet
 
     def _repr_png_(self) -> bytes:
@@ -188,10 +193,9 @@ def _method(network: Any, trained: dict[str, Any], operator: Problem, device: st
 def _as_tensor(picture: Picture, name: str) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """A picture as (C, H, W) in [0, 1], and the way back for a result (C, H, W) on the CPU."""
     if isinstance(picture, str | os.PathLike):
-        return load_image(Path(picture)), _pil
+        return load_image(Path(picture)), partial(as_pil, form=picture_form(Path(picture)))
     if isinstance(picture, Image.Image):
-        pixels = np.asarray(picture.convert("L" if picture.mode in ("1", "L") else "RGB"))
-        return _as_tensor(pixels, name)[0], _pil
+        return from_pil(picture, name), partial(as_pil, form=form_of_pil(picture))
     if isinstance(picture, np.ndarray):
         if picture.ndim not in (2, 3):
             raise ValueError(f"{name} must have shape (H, W) or (H, W, C), got {picture.shape}")
@@ -233,8 +237,3 @@ def _native(pixels: np.ndarray) -> np.ndarray:
     """Contiguous and in the machine's byte order, as torch wants it; 16 bits as 32, which more of torch knows."""
     pixels = np.array(pixels, dtype=pixels.dtype.newbyteorder("="), order="C")  # a copy: others may be read-only
     return pixels.astype(np.int32) if pixels.dtype == np.uint16 else pixels
-
-
-def _pil(x: Tensor) -> Image.Image:
-    pixels = (x.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
-    return Image.fromarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1))

@@ -219,6 +219,18 @@ def test_a_warning_is_one_line(world: Path, here: Path, capsys: pytest.CaptureFi
     assert printed.count("\n") == 0
 
 
+def test_a_reader_that_has_seen_enough_ends_a_command_in_silence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    with open(writes, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["recipes", "evaluate/readme"]) == 141
+        monkeypatch.undo()
+    assert capsys.readouterr().err == ""
+
+
 def test_interruption_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted() -> list[str]:
         raise KeyboardInterrupt
@@ -468,6 +480,9 @@ BAD_COMMANDS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "no command": (lambda world: [], 'expected "command" to be one of'),
     "misspelt command": (lambda world: ["train-flo"], "did you mean train-flow"),
     "misspelt option": (lambda world: ["sample", "--temprature", "1"], "did you mean --temperature"),
+    "abbreviated option": (lambda world: ["sample", "--model", "m", "--temp=1"], "did you mean --temperature"),
+    "a word as long as a book": (lambda world: ["methods", "x" * 5000], "... "),
+    "no such recipe among many": (lambda world: ["recipes", "zzzz"], "more"),
     "option missing": (lambda world: ["sample"], "sample.model"),
     "option of another type": (
         lambda world: ["sample", "--model", "m", "--seed", "one"],

@@ -13,15 +13,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image, ImageCms
 from torch.utils.data import DataLoader
 
 from flowprox.data import (
     ImageDataset,
+    PictureForm,
     ResumableSampler,
     load_image,
     load_measurement,
+    picture_form,
     save_image,
     split_indices,
 )
@@ -323,7 +326,7 @@ def test_shards_carry_their_split_in_their_name(tmp_path: Path) -> None:
     assert len(ImageDataset(tmp_path, image_size=8, split="train")) == 4
     assert len(ImageDataset(tmp_path, image_size=8, split="val")) == 2
     assert len(ImageDataset(tmp_path / "train*.npz", image_size=8, split="train")) == 7
-    with pytest.raises(ValueError, match="no image of the split 'val'"):
+    with pytest.raises(ValueError, match="split 'val', which their names decide"):
         ImageDataset(tmp_path / "train*.npz", image_size=8, split="val")
 
 
@@ -354,6 +357,32 @@ def test_saving_clips_but_refuses_nan(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
         save_image(torch.zeros(3, 4, 4), tmp_path / "nowhere" / "a.png")
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 5), (3, 6, 5)])
+@pytest.mark.parametrize("alpha", [None, torch.linspace(0, 1, 30).view(6, 5)], ids=["opaque", "transparent"])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_picture_is_written_as_it_was_stored(
+    tmp_path: Path, shape: tuple[int, int, int], alpha: torch.Tensor | None, bits: int
+) -> None:
+    form, x = PictureForm(bits, alpha), torch.rand(shape)
+    x = x if alpha is None else alpha * x + (1 - alpha)  # on white
+    save_image(x, tmp_path / "a.png", form)
+    y, other = load_image(tmp_path / "a.png"), picture_form(tmp_path / "a.png")
+    assert y.shape == shape and torch.allclose(y, x, atol=1e-4 if bits == 16 else 1.5 / 255)
+    assert other.bits == bits and (other.alpha is None) == (alpha is None)
+    if alpha is not None and other.alpha is not None:
+        assert torch.allclose(other.alpha, alpha, atol=2 / 255)
+
+
+def test_colors_of_16_bits_keep_their_precision(tmp_path: Path) -> None:
+    pixels = np.arange(5 * 4 * 3, dtype=np.uint16).reshape(5, 4, 3) * 1000 + 7
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb")
+    x = load_image(tmp_path / "a.tif")
+    assert torch.equal(x, torch.from_numpy(pixels.astype(np.float32) / 65535).movedim(-1, 0))
+    assert load_image(tmp_path / "a.tif", channels=1).shape == (1, 5, 4)
+    save_image(x, tmp_path / "a.png", picture_form(tmp_path / "a.tif"))
+    assert torch.equal(load_image(tmp_path / "a.png"), x)
 
 
 def test_16_bit_gray_keeps_its_precision(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from flowprox.data import save_image
-from flowprox.flows import Glow
+from flowprox.flows import Flow, Sequential, Split, Squeeze, Unsqueeze
 from flowprox.records import read_records
 
 GALLERY = Path(__file__).parents[1] / "docs" / "gallery" / "papers"
@@ -79,7 +79,8 @@ def test_noise_lengthens_the_latent(records: dict[str, list[dict[str, Any]]]) ->
 
 
 def test_statistics_of_uniform_noise_under_the_identity_are_known(scripts: dict[str, ModuleType]) -> None:
-    n, identity = 100, Glow((3, 16, 16), n_levels=2, n_steps=[0, 0], hidden_channels=8)
+    levels = Sequential([Squeeze(), Split(Sequential([Squeeze(), Unsqueeze()])), Unsqueeze()])
+    n, identity = 100, Flow(levels, (3, 16, 16), 2)
     names, x = [str(i) for i in range(n)], torch.rand(n, 3, 16, 16)
     scene = scripts["common"].Scene("any", Path(), "smoke", {}, 0, "cpu", {}, identity, names, x)
     record = scripts["latent_statistics"].measure(scene, {})

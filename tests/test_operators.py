@@ -518,6 +518,11 @@ def test_a_problem_with_an_array_has_a_label_but_no_json() -> None:
         ("random-inpainting", {"mask": torch.full((8, 10), 0.5)}, "mask must hold only 1"),
         ("inpainting", {"mask": torch.zeros(8, 10)}, "mask hides every pixel"),
         ("inpainting", {"mask": object()}, "mask must be an array"),
+        ("inpainting", {"mask": torch.ones(8, 10), "mask_size": 4}, "mask takes the place of what mask_size describes"),
+        ("deblurring", {"kernel": torch.ones(3, 3) / 9, "sigma_blur": 1}, "kernel takes the place of what sigma_blur"),
+        (None, {}, "unknown problem None; "),
+        ("denoising", {"seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ("denoising", {"device": "nope"}, "device 'nope' is not known"),
         ("random-inpainting", {"keep": 0.0}, r"keep must be a fraction of pixels in \(0, 1\]"),
         ("random-inpainting", {"keep": 1.5}, "keep must be a fraction"),
         ("random-inpainting", {"keep": "a"}, "keep must be a fraction"),
@@ -546,10 +551,18 @@ def test_bad_input_is_named(name: str, parameters: dict[str, Any], message: str)
         make_physics(name, SHAPE, **parameters)
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (3, 0, 8), (3, 8.0, 8)])
+@pytest.mark.parametrize("shape", [(8, 8), (3, 0, 8), (3, 8.0, 8), 64])
 def test_a_bad_image_shape_is_named(shape: Any) -> None:
     with pytest.raises(ValueError, match="image_shape must be three positive numbers"):
         make_physics("denoising", shape)
+
+
+def test_an_own_mask_displaces_the_square() -> None:
+    problem = Problem("inpainting", {"mask_size": 5}).replaced(mask="mine.npy")
+    assert problem.parameters["mask_size"] is None and problem.label == "inpainting-mask-mine"
+    assert Problem.from_json(problem.to_json()) == problem
+    earlier = Problem("inpainting", {"mask": "mine.npy", "mask_size": 19, "sigma": 0.0})  # as cards before have it
+    assert earlier == problem
 
 
 def test_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import signal
 import statistics
 import sys
 from collections import defaultdict
@@ -187,4 +188,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # head may have seen enough
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

@@ -10,7 +10,6 @@ import difflib
 import hashlib
 import importlib
 import json
-import math
 import os
 import platform
 import sys
@@ -36,13 +35,13 @@ from flowprox.checkpoints.card import (
 )
 from flowprox.checkpoints.hub import HUB, download
 from flowprox.files import atomic_write, first_line, force_to_disk, sha256
-from flowprox.naming import Specified, build, registered_kinds
+from flowprox.naming import Specified, build, registered_kinds, require_device
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-__all__ = ["find_model", "list_models", "load_card", "load_model", "require_device", "save_model"]
+__all__ = ["find_model", "list_models", "load_card", "load_model", "save_model"]
 
 _SMALL = 1024  # tensors with fewer elements stay float32 in a half-precision file: they weigh nothing and steer much
 
@@ -127,24 +126,6 @@ def find_model(
         f"no model {text!r}: neither a folder here nor a shipped model; {hint}; "
         f"a model of the Hugging Face hub is written {HUB}ORG/NAME"
     )
-
-
-def require_device(device: str | torch.device) -> torch.device:
-    """The device, if it is there; otherwise ``ValueError`` says what to use."""
-    import torch
-
-    try:
-        target = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device {device!r} is not known: {first_line(error)}; use 'cpu' or 'cuda'") from error
-    n = {
-        "cpu": lambda: math.inf,
-        "cuda": torch.cuda.device_count,
-        "mps": lambda: int(torch.backends.mps.is_available()),
-    }.get(target.type, lambda: 0)()
-    if (target.index or 0) >= n:
-        raise ValueError(f"device {str(target)!r} is not available: torch sees {n} such devices here; use 'cpu'")
-    return target
 
 
 def _float_type(dtype: torch.dtype | str | None) -> torch.dtype | None:

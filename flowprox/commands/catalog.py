@@ -34,8 +34,8 @@ def demo(out: str = "flowprox-demo", device: str = "cpu", seed: int = 0, overwri
         overwrite: replace the folder if an earlier demo is in it.
     """
     check_device(device)
-    from flowprox.checkpoints import require_device
     from flowprox.demo import run_demo
+    from flowprox.naming import require_device
 
     require_device(device)
     print(f"report: {run_demo(out, device=device, seed=seed, overwrite=overwrite)}")

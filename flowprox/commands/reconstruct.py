@@ -90,7 +90,7 @@ def reconstruct(options: ReconstructOptions) -> None:
     check_models(options.model, options.flow, options.intervals)
     from rich.console import Console
 
-    from flowprox.checkpoints import require_device
+    from flowprox.naming import require_device
     from flowprox.reconstruction import ReconstructionJob, reconstruct_files
 
     require_device(options.device)

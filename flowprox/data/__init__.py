@@ -5,16 +5,18 @@ never waits for files; an image that cannot be read stops it with the file's nam
 """
 
 from flowprox.data.datasets import IMAGE_SUFFIXES, ImageDataset, split_indices
-from flowprox.data.files import load_array, load_image, load_measurement, save_image
+from flowprox.data.files import PictureForm, load_array, load_image, load_measurement, picture_form, save_image
 from flowprox.data.sampler import ResumableSampler
 
 __all__ = [
     "IMAGE_SUFFIXES",
     "ImageDataset",
+    "PictureForm",
     "ResumableSampler",
     "load_array",
     "load_image",
     "load_measurement",
+    "picture_form",
     "save_image",
     "split_indices",
 ]

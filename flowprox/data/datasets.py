@@ -197,11 +197,15 @@ def entries_of_split(source: StrPath | Sequence[StrPath], split: str) -> list[En
     sources = [source] if isinstance(source, str | PathLike) else list(source)
     if not sources:
         raise ValueError("source names no file; give a folder, an .npz shard or a glob")
-    entries = _of_split([entry for one in sources for entry in _entries_of(Path(one), split)], split)
+    known = [entry for one in sources for entry in _entries_of(Path(one), split)]
+    entries = _of_split(known, split)
     if not entries:
-        shown = few([str(one) for one in sources])
-        remedy = "give a folder of its own (data.validation)" if split == "val" else "use the split 'all'"
-        raise ValueError(f"no image of the split {split!r} in {shown}; add images, or {remedy}")
+        share = FRACTIONS[SPLITS.index(split)]
+        remedy = "give others to validate on with data.validation" if split == "val" else "use the split 'all'"
+        raise ValueError(
+            f"none of the {len(known)} image(s) in {few([str(one) for one in sources])} falls into the split {split!r}, which "
+            f"their names decide and which is {share:.0%} of them on average; add images, or {remedy}"
+        )
     return entries
 
 

@@ -9,33 +9,51 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import warnings
 import zipfile
+import zlib
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import tifffile
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_png
 
 from flowprox.files import atomic_write
 from flowprox.operators.sensing import check_free
 
-__all__ = ["StrPath", "as_float", "fitted", "load_array", "load_image", "load_measurement", "read_file", "save_image"]
+__all__ = [
+    "PictureForm",
+    "StrPath",
+    "as_float",
+    "fitted",
+    "load_array",
+    "load_image",
+    "load_measurement",
+    "picture_form",
+    "read_file",
+    "save_image",
+]
 
 StrPath = str | PathLike[str]
 
 _MAX_PIXELS = 89_478_485
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
+_ORIENTATION, _DEPTH = ExifTags.Base.Orientation, 258  # tags of EXIF and of TIFF
 
 
 def load_image(path: StrPath, channels: int | None = None) -> Tensor:
     """Read an image file as float32 (C, H, W) in [0, 1].
 
     It is turned upright (EXIF) and converted to sRGB if it carries another color profile. Transparent pixels are put on white.
-    Gray 16-bit files keep their precision (color ones come from Pillow in 8 bits); a TIFF of floats must hold values in [0, 1].
-    Of several pages the first is read, with a warning.
+    Files of 16 bits keep their precision, color ones only where they need no turning and no conversion; a TIFF of floats
+    must hold values in [0, 1]. Of several pages the first is read, with a warning.
 
     Arguments:
         path: image file.
@@ -47,39 +65,89 @@ def load_image(path: StrPath, channels: int | None = None) -> Tensor:
     """
     if channels not in (None, 1, 3):
         raise ValueError(f"channels must be 1 (gray), 3 (color) or None (as in the file), got {channels}")
-    image = _open(read_file(Path(path)), str(path))
+    content = read_file(Path(path))
+    image, deep = _open(content, str(path)), _deep_color(content)
+    x = from_pil(image, str(path)) if deep is None else deep
+    if channels == 1 and len(x) == 3:  # of 8 bits as Pillow rounds it
+        gray = (x * torch.tensor(_LUMA).view(3, 1, 1)).sum(0, keepdim=True)
+        return gray if deep is not None else from_pil(_opaque(image).convert("L"), str(path))
+    return x.repeat(channels, 1, 1) if channels == 3 and len(x) == 1 else x
+
+
+def from_pil(image: Image.Image, name: str) -> Tensor:
+    """A Pillow image as float32 (C, H, W) in [0, 1], on white where it is transparent; ``name`` is for the error."""
     if _is_deep(image):
-        gray = torch.from_numpy(_deep_gray(image, str(path)))
-        return gray[None].repeat(channels or 1, 1, 1)
+        return torch.from_numpy(_deep_gray(image, name))[None]
     image = _opaque(image)
-    wanted = channels or (1 if image.mode in ("1", "L") else 3)
-    return as_float(torch.from_numpy(_pixels(image.convert("L" if wanted == 1 else "RGB"))))
+    return as_float(torch.from_numpy(_pixels(image.convert("L" if image.mode in ("1", "L") else "RGB"))))
 
 
-def save_image(x: Tensor, path: StrPath) -> None:
-    """Write an image as an 8-bit PNG file, whole or not at all.
+class PictureForm(NamedTuple):
+    """How a picture is stored: 8 or 16 bits, and its opacity (H, W) in [0, 1] where it has transparent pixels."""
+
+    bits: int = 8
+    alpha: Tensor | None = None
+
+
+def picture_form(path: StrPath) -> PictureForm:
+    """How the picture in a file is stored, for one that takes its place; errors as in ``load_image``."""
+    content = read_file(Path(path))
+    form = form_of_pil(_open(content, str(path)))
+    return form if _deep_color(content) is None else form._replace(bits=16)
+
+
+def form_of_pil(image: Image.Image) -> PictureForm:
+    """How a Pillow image is stored."""
+    alpha = as_float(torch.from_numpy(_pixels(image.convert("RGBA"))[3])) if _has_alpha(image) else None
+    return PictureForm(16 if _is_deep(image) else 8, alpha)
+
+
+_USUAL = PictureForm()
+
+
+def save_image(x: Tensor, path: StrPath, form: PictureForm = _USUAL) -> None:
+    """Write an image as a PNG file, whole or not at all.
 
     Arguments:
         x: (C, H, W) or (1, C, H, W), C 1 or 3; values are clipped to [0, 1].
         path: ends in .png; its folder must exist.
+        form: 8 or 16 bits, and the opacity (H, W) of an image that was put on white, whose colors are taken off it again;
+            left out where the image has another size.
 
     Raises:
-        ValueError: x is not one image, or holds NaN or infinity; the path does not end in .png.
+        ValueError: x is not one image, or holds NaN or infinity; the path does not end in .png, or other bits.
         FileNotFoundError: the folder does not exist.
     """
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"path must end in .png, got {str(path)!r}")
-    x = x.detach()
+    if form.bits not in (8, 16):
+        raise ValueError(f"bits must be 8 or 16, got {form.bits}")
     if x.ndim == 4 and len(x) == 1:
         x = x[0]
     _check_shape(x, "x", 3)
     if not torch.isfinite(x).all():
         raise ValueError("x holds NaN or infinite values and cannot be written as an image")
-    pixels = (x.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().permute(1, 2, 0).numpy()
-    content = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(content, format="PNG")
+    pixels, content = _whole_numbers(x, form), io.BytesIO()
+    if form.bits == 8:
+        Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(content, format="PNG")
     with atomic_write(path, mode="wb") as f:
-        f.write(content.getvalue())
+        f.write(content.getvalue() or _deep_png(pixels))
+
+
+def as_pil(x: Tensor, form: PictureForm = _USUAL) -> Image.Image:
+    """x (C, H, W) in [0, 1], clipped, as a Pillow image of that form; of colors it knows 8 bits only."""
+    bits = form.bits if len(x) == 1 and form.alpha is None else 8
+    pixels = _whole_numbers(x, form._replace(bits=bits))
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
+def _whole_numbers(x: Tensor, form: PictureForm) -> np.ndarray:
+    """x (C, H, W), clipped, as whole numbers (H, W, C), with its opacity last, if any, and its colors taken off the white."""
+    x, alpha = x.detach().float().clamp(0, 1).cpu(), form.alpha
+    if alpha is not None and alpha.shape == x.shape[1:]:
+        x = torch.cat([torch.where(alpha > 0, (x - 1 + alpha) / alpha, 1.0).clamp(0, 1), alpha[None]])
+    pixels = (x.double() * (2**form.bits - 1)).round().permute(1, 2, 0).numpy()
+    return pixels.astype(np.uint8 if form.bits == 8 else np.uint16)
 
 
 def load_measurement(path: StrPath, channels: int | None = None) -> Tensor:
@@ -240,9 +308,41 @@ def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
     return int(np.abs(after - cube).max()) <= 3
 
 
+def _deep_png(pixels: np.ndarray) -> bytes:
+    """16-bit pixels (H, W, C), C 1 to 4, as a PNG file; Pillow writes such of gray only."""
+    height, width, n = pixels.shape
+    header = struct.pack(">2I5B", width, height, 16, (0, 4, 2, 6)[n - 1], 0, 0, 0)
+    lines = b"".join(b"\0" + line.tobytes() for line in pixels.astype(">u2"))  # each behind its filter, none
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    parts = [struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def _deep_color(content: bytes) -> Tensor | None:
+    """A picture of 16 bits in color or with opacity as (C, H, W) in [0, 1], on white; None for others.
+
+    Also None where it needs to be turned or converted, which Pillow can with 8 bits only.
+    """
+    image = Image.open(io.BytesIO(content))  # its header only
+    if image.mode not in ("RGB", "RGBA") or image.info.get("icc_profile") or image.getexif().get(_ORIENTATION, 1) != 1:
+        return None
+    if image.format == "PNG" and content[24] == 16:
+        x = decode_png(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.UNCHANGED).float()
+    elif image.format == "TIFF" and max(image.tag_v2.get(_DEPTH, (8,))) == 16:  # type: ignore[attr-defined]
+        x = torch.from_numpy(tifffile.imread(io.BytesIO(content), key=0).astype(np.float32)).movedim(-1, 0)
+    else:
+        return None
+    x = x / 65535
+    return x if len(x) % 2 else x[:-1] * x[-1:] + (1 - x[-1:])
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
 def _opaque(image: Image.Image) -> Image.Image:
     """The image on white, where it is transparent."""
-    if image.mode not in ("RGBA", "LA", "PA", "RGBa", "La") and "transparency" not in image.info:
+    if not _has_alpha(image):
         return image
     gray = image.mode in ("L", "LA", "La")
     over = image.convert("RGBA")

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessException, spawn
 
 from flowprox import __version__
-from flowprox.checkpoints import CheckpointError, load_card, load_model, require_device
+from flowprox.checkpoints import CheckpointError, load_card, load_model
 from flowprox.data import save_image
 from flowprox.estimates import Estimate, estimate
 from flowprox.evaluation.images import EvaluatedImage, load_images
@@ -47,7 +47,7 @@ from flowprox.evaluation.report.pictures import picture_path, truth_path
 from flowprox.evaluation_options import SAMPLES, EvaluationOptions, ImageOptions
 from flowprox.files import refuse_foreign, remove_temporaries, sole_writer
 from flowprox.methods import make_method
-from flowprox.naming import Values
+from flowprox.naming import Values, require_device
 from flowprox.operators import PROBLEMS, make_physics, measure_each, measurement_shape
 from flowprox.records import NOT_RUN, UNFINISHED, Record, RecordWriter, read_records, write_records
 

@@ -134,6 +134,8 @@ def _per_level(value, n_levels: int, name: str) -> list:
     values = [value] * n_levels if isinstance(value, int | str) else list(value)
     if n_levels < 1 or len(values) != n_levels:
         raise ValueError(f"{name} has {len(values)} entries for n_levels={n_levels}; give one, or one per level")
+    if any(isinstance(entry, int) and entry < 1 for entry in values):
+        raise ValueError(f"{name} must be at least 1, got {value}")
     return values
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ import torch
 from deepinv.physics import LinearPhysics, NoiseModel, Physics
 from torch import Tensor
 
-from flowprox.naming import nearest
+from flowprox.naming import nearest, require_device
 from flowprox.noise import NOISES, GaussianNoise, Noise, make_noise
 from flowprox.noise.base import at_least_zero
 from flowprox.operators.kinds import PROBLEMS, ImageShape
@@ -25,6 +24,11 @@ from flowprox.operators.measurements import measurement_shape
 __all__ = ["Problem", "VariedProblem", "make_physics", "noise_of"]
 
 _NOISE = ("sigma", "noise_norm", "noise", "noise_parameters")
+_OF_ONES_OWN = {
+    "mask": ("mask_size", "keep", "acceleration", "center_fraction"),
+    "kernel": ("sigma_blur", "kernel_size"),
+}
+"""An operator's part of one's own, and the parameters of the one whose place it takes."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Problem:
     parameters: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.name not in PROBLEMS:
+        if not isinstance(self.name, str) or self.name not in PROBLEMS:
             raise ValueError(f"unknown problem {self.name!r}; {nearest(str(self.name), PROBLEMS)}")
         defaults = PROBLEMS[self.name].defaults
         for key in self.parameters:
@@ -145,14 +149,16 @@ def make_physics(
         >>> physics.A(torch.ones(1, 3, 16, 16)).mean().item()
         0.9375
     """
-    if isinstance(problem, str):
+    if not isinstance(problem, Problem):
         problem = Problem(problem, parameters)
     elif parameters:
         problem = problem.replaced(**parameters)
-    shape = _canonical(tuple(image_shape))
-    if len(shape) != 3 or any(not isinstance(n, int) or n < 1 for n in shape):
+    shape = _canonical(image_shape)
+    if not isinstance(shape, tuple) or len(shape) != 3 or any(not isinstance(n, int) or n < 1 for n in shape):
         raise ValueError(f"image_shape must be three positive numbers (C, H, W), got {image_shape!r}")
-    seed = operator.index(seed)
+    seed, device = _canonical(seed), require_device(device)
+    if not isinstance(seed, int):
+        raise ValueError(f"seed must be a whole number, got {seed!r}")
     physics = PROBLEMS[problem.name].constructor(shape, seed=seed, device=device, **problem.operator_parameters)
     physics.set_noise_model(noise_of(problem, physics, shape, device))
     return physics  # pyright: ignore[reportReturnType]  # one-bit sensing alone is not linear
@@ -286,6 +292,11 @@ def _complete(name: str, given: dict[str, Any], defaults: Mapping[str, Any]) -> 
         raise ValueError(f"unknown noise {noise!r}; {nearest(noise, NOISES)}")
     if isinstance(noise, NoiseModel) and "sigma" in set_:
         raise ValueError(f"{name}: a noise object has its own level; leave out sigma, or give the noise by name")
+    for own in set_ & set(_OF_ONES_OWN):
+        of_no_use = set_ & set(_OF_ONES_OWN[own])
+        if stated := [key for key in of_no_use if given[key] != defaults[key]]:
+            raise ValueError(f"{name}: {own} takes the place of what {stated[0]} describes; leave one of them out")
+        set_ -= of_no_use
     complete = {key: _canonical(given.get(key, default)) for key, default in defaults.items()}
     if displaced := _displaced(given):
         complete.update({key: None for key in displaced if key in defaults and key not in set_})
@@ -293,12 +304,13 @@ def _complete(name: str, given: dict[str, Any], defaults: Mapping[str, Any]) -> 
 
 
 def _displaced(given: Mapping[str, Any]) -> set[str]:
-    """The parameters of the noise whose former values, or defaults, what is given replaces."""
+    """The parameters whose former values, or defaults, what is given replaces."""
+    own = {key for name, keys in _OF_ONES_OWN.items() if given.get(name) is not None for key in keys}
     if given.get("noise") is not None:
-        return {"sigma", "noise_norm", "noise_parameters"}
+        return own | {"sigma", "noise_norm", "noise_parameters"}
     if given.get("noise_norm") is not None:
-        return {"sigma", "noise", "noise_parameters"}
-    return {"noise_norm"} if given.get("sigma") is not None else set()
+        return own | {"sigma", "noise", "noise_parameters"}
+    return own | {"noise_norm"} if given.get("sigma") is not None else own
 
 
 def _canonical(value: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from flowprox.data import IMAGE_SUFFIXES, save_image
+from flowprox.data import IMAGE_SUFFIXES, PictureForm, picture_form, save_image
 from flowprox.files import atomic_write, remove_temporaries
 from flowprox.records import UNFINISHED, Record, RecordWriter, read_records, write_records
 
@@ -26,6 +26,7 @@ __all__ = [
     "write_picture",
 ]
 
+_USUAL = PictureForm()
 ARRAY = ".npy"
 RECORDS = "records.jsonl"
 _FOLDERS = ("", "measurements", "deviations", "lower", "upper", "half-widths")
@@ -39,6 +40,11 @@ class Input(NamedTuple):
     is_measurement: bool
     index: int | None = None  # within a batch of measurements, of which
     part: Tensor | None = None  # this is the one
+
+    @property
+    def form(self) -> PictureForm:
+        """How the file's picture is stored; of an array, the usual."""
+        return PictureForm() if self.part is not None else picture_form(self.path)
 
     @property
     def label(self) -> str:
@@ -151,9 +157,9 @@ def remove_image(out: Path, name: str) -> None:
             (out / folder / f"{name}{suffix}").unlink(missing_ok=True)
 
 
-def write_picture(x: Tensor, folder: Path, name: str) -> None:
-    """x (C, H, W) as ``name.png`` and, not clipped, ``name.npy``."""
-    save_image(x, folder / f"{name}.png")
+def write_picture(x: Tensor, folder: Path, name: str, form: PictureForm = _USUAL) -> None:
+    """x (C, H, W) as ``name.png``, of the form that the picture in its place had, and, not clipped, ``name.npy``."""
+    save_image(x, folder / f"{name}.png", form)
     write_array(x, folder, name)
 
 

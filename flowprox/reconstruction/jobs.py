@@ -107,8 +107,8 @@ def reconstruct_files(
 ) -> list[Record]:
     """Reconstruct files into a folder; what is finished there is not done again.
 
-    For input a.png it holds ``a.png``, ``a.npy`` (float32 (C, H, W), not clipped), the measurement likewise as
-    ``measurements/a.png`` (where it is a picture) and ``measurements/a.npy``, and a line of ``records.jsonl``; from a
+    For input a.png it holds ``a.png`` (of its bits and opacity), ``a.npy`` (float32 (C, H, W), not clipped), the measurement
+    likewise in ``measurements`` (as a picture where it is one), and a line of ``records.jsonl``; from a
     method that tells how sure it is also the standard deviation of each pixel, ``deviations/a.npy``, and ``a.png``, where
     white is the highest; with intervals their ends ``lower/a.npy`` and ``upper/a.npy``, and likewise
     ``half-widths/a.npy`` and ``a.png``. Each file appears whole.
@@ -453,7 +453,7 @@ class _Task:
     def write(self, image: Input, y: Tensor, found: Estimate, half_width: Tensor | None, out: Path) -> Record:
         """Write the image's files, or none; its record."""
         try:
-            write_picture(found.x_hat, out, image.name)
+            write_picture(found.x_hat, out, image.name, image.form)
             write = write_picture if self.kind.measures_pictures else write_array
             write(y.cpu(), out / "measurements", image.name)
             if found.deviation is not None:
