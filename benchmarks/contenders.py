@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowprox.flows import Flow, Glow, GlowSteps, Sequential
+from flowprox.flows import Flow, Glow, GlowSteps, Sequential, compile_regions
 from flowprox.flows.conditioners import CouplingNet
 
 __all__ = ["CONTENDERS", "PRESETS", "TRAINING_ONLY", "Architecture", "Contender", "MultiScale"]
@@ -164,8 +164,10 @@ def _glow(backward: str) -> Callable[[Architecture, int], nn.Module]:
             a.hidden_channels,
             coupling=a.coupling,
             squeeze=a.squeeze,
-            backward="auto" if backward == "layers" else backward,
+            backward="auto" if backward in ("layers", "compiled") else backward,
         )
+        if backward == "compiled":
+            compile_regions(flow, dynamic=False)
         return Ours(_layer_by_layer(flow) if backward == "layers" else flow)
 
     return make
@@ -219,6 +221,8 @@ CONTENDERS = {
         Contender("plain, bf16", _glow("layers"), bfloat16=True, channels_last=True),
         Contender("default", _glow("auto")),  # what is computed when nothing is asked for
         Contender("default, bf16", _glow("auto"), bfloat16=True),
+        Contender("compiled", _glow("compiled")),
+        Contender("compiled, bf16", _glow("compiled"), bfloat16=True),
         Contender("fast", _glow("fast")),
         Contender("fast, bf16", _glow("fast"), bfloat16=True),
         Contender("fast, graph", _glow("fast"), captured=True),

@@ -189,7 +189,10 @@ def time_all(options: argparse.Namespace, device: torch.device) -> dict[tuple[st
                     if CONTENDERS[name].captured:
                         call = captured(call, device)
                     if repeat == 0 or (CONTENDERS[name].is_fast and task not in TRAINING):
-                        call()  # the first one warms up; inside ``frozen`` each fills what that keeps
+                        first = watch.time(
+                            call
+                        )  # it warms up, or compiles; inside ``frozen`` each fills what that keeps
+                        results[task, name].setdefault("first_seconds", first)
                     if repeat:
                         results[task, name]["seconds"].append(watch.time(call))
                 for parameter in bench.flows.parameters():
@@ -262,6 +265,7 @@ def records(options: argparse.Namespace, device: torch.device) -> list[dict[str,
             "is_peer": contender.is_peer,
             "bfloat16": contender.bfloat16,
             "seconds_per_image": seconds,
+            "first_seconds": round(result["first_seconds"], 2),
             "repetitions": [round(s, 5) for s in result["seconds"]],
             "gflops": round(rate, 1),
             "of_ceiling": round(rate / ceiling, 3),

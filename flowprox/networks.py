@@ -34,6 +34,8 @@ class ResNet(nn.Module):
         n_blocks: number of residual blocks.
     """
 
+    is_region = True  # of ``flowprox.flows.compile_regions``
+
     def __init__(self, n_channels: int = 3, hidden_channels: int = 128, n_blocks: int = 2) -> None:
         super().__init__()
         self.first = nn.Conv2d(n_channels, hidden_channels, 3, padding=1)
@@ -73,6 +75,8 @@ class UNet(nn.Module):
         n_scales: number of resolutions, 5 in the original.
         residual: add the output to the input; the original has no such skip.
     """
+
+    is_region = True  # of ``flowprox.flows.compile_regions``
 
     def __init__(
         self, n_channels: int = 3, hidden_channels: int = 64, n_scales: int = 5, residual: bool = True

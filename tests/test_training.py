@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,13 +19,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from flow_cases import NoHostReads
 from helpers import terminated_while_validating
 from torch import Tensor, nn
 
 from flowprox.checkpoints import load_card, load_model, load_training_state, save_training_state
 from flowprox.data import save_image
 from flowprox.files import sole_writer
-from flowprox.flows import NonFiniteError
+from flowprox.flows import NonFiniteError, compile_regions
 from flowprox.naming import Specified
 from flowprox.operators import make_physics, measure
 from flowprox.options import (
@@ -38,7 +40,7 @@ from flowprox.options import (
     parse_duration,
 )
 from flowprox.prox import FlowProx, UNetProx
-from flowprox.training import train_denoiser, train_flow, train_unfolded
+from flowprox.training import loop, train_denoiser, train_flow, train_unfolded
 from flowprox.training.building import make_flow
 from flowprox.training.loop import Callback, _only_run, fit, listening
 from flowprox.training.optimizers import make_optimizer
@@ -938,8 +940,8 @@ class _Witness(Callback):
     def __init__(self) -> None:
         self.events: list[tuple[Any, ...]] = []
 
-    def on_step(self, step: int, loss: Tensor | None, model: nn.Module) -> None:
-        self.events.append(("step", step, loss is None))
+    def on_step(self, step: int, loss: Tensor, model: nn.Module) -> None:
+        self.events.append(("step", step, math.isnan(float(loss))))
         model.eval()
         torch.rand(3)
 
@@ -1003,6 +1005,42 @@ def test_weights_decay_and_scalars_do_not(optimizer: str, images: Path) -> None:
     for name, parameter in task.named_parameters():
         scalar = name.endswith(("log_data_weight", "log_shrinkage", "log_weight", "start_image"))
         torch.testing.assert_close(parameter, before[name] * (1.0 if scalar else 1 - 0.1 * 0.5))
+
+
+def test_no_step_waits_for_the_device_between_two_readings(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch, forward, backward, clipping, the decision to skip, step and average; ActNorm looks at its flag in the first."""
+    take_step = loop._Run._take_step
+
+    def guarded(run: loop._Run) -> Tensor:
+        with NoHostReads() if run.counts.step else nullcontext():
+            return take_step(run)
+
+    monkeypatch.setattr(loop._Run, "_take_step", guarded)
+    training = options(gradient_clip=0.1, skip_above=3.0, ema_decay=0.9, warmup_steps=2)
+    problem = ProblemOptions("denoising", {"sigma": 0.1})
+    train_flow(FLOW, training, data(images), out=str(tmp_path / "flow"))
+    out = tmp_path / "unfolded"
+    train_unfolded(UnfoldedOptions(flow=FLOW, n_folds=2), problem, data(images), training, out=str(out))
+    assert load_card(out / "model").training["steps"] == 4
+
+
+def test_a_compiled_run_continues_to_the_bit_and_computes_the_same(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = partial(compile_regions, backend="eager")
+    monkeypatch.setattr(loop, "compile_regions", backend)
+    likelihood = LikelihoodOptions()
+    for name, compiles, steps in (("whole", True, (4,)), ("resumed", True, (2, 4)), ("plain", False, (4,))):
+        for n in steps:
+            training = options(compile=compiles, max_steps=n, schedule="constant", gradient_clip=0.0)
+            train_flow(
+                FLOW, training, data(images), likelihood=likelihood, out=str(tmp_path / name), resume=n != steps[0]
+            )
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+    found, plain = (load_training_state(tmp_path / name / "state.pt")["model"] for name in ("whole", "plain"))
+    torch.testing.assert_close(found, plain, rtol=1e-3, atol=1e-4)
 
 
 class OneBadBatch(ReconstructionTask):

@@ -55,6 +55,7 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     *,
     revision: str | None = None,
+    compile: bool = False,
 ) -> Any:
     """Load a model, in evaluation mode, with its card as ``model.card``.
 
@@ -65,6 +66,8 @@ def load_model(
         device: where to put it.
         dtype: floating-point type to convert to; by default the one it was saved in (float32 for half-precision files).
         revision: branch, tag or commit on the hub.
+        compile: compile what the model repeats (``flowprox.flows.compile_regions``), for a GPU. The first image of every size
+            then takes up to a minute.
 
     Raises:
         CheckpointError: no such model, damaged or unfitting card or weights, or a pickle (a ``ValueError``).
@@ -80,7 +83,12 @@ def load_model(
     model = _rebuild(card.model, str(folder / CARD), tensors)
     _fill(model, tensors, shared, str(folder))
     model.card = card
-    return model.to(device=target, dtype=float_type).eval()
+    model = model.to(device=target, dtype=float_type).eval()
+    if compile:
+        from flowprox.flows import compile_regions
+
+        compile_regions(model)
+    return model
 
 
 def load_card(name: str | os.PathLike[str], *, revision: str | None = None) -> Card:

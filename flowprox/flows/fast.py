@@ -20,7 +20,7 @@ and the bijection itself in the dtype of x.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -32,7 +32,17 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from flowprox.flows.bijection import Bijection, current_checks
 from flowprox.flows.conditioners import CouplingNet, convolved, folded, folded_together
-from flowprox.flows.layers import AffineCoupling, GlowStep, LinearParts, full_precision, halves, on_cpu, pixelwise
+from flowprox.flows.layers import (
+    AffineCoupling,
+    Bounds,
+    GlowStep,
+    LinearParts,
+    bounded,
+    full_precision,
+    halves,
+    on_cpu,
+    pixelwise,
+)
 from flowprox.flows.packed import PackedConvolution
 from flowprox.flows.reversible import (
     AutocastState,
@@ -95,6 +105,7 @@ class GlowSteps(Reversible):
                 raise ValueError(f"layers must be GlowStep, got {type(layer).__name__}; use Sequential or Reversible")
         self._constants: _Constants | None = None
         self._n_frozen = 0
+        self._compiled: Callable[..., tuple[Tensor, Tensor | None]] | None = None
         if recompute.startswith("fast") and not self.has_fast_path:
             nets = sorted({type(step.coupling.net).__name__ for step in self.layers})  # type: ignore[union-attr]
             raise ValueError(
@@ -107,6 +118,21 @@ class GlowSteps(Reversible):
         """Whether every step is an ``AffineCoupling`` with a ``CouplingNet``."""
         couplings: list[Any] = [step.coupling for step in self.layers]
         return all(type(c) is AffineCoupling and isinstance(c.net, CouplingNet) for c in couplings)
+
+    def compile(self, **options: Any) -> None:
+        """Compile one step, in whatever direction it is called: as many graphs as it meets shapes, one for all steps of a level.
+
+        Passes of ``recompute`` "plain", "auto" and "inputs" and those without gradients then run it. "invert" and "fast-..."
+        record theirs as before. A copy is not compiled. Of chains without the fast path the nets are compiled.
+
+        Arguments:
+            options: of ``torch.compile``, such as ``backend``, ``mode`` and ``dynamic``.
+        """
+        if self.has_fast_path:
+            self._compiled = torch.compile(_step_with_net, fullgraph=True, **options)
+        else:
+            for step in self.layers:
+                step.coupling.net.compile(**options)  # type: ignore[operator, union-attr]
 
     def freeze(self, is_frozen: bool) -> None:
         """Record passes by the fast path with kept constants; parameters must stay as they are until this is undone."""
@@ -133,20 +159,21 @@ class GlowSteps(Reversible):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is kept: a copy computes it again."""
-        return {**self.__dict__, "_constants": None, "_n_frozen": 0}
+        return {**super().__getstate__(), "_constants": None, "_n_frozen": 0, "_compiled": None}
 
     def _stepwise(self, method: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if not len(self.layers) or (self.training and not self._is_initialized()):
             return super()._stepwise(method, x)
         may_be_fast = not self.training and (self._is_frozen or not torch.compiler.is_compiling())
-        return self._fast(method, x, None) if may_be_fast and self.has_fast_path else self._plain(method, x)
+        is_fast = may_be_fast and self.has_fast_path and self._compiled is None
+        return self._fast(method, x, None) if is_fast else self._plain(method, x)
 
     def _recorded(self, method: str, x: Tensor, recompute: str) -> tuple[Tensor, Tensor | None]:
         if not len(self.layers):
             return super()._stepwise(method, x)
         if recompute == "auto":
-            recompute = "fast-early" if on_cpu(x) else "plain"
-        if self._is_frozen and self.has_fast_path:
+            recompute = "fast-early" if on_cpu(x) and self._compiled is None else "plain"
+        if self._is_frozen and self.has_fast_path and (self._compiled is None or recompute == "invert"):
             recompute = {"plain": "fast-nothing", "inputs": "fast-inputs", "invert": "fast-invert"}.get(
                 recompute, recompute
             )
@@ -157,36 +184,45 @@ class GlowSteps(Reversible):
         return super()._recorded(method, x, recompute)
 
     def _plain(self, method: str, x: Tensor, checkpointed: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Step by step; all matrices in one batched call, on accelerators all weights too.
+        """Step by step; all matrices in one batched call, on accelerators and where steps are compiled all weights too.
 
         With ``checkpointed`` each step's input is kept and the rest recomputed.
         """
         backwards = method in ("inverse", "decode")
-        linear = self._linear(self._kept(), backwards)
+        constants = self._kept()
+        linear = self._linear(constants, backwards)
         logdet = _whole(linear.logdet.sum(), x) if method in ("forward", "inverse") else None
-        nets = None if checkpointed or on_cpu(x) else self._nets_together(x)
+        together = self._compiled is not None or not (checkpointed or on_cpu(x))
+        nets = self._nets_together(constants, x) if together else None
         matrices, biases = linear.matrix.unbind(), linear.bias.unbind()
         for i in reversed(range(len(self.layers))) if backwards else range(len(self.layers)):
             coupling: Any = self.layers[i].coupling
             if nets is not None:
-                x, step_logdet = _step_with_net(coupling, nets[i], method, x, matrices[i], biases[i])
+                step: Callable[..., Any] = self._compiled or _step_with_net
+                arguments = method, coupling.bounds, x, matrices[i], biases[i], *nets[i]
             else:
-                slots = parameter_slots(coupling) if checkpointed else []
-                tensors = x, matrices[i], biases[i], *(values[name] for values, name in slots)
-                x, step_logdet = (recomputed(_step) if checkpointed else _step)(coupling, method, slots, *tensors)
+                step, slots = _step, parameter_slots(coupling) if checkpointed else []
+                parameters = [values[name] for values, name in slots]
+                arguments = coupling, method, slots, x, matrices[i], biases[i], *parameters
+            x, step_logdet = (recomputed(step) if checkpointed else step)(*arguments)
             if logdet is not None and step_logdet is not None:
                 logdet = logdet + step_logdet
         return x, logdet
 
-    def _nets_together(self, x: Tensor) -> list[list[tuple[Tensor, Tensor]]] | None:
-        """Folded convolutions of all coupling nets, if these are alike, in the precision they run in."""
+    def _nets_together(self, constants: _Constants | None, x: Tensor) -> list[list[Tensor]] | None:
+        """Folded weights and biases of all coupling nets, if these are alike, in the precision they run in."""
         steps: list[Any] = list(self.layers)
         nets: list[Any] = [step.coupling.net for step in steps]
         if not self.has_fast_path or len({tuple(p.shape for layer in net.parts() for p in layer) for net in nets}) > 1:
             return None
         autocast = AutocastState.current(x.device.type)
+        dtype = (autocast.dtype if autocast.enabled else None) or nets[0].last.bias.dtype
         with full_precision(x):
-            return folded_together(nets, (autocast.dtype if autocast.enabled else None) or nets[0].last.bias.dtype)
+            if constants is None:
+                folded_nets = folded_together(nets, dtype)
+            else:
+                folded_nets = [net.layers for net in constants.nets_for(self.layers, dtype)]
+        return [[part for layer in layers for part in layer] for layers in folded_nets]
 
     def _fast(self, method: str, x: Tensor, recompute: str | None) -> tuple[Tensor, Tensor | None]:
         """One pass on the fast path, without gradients or as one autograd node."""
@@ -279,14 +315,14 @@ def _step(
 
 
 def _step_with_net(
-    coupling: AffineCoupling, net: list[tuple[Tensor, Tensor]], method: str, x: Tensor, matrix: Tensor, bias: Tensor
+    method: str, bounds: Bounds, x: Tensor, matrix: Tensor, bias: Tensor, *net: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """``_step`` with the folded convolutions given, in their precision."""
+    """``_step`` with weight and bias of every folded convolution given, in their precision: a function of tensors alone."""
     backwards, asks_logdet = method in ("inverse", "decode"), method in ("forward", "inverse")
     with full_precision(x):
         first, second = halves(x if backwards else pixelwise(x, matrix, bias))
-        raw = convolved(second.to(net[0][0].dtype), net).to(x.dtype)
-        log_scale, shift = coupling.bounded(*raw.chunk(2, dim=1))
+        raw = convolved(second.to(net[0].dtype), list(zip(net[::2], net[1::2], strict=True))).to(x.dtype)
+        log_scale, shift = bounded(*raw.chunk(2, dim=1), bounds)
         if backwards:
             log_scale = -log_scale
             x = pixelwise(_cat((first - shift) * torch.exp(log_scale), second), matrix, bias)
@@ -472,13 +508,12 @@ class _Coupling(NamedTuple):
 
     log_scale: Tensor
     shift: Tensor
-    bounds: tuple[float, float | None]
+    bounds: Bounds
 
     @classmethod
     def of(cls, raw: Tensor, coupling: AffineCoupling, dtype: torch.dtype) -> _Coupling:
         """From the net's output (B, 2 (C//2), H, W)."""
-        bounds = coupling.scale_bound, coupling.shift_bound
-        return cls(*coupling.bounded(*raw.to(dtype).chunk(2, dim=1)), bounds)
+        return cls(*bounded(*raw.to(dtype).chunk(2, dim=1), coupling.bounds), coupling.bounds)
 
     def pull(self, d_log_scale: Tensor, d_shift: Tensor) -> Tensor:
         """draw; the derivative of the bound is 1 - (value / bound)^2."""

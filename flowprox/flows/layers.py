@@ -263,6 +263,7 @@ def pixelwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None, as_product:
     return y.permute(0, 3, 1, 2)
 
 
+@torch.compiler.assume_constant_result
 def _products_are_tf32() -> bool:
     """Whether ``torch.backends`` allows TF32 for products of matrices on CUDA (torch 2.9 renamed the switch)."""
     matmul = torch.backends.cuda.matmul
@@ -272,6 +273,16 @@ def _products_are_tf32() -> bool:
 def soft_bound(value: Tensor, bound: float) -> Tensor:
     """bound * tanh(value / bound): the identity near zero, never beyond +-bound."""
     return bound * torch.tanh(value / bound)
+
+
+Bounds = tuple[float, float | None]
+"""Bounds of a coupling's log-scale and shift."""
+
+
+def bounded(raw: Tensor, shift: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
+    """(s, t) from the two halves of a net's raw output."""
+    scale_bound, shift_bound = bounds
+    return soft_bound(raw, scale_bound), shift if shift_bound is None else soft_bound(shift, shift_bound)
 
 
 class AffineCoupling(Bijection):
@@ -299,13 +310,12 @@ class AffineCoupling(Bijection):
         """(s, t) from the half that passes; in the dtype of the input whatever the net computed in."""
         like = next(self.net.parameters(), condition)  # nets may be held in half precision, the bijection is not
         raw, shift = self.net(condition.to(like.dtype)).to(condition.dtype).chunk(2, dim=1)
-        return self.bounded(raw, shift)
+        return bounded(raw, shift, self.bounds)
 
-    def bounded(self, raw: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """(s, t) from the net's raw output."""
-        if self.shift_bound is not None:
-            shift = soft_bound(shift, self.shift_bound)
-        return soft_bound(raw, self.scale_bound), shift
+    @property
+    def bounds(self) -> Bounds:
+        """Of log-scale and shift."""
+        return self.scale_bound, self.shift_bound
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         a, b = halves(x)

@@ -5,6 +5,10 @@ follow from (seed, t). So the state of a run is its weights, optimizer, averages
 continues exactly as if it had not been. A step whose loss or gradient is not finite, or
 whose gradient is far above its running average, is counted and not applied.
 
+The host does not wait for the device between two readings of the log: whether a step is applied is decided on the device, where
+skipped steps are counted too, and looked at every 20 steps and before validations. What still reads: "muon", which looks at
+every step; several processes, which vote; a callback that reads the loss.
+
 Other bits, though the same run but for rounding, come of another number of processes or threads, another device, memory
 layout, precision or version of torch; and of ``max_time``, when rates follow the clock.
 
@@ -26,6 +30,7 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass, is_dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePath
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -36,17 +41,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flowprox.checkpoints import save_model, save_training_state
 from flowprox.files import first_line, refuse_foreign, sole_writer
-from flowprox.flows import NonFiniteError
+from flowprox.flows import FiniteChecks, NonFiniteError, compile_regions, gathered_checks
 from flowprox.options import DataOptions, NoiseOptions, Parameters, TrainingOptions, TrainingResult, parse_duration
 from flowprox.training.images import TrainingImages, mixed_seed, seed_global_generators
 from flowprox.training.log import RunLog
-from flowprox.training.optimizers import WeightAverage, make_optimizer, schedule_factor
+from flowprox.training.optimizers import WeightAverage, apply_if, make_optimizer, schedule_factor
 from flowprox.training.state import Counts, check_optimizer, check_tensors, read_state, run_identity
 from flowprox.training.tasks import Task
 
 __all__ = ["Callback", "fit", "listening"]
 
-_LOG_EVERY = 20  # steps between two readings of the loss, each of which waits for the device
+_LOG_EVERY = 20  # steps between two readings of the loss and of what was skipped, each of which waits for the device
 _MOST_SKIPPED = 20  # in a row
 _VALIDATION_CHUNK = 64  # images
 
@@ -58,12 +63,12 @@ class Callback:
     weights. Derive from it and override what you need.
     """
 
-    def on_step(self, step: int, loss: Tensor | None, model: nn.Module) -> None:
+    def on_step(self, step: int, loss: Tensor, model: nn.Module) -> None:
         """After every step.
 
         Arguments:
             step: number of steps so far.
-            loss: of this step, a scalar; None where the step was skipped. Reading its value waits for the device.
+            loss: of this step, a scalar; NaN where the step was skipped. Reading its value waits for the device.
             model: the network that is trained.
         """
 
@@ -127,7 +132,7 @@ def fit(
         FileExistsError: ``out`` holds a run and ``resume`` is false, or other files that the run would overwrite.
         ValueError: the run in ``out`` is another one (the message says in what), its state is damaged, weights are not
             finite, ``out`` lies among the images, or another process is training there.
-        NonFiniteError: twenty steps in a row were skipped, and that once more often than ``n_rollbacks``; with several
+        NonFiniteError: twenty steps or more in a row were skipped, and that once more often than ``n_rollbacks``; with several
             processes, also when a reversible flow finds in backward that it cannot invert, since the others already wait
             for that gradient.
         MemoryError: the device's memory is too small.
@@ -187,7 +192,9 @@ def _strategy(training: TrainingOptions) -> DDPStrategy | str:
 def _run(fabric: Fabric, job: _Job) -> TrainingResult:
     with _only_run(fabric, job.out), torch.random.fork_rng(devices=[]):
         with _threads(job.training.num_threads), _stop_signals() as stop, _one_line_failures(fabric, job):
-            return _Run(fabric, job, stop).train()
+            run = _Run(fabric, job, stop)
+            with gathered_checks() as run.checks:
+                return run.train()
 
 
 @contextmanager
@@ -269,6 +276,43 @@ def _computes_in_bfloat16() -> bool:
     return platform.machine() not in ("x86_64", "AMD64") or any(check is None or check() for check in checks)
 
 
+class _Tally:
+    """What is counted on the device, so that the host need not wait: skipped steps, losses, the gradient's usual norm."""
+
+    def __init__(self, counts: Counts, device: torch.device) -> None:
+        values = [counts.skipped, counts.skipped_in_a_row, counts.typical_norm, *counts.losses]
+        self.values = torch.tensor(values, dtype=torch.float32, device=device)
+        self.skipped, self.in_a_row, self.typical_norm = self.values[:3].unbind()
+        self.losses = self.values[3:]
+
+    def judge(self, loss: Tensor, norm: Tensor, skip_above: float, only_norm: bool) -> Tensor:
+        """Whether the step is to be applied, a scalar: all that decide see the same norm, and with ``only_norm`` no loss.
+
+        A norm far above its running average is an outlier. The average takes in at most the threshold, so that a few outliers
+        in a row raise it: a run is not stuck for ever where gradients have become larger.
+        """
+        threshold = skip_above * self.typical_norm
+        is_outlier = (threshold > 0) & (norm > threshold)
+        is_finite = torch.isfinite(norm if only_norm else norm + loss)
+        share = torch.where(self.typical_norm > 0, 0.02, 1.0)
+        typical = self.typical_norm + share * (torch.where(is_outlier, threshold, norm) - self.typical_norm)
+        self.typical_norm.copy_(torch.where(is_finite, typical, self.typical_norm))
+        is_good = is_finite & ~is_outlier
+        self.skipped += ~is_good
+        self.in_a_row.add_(1).mul_(~is_good)
+        self.losses += torch.where(is_good, torch.stack([loss, torch.ones_like(loss)]), 0.0)
+        return is_good
+
+    def read(self, counts: Counts) -> None:
+        """Put the values into the counts; waits for the device."""
+        skipped, in_a_row, counts.typical_norm, *counts.losses = self.values.tolist()
+        counts.skipped, counts.skipped_in_a_row = int(skipped), int(in_a_row)
+
+    def forget(self) -> None:
+        """The weights are others: no step was skipped, no norm is usual."""
+        self.values[1:3].zero_()
+
+
 class _Run:
     """One process's part of a training run."""
 
@@ -292,6 +336,8 @@ class _Run:
         if self.options.channels_last:
             self.task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._initialize_model(state)
+        if self.options.compile:  # every shape by itself, lest bits depend on which was met first
+            compile_regions(self.task.model, dynamic=False)
         groups, fused = self.task.parameter_groups(self.options), self.device.type in ("cpu", "cuda")
         self.optimizer = make_optimizer(self.options.optimizer, groups, fused, self.options.weight_decay)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -305,7 +351,7 @@ class _Run:
         self._keep_weights()
         if state is not None:
             self._restore(state)
-        self.losses = torch.tensor(self.counts.losses, device=self.device)
+        self.tally, self.checks = _Tally(self.counts, self.device), FiniteChecks()
         self.batches = self.images.batches(self.counts.step)
         place = job.out, job.recipe, self.counts.step
         self.log = RunLog(*place, self.options.batch_size, self.options.progress) if fabric.is_global_zero else None
@@ -350,8 +396,10 @@ class _Run:
                 self.counts.step += 1
                 self._call("on_step", self.counts.step, loss, self.task.model)
                 if self.counts.step % _LOG_EVERY == 0:
+                    self._look()
                     self._log_training()
                 if self.counts.step % self.options.validate_every == 0:
+                    self._look()
                     if len(self.images.validation):
                         self._validate()
                     elif not self.counts.skipped_in_a_row:
@@ -390,6 +438,8 @@ class _Run:
         return bool(self.reason)
 
     def _finish(self) -> None:
+        if self.reason != "signal":  # what resumes looks where the whole run would have looked
+            self._look()
         validated = self.counts.figures.get("step") == self.counts.step
         if len(self.images.validation) and self.reason != "signal" and not validated:
             self._validate()
@@ -406,25 +456,47 @@ class _Run:
 
     # -- one step
 
-    def _take_step(self) -> Tensor | None:
-        """The step's loss; None if it was skipped."""
+    def _take_step(self) -> Tensor:
+        """The step's loss; NaN if it was skipped."""
         generator = self._seed_step()
         inputs = self.task.batch(self.images.flip(next(self.batches), generator), generator)
         for earlier, live in zip(self.earlier_statistics, self.statistics, strict=True):
             earlier.copy_(live)
         self.optimizer.zero_grad(set_to_none=True)
+        loss = self._loss_and_gradients(inputs)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.options.gradient_clip or math.inf, foreach=True)
+        if loss is None:
+            loss = norm = torch.full((), math.nan, device=self.device)
+        is_good = self.tally.judge(loss, norm, self.options.skip_above, self.distributed)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self._rate()
+        apply_if(is_good, self.optimizer)
+        self.average.update(self.counts.step + 1 - self.tally.skipped, is_good)
+        for earlier, live in zip(self.earlier_statistics, self.statistics, strict=True):
+            live.copy_(torch.where(is_good, live, earlier))
+        return torch.where(is_good, loss, math.nan)
+
+    def _loss_and_gradients(self, inputs: tuple[Any, ...]) -> Tensor | None:
+        """The loss, backpropagated; None where a process found out on the host that it has none.
+
+        A process that went on alone would wait for ever in the gradient's reduction, so that all of them vote. What is not
+        finite in one has spread to the gradients of all.
+        """
         loss = None
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.in_bfloat16):
                 loss = self.forward(*inputs)
         except NonFiniteError as error:
             self.error = error
-        agreed = self._agree(loss)
-        if loss is None or not agreed or not self._backward(loss) or not self._apply_gradients(loss.detach()):
-            self._skip()
+        if not self._agree(loss is not None) or loss is None:
             return None
-        self.counts.skipped_in_a_row = 0
-        self.losses += torch.stack([loss.detach(), torch.ones_like(loss)])
+        try:
+            self.fabric.backward(loss)
+        except NonFiniteError as error:  # a reversible flow that cannot recompute what it needs
+            if self.distributed:
+                raise
+            self.error = error
+            return None
         return loss.detach()
 
     def _seed_step(self) -> torch.Generator:
@@ -432,57 +504,17 @@ class _Run:
         seed_global_generators(seed, self.device)
         return torch.Generator(self.device).manual_seed(seed)
 
-    def _agree(self, loss: Tensor | None) -> bool:
-        """Whether all processes have a finite loss; process 0's clock and requests to stop travel along.
-
-        A process that went on alone would wait for ever in the gradient's reduction. A single process needs no vote: it
-        finds out with the gradient's norm, at no further synchronization.
-        """
+    def _agree(self, has_loss: bool) -> bool:
+        """Whether all processes have a loss; process 0's clock and requests to stop travel along."""
         self.counts.elapsed = self._clock()
         if not self.distributed:
-            return loss is not None
-        finite = loss is not None and bool(torch.isfinite(loss.detach()))
-        vote = [float(not finite), float(self.stop.is_set()), self.counts.elapsed * self.fabric.is_global_zero]
+            return has_loss
+        vote = [float(not has_loss), float(self.stop.is_set()), self.counts.elapsed * self.fabric.is_global_zero]
         votes = self.fabric.all_reduce(torch.tensor(vote, device=self.device), reduce_op="sum")
         bad, stops, self.counts.elapsed = votes.tolist()  # type: ignore[union-attr]
         if stops:
             self.reason = "signal"
         return bad == 0
-
-    def _backward(self, loss: Tensor) -> bool:
-        """Backpropagate; whether a reversible flow could recompute what it needs."""
-        try:
-            self.fabric.backward(loss)
-        except NonFiniteError as error:
-            if self.distributed:
-                raise
-            self.error = error
-            return False
-        return True
-
-    def _apply_gradients(self, loss: Tensor) -> bool:
-        """Clip and step, if the gradient is finite: every process sees the same reduced one."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.options.gradient_clip or math.inf, foreach=True)
-        if not bool(torch.isfinite(norm if self.distributed else norm + loss)) or self._is_outlier(float(norm)):
-            return False
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * self._rate()
-        self.optimizer.step()
-        self.average.update(self.counts.step - self.counts.skipped + 1)
-        return True
-
-    def _is_outlier(self, norm: float) -> bool:
-        """Whether a gradient's norm is far above its running average.
-
-        The average takes in at most the threshold, so that a few outliers in a row raise it: a run is not stuck for ever
-        where gradients have become larger.
-        """
-        typical = self.counts.typical_norm
-        threshold = self.options.skip_above * typical
-        is_outlier = 0 < threshold < norm
-        counted = threshold if is_outlier else norm
-        self.counts.typical_norm += (0.02 if typical else 1.0) * (counted - typical)
-        return is_outlier
 
     def _progress(self) -> float:
         return min(1.0, max(self.counts.step / self.limit, self.counts.elapsed / self.max_time))
@@ -492,16 +524,19 @@ class _Run:
         warm = min(1.0, (self.counts.step + 1) / warmup) if warmup else 1.0
         return warm * schedule_factor(self.options.schedule, self._progress()) / 2**self.counts.rollbacks
 
-    def _skip(self) -> None:
-        self.counts.skipped += 1
-        self.counts.skipped_in_a_row += 1
-        for earlier, live in zip(self.earlier_statistics, self.statistics, strict=True):
-            live.copy_(earlier)
+    def _look(self) -> None:
+        """Read what the device has counted; after too many skipped steps go back, or give up."""
+        self.tally.read(self.counts)
+        try:
+            self.checks.report()
+        except NonFiniteError as error:
+            self.error = error
         if self.counts.skipped_in_a_row < _MOST_SKIPPED:
             return
         if self.counts.rollbacks >= self.options.n_rollbacks:
             raise NonFiniteError(
-                f"{_MOST_SKIPPED} steps in a row, up to step {self.counts.step}, had an outlying or not finite gradient"
+                f"{self.counts.skipped_in_a_row} steps in a row, up to step {self.counts.step}, had an outlying or not finite "
+                "gradient"
                 + (f" ({self.error})" if self.error else "")
                 + "; lower learning_rate or gradient_clip, or tighten the flow's scale_bound"
             )
@@ -519,6 +554,7 @@ class _Run:
         """To the best weights, more slowly: the run has come to a place from which no step leads on."""
         self.counts.rollbacks += 1
         self.counts.skipped_in_a_row, self.counts.typical_norm = 0, 0.0
+        self.tally.forget()
         self.task.model.load_state_dict(self.kept["model"])
         self.average.load_state_dict(self.kept["average"])
         self.optimizer.state.clear()
@@ -533,10 +569,11 @@ class _Run:
         model = self.average.current(self.distributed).eval()
         try:
             chunks = range(0, len(images), _VALIDATION_CHUNK)
-            for start in chunks[self.fabric.global_rank :: self.fabric.world_size]:
-                x = self.images.to_float(images[start : start + _VALIDATION_CHUNK])
-                for name, values in self.task.evaluate(model, x, self._validation_generator(start)).items():
-                    sums[name] = sums.get(name, 0.0) + float(values.double().sum())
+            with gathered_checks():
+                for start in chunks[self.fabric.global_rank :: self.fabric.world_size]:
+                    x = self.images.to_float(images[start : start + _VALIDATION_CHUNK])
+                    for name, values in self.task.evaluate(model, x, self._validation_generator(start)).items():
+                        sums[name] = sums.get(name, 0.0) + float(values.double().sum())
         except NonFiniteError as error:  # the run goes on: such a model is never the best one
             self.error, sums = error, dict.fromkeys([self.task.figure, *sums], math.nan)
         figures = {name: value / len(images) for name, value in self._sum_over_processes(sums).items()}
@@ -575,10 +612,10 @@ class _Run:
 
     def _log_training(self) -> None:
         if self.log is not None:
-            at, (total, n) = self.counts, self.losses.tolist()
+            at, (total, n) = self.counts, self.counts.losses
             figures = {"loss": total / n if n else math.nan, "learning_rate": self.rates[0] * self._rate()}
             self.log.training(at.step, at.elapsed, {**figures, "skipped": at.skipped}, self._progress())
-        self.losses.zero_()
+        self.tally.losses.zero_()
 
     def _save_model(self) -> None:
         if self.log is None:
@@ -609,7 +646,9 @@ class _Run:
         shown = self.images.validation if len(self.images.validation) else self.images.train
         try:
             x, model = self.images.to_float(shown[:8]), self.average.current().eval()
-            self.log.pictures(self.counts.step, self.task.pictures(model, x, self._validation_generator(0)))
+            with gathered_checks():
+                pictures = self.task.pictures(model, x, self._validation_generator(0))
+            self.log.pictures(self.counts.step, pictures)
         except NonFiniteError as error:
             self._say(f"no samples.png: {error}")
         self.task.train()
@@ -619,9 +658,10 @@ class _Run:
     def _save_state(self) -> None:
         if self.log is None:
             return
+        self.tally.read(self.counts)
         state = {
             "identity": self.identity,
-            "counters": asdict(self.counts) | {"elapsed": self._clock(), "losses": self.losses.tolist()},
+            "counters": asdict(self.counts) | {"elapsed": self._clock()},
             "model": self.task.model.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),

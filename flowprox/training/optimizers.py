@@ -20,11 +20,10 @@ from collections.abc import Mapping
 import torch
 from pytorch_optimizer import Muon
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from flowprox.options import Parameters
 
-__all__ = ["WeightAverage", "make_optimizer", "schedule_factor"]
+__all__ = ["WeightAverage", "apply_if", "make_optimizer", "schedule_factor"]
 
 _WITHOUT_DECAY = ("scalars", "start")
 _ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
@@ -54,6 +53,18 @@ def make_optimizer(
     groups = [group for group in groups if group["params"]]
     # AdamW is Adam where nothing decays
     return Muon(groups) if kind == "muon" else torch.optim.AdamW(groups, fused=fused or None, **_ADAM)
+
+
+def apply_if(is_good: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Step the optimizer where ``is_good``, a scalar on the device, is true, else change nothing.
+
+    Kernels of fused optimizers read the flag themselves, as they do for gradient scalers; for others the host reads it.
+    """
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = (~is_good).float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif bool(is_good):
+        optimizer.step()
 
 
 def _split(group: Parameters) -> tuple[Parameters, Parameters]:
@@ -94,12 +105,15 @@ class WeightAverage:
         self.averaged = copy.deepcopy(model) if decay else model
         self.pairs = [p.detach() for p in self.averaged.parameters()], [p.detach() for p in model.parameters()]
 
-    def update(self, n: int) -> None:
-        """Take the weights in after the n-th step."""
+    def update(self, n: Tensor, is_good: Tensor) -> None:
+        """Take the weights in after the n-th step, if that step was good; n and ``is_good`` are scalars on the device."""
         if (
             self.decay
         ):  # not ``AveragedModel``, which reads its counter on the host and copies all buffers in every step
-            get_ema_multi_avg_fn(min(self.decay, n / (n + 10)))(*self.pairs, n)
+            share = torch.where(is_good, 1 - (n / (n + 10)).clamp(max=self.decay), 0.0)
+            difference = torch._foreach_sub(self.pairs[1], self.pairs[0])
+            torch._foreach_mul_(difference, share)
+            torch._foreach_add_(self.pairs[0], difference)
 
     def current(self, distributed: bool = False) -> nn.Module:
         """The averaged model, with the model's present buffers; all processes then have those of process 0."""

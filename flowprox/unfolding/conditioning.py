@@ -187,6 +187,8 @@ class LatentMeanNet(Specified, nn.Module):
 
 
 class _Residual(nn.Module):
+    is_region = True  # of ``flowprox.flows.compile_regions``
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.first = nn.Conv2d(width, width, 3, padding=1)

@@ -5,15 +5,28 @@ That its gradients are those of plain autograd in float64, however it is called,
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import product
+from unittest import mock
 
 import pytest
 import torch
-from flow_cases import FAST_MODES, chain, decode_loss, every_loss, gradients, inverse_loss, log_prob_loss, pair
+from flow_cases import (
+    FAST_MODES,
+    chain,
+    decode_loss,
+    every_loss,
+    gradients,
+    inverse_loss,
+    log_prob_loss,
+    pair,
+    prox_loss,
+)
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from flowprox.flows import (
     Flow,
@@ -23,6 +36,7 @@ from flowprox.flows import (
     RealNVP,
     Reversible,
     Sequential,
+    compile_regions,
     conditioners,
     fast,
     frozen,
@@ -32,7 +46,7 @@ from flowprox.flows.conditioners import CouplingNet, CouplingUNet
 from flowprox.flows.glow import FAST_WIDTH
 from flowprox.operators import make_physics
 from flowprox.prox import FlowProx
-from flowprox.unfolding import UnfoldedPGD
+from flowprox.unfolding import LatentMeanNet, UnfoldedPGD
 
 every_fast_mode = pytest.mark.parametrize("mode", FAST_MODES)
 every_coupling = pytest.mark.parametrize("coupling", ["conv", "conv-actnorm"])
@@ -336,3 +350,38 @@ def test_an_unfolded_network_reconstructs_on_the_fast_path_in_evaluation_mode() 
 def test_nets_with_a_learned_scale_and_none_are_supported() -> None:
     assert GlowSteps([GlowStep(4, CouplingNet(2, 4, 4, actnorm=True))]).has_fast_path
     assert not GlowSteps([GlowStep(4, CouplingUNet(2, 4, [4]))]).has_fast_path
+
+
+@pytest.mark.parametrize("mode", ["auto", "inputs"])
+def test_compiled_steps_compute_the_same_as_one_graph_per_level_and_direction(mode: str) -> None:
+    """Both as on the CPU and, in mode "auto", with the kernels of an accelerator; a break of a graph would be an error."""
+    on_cpu = [
+        mock.patch.object(module, "on_cpu", lambda _: mode == "inputs") for module in (fast, layers, conditioners)
+    ]
+    plain, compiled, x = pair(mode)
+    names, before = list(compiled.state_dict()), counters["stats"]["unique_graphs"]
+    compile_regions(compiled, backend="aot_eager" if mode == "auto" else "eager", dynamic=False)
+    for patch in on_cpu:
+        patch.start()
+    try:
+        for loss in (log_prob_loss, prox_loss):
+            torch.testing.assert_close(gradients(compiled, loss, x), gradients(plain, loss, x), rtol=1e-8, atol=1e-10)
+        assert counters["stats"]["unique_graphs"] - before == 2 * 3  # levels; forward, encode, decode
+        with frozen(compiled), frozen(plain):
+            x.requires_grad_()
+            found, expected = (torch.autograd.grad(flow.log_prob(x).sum(), x)[0] for flow in (compiled, plain))
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+    finally:
+        for patch in on_cpu:
+            patch.stop()
+    assert list(compiled.state_dict()) == names
+    assert all(m._compiled is None for m in copy.deepcopy(compiled).modules() if isinstance(m, GlowSteps))
+
+
+def test_compiled_blocks_of_a_latent_mean_are_one_graph_per_level() -> None:
+    net, x = LatentMeanNet(4, 3, 1, [4, 8], n_blocks=3), torch.rand(2, 4, 8, 8)
+    torch.nn.init.normal_(net.means[0].weight)  # type: ignore[arg-type]
+    expected, before = net(x)[0], counters["stats"]["unique_graphs"]
+    compile_regions(net, backend="eager", dynamic=False)
+    torch.testing.assert_close(net(x)[0], expected)
+    assert counters["stats"]["unique_graphs"] - before == 2
