@@ -356,7 +356,7 @@ class TrainingOptions:
         devices: processes per machine (one device each).
         num_nodes: machines.
         strategy: how processes start: "ddp" (the command is run again for each) or "ddp_spawn"; "auto" is "ddp".
-        compile: compile the network with ``torch.compile``, a step of a level or a block at a time. It is for a GPU, and costs a
+        compile: compile the network with ``torch.compile``, a step of a level or a block at a time; for a GPU. It costs a
             minute at the start. Flows whose ``backward`` is "invert" or "fast-..." are trained as without.
         num_threads: CPU threads per process; null leaves PyTorch's choice. With one, it skips its fast convolutions.
         channels_last: keep images and weights channels-last, the faster layout for convolutions.

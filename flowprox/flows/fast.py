@@ -120,7 +120,7 @@ class GlowSteps(Reversible):
         return all(type(c) is AffineCoupling and isinstance(c.net, CouplingNet) for c in couplings)
 
     def compile(self, **options: Any) -> None:
-        """Compile one step, in whatever direction it is called: as many graphs as it meets shapes, one for all steps of a level.
+        """Compile one step, in whatever direction it is called: one graph per shape, which all steps of a level share.
 
         Passes of ``recompute`` "plain", "auto" and "inputs" and those without gradients then run it. "invert" and "fast-..."
         record theirs as before. A copy is not compiled. Of chains without the fast path the nets are compiled.
