@@ -322,7 +322,7 @@ def _step_with_net(
     with full_precision(x):
         first, second = halves(x if backwards else pixelwise(x, matrix, bias))
         raw = convolved(second.to(net[0].dtype), list(zip(net[::2], net[1::2], strict=True))).to(x.dtype)
-        log_scale, shift = bounded(*raw.chunk(2, dim=1), bounds)
+        log_scale, shift = bounded(bounds, *raw.chunk(2, dim=1))
         if backwards:
             log_scale = -log_scale
             x = pixelwise(_cat((first - shift) * torch.exp(log_scale), second), matrix, bias)
@@ -513,7 +513,7 @@ class _Coupling(NamedTuple):
     @classmethod
     def of(cls, raw: Tensor, coupling: AffineCoupling, dtype: torch.dtype) -> _Coupling:
         """From the net's output (B, 2 (C//2), H, W)."""
-        return cls(*bounded(*raw.to(dtype).chunk(2, dim=1), coupling.bounds), coupling.bounds)
+        return cls(*bounded(coupling.bounds, *raw.to(dtype).chunk(2, dim=1)), coupling.bounds)
 
     def pull(self, d_log_scale: Tensor, d_shift: Tensor) -> Tensor:
         """draw; the derivative of the bound is 1 - (value / bound)^2."""

@@ -279,7 +279,7 @@ Bounds = tuple[float, float | None]
 """Bounds of a coupling's log-scale and shift."""
 
 
-def bounded(raw: Tensor, shift: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
+def bounded(bounds: Bounds, raw: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """(s, t) from the two halves of a net's raw output."""
     scale_bound, shift_bound = bounds
     return soft_bound(raw, scale_bound), shift if shift_bound is None else soft_bound(shift, shift_bound)
@@ -310,7 +310,7 @@ class AffineCoupling(Bijection):
         """(s, t) from the half that passes; in the dtype of the input whatever the net computed in."""
         like = next(self.net.parameters(), condition)  # nets may be held in half precision, the bijection is not
         raw, shift = self.net(condition.to(like.dtype)).to(condition.dtype).chunk(2, dim=1)
-        return bounded(raw, shift, self.bounds)
+        return bounded(self.bounds, raw, shift)
 
     @property
     def bounds(self) -> Bounds:

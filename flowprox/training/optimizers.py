@@ -111,9 +111,9 @@ class WeightAverage:
             self.decay
         ):  # not ``AveragedModel``, which reads its counter on the host and copies all buffers in every step
             share = torch.where(is_good, 1 - (n / (n + 10)).clamp(max=self.decay), 0.0)
-            difference = torch._foreach_sub(self.pairs[1], self.pairs[0])
-            torch._foreach_mul_(difference, share)
-            torch._foreach_add_(self.pairs[0], difference)
+            difference = torch._foreach_sub(self.pairs[1], self.pairs[0])  # type: ignore[attr-defined]
+            torch._foreach_mul_(difference, share)  # type: ignore[attr-defined]
+            torch._foreach_add_(self.pairs[0], difference)  # type: ignore[attr-defined]
 
     def current(self, distributed: bool = False) -> nn.Module:
         """The averaged model, with the model's present buffers; all processes then have those of process 0."""
