@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,13 +22,19 @@ from deepinv.models import Reconstructor
 from deepinv.physics import Inpainting, Physics
 from torch import Tensor
 
+from flowprox.checkpoints import list_models, load_model
 from flowprox.flows import NonFiniteError
 from flowprox.metrics import best_scaled, psnr, ssim
-from flowprox.operators import Fitted, ProblemKind
+from flowprox.operators import Fitted, Problem, ProblemKind
 from flowprox.records import Record
 from flowprox.solvers import Solution, SolverInterrupted
+from flowprox.uncertainty import Intervals, residual_p_value
+from flowprox.unfolding import Unfolded
 
-__all__ = ["Estimate", "estimate", "figures"]
+__all__ = ["Doubts", "Estimate", "doubts_of", "estimate", "figures"]
+
+Doubts = Callable[[Tensor, Tensor, Physics], list[Record]]
+"""x_hat (B, C, H, W), y, physics -> of each image whether an alarm is raised, and its p-values."""
 
 _SSIM_SIDE = 11
 
@@ -38,7 +45,8 @@ class Estimate(NamedTuple):
     Arguments:
         x_hat: (C, H, W), on the processor.
         facts: figures where the truth is known, cost, and what a solver says about itself: reason ("interrupted" where
-            it was and this is the best so far), n_evaluations, gamma, restarts.
+            it was and this is the best so far), n_evaluations, gamma, restarts; residual_p_value (of white Gaussian noise);
+            alarm.
         deviation: standard deviation of each pixel (C, H, W), from a method that samples the posterior.
     """
 
@@ -55,6 +63,7 @@ def estimate(
     kind: ProblemKind,
     x: Tensor | None = None,
     callback: Callable[[int, int], None] | None = None,
+    doubts: Doubts | None = None,
 ) -> list[Estimate]:
     """The estimates of a batch of measurements, their figures and cost.
 
@@ -67,6 +76,7 @@ def estimate(
         kind: what it is.
         x: the images (B, C, H, W) behind them, if they are known.
         callback: called by a solver after every evaluation with their number and the most there can be.
+        doubts: what the estimates are looked at with, see ``doubts_of``.
 
     Raises:
         NonFiniteError: an estimate holds NaN or infinity.
@@ -94,6 +104,11 @@ def estimate(
     facts = _facts(solution, len(x_hat))
     if x is not None:
         facts = [figure | fact for figure, fact in zip(figures(x_hat, x, y, physics, kind), facts, strict=True)]
+    p_values = residual_p_value(x_hat, y, physics)
+    if p_values is not None:
+        facts = [fact | {"residual_p_value": p} for fact, p in zip(facts, p_values.tolist(), strict=True)]
+    if doubts is not None:
+        facts = [fact | {"alarm": alarm} for fact, alarm in zip(facts, doubts(x_hat, y, physics), strict=True)]
     shared = {"seconds": seconds, "peak_memory_mib": _peak_mib(y.device), "batch": len(y)}
     deviation = getattr(solution, "std", None)
     deviations = [None] * len(y) if deviation is None else deviation[..., fitted.rows, fitted.columns].cpu()
@@ -101,6 +116,28 @@ def estimate(
         Estimate(one, fact | shared | {"device": str(y.device)}, std)
         for one, fact, std in zip(x_hat.cpu(), facts, deviations, strict=True)
     ]
+
+
+def doubts_of(network: object, problem: Problem, seed: int = 0, intervals: Intervals | None = None) -> Doubts | None:
+    """The alarm of a trained network for a problem, if it has been calibrated.
+
+    Arguments:
+        network: with its card.
+        problem: what is measured.
+        seed: of what is drawn with the operator.
+        intervals: with the alarm; by default those that ship with the network, if they are for these weights and this problem.
+    """
+    card = getattr(network, "card", None)
+    if not isinstance(network, Unfolded) or card is None or not network.flows():
+        return None
+    if intervals is None and (name := f"{card.name}-intervals") in list_models():
+        shipped: Intervals = load_model(name, device=network.log_shrinkage.device)
+        with suppress(ValueError):  # they are for another problem
+            shipped.check(card.sha256, problem, seed)
+            intervals = shipped
+    if intervals is None or intervals.alarm is None:
+        return None
+    return partial(intervals.alarm.records, flow=network.flows()[-1])
 
 
 def _facts(solution: Solution | None, n: int) -> list[Record]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,12 +24,13 @@ from torch import Tensor
 from flowprox.checkpoints import load_model
 from flowprox.data import load_image, picture_form
 from flowprox.data.files import as_pil, form_of_pil, from_pil
-from flowprox.estimates import estimate
+from flowprox.estimates import doubts_of, estimate
 from flowprox.flows import Flow
 from flowprox.methods import make_method
 from flowprox.metrics import psnr
 from flowprox.naming import require_device
 from flowprox.operators import PROBLEMS, Problem, make_physics
+from flowprox.records import Record
 
 __all__ = ["Picture", "Restored", "restore"]
 
@@ -51,6 +53,8 @@ class Restored:
         x: the truth, if it was given.
         psnr: in dB, both clipped to [0, 1]; None where the truth is not known.
         problem: name and parameters of the operator.
+        alarm: of a calibrated network, whether the result is not to be trusted (``raised``), and the p-values of its residual,
+            its latents and its density; None of others.
     """
 
     image: Any = field(repr=False)
@@ -59,6 +63,7 @@ class Restored:
     x: Tensor | None = field(repr=False)
     psnr: float | None
     problem: str
+    alarm: Record | None = None
 
     def compare(self) -> Image.Image:
         """What was given, what came out and, if known, the truth, side by side."""
@@ -106,6 +111,9 @@ def restore(
         ValueError: something does not fit; the message names it.
         OSError: a file cannot be read.
 
+    Warns:
+        UserWarning: the alarm of a calibrated model is raised.
+
     Example:
         >>> from flowprox.samples import sample_images
         >>> x = dict(sample_images())["coffee"][:, :40, :52]
@@ -143,7 +151,15 @@ def restore(
     if name.endswith("inpainting"):
         wide = physics.A(wide)  # what the mask hides is no measurement
     method = _method(network, trained, operator, device)
-    x_hat = estimate(method, wide, physics, kind)[0].x_hat
+    doubts = doubts_of(network, operator) if method is network else None
+    x_hat, facts, _ = estimate(method, wide, physics, kind, doubts=doubts)[0]
+    alarm = facts.get("alarm")
+    if alarm is not None and alarm["raised"]:
+        warnings.warn(
+            "the result is not to be trusted: it is unlike those of the images on which the model was calibrated "
+            f"({', '.join(f'{key} p {value:.2g}' for key, value in alarm.items() if key != 'raised')})",
+            stacklevel=2,
+        )
     if name.endswith("inpainting") and not operator.parameters["sigma"] and operator.parameters["noise"] is None:
         kept = physics.get_buffer("mask").reshape(-1, *x_hat.shape[-2:]).cpu() > 0
         x_hat = torch.where(kept, wide[0].cpu(), x_hat)  # what is known without noise stays
@@ -152,7 +168,7 @@ def restore(
     if x is not None and x.shape != x_hat.shape:
         raise ValueError(f"truth has shape {tuple(x.shape)}, the restored image {tuple(x_hat.shape)}")
     level = None if x is None else float(psnr(x_hat[None], x[None]))
-    return Restored(back(x_hat), x_hat, y.float().cpu(), x, level, operator.label)
+    return Restored(back(x_hat), x_hat, y.float().cpu(), x, level, operator.label, alarm)
 
 
 def _operator_parameters(name: str, mask: Picture | None, kernel: Any) -> dict[str, Any]:

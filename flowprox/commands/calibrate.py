@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowprox.commands.terminal import check_device, check_models, digits, key_values, print_table
 
 if TYPE_CHECKING:
+    from deepinv.physics import LinearPhysics
+    from torch import Tensor
+
     from flowprox.checkpoints import Card
     from flowprox.operators import Problem
+    from flowprox.uncertainty import Intervals
+    from flowprox.unfolding import Unfolded
 
 __all__ = ["CalibrateOptions", "calibrate"]
 
 _FEWEST = 20  # test images from which figures are worth writing down
+_FEWEST_FOR_ALARM = 598  # half of them are the reference: three p-values, of which one in a hundred raises the alarm
+_APART = 10**6  # from the seeds of other noise
 
 
 @dataclass
@@ -33,9 +41,12 @@ class CalibrateOptions:
         split: "val" or "test" takes that part of data only, which a network trained on the same folder has not seen.
         problem: what is measured; by default the problem in the model's card.
         parameters: KEY=VALUE ... of the problem, where they differ from the model's card.
+        intervals: earlier intervals of the network for the problem: they stay as they are and get an alarm; nothing is trained.
         n_training: how many images train the half-widths.
         n_calibration: how many calibrate; alpha needs at least 1 / alpha - 1.
         n_test: at most how many measure.
+        n_alarm: at most how many images, those that calibrate and then those left of data, tell which results are not to be
+            trusted; an alarm needs 598. 0 makes none.
         n_steps: of training the half-widths.
         image_size: height and width in pixels; by default those the network was made for.
         seed: of the shuffling, the noise and the first weights.
@@ -51,9 +62,11 @@ class CalibrateOptions:
     split: str = "all"
     problem: str | None = None
     parameters: list[str] | None = None
+    intervals: str | None = None
     n_training: int = 1000
     n_calibration: int = 150
     n_test: int = 300
+    n_alarm: int = 800
     n_steps: int = 600
     image_size: int | None = None
     seed: int = 0
@@ -69,8 +82,9 @@ def calibrate(options: CalibrateOptions) -> None:
     for name in ("n_training", "n_calibration", "n_steps"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} must be positive, got {getattr(options, name)}")
-    if options.n_test < 0:
-        raise ValueError(f"n_test must not be negative, got {options.n_test}")
+    for name in ("n_test", "n_alarm"):
+        if getattr(options, name) < 0:
+            raise ValueError(f"{name} must not be negative, got {getattr(options, name)}")
     check_device(options.device)
     check_models(options.model)
     import torch
@@ -100,6 +114,17 @@ def calibrate(options: CalibrateOptions) -> None:
         return images[torch.randperm(len(images), generator=generator)]
 
     pool = read(options.data, options.split)
+    seed = int((card.problem or {}).get("seed", 0))
+    physics = make_physics(problem, (channels, size, size), seed=seed, device=options.device)
+    assert isinstance(physics, LinearPhysics)  # method unfolded is for no other
+    if options.intervals is not None:
+        earlier = load_model(options.intervals, device=options.device)
+        earlier.check(card.sha256, problem, seed)
+        complete, n_alarm = _with_alarm(earlier, network, physics, pool, options)
+        facts = earlier.card.training | {"n_alarm": n_alarm, "alarm_data": options.data}
+        save_model(complete, options.out, replace(earlier.card, name=Path(options.out).absolute().name, training=facts))
+        print(f"written to {options.out}")
+        return
     n_own = 0 if options.training else options.n_training
     if len(pool) < options.n_calibration + n_own:
         remedy = "" if options.training else "; or give other images for the half-widths with --training"
@@ -114,9 +139,6 @@ def calibrate(options: CalibrateOptions) -> None:
             f"{options.training} holds {len(training)} images, not {options.n_training}: give more, or lower n_training"
         )
     test = (read(options.test) if options.test else rest)[: options.n_test]
-    seed = int((card.problem or {}).get("seed", 0))
-    physics = make_physics(problem, (channels, size, size), seed=seed, device=options.device)
-    assert isinstance(physics, LinearPhysics)  # method unfolded is for no other
 
     def floats(images: torch.Tensor) -> torch.Tensor:
         return (images.float() / 255).to(options.device)
@@ -141,6 +163,8 @@ def calibrate(options: CalibrateOptions) -> None:
             options.seed,
             show,
         )
+    watched = torch.cat([calibration, rest if options.test else rest[len(test) :]])
+    intervals, n_alarm = _with_alarm(intervals, network, physics, watched, options)
     metrics: dict[str, float] = {}
     if len(test) >= _FEWEST:
         first = options.seed + options.n_training + options.n_calibration
@@ -154,6 +178,7 @@ def calibrate(options: CalibrateOptions) -> None:
         "alpha": options.alpha,
         "n_training": len(training),
         "n_calibration": len(calibration),
+        "n_alarm": n_alarm,
         "n_test": len(test) if metrics else 0,
         "training": options.training or options.data,
         "test": options.test or options.data,
@@ -167,6 +192,26 @@ def calibrate(options: CalibrateOptions) -> None:
     else:
         print(f"not measured: {len(test)} images are left, and {_FEWEST} are needed; give more, or others with --test")
     print(f"written to {options.out}; use them with flowprox reconstruct --intervals")
+
+
+def _with_alarm(
+    intervals: Intervals, network: Unfolded, physics: LinearPhysics, images: Tensor, options: CalibrateOptions
+) -> tuple[Intervals, int]:
+    """The intervals with an alarm, and of how many of the images (B, C, H, W), of 8 bits, it is; too few make none."""
+    from flowprox.uncertainty import Intervals, fit_alarm, measured_estimates
+
+    images = images[: options.n_alarm]
+    if len(images) < _FEWEST_FOR_ALARM or not network.flows():
+        if options.n_alarm:
+            print(
+                f"no alarm: it needs {_FEWEST_FOR_ALARM} images that are left, not {len(images)}, and a network with flows"
+            )
+        return intervals, 0
+    seeds = range(options.seed + _APART, options.seed + _APART + len(images))
+    x = (images.float() / 255).to(options.device)
+    estimates = [(x_hat, y) for _, y, x_hat in measured_estimates(network, x, physics, seeds)]
+    alarm = fit_alarm(estimates, physics, network.flows()[-1])
+    return Intervals(intervals.scale, intervals.alpha, intervals.factor, alarm), len(images)
 
 
 def _problem(options: CalibrateOptions, card: Card, parameters: dict[str, Any]) -> Problem:

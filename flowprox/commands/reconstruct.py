@@ -18,6 +18,9 @@ from flowprox.commands.terminal import (
 
 __all__ = ["ReconstructOptions", "reconstruct"]
 
+_RARE = 1e-3  # of a residual's p-value: an honest estimate has a larger one almost always
+_N_NAMED = 5
+
 
 @dataclass
 class ReconstructOptions:
@@ -153,5 +156,30 @@ def _print_notes(records: list[dict[str, Any]]) -> None:
             f"the chains of {len(unmixed)} of {len(records)} images have not mixed ({unmixed[0]['image']}: "
             f"{unmixed[0]['reason']}): mean and deviations are rough; give --options more n_warmup and n_samples"
         )
+    _print_doubts(records)
     if any(record.get("scaled_to_fit") for record in records):
         print("signs do not tell the scale of an image: estimates were scaled to fit before they were compared")
+
+
+def _print_doubts(records: list[dict[str, Any]]) -> None:
+    """Which results are not to be trusted, and why."""
+    tested = [
+        record for record in records if "alarm" not in record
+    ]  # of a calibrated network the usual residual is known
+    unexplained = [record for record in tested if record.get("residual_p_value", 1) < _RARE]
+    alarming = [record for record in records if record.get("alarm", {}).get("raised")]
+    for record in alarming[:_N_NAMED]:
+        p_values = {key: value for key, value in record["alarm"].items() if key != "raised"}
+        unlikely = min(p_values, key=lambda key: p_values[key])
+        print(
+            f"not to be trusted: {record['image']}, unlike the images of the calibration in its {unlikely} "
+            f"(p {p_values[unlikely]:.2g})"
+        )
+    for record in unexplained[:_N_NAMED]:
+        print(
+            f"not to be trusted: {record['image']}, the measurement is further from it than the stated noise explains "
+            f"(p {record['residual_p_value']:.2g}): the noise level, the operator or the method does not fit"
+        )
+    n = len(alarming) + len(unexplained)
+    if n > _N_NAMED:
+        print(f"{n} of {len(records)} images are not to be trusted; records.jsonl names them")

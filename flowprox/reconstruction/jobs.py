@@ -27,7 +27,7 @@ from torch import Tensor
 
 from flowprox.checkpoints import load_model
 from flowprox.data import load_array, load_image, load_measurement
-from flowprox.estimates import Estimate, estimate
+from flowprox.estimates import Doubts, Estimate, doubts_of, estimate
 from flowprox.evaluation.images import image_seed
 from flowprox.evaluation.run import hashed
 from flowprox.files import sha256, sole_writer
@@ -126,7 +126,8 @@ def reconstruct_files(
     Returns:
         one record per image: input, image (its name in ``out``), problem, parameters, method, measured, assumed (what was
         not given), height, width, seconds; for inputs that were clean images also the figures and seed; what the solver
-        tells: reason, n_evaluations, gamma; intervals: alpha, calibration (name), sha256, mean_half_width, and coverage where
+        tells: reason, n_evaluations, gamma; residual_p_value, of white Gaussian noise; alarm of a calibrated network: raised,
+        and a p-value each of residual, latents and density; intervals: alpha, calibration (name), sha256, mean_half_width, and coverage where
         the truth is known.
 
     Raises:
@@ -162,7 +163,8 @@ def reconstruct_files(
                     if record.get("content") != key["content"]:
                         y, x, physics = task.measurement(image)
                         show = partial(_show_part, shown, bar, i)
-                        (found,) = estimate(task.method(y.shape[1:]), y, physics, task.kind, x, show)
+                        parts = task.method(y.shape[1:]), y, physics, task.kind, x, show
+                        (found,) = estimate(*parts, doubts=task.doubts)
                         half_width = task.half_width(found.x_hat, y, physics)
                         record = key | task.write(image, y[0], found, half_width, out)
                         record |= task.interval(found, half_width, x)
@@ -241,6 +243,7 @@ class _Task:
         self.measured = (job.method is None and pictures) if job.measured is None else job.measured
         self.assumed: list[str] = []
         self.intervals = self._intervals()
+        self.doubts: Doubts | None = None
         self._physics: tuple[tuple[int, ...], Physics] | None = None
         self._methods: dict[tuple[int, ...] | None, Reconstructor] = {}
         self._held: dict[str, Tensor] = {}
@@ -399,6 +402,8 @@ class _Task:
         self.assumed += [] if check is None else check(self.problem)
         if self.intervals is not None:
             self.intervals.check(self.sha256, self.problem, self.operator_seed)
+        if self.name == "unfolded":
+            self.doubts = doubts_of(self.parts["model"], self.problem, self.operator_seed, self.intervals)
 
     def _read(self, image: Input) -> tuple[Tensor, tuple[int, ...]]:
         """The input (1, ...), and the shape (C, H, W) of the image that is to be found."""

@@ -31,9 +31,18 @@ from torch import Tensor, nn
 
 from flowprox.naming import Specified
 from flowprox.operators import PROBLEMS, Problem, measure_each
+from flowprox.uncertainty.alarm import Alarm
 from flowprox.uncertainty.checks import coverage, required
 
-__all__ = ["Intervals", "ScaleNet", "conformal_factor", "fit_intervals", "interval_statistics", "measured_intervals"]
+__all__ = [
+    "Intervals",
+    "ScaleNet",
+    "conformal_factor",
+    "fit_intervals",
+    "interval_statistics",
+    "measured_estimates",
+    "measured_intervals",
+]
 
 _SMALLEST = 1e-4  # in units of the image: a half-width of zero could not be scaled up
 
@@ -85,18 +94,19 @@ class Intervals(Specified, nn.Module):
         scale: network of the half-widths before calibration.
         alpha: one minus the coverage, in (0, 1).
         factor: c, by which they are multiplied.
+        alarm: tells reconstructions that are unlike those of the calibration; None is none.
 
     Raises:
         ValueError: alpha is outside (0, 1), or the factor is not positive.
     """
 
-    def __init__(self, scale: ScaleNet, alpha: float, factor: float = 1.0) -> None:
+    def __init__(self, scale: ScaleNet, alpha: float, factor: float = 1.0, alarm: Alarm | None = None) -> None:
         super().__init__()
         if not 0 < alpha < 1:
             raise ValueError(f"alpha must lie between 0 and 1, got {alpha}; 0.1 asks for intervals that hold 90 %")
         if not factor > 0:
             raise ValueError(f"factor must be positive, got {factor}")
-        self.scale, self.alpha, self.factor = scale, alpha, factor
+        self.scale, self.alpha, self.factor, self.alarm = scale, alpha, factor, alarm
         self.card: Any = None
 
     def forward(self, x_hat: Tensor, y: Tensor, physics: LinearPhysics) -> Tensor:
@@ -169,10 +179,10 @@ def conformal_factor(errors: Tensor, scales: Tensor, alpha: float) -> float:
 
 
 @torch.no_grad()
-def _estimates(
+def measured_estimates(
     method: Reconstructor, images: Tensor, physics: LinearPhysics, seeds: Sequence[int], batch_size: int = 32
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """x, y and x_hat of batches of images."""
+    """x, y and x_hat of batches of images (B, C, H, W), whose noise has the seeds."""
     for start in range(0, len(images), batch_size):
         x = images[start : start + batch_size]
         y = measure_each(x, physics, seeds[start : start + batch_size])
@@ -237,7 +247,7 @@ def _features(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """What the half-widths are predicted from, and the absolute errors."""
     estimates, adjoints, errors = [], [], []
-    for x, y, x_hat in _estimates(method, images, physics, range(seed, seed + len(images))):
+    for x, y, x_hat in measured_estimates(method, images, physics, range(seed, seed + len(images))):
         estimates.append(x_hat)
         adjoints.append(physics.A_adjoint(y))
         errors.append((x - x_hat).abs())
@@ -252,7 +262,7 @@ def measured_intervals(
 ) -> dict[str, float]:
     """``interval_statistics`` of intervals on test images (B, C, H, W), whose noise has the seeds seed, seed + 1, ...."""
     widths, errors = [], []
-    for x, y, x_hat in _estimates(method, images, physics, range(seed, seed + len(images))):
+    for x, y, x_hat in measured_estimates(method, images, physics, range(seed, seed + len(images))):
         widths.append(intervals(x_hat, y, physics))
         errors.append((x - x_hat).abs())
     return interval_statistics(torch.cat(widths), torch.cat(errors))

@@ -1,0 +1,147 @@
+"""The alarm is silent for images like those it was made of, and raised for another noise, operator or kind of image."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import flowprox
+from flowprox import FlowProx, Glow, UnfoldedPGD, load_model, make_physics, save_model
+from flowprox.cli import main
+from flowprox.data import save_image
+from flowprox.estimates import doubts_of, estimate
+from flowprox.operators import PROBLEMS, Problem, measure_each
+from flowprox.records import read_records
+from flowprox.uncertainty import Alarm, Intervals, ScaleNet, fit_alarm, residual_p_value, uniform_p_value
+
+SIGMA, SIDE = 0.1, 8
+
+
+def squares(n: int, seed: int) -> Tensor:
+    """Gray squares of 4x4 pixels, slightly tinted: images (n, 3, 8, 8) of one kind."""
+    generator = torch.Generator().manual_seed(seed)
+    gray = torch.rand(n, 1, 2, 2, generator=generator).repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+    return (0.1 + 0.7 * gray + 0.1 * torch.rand(n, 3, 1, 1, generator=generator)).clamp(0, 1)
+
+
+class World(NamedTuple):
+    """A network, its folder, and intervals with an alarm, whose folder is the network's with "-intervals"."""
+
+    network: UnfoldedPGD
+    alarm: Alarm
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("alarm")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        flow = Glow((3, SIDE, SIDE), n_levels=2, n_steps=1, hidden_channels=4)
+        flow.initialize(squares(64, 9))
+    problem = {"name": "denoising", "parameters": {"sigma": SIGMA}, "seed": 0}
+    card = save_model(UnfoldedPGD([FlowProx(flow)]).eval(), folder / "network", {"problem": problem})
+    facts = {"problem": problem, "training": {"model_sha256": card.sha256}}
+    save_model(Intervals(ScaleNet(3, 4, 1), 0.1), folder / "plain", facts)
+    content = [io.BytesIO() for _ in range(700)]
+    for x, buffer in zip(squares(700, 1), content, strict=True):
+        pixels = (255 * x).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(buffer, "PNG")
+    parts = [buffer.getvalue() for buffer in content]
+    offsets = np.cumsum([0, *map(len, parts)])
+    np.savez(folder / "shard.npz", webp=np.frombuffer(b"".join(parts), np.uint8), offsets=offsets)
+    words = [str(folder / "network"), str(folder / "shard.npz"), f"--out={folder / 'network-intervals'}"]
+    assert main(["calibrate", *words, f"--intervals={folder / 'plain'}", f"--image_size={SIDE}"]) == 0
+    alarm = load_model(folder / "network-intervals").alarm
+    return World(load_model(folder / "network"), alarm, folder)
+
+
+def raised(world: World, x: Tensor) -> Tensor:
+    """Whether the alarm is raised for images (B, C, H, W)."""
+    physics = make_physics("denoising", (3, SIDE, SIDE), sigma=SIGMA)
+    y = measure_each(x, physics, range(500, 500 + len(x)))
+    with torch.no_grad():
+        x_hat = world.network(y, physics)
+    return world.alarm.is_raised(world.alarm(x_hat, y, physics, world.network.flows()[-1]))
+
+
+def test_it_is_silent_for_its_own_kind_and_raised_for_others(world: World) -> None:
+    assert len(world.alarm.reference) == 350
+    x = squares(400, 2)
+    assert raised(world, x).double().mean() < 0.035  # one in a hundred, four standard errors above
+    assert raised(world, torch.rand(50, 3, SIDE, SIDE)).all()
+
+
+def test_p_values_are_uniform() -> None:
+    """The estimate is the image, so that residual, latents and density are independent draws of one kind."""
+    flow = Glow((1, 4, 4), n_levels=1, n_steps=1, hidden_channels=4).eval()
+    physics = make_physics("denoising", (1, 4, 4), sigma=SIGMA)
+    x = torch.rand(3000, 1, 4, 4)
+    y = physics(x)
+    alarm = fit_alarm([(x[:2000], y[:2000])], physics, flow)
+    p_values = alarm(x[2000:], y[2000:], physics, flow)
+    assert min(uniform_p_value(one) for one in p_values.T) > 1e-3
+    louder = x[2000:] + 2.5 * (y[2000:] - x[2000:])
+    assert alarm.is_raised(alarm(x[2000:], louder, physics, flow)).double().mean() > 0.9
+
+
+def test_the_residual_of_the_truth_has_uniform_p_values() -> None:
+    x = torch.rand(2000, 1, 4, 4)
+    for name, parameters in (("denoising", {"sigma": 0.2}), ("inpainting", {"sigma": 0.2, "mask_size": 2})):
+        physics = make_physics(name, (1, 4, 4), **parameters)
+        p_values = residual_p_value(x, physics(x), physics)
+        assert p_values is not None and uniform_p_value(p_values) > 1e-3
+    assert residual_p_value(x, x, make_physics("denoising", (1, 4, 4), sigma=0.0)) is None  # no noise
+
+
+def test_alarms_refused() -> None:
+    with pytest.raises(ValueError, match="needs at least 299 reference images, got 298"):
+        Alarm(5, 298)
+    with pytest.raises(ValueError, match="level must lie between 0 and 1, got 2"):
+        Alarm(5, 298, level=2)
+
+
+def test_reconstruct_says_what_is_not_to_be_trusted(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    save_image(squares(1, 3)[0], world.folder / "usual.png")
+    save_image(torch.eye(SIDE).expand(3, -1, -1), world.folder / "strange.png")
+    pictures = [str(world.folder / name) for name in ("usual.png", "strange.png")]
+    words = ["--model", str(world.folder / "network"), "--simulate", "--intervals"]
+    out = world.folder / "out"
+    assert main(["reconstruct", *pictures, "--out", str(out), *words, str(world.folder / "network-intervals")]) == 0
+    shown = capsys.readouterr().out
+    assert "not to be trusted: strange, unlike the images of the calibration" in shown
+    assert "trusted: usual" not in shown
+    records = {record["image"]: record for record in read_records(out / "records.jsonl")}
+    assert records["strange"]["alarm"]["raised"] and not records["usual"]["alarm"]["raised"]
+    assert {"residual", "latents", "density"} < records["usual"]["alarm"].keys()
+    noisy = squares(1, 3)[0] + 2 * SIGMA * torch.randn(3, SIDE, SIDE)
+    np.save(world.folder / "noisy.npy", noisy.numpy())
+    words = ["--method", "tv", "--problem", "denoising", "--parameters", f"sigma={SIGMA}"]
+    assert main(["reconstruct", str(world.folder / "noisy.npy"), "--out", str(world.folder / "tv"), *words]) == 0
+    assert "noisy, the measurement is further from it than the stated noise explains" in capsys.readouterr().out
+
+
+def test_a_shipped_calibration_is_used_for_its_problem_only(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowprox.estimates.list_models", lambda: ["network-intervals"])
+    monkeypatch.setattr("flowprox.estimates.load_model", lambda name, device: load_model(world.folder / name, device))
+    assert doubts_of(world.network, Problem("denoising", {"sigma": 0.2})) is None
+    problem = Problem("denoising", {"sigma": SIGMA})
+    physics = make_physics(problem, (3, SIDE, SIDE))
+    doubts = doubts_of(world.network, problem)
+    (found,) = estimate(world.network, torch.rand(1, 3, SIDE, SIDE), physics, PROBLEMS["denoising"], doubts=doubts)
+    assert found.facts["alarm"]["raised"]
+    with pytest.warns(UserWarning, match="the result is not to be trusted"):
+        restored = flowprox.restore(torch.eye(SIDE).expand(3, -1, -1), model=world.network)
+    assert restored.alarm is not None and restored.alarm["raised"]
+    card = replace(world.network.card, name="another")
+    network = load_model(world.folder / "network")
+    network.card = card
+    assert doubts_of(network, problem) is None
