@@ -75,7 +75,8 @@ def estimate(
         physics: their operator.
         kind: what it is.
         x: the images (B, C, H, W) behind them, if they are known.
-        callback: called by a solver after every evaluation with their number and the most there can be.
+        callback: called by a solver after every evaluation, and after every tile of a large picture, with their number and
+            the most there can be.
         doubts: what the estimates are looked at with, see ``doubts_of``.
 
     Raises:
@@ -87,7 +88,8 @@ def estimate(
     if kind.extend is not None and any(side % divisor for side in y.shape[-2:]):
         fitted = kind.extend(y, physics, divisor)  # type: ignore[arg-type]
     solve = getattr(method, "solve", method)
-    progress = {"callback": callback} if "callback" in inspect.signature(solve).parameters else {}
+    takes = inspect.signature(getattr(method, "solve", method.forward)).parameters
+    progress = {"callback": callback} if "callback" in takes else {}
     _forget_peak(y.device)
     _wait(y.device)
     started = time.perf_counter()

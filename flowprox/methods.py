@@ -41,6 +41,7 @@ from flowprox.naming import nearest
 from flowprox.noise import NOISES, FlowNoise, make_noise
 from flowprox.operators import PROBLEMS, Problem, mirrored
 from flowprox.solvers import LBFGS, Adam, LatentMAP, NoiseMAP, PosteriorSampling, SamplerOptions, TorchLBFGS
+from flowprox.tiles import Tiled
 
 __all__ = [
     "METHODS",
@@ -115,14 +116,14 @@ class SelfEnsemble(Reconstructor):
 # Factories -----------------------------------------------------------------------------------------------------------
 
 
-def network(model: Reconstructor) -> Reconstructor:
-    """A network trained to reconstruct, as it is."""
+def network(model: Reconstructor, tile: int = 1024, overlap: int = 64) -> Reconstructor:
+    """A network trained to reconstruct; large pictures in tiles, see ``Tiled``."""
     if not isinstance(model, Reconstructor):
         raise ValueError(
             f"model is a {type(model).__name__}, which does not reconstruct by itself; give an unfolded network "
             "(flowprox train-unfolded makes one of it), or a method that uses it, such as latent-map with flow"
         )
-    return model
+    return Tiled(model, tile, overlap)
 
 
 def gan(
@@ -150,8 +151,11 @@ def plug_and_play(
     weight: float = 0.23,
     iteration: str = "hqs",
     start: str = "adjoint",
+    tile: int = 1024,
 ) -> PlugAndPlay:
-    """``PlugAndPlay`` with a trained denoiser, or a flow."""
+    """``PlugAndPlay`` with a trained denoiser, large pictures in tiles (``Tiled``), or a flow."""
+    if isinstance(model, Reconstructor) and getattr(model, "levels", None) is not None:
+        model = Tiled(model, tile)
     return PlugAndPlay(model, flow, sigma, n_iterations, sigma_start, weight, iteration, start)  # type: ignore[arg-type]
 
 
@@ -248,7 +252,7 @@ _OF_THE_IMAGES_SIZE = ("denoising", *_MASKED, "deblurring")
 METHODS: dict[str, Method] = {
     "measurement": Method(Measurement, "the measurement itself", _OF_THE_IMAGES_SIZE),
     "adjoint": Method(Adjoint, "A^T y: the measurement carried back", needs_linear=True),
-    "unfolded": Method(network, "a network trained for the operator", needs_linear=True),
+    "unfolded": Method(network, "a network trained for the operator", needs_linear=True, explained_in=(Tiled,)),
     "self-ensemble": Method(
         SelfEnsemble,
         "a trained network, averaged over the image and its mirror image",
@@ -334,7 +338,7 @@ METHODS: dict[str, Method] = {
         # a denoiser takes black holes for content
         defaults={problem: {"n_iterations": 24, "start": "biharmonic", "sigma_start": 0.1} for problem in _MASKED},
         quick={"n_iterations": 2},
-        explained_in=(PlugAndPlay,),
+        explained_in=(PlugAndPlay, Tiled),
     ),
     "biharmonic": Method(Biharmonic, "the smoothest filling", _MASKED),
     "wiener": Method(Wiener, "regularized inverse filter", ("deblurring",)),

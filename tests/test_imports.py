@@ -30,7 +30,7 @@ FLOORS = """
 files naming metrics records summary
 options evaluation_options
 networks noise operators
-flows prox solvers priors
+flows prox solvers priors tiles
 unfolding baselines uncertainty
 data samples checkpoints
 training methods estimates evaluation reconstruction demo

@@ -166,7 +166,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no flow": ({"name": "latent-map", "flow": "unfolded-denoising-faces64"}, "flow must be a Flow, got UnfoldedPGD"),
     "no reconstructor": ({"name": "unfolded", "model": "glow-faces64"}, "does not reconstruct by itself"),
     "wrong problem": ({"name": "wiener", "problem": "denoising"}, "wiener is not for denoising; it is for deblurring"),
-    "option of a network": ({"name": "unfolded", "model": "x", "n_folds": 3}, "method unfolded has no options"),
+    "option of a network": (
+        {"name": "unfolded", "model": "x", "n_folds": 3},
+        "method unfolded has no option 'n_folds'",
+    ),
 }
 
 

@@ -9,6 +9,8 @@ s_k its noise level, k = 1..K, from ``sigma_start`` down to sigma in equal ratio
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -101,6 +103,16 @@ class PlugAndPlay(Baseline):
         self.iteration = iteration
         self.start = start
 
+    def forward(self, y: Tensor, physics: Physics, callback: Callable[[int, int], None] | None = None) -> Tensor:  # type: ignore[override]
+        """As every baseline's; ``callback`` is called after every denoising with their number so far and in all."""
+        n = self.n_iterations or self._defaults(physics)[0]
+        done = count(1)
+        hook = self.denoiser.register_forward_hook(lambda *_: None if callback is None else callback(next(done), n))
+        try:
+            return super().forward(y, physics)
+        finally:
+            hook.remove()
+
     @torch.no_grad()
     def _estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
         fills = self.start == "biharmonic" or (self.start is None and isinstance(physics, Inpainting))
@@ -119,13 +131,17 @@ class PlugAndPlay(Baseline):
 
     def schedule(self, x: Tensor, physics: Physics) -> tuple[list[Tensor], Tensor]:
         """Noise levels of the denoiser s_1, ..., s_K and of the measurement sigma, each (B,), for images like x."""
-        n_iterations, sigma_start = (24, 0.1) if isinstance(physics, Inpainting) else (8, 49 / 255)
+        n_iterations, sigma_start = self._defaults(physics)
         n_iterations, sigma_start = self.n_iterations or n_iterations, self.sigma_start or sigma_start
         sigma = noise_level(physics, x, allow_rms=True) if self.sigma is None else x.new_full((len(x),), self.sigma)
         sigma = sigma.clamp_min(_SMALLEST_SIGMA)
         first = sigma.clamp_min(sigma_start)
         share = torch.linspace(0, 1, n_iterations).tolist() if n_iterations > 1 else [1.0]
         return [first ** (1 - t) * sigma**t for t in share], sigma
+
+    def _defaults(self, physics: Physics) -> tuple[int, float]:
+        """n_iterations and sigma_start."""
+        return (24, 0.1) if isinstance(physics, Inpainting) else (8, 49 / 255)
 
 
 class _DataStep(L2):

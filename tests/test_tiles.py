@@ -1,0 +1,71 @@
+"""Tiles: what a network sees whole it sees in parts too, without seams; gray pictures through networks of color."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flowprox import FlowProx, Glow, UnfoldedPGD
+from flowprox.methods import make_method
+from flowprox.operators import make_physics
+from flowprox.tiles import Tiled, _places, _weights
+
+
+@pytest.fixture(scope="module")
+def network() -> UnfoldedPGD:
+    """Random weights that change the image; a pixel depends on no other one that is 8 or more away."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        flow = Glow((3, 8, 8), n_levels=1, n_steps=1, hidden_channels=4)
+        flow.initialize(torch.rand(8, 3, 8, 8))
+        for parameter in flow.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        levels = [0.05, 0.2]
+        return UnfoldedPGD([FlowProx(flow, channelwise=True, levels=levels)], shrinkage=0.3, start="adjoint", levels=levels).eval()
+
+
+@pytest.mark.parametrize("problem", ["denoising", "random-inpainting"])
+@torch.no_grad()
+def test_tiles_give_what_the_whole_gives_and_tell_how_far_they_are(problem: str, network: UnfoldedPGD) -> None:
+    physics = make_physics(problem, (3, 101, 150), sigma=0.1)
+    y = physics(torch.rand(1, 3, 101, 150))
+    done: list[tuple[int, int]] = []
+    x_hat = Tiled(network, tile=72, overlap=32)(y, physics, callback=lambda *n: done.append(n))
+    whole = network(y, physics)
+    assert (whole - y).abs().max() > 0.01
+    torch.testing.assert_close(x_hat, whole, rtol=0, atol=1e-5)
+    assert done == [(i, 6) for i in range(1, 7)]
+
+
+@torch.no_grad()
+def test_tiles_that_see_too_little_have_no_seams(network: UnfoldedPGD) -> None:
+    """What differs from the whole fades in and out over the overlap: the difference has no jump at a tile's border."""
+    physics = make_physics("denoising", (3, 40, 200), sigma=0.1)
+    smooth = torch.linspace(0, 1, 200).expand(1, 3, 40, 200)
+    error = Tiled(network, tile=48, overlap=16)(smooth, physics) - network(smooth, physics)
+    alone = network(smooth[..., :48], physics) - network(smooth, physics)[..., :48]
+    assert error.diff(dim=-1).abs().max() < 0.5 * alone.diff(dim=-1).abs().max().clamp_min(1e-6)
+
+
+@pytest.mark.parametrize(("side", "tile", "overlap"), [(100, 48, 16), (48, 48, 16), (49, 48, 8), (30, 48, 16)])
+def test_places_cover_an_axis_and_weights_are_one_in_the_middle(side: int, tile: int, overlap: int) -> None:
+    total = torch.zeros(side)
+    for where in _places(side, tile, overlap):
+        assert 0 <= where.start and where.stop <= side
+        total[where] += _weights(where, side, overlap)
+    assert (total > 0).all() and total[0] == 1
+
+
+@torch.no_grad()
+def test_a_gray_picture_goes_through_a_network_of_color(network: UnfoldedPGD) -> None:
+    physics = make_physics("denoising", (1, 16, 16), sigma=0.1)
+    y = torch.rand(2, 1, 16, 16)
+    x_hat = make_method("unfolded", "denoising", model=network)(y, physics)
+    torch.testing.assert_close(x_hat, network(y.expand(-1, 3, -1, -1), physics).mean(1, keepdim=True))
+
+
+def test_a_tile_that_the_network_cannot_take_is_refused(network: UnfoldedPGD) -> None:
+    with pytest.raises(ValueError, match="tile must be a multiple of 2"):
+        Tiled(network, tile=33, overlap=8)
+    with pytest.raises(ValueError, match="more than twice the overlap"):
+        Tiled(network, tile=32, overlap=16)
