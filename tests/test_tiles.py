@@ -21,7 +21,8 @@ def network() -> UnfoldedPGD:
         for parameter in flow.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
         levels = [0.05, 0.2]
-        return UnfoldedPGD([FlowProx(flow, channelwise=True, levels=levels)], shrinkage=0.3, start="adjoint", levels=levels).eval()
+        prox = FlowProx(flow, channelwise=True, levels=levels)
+        return UnfoldedPGD([prox], shrinkage=0.3, start="adjoint", levels=levels).eval()
 
 
 @pytest.mark.parametrize("problem", ["denoising", "random-inpainting"])

@@ -456,7 +456,11 @@ class _Task:
         }
 
     def write(self, image: Input, y: Tensor, found: Estimate, half_width: Tensor | None, out: Path) -> Record:
-        """Write the image's files, or none; its record."""
+        """Write the image's files, or none; its record. What was measured in gray stays gray."""
+        if image.is_measurement and half_width is None and y.ndim == 3 and len(y) == 3 and bool((y == y[:1]).all()):
+            std = found.deviation
+            found = found._replace(x_hat=_gray(found.x_hat), deviation=None if std is None else _gray(std))
+            y = y[:1]
         try:
             write_picture(found.x_hat, out, image.name, image.form)
             write = write_picture if self.kind.measures_pictures else write_array
@@ -494,6 +498,10 @@ class _Task:
     def _parameters(self) -> dict[str, Any]:
         """Those of the problem, as JSON has them."""
         return json.loads(json.dumps(self.problem.parameters, default=lambda value: type(value).__name__))
+
+
+def _gray(x: Tensor) -> Tensor:
+    return x.mean(0, keepdim=True)
 
 
 def _n_channels(model: Any) -> int:
