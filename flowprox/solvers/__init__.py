@@ -5,6 +5,7 @@ Every solver is called like every other method, ``x_hat = solver(y, physics)``; 
 """
 
 from flowprox.solvers.discrepancy import Discrepancy
+from flowprox.solvers.importance import Proposal, WeightedSamples, importance_samples
 from flowprox.solvers.latent_map import LatentMAP
 from flowprox.solvers.noise_map import GANPrior, NoiseMAP
 from flowprox.solvers.optimizers import LBFGS, OPTIMIZERS, Adam, TorchLBFGS
@@ -22,8 +23,11 @@ __all__ = [
     "PosteriorSampling",
     "PosteriorSolution",
     "SamplerOptions",
+    "Proposal",
     "Solution",
     "SolverInterrupted",
     "TorchLBFGS",
+    "WeightedSamples",
+    "importance_samples",
     "null_space_perturbed",
 ]

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeGuard
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from flowprox.flows import Flow, frozen
 from flowprox.solvers.diagnostics import effective_sample_size, split_r_hat
+from flowprox.solvers.importance import Proposal
 from flowprox.solvers.objective import Callback
 from flowprox.solvers.problem import LatentProblem, Solution, Start, noise_density
 from flowprox.solvers.sampling import KERNELS, Chains, Kernel, Moments, Position, Randomness
@@ -66,6 +68,7 @@ class PosteriorSolution(Solution):
         r_hat: split R-hat, the largest over ``TRACES``, (B,).
         traces: the scalars named in ``TRACES`` of every draw, (B, M, n, len(TRACES)).
         acceptance: share of accepted proposals after warm-up, (B,).
+        jumps: share of accepted jumps to samples of the proposal, (B,); 0 without one.
         step_size: h, fixed after warm-up, (B,).
         state: where the chains ended, (B, M, D): the ``start`` that continues them.
     """
@@ -77,6 +80,7 @@ class PosteriorSolution(Solution):
     r_hat: Tensor = field(kw_only=True)
     traces: Tensor = field(kw_only=True)
     acceptance: Tensor = field(kw_only=True)
+    jumps: Tensor = field(kw_only=True)
     step_size: Tensor = field(kw_only=True)
     state: Tensor = field(kw_only=True)
 
@@ -202,6 +206,7 @@ class PosteriorSampling(Reconstructor):
         start: Start = "prior",
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         callback: Callback | None = None,
+        proposal: Proposal | None = None,
     ) -> PosteriorSolution:
         """Sample the posterior of every image of the batch.
 
@@ -215,6 +220,8 @@ class PosteriorSampling(Reconstructor):
                 latents the chains go on where they are; from everything else warm-up first descends.
             generator: one for all images, or one per image; None uses ``seed``.
             callback: called after every draw with the numbers of those done and of all, warm-up included.
+            proposal: approximates the posterior. The chains start from its samples, and after each draw try to jump to another
+                of them, with the exact correction (independence Metropolis). Jumps are accepted only where it is close.
 
         Raises:
             ValueError: y is not finite or does not fit operator or flow; the noise has no density; nothing is
@@ -231,7 +238,12 @@ class PosteriorSampling(Reconstructor):
         with frozen(self.flow):
             chains = Chains(
                 target,
-                _finite_position(target, self._start(start, randomness, problem)),
+                _finite_position(
+                    target,
+                    self._start(start, randomness, problem)
+                    if proposal is None
+                    else _encoded(self.flow, proposal.sample(self.n_chains)),
+                ),
                 self.kernel,
                 randomness,
                 self.options.step_size,
@@ -241,13 +253,25 @@ class PosteriorSampling(Reconstructor):
             interrupted = False
             try:
                 precision = target.precision if callable(getattr(noise, "sample_like", None)) else None
-                chains.warm_up(self.n_warmup, record.add_loss, descend=not _is_latent(start), precision=precision)
-                chains.sample(self.n_samples, record.add_draw)
+                descend = proposal is None and not _is_latent(start)
+                chains.warm_up(self.n_warmup, record.add_loss, descend, precision)
+                chains.sample(self.n_samples, record.add_draw, partial(self._jump, chains, proposal))
             except KeyboardInterrupt:
                 if not record.samples:
                     raise
                 interrupted = True
         return record.solution(target.n_evaluations, interrupted)
+
+    def _jump(self, chains: Chains, proposal: Proposal | None) -> None:
+        """Try to move every chain to a sample of the proposal."""
+        if proposal is not None:
+            z = _encoded(self.flow, proposal.sample(self.n_chains))
+
+            def log_q(x: Tensor) -> Tensor:  # of the latents
+                logdet = torch.stack([self.flow(one)[1] for one in x])
+                return (proposal.log_prob(x) - logdet).to(z)
+
+            chains.jump(z, log_q)
 
     def _nothing(self, problem: LatentProblem) -> PosteriorSolution:
         """Of an empty batch."""
@@ -266,6 +290,7 @@ class PosteriorSampling(Reconstructor):
             r_hat=one,
             traces=one.new_zeros(*shape, len(TRACES)),
             acceptance=one,
+            jumps=one,
             step_size=one,
             state=one.new_zeros(0, self.n_chains, problem.dimension),
         )
@@ -283,6 +308,11 @@ class PosteriorSampling(Reconstructor):
                 f"or ({problem.n_images}, {self.n_chains}, {problem.dimension}), or images"
             )
         return each.transpose(0, 1).to(randomness.like).contiguous()
+
+
+def _encoded(flow: Flow, x: Tensor) -> Tensor:
+    """f(x) (M, B, D) of images (M, B, C, H, W)."""
+    return torch.stack([flow.encode(one) for one in x])
 
 
 def _is_latent(start: Any) -> TypeGuard[Tensor]:
@@ -426,6 +456,7 @@ class _Record:
             r_hat=r_hat,
             traces=traces,
             acceptance=chains.n_accepted / max(chains.n_steps, 1),
+            jumps=chains.n_jumps / max(chains.n_steps, 1),
             step_size=chains.step_size,
             state=chains.position.z.transpose(0, 1),
         )

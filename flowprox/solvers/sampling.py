@@ -208,7 +208,7 @@ class Chains:
             # a quarter oscillation makes a whitened Gaussian forget its start; half of one keeps its energy
             0.5 * math.pi / kernel.n_leapfrog,
         )
-        self.n_accepted = torch.zeros_like(one)
+        self.n_accepted = self.n_jumps = torch.zeros_like(one)
         self.n_steps = 0
         self.n_not_finite = torch.zeros_like(one)
 
@@ -253,13 +253,23 @@ class Chains:
                     self.averaging.restart(self.first_step)
             places = gradients = Moments.like(self.position.z[0])
 
-    def sample(self, n_steps: int, after_step: Callable[[], None]) -> None:
-        """Move n_steps times with everything fixed."""
+    def sample(self, n_steps: int, after_step: Callable[[], None], jump: Callable[[], None] = lambda: None) -> None:
+        """Move n_steps times with everything fixed; ``jump`` is a further move after each step."""
         step_size = self.step_size
         self.n_accepted, self.n_steps = torch.zeros_like(self.n_accepted), 0
         for _ in range(n_steps):
             self.step(step_size, adapt=False)
+            jump()
             after_step()
+
+    def jump(self, z: Tensor, log_q: Callable[[Tensor], Tensor]) -> None:
+        """Propose z (M, B, D), independent draws of a density log q (M, B): independence Metropolis (Tierney 1994)."""
+        here, there = self.position, self.target(z)
+        log_ratio = there.log_prob - log_q(there.image) - here.log_prob + log_q(here.image)
+        finite = torch.isfinite(log_ratio) & torch.isfinite(there.gradient).all(dim=-1)
+        accepted = finite & (self.randomness.uniform(*log_ratio.shape).log() < log_ratio)
+        self.position = Position(*(_choose(accepted, new, old) for new, old in zip(there, here, strict=True)))
+        self.n_jumps = self.n_jumps + accepted.to(log_ratio.dtype).mean(dim=0)
 
     def step(self, step_size: Tensor, adapt: bool = True) -> None:
         """One proposal, accepted or not."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flowprox.unfolding.conditioning import Conditioning, LatentMeanNet
+from flowprox.unfolding.density import BoundDensity, ConditionalDensity, LatentScale, fit_density
 from flowprox.unfolding.export import export_program
 from flowprox.unfolding.networks import (
     GradientStep,
@@ -14,13 +15,17 @@ from flowprox.unfolding.networks import (
 )
 
 __all__ = [
+    "BoundDensity",
+    "ConditionalDensity",
     "Conditioning",
     "GradientStep",
     "LatentMeanNet",
+    "LatentScale",
     "ProximalStep",
     "Unfolded",
     "UnfoldedHQS",
     "UnfoldedPGD",
     "export_program",
+    "fit_density",
     "latent_statistics",
 ]

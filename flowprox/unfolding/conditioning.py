@@ -38,7 +38,7 @@ from flowprox.flows.layers import AffineCoupling
 from flowprox.naming import Specified
 from flowprox.prox import FlowProx, checked_levels
 
-__all__ = ["Conditioning", "LatentMeanNet", "adapt"]
+__all__ = ["Conditioning", "LatentMeanNet", "adapt", "assembled", "separated"]
 
 
 class Conditioning(Specified):
@@ -183,7 +183,7 @@ class LatentMeanNet(Specified, nn.Module):
             features[i] = h
         with torch.autocast(x.device.type, enabled=False):  # what becomes part of the image is not rounded to bfloat16
             levels = [mean(F.relu(h).to(x.dtype)) for mean, h in zip(self.means, features, strict=True)]
-        return [_assembled(parts) for parts in zip(*(level.chunk(self.n_folds, 1) for level in levels), strict=True)]
+        return [assembled(parts) for parts in zip(*(level.chunk(self.n_folds, 1) for level in levels), strict=True)]
 
 
 class _Residual(nn.Module):
@@ -219,13 +219,23 @@ def _finished_channels(n_channels: int, n_levels: int) -> list[int]:
     return finished
 
 
-def _assembled(levels: Sequence[Tensor]) -> Tensor:
+def assembled(levels: Sequence[Tensor]) -> Tensor:
     """The levels' latents, finest first, as one image-shaped latent."""
     latent = None
     for level in reversed(levels):
         latent = F.pixel_shuffle(level if latent is None else torch.cat([latent, level], dim=1), 2)
     assert latent is not None
     return latent
+
+
+def separated(latent: Tensor, n_levels: int) -> list[Tensor]:
+    """The parts of an image-shaped latent (B, C, H, W) that end at each level, finest first: the inverse of their assembly."""
+    levels = []
+    for _ in range(n_levels - 1):
+        latent = F.pixel_unshuffle(latent, 2)
+        latent, level = latent.split([latent.shape[1] // 2, latent.shape[1] - latent.shape[1] // 2], dim=1)
+        levels.append(level)
+    return [*levels, F.pixel_unshuffle(latent, 2)]
 
 
 class _LowRankCorrection(nn.Module):

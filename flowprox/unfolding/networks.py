@@ -197,9 +197,21 @@ class Unfolded(Specified, Reconstructor):
             # Eqs. (9) to (11)
             x = prox(v, step, **{name: value for name, value in condition.items() if value is not None})
             images.append(x)
-        if len(weights) > len(self.proxes):
+        if self.ends_with_data_step:
             images[-1] = self.data_step(x, y, operators[-1], weights[-1])
         return images
+
+    @property
+    def ends_with_data_step(self) -> bool:
+        """Whether there is a data step after the last prox."""
+        return len(self.log_data_weight) > len(self.proxes)
+
+    def final_data_step(self, x: Tensor, y: Tensor, physics: LinearPhysics) -> Tensor:
+        """x (B, C, H, W) after the network's data step after the last prox; itself, if there is none."""
+        if not self.ends_with_data_step:
+            return x
+        sigma = None if self.levels is None else noise_level(physics, x).clamp(max=self.levels[-1])
+        return self.data_step(x, y, physics, self._scalars(self.log_data_weight, sigma)[-1])
 
     def _operators(self, physics: LinearPhysics | Sequence[LinearPhysics]) -> list[LinearPhysics]:
         """One operator per data step."""
