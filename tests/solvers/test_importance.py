@@ -87,7 +87,7 @@ def test_a_proposal_that_is_too_narrow_is_told() -> None:
 def test_chains_with_jumps_sample_the_posterior_whatever_the_proposal(spread: float) -> None:
     flow, y, physics, mean, covariance, _ = case("deblurring")
     proposal = Gaussian(mean, covariance, spread)
-    sampling = PosteriorSampling(flow, n_samples=80, n_warmup=40, n_chains=16)
+    sampling = PosteriorSampling(flow, n_samples=40, n_warmup=30, n_chains=16)
     solution = sampling.solve(y, physics, proposal=proposal)
     assert (solution.jumps > 0.1).all() if spread > 1 else (solution.jumps < 0.2).all()
     deviation, ess = covariance.diagonal().sqrt(), solution.ess.min()
