@@ -122,7 +122,7 @@ class EvaluatedMethod:
         name: a method of ``flowprox.methods``.
         label: what it is called in records and tables; by default its name. A series appends its values.
         flow: the prior, by name, folder or hf:ORG/NAME.
-        model: the trained network, by name, folder or hf:ORG/NAME.
+        model: the trained network, by name, folder or hf:ORG/NAME; {problem} in it stands for the name of the problem.
         noise: density of the noise: name, folder or hf:ORG/NAME of a flow trained on noise, or {name: ..., parameters} of
             ``flowprox.noise``; null takes the problem's own.
         options: of the method.
@@ -130,6 +130,9 @@ class EvaluatedMethod:
         series: option -> list of values, lists of equal length: one variant for each place in the lists.
         tune: option -> values to choose from by the mean PSNR on ``tune_images``, for each problem apart; with several
             options every combination is tried.
+        operators: what the network is given in place of the measuring operator, one entry for all data steps or one for each:
+            the parameters of the problem that differ there, {} where none does. [{sigma: 0.2}] tells it another noise level,
+            [{mask_size: 19}, {}] gives the measuring operator to the last of two data steps only. null gives it to all.
         problems: labels or names of the problems it is used for; null: all it applies to.
         batch_size: how many images it is given at once.
         scales: the scales at which it is used, "small" being the recipe as written; null: all.
@@ -144,6 +147,7 @@ class EvaluatedMethod:
     options_for: dict[str, Values] = field(default_factory=dict)
     series: Grid = field(default_factory=dict)
     tune: Grid = field(default_factory=dict)
+    operators: list[Values] | None = None
     problems: list[str] | None = None
     batch_size: int = 16
     scales: list[str] | None = None

@@ -228,6 +228,35 @@ def test_photographs_keep_their_sizes_and_networks_get_what_they_take(tmp_path: 
     assert evaluate(recipe, tmp_path / "out", _run()) == records
 
 
+def test_a_network_is_given_other_operators_than_the_measuring_one(pictures: Path, tmp_path: Path) -> None:
+    prox = FlowProx(Glow((3, 16, 16), n_levels=1, n_steps=1, hidden_channels=4), channelwise=True, levels=[0.05, 0.2])
+    network = UnfoldedPGD([prox], start="adjoint", levels=[0.05, 0.2], final_data_step=True).eval()
+    save_model(network, tmp_path / "model", {"name": "made"})
+    given = {"plain": None, "told": [{"sigma": 0.2}], "last": [{"mask_size": 8}, {}], "same": [{}]}
+    methods = [
+        EvaluatedMethod("unfolded", label, model=str(tmp_path / "model"), operators=operators)
+        for label, operators in given.items()
+    ]
+    problem = EvaluatedProblem("inpainting", {"mask_size": 4, "sigma": 0.1})
+    recipe = EvaluationOptions(ImageOptions(str(pictures), image_size=16, limit=1), [problem], methods)
+    records = {record["method"]: record for record in evaluate(recipe, tmp_path / "out", _run(n_pictures=0))}
+    (image,) = load_images(recipe.images, 0, 1)
+    measuring, level, hole = (
+        make_physics("inpainting", (3, 16, 16), **{"mask_size": 4, "sigma": 0.1, **changed})
+        for changed in ({}, {"sigma": 0.2}, {"mask_size": 8})
+    )
+    y = measure_each(image.x[None], measuring, [image.seed])
+    for label, physics in {"plain": measuring, "told": level, "last": [hole, measuring], "same": measuring}.items():
+        with torch.no_grad():
+            expected = psnr(network(y, physics), image.x[None]).item()
+        assert records[label]["psnr"] == pytest.approx(expected, abs=1e-4)
+        assert records[label].get("operators") == given[label]
+    assert len({round(records[label]["psnr"], 3) for label in ("plain", "told", "last")}) == 3
+    misspelt = replace(recipe, methods=[replace(methods[1], operators=[{"sigm": 0.2}])])
+    with pytest.raises(ValueError, match="no parameter 'sigm'"):
+        evaluate(misspelt, tmp_path / "misspelt", _run())
+
+
 def test_noise_depends_on_seed_and_name_only(recipe: EvaluationOptions, tmp_path: Path) -> None:
     seeds = [
         {(r["image"], r["seed"]) for r in evaluate(recipe, tmp_path / f"{seed}-{limit}", _run(seed=seed, limit=limit))}

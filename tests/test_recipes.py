@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import gzip
+import itertools
 import json
 import os
-import re
 import shlex
 import struct
 import subprocess
@@ -33,7 +33,7 @@ SCRIPTS: dict[str, list[list[str]]] = {  # the arguments of every call
     "family": [[]],
     "gpu": [[name] for name in SLICES],
     "paper": [[]],
-    "plug-and-play": [[]],
+    "wei": [[]],
 }
 COMMANDS = {"flow": "train-flow", "model": "train-unfolded", "denoiser": "train-denoiser", "gan": "train-gan"}
 
@@ -171,12 +171,19 @@ def test_script_gives_commands_that_can_be_read_and_built(script: str, tmp_path:
     assert {path.name for path in unused} <= {"train-unfolded-ablation.yaml", "train-flow-ablation.yaml"}
 
 
+def _models(recipe: dict[str, Any]) -> Iterator[str]:
+    """The names of models in an evaluation, at every scale and for every problem."""
+    scales = [{}, *(scale.get("models", {}) for scale in recipe.get("scales", {}).values())]
+    for method, problem in itertools.product(recipe["methods"], recipe["problems"]):
+        if method.get("problems") is None or {problem["name"], problem.get("label")} & {*method["problems"]}:
+            names = [method[part] for part in ("flow", "model", "noise") if isinstance(method.get(part), str)]
+            names = [other.get(name, name) for name in names for other in scales]
+            yield from (name.replace("{problem}", problem["name"]) for name in names)
+
+
 def test_models_that_evaluations_name_are_trained_by_a_recipe(tmp_path: Path) -> None:
-    named = {
-        name
-        for path in (FOLDER / "evaluate").glob("*.yaml")
-        for name in re.findall(r"runs/[\w./-]+/model", path.read_text())
-    }
+    recipes = [yaml.safe_load(path.read_text()) for path in (FOLDER / "evaluate").glob("*.yaml")]
+    named = {name for recipe in recipes for name in _models(recipe) if name.startswith("runs/")}
     made = set()
     for i, script in enumerate(SCRIPTS):
         (tmp_path / str(i)).mkdir()

@@ -181,7 +181,8 @@ def _purpose(card: Card) -> str:
         return "noise: --noise NAME" if card.model["kind"] == "FlowNoise" else "prior: --flow NAME"
     settings = [f"{key} {value}" for key, value in card.problem.get("parameters", {}).items() if value is not None]
     settings += [f"{key} {low:g} to {high:g}" for key, (low, high) in card.problem.get("ranges", {}).items()]
-    return f"{card.problem.get('name')}" + (f", {', '.join(settings)}" if settings else "")
+    choice = f" ({card.notes['choice']})" if "choice" in card.notes else ""
+    return ", ".join([str(card.problem.get("name")), *settings]) + choice
 
 
 def _terms(card: Card) -> str:

@@ -88,6 +88,15 @@ class Case(NamedTuple):
         return {part: name for part, name in parts.items() if name is not None}
 
     @property
+    def operators(self) -> list[Problem]:
+        """What the method is given in place of the measuring operator, one for all data steps or one for each; [] for none.
+
+        Raises:
+            ValueError: an unknown parameter.
+        """
+        return [self.problem.problem.replaced(**changed) for changed in self.method.operators or ()]
+
+    @property
     def models(self) -> dict[str, str]:
         """The parts that are trained models: name, folder or hf:ORG/NAME."""
         return {part: name for part, name in self.parts.items() if isinstance(name, str) and name not in NOISES}
@@ -238,7 +247,14 @@ def planned(recipe: EvaluationOptions) -> list[Case]:
             if near := difflib.get_close_matches(label, labels, n=1, cutoff=0.8):
                 raise ValueError(f"published of {problem.label} names {label!r}; did you mean {near[0]}?")
     _check_distinct("methods", [f"{case.label} on {case.problem.label}" for case in cases])
-    return cases
+    return [Case(problem, _with_models_of(problem.problem.name, method)) for problem, method in cases]
+
+
+def _with_models_of(problem: str, method: EvaluatedMethod) -> EvaluatedMethod:
+    """The method with the problem's name in its models' names."""
+    names = {part: getattr(method, part) for part in ("flow", "model", "noise")}
+    own = {part: name.replace("{problem}", problem) for part, name in names.items() if isinstance(name, str)}
+    return dataclasses.replace(method, **own)
 
 
 def _is_used(method: EvaluatedMethod, problem: PlannedProblem) -> bool:

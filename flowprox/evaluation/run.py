@@ -162,13 +162,14 @@ class _Evaluation:
                     raise
                 return _one_line(error)
         try:
-            self._method(case, combinations({key: values[:1] for key, values in case.method.tune.items()})[0])
+            method = self._method(case, combinations({key: values[:1] for key, values in case.method.tune.items()})[0])
         except (ImportError, FileNotFoundError) as error:
             if (
                 getattr(error, "name", None) is not None
             ):  # not an optional package, for which our message names the remedy
                 raise
             return _one_line(error)
+        self._as_given(case, method, self.images[0])
         return ""
 
     # The folder -------------------------------------------------------------------------------------------------------
@@ -299,6 +300,7 @@ class _Evaluation:
         try:
             physics = self._physics(case, batch[0])
             y = measure_each(x, physics, [image.seed for image in batch])
+            method = self._as_given(case, method, batch[0])
             estimates: list[Estimate] = estimate(method, y, physics, PROBLEMS[case.problem.problem.name], x)
         except Exception as error:  # recorded, and the run ends with status 1
             if len(batch) > 1:
@@ -362,6 +364,12 @@ class _Evaluation:
             self._last = (case.problem.label, shape, physics)
         return self._last[2]
 
+    def _as_given(self, case: Case, method: Reconstructor, image: EvaluatedImage) -> Reconstructor:
+        """The method, with the operators of the case in place of the measuring one."""
+        shape = (image.x.shape[0], image.x.shape[1], image.x.shape[2])
+        operators = [make_physics(p, shape, seed=case.problem.seed, device=self.options.device) for p in case.operators]
+        return _WithOperators(method, operators) if operators else method
+
     def _method(self, case: Case, chosen: Values) -> Reconstructor:
         """The method with its options, made once."""
         method, shape = case.method, None
@@ -386,6 +394,7 @@ class _Evaluation:
         """Everything a reconstruction depends on apart from the image."""
         method = case.method
         tuned = {"tune": {k: list(v) for k, v in method.tune.items()}} if method.tune else {}
+        tuned |= {"operators": method.operators} if method.operators else {}
         return {
             "problem_name": case.problem.problem.name,
             "parameters": json.loads(case.problem.problem.to_json())["parameters"],
@@ -407,6 +416,7 @@ class _Evaluation:
             "tuned": dict(chosen),
             **case.parts,
             "model_hashes": identity["models"],
+            **{key: identity[key] for key in ("operators",) if key in identity},
             "image": image.name,
             "image_hash": image.hash,
             **({} if image.group is None else {"group": image.group}),
@@ -426,6 +436,17 @@ class _Evaluation:
                 "platform": sys.platform,
             },
         }
+
+
+class _WithOperators(Reconstructor):
+    """A method that is given other operators than the measuring one."""
+
+    def __init__(self, method: Reconstructor, operators: Sequence[Physics]) -> None:
+        super().__init__()
+        self.method, self.operators = method, operators
+
+    def forward(self, y: Tensor, physics: Physics) -> Tensor:  # type: ignore[override]
+        return self.method(y, self.operators if len(self.operators) > 1 else self.operators[0])
 
 
 def _run_share(

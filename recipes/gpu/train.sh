@@ -7,6 +7,7 @@
 #                                                              denoising, inpainting, deblurring or deblurring-noise
 #     sh recipes/gpu/train.sh mean-denoising [SECONDS]         or compact-...: flows that shrink towards a predicted mean; no prior is needed
 #     sh recipes/gpu/train.sh denoiser-unet [SECONDS]          pre-training of resnet or unet
+#     sh recipes/gpu/train.sh medium [SECONDS]                 and then medium-denoising, medium-inpainting, medium-deblurring: those that ship
 #
 # Afterwards: flowprox evaluate --config recipes/evaluate/wei-gpu.yaml, with --scale paper when flow, resnet and unet are trained too.
 #
@@ -22,6 +23,7 @@ for net in resnet unet; do
     names="$names denoiser-$net"
     for problem in denoising inpainting deblurring deblurring-noise; do names="$names $net-$problem $net-pre-$problem"; done
 done
+names="$names medium medium-denoising medium-inpainting medium-deblurring"
 if [ $# -eq 0 ]; then echo "$names" | tr ' ' '\n'; exit 0; fi
 
 name=$1
@@ -33,6 +35,10 @@ glow)
     exec $slice train-flow --config "$here/glow.yaml" --out runs/gpu/glow --resume ;;
 denoiser-*)
     exec $slice train-denoiser --config "$here/denoiser.yaml" --denoiser.prox "${name#denoiser-}" --out "runs/gpu/$name" --resume ;;
+medium)
+    exec $slice train-unfolded --config "$here/medium.yaml" --out "runs/gpu/$name" --resume ;;
+medium-*)
+    exec $slice train-unfolded --config "$here/medium.yaml" --config "$here/$name.yaml" --out "runs/gpu/$name" --resume ;;
 esac
 
 prox=${name%%-*}
