@@ -30,6 +30,7 @@ SLICES = subprocess.run(["sh", FOLDER / "gpu" / "train.sh"], capture_output=True
 SCRIPTS: dict[str, list[list[str]]] = {  # the arguments of every call
     "ablation": [[]],
     "ablation paper": [["paper"]],
+    "bits": [[]],
     "family": [[]],
     "gpu": [[name] for name in SLICES],
     "paper": [[]],

@@ -7,10 +7,7 @@ here=$(dirname "$0")
 train() {  # name, problem, recipes and options
     name=$1 problem=$2
     shift 2
-    case $problem in
-    inpainting) set -- --training.max_steps 600 --training.validate_every 200 --config "$here/../paper/inpainting.yaml" "$@" ;;
-    deblurring) set -- --training.max_steps 600 --training.validate_every 200 --config "$here/deblurring.yaml" "$@" ;;
-    esac
+    if [ "$problem" != denoising ]; then set -- --config "$here/$problem.yaml" "$@"; fi
     flowprox train-unfolded --config "$here/base.yaml" "$@" --name "$name" --out "runs/wei/$name" --resume
 }
 
