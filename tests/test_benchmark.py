@@ -45,7 +45,17 @@ from flowprox.records import NOT_RUN, RecordWriter, read_records
 from flowprox.summary import summary_markdown, summary_rows
 from flowprox.unfolding import UnfoldedPGD
 
-OWN_TABLES = ("bit-depth", "classical", "family", "family-deblurring", "family-inpainting", "levels", "natural", "peers", "readme")
+OWN_TABLES = (
+    "bit-depth",
+    "classical",
+    "family",
+    "family-deblurring",
+    "family-inpainting",
+    "levels",
+    "natural",
+    "peers",
+    "readme",
+)
 RECIPES = sorted((Path(__file__).parents[1] / "recipes" / "evaluate").glob("*.yaml"))
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*:DeprecationWarning")
 
