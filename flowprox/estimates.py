@@ -31,7 +31,7 @@ from flowprox.solvers import Solution, SolverInterrupted
 from flowprox.uncertainty import Intervals, residual_p_value
 from flowprox.unfolding import Unfolded
 
-__all__ = ["Doubts", "Estimate", "doubts_of", "estimate", "figures"]
+__all__ = ["Doubts", "Estimate", "calibration_of", "doubts_of", "estimate", "figures"]
 
 Doubts = Callable[[Tensor, Tensor, Physics], list[Record]]
 """x_hat (B, C, H, W), y, physics -> of each image whether an alarm is raised, and its p-values."""
@@ -120,26 +120,30 @@ def estimate(
     ]
 
 
-def doubts_of(network: object, problem: Problem, seed: int = 0, intervals: Intervals | None = None) -> Doubts | None:
-    """The alarm of a trained network for a problem, if it has been calibrated.
+def calibration_of(network: object, problem: Problem, seed: int = 0) -> Intervals | None:
+    """What ships with a trained network for a problem: intervals, alarm, density; None if not for these weights and problem.
 
     Arguments:
         network: with its card.
         problem: what is measured.
         seed: of what is drawn with the operator.
-        intervals: with the alarm; by default those that ship with the network, if they are for these weights and this problem.
     """
     card = getattr(network, "card", None)
-    if not isinstance(network, Unfolded) or card is None or not network.flows():
+    if not isinstance(network, Unfolded) or card is None or (name := f"{card.name}-intervals") not in list_models():
         return None
-    if intervals is None and (name := f"{card.name}-intervals") in list_models():
-        shipped: Intervals = load_model(name, device=network.log_shrinkage.device)
-        with suppress(ValueError):  # they are for another problem
-            shipped.check(card.sha256, problem, seed)
-            intervals = shipped
-    if intervals is None or intervals.alarm is None:
+    shipped: Intervals = load_model(name, device=network.log_shrinkage.device)
+    try:
+        shipped.check(card.sha256, problem, seed)
+    except ValueError:  # they are for another problem
         return None
-    return partial(intervals.alarm.records, flow=network.flows()[-1])
+    return shipped
+
+
+def doubts_of(network: object, calibration: Intervals | None) -> Doubts | None:
+    """The alarm of a trained network, if its calibration has one."""
+    if calibration is None or calibration.alarm is None or not isinstance(network, Unfolded) or not network.flows():
+        return None
+    return partial(calibration.alarm.records, flow=network.flows()[-1])
 
 
 def _facts(solution: Solution | None, n: int) -> list[Record]:

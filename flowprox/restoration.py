@@ -24,7 +24,7 @@ from torch import Tensor
 from flowprox.checkpoints import load_model
 from flowprox.data import load_image, picture_form
 from flowprox.data.files import as_pil, form_of_pil, from_pil
-from flowprox.estimates import doubts_of, estimate
+from flowprox.estimates import calibration_of, doubts_of, estimate
 from flowprox.flows import Flow
 from flowprox.methods import make_method
 from flowprox.metrics import psnr
@@ -151,7 +151,7 @@ def restore(
     if name.endswith("inpainting"):
         wide = physics.A(wide)  # what the mask hides is no measurement
     method = _method(network, trained, operator, device)
-    doubts = doubts_of(network, operator) if method is network else None
+    doubts = doubts_of(network, calibration_of(network, operator))
     x_hat, facts, _ = estimate(method, wide, physics, kind, doubts=doubts)[0]
     alarm = facts.get("alarm")
     if alarm is not None and alarm["raised"]:

@@ -17,7 +17,7 @@ import flowprox
 from flowprox import FlowProx, Glow, UnfoldedPGD, load_model, make_physics, save_model
 from flowprox.cli import main
 from flowprox.data import save_image
-from flowprox.estimates import doubts_of, estimate
+from flowprox.estimates import calibration_of, doubts_of, estimate
 from flowprox.operators import PROBLEMS, Problem, measure_each
 from flowprox.records import read_records
 from flowprox.uncertainty import Alarm, Intervals, ScaleNet, fit_alarm, residual_p_value, uniform_p_value
@@ -59,7 +59,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     offsets = np.cumsum([0, *map(len, parts)])
     np.savez(folder / "shard.npz", webp=np.frombuffer(b"".join(parts), np.uint8), offsets=offsets)
     words = [str(folder / "network"), str(folder / "shard.npz"), f"--out={folder / 'network-intervals'}"]
-    assert main(["calibrate", *words, f"--intervals={folder / 'plain'}", f"--image_size={SIDE}"]) == 0
+    words += [f"--intervals={folder / 'plain'}", f"--image_size={SIDE}", "--samples", "--n_training=50", "--n_steps=10"]
+    assert main(["calibrate", *words, f"--training={folder / 'shard.npz'}"]) == 0
     alarm = load_model(folder / "network-intervals").alarm
     return World(load_model(folder / "network"), alarm, folder)
 
@@ -132,10 +133,10 @@ def test_reconstruct_says_what_is_not_to_be_trusted(world: World, capsys: pytest
 def test_a_shipped_calibration_is_used_for_its_problem_only(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flowprox.estimates.list_models", lambda: ["network-intervals"])
     monkeypatch.setattr("flowprox.estimates.load_model", lambda name, device: load_model(world.folder / name, device))
-    assert doubts_of(world.network, Problem("denoising", {"sigma": 0.2})) is None
+    assert calibration_of(world.network, Problem("denoising", {"sigma": 0.2})) is None
     problem = Problem("denoising", {"sigma": SIGMA})
     physics = make_physics(problem, (3, SIDE, SIDE))
-    doubts = doubts_of(world.network, problem)
+    doubts = doubts_of(world.network, calibration_of(world.network, problem))
     (found,) = estimate(world.network, torch.rand(1, 3, SIDE, SIDE), physics, PROBLEMS["denoising"], doubts=doubts)
     assert found.facts["alarm"]["raised"]
     with pytest.warns(UserWarning, match="the result is not to be trusted"):
@@ -144,4 +145,25 @@ def test_a_shipped_calibration_is_used_for_its_problem_only(world: World, monkey
     card = replace(world.network.card, name="another")
     network = load_model(world.folder / "network")
     network.card = card
-    assert doubts_of(network, problem) is None
+    assert calibration_of(network, problem) is None
+
+
+def test_reconstruct_draws_samples(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    save_image(squares(1, 3)[0], world.folder / "usual.png")
+    words = ["reconstruct", str(world.folder / "usual.png"), "--model", str(world.folder / "network"), "--simulate"]
+    calibrated = ["--intervals", str(world.folder / "network-intervals"), "--samples=3"]
+    for name in ("first", "second"):
+        assert main([*words, *calibrated, "--out", str(world.folder / name)]) == 0
+        (record,) = read_records(world.folder / name / "records.jsonl")
+        deviation = np.load(world.folder / name / "deviations/usual.npy")
+        assert record["samples"] == 3 and record["mean_deviation"] == pytest.approx(deviation.mean(), rel=1e-4)
+        assert deviation.min() > 0
+    pictures = [sorted((world.folder / name / "samples/usual").iterdir()) for name in ("first", "second")]
+    contents = [[path.read_bytes() for path in paths] for paths in pictures]
+    assert contents[0] == contents[1] and len(set(contents[0])) == 3
+    refused = [*words, "--out", str(world.folder / "refused")]
+    assert main([*refused, "--intervals", str(world.folder / "plain"), "--samples=3"]) == 2
+    assert "has no density of denoising-sigma0.1 to draw samples from" in capsys.readouterr().err
+    assert main([*refused, *calibrated[:2], "--samples=1"]) == 2
+    assert "samples must be at least 2" in capsys.readouterr().err
+    assert not (world.folder / "refused").exists()

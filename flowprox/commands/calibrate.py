@@ -41,7 +41,9 @@ class CalibrateOptions:
         split: "val" or "test" takes that part of data only, which a network trained on the same folder has not seen.
         problem: what is measured; by default the problem in the model's card.
         parameters: KEY=VALUE ... of the problem, where they differ from the model's card.
-        intervals: earlier intervals of the network for the problem: they stay as they are and get an alarm; nothing is trained.
+        intervals: earlier intervals of the network for the problem: they stay as they are and get an alarm, or with samples a
+            density, which needs training.
+        samples: also train the density that flowprox reconstruct --samples draws from.
         n_training: how many images train the half-widths.
         n_calibration: how many calibrate; alpha needs at least 1 / alpha - 1.
         n_test: at most how many measure.
@@ -63,6 +65,7 @@ class CalibrateOptions:
     problem: str | None = None
     parameters: list[str] | None = None
     intervals: str | None = None
+    samples: bool = False
     n_training: int = 1000
     n_calibration: int = 150
     n_test: int = 300
@@ -120,8 +123,20 @@ def calibrate(options: CalibrateOptions) -> None:
     if options.intervals is not None:
         earlier = load_model(options.intervals, device=options.device)
         earlier.check(card.sha256, problem, seed)
-        complete, n_alarm = _with_alarm(earlier, network, physics, pool, options)
-        facts = earlier.card.training | {"n_alarm": n_alarm, "alarm_data": options.data}
+        complete, facts = earlier, dict(earlier.card.training)
+        if options.n_alarm:
+            complete, n_alarm = _with_alarm(earlier, network, physics, pool, options)
+            facts |= {"n_alarm": n_alarm, "alarm_data": options.data}
+        if options.samples:
+            if options.training is None:
+                raise ValueError("samples need images that train their density: give some with --training")
+            training = read(options.training)[: options.n_training]
+            complete = _with_density(complete, network, physics, training, options)
+            facts |= {
+                "density_training": options.training,
+                "n_density": len(training),
+                "density_steps": options.n_steps,
+            }
         save_model(complete, options.out, replace(earlier.card, name=Path(options.out).absolute().name, training=facts))
         print(f"written to {options.out}")
         return
@@ -165,6 +180,8 @@ def calibrate(options: CalibrateOptions) -> None:
         )
     watched = torch.cat([calibration, rest if options.test else rest[len(test) :]])
     intervals, n_alarm = _with_alarm(intervals, network, physics, watched, options)
+    if options.samples:
+        intervals = _with_density(intervals, network, physics, training, options)
     metrics: dict[str, float] = {}
     if len(test) >= _FEWEST:
         first = options.seed + options.n_training + options.n_calibration
@@ -211,7 +228,21 @@ def _with_alarm(
     x = (images.float() / 255).to(options.device)
     estimates = [(x_hat, y) for _, y, x_hat in measured_estimates(network, x, physics, seeds)]
     alarm = fit_alarm(estimates, physics, network.flows()[-1])
-    return Intervals(intervals.scale, intervals.alpha, intervals.factor, alarm), len(images)
+    return Intervals(intervals.scale, intervals.alpha, intervals.factor, alarm, intervals.density), len(images)
+
+
+def _with_density(
+    intervals: Intervals, network: Unfolded, physics: LinearPhysics, images: Tensor, options: CalibrateOptions
+) -> Intervals:
+    """The intervals with a density to draw samples from, trained on images (B, C, H, W) of 8 bits."""
+    from flowprox.uncertainty import Intervals, measured_estimates
+    from flowprox.unfolding import fit_density
+
+    x = (images.float() / 255).to(options.device)
+    estimates = list(measured_estimates(network, x, physics, range(options.seed, options.seed + len(x))))
+    print(f"a density of {len(x)} images, {options.n_steps} steps")
+    density = fit_density(network, estimates, physics, n_steps=options.n_steps, seed=options.seed)
+    return Intervals(intervals.scale, intervals.alpha, intervals.factor, intervals.alarm, density)
 
 
 def _problem(options: CalibrateOptions, card: Card, parameters: dict[str, Any]) -> Problem:

@@ -39,6 +39,8 @@ class ReconstructOptions:
             default the noise of the problem.
         intervals: folder of calibrated intervals of the trained network, from flowprox calibrate: writes the lower and the
             upper end for each pixel, and a picture of the half-widths.
+        samples: how many images of the posterior to draw with a trained network whose calibration has a density: writes
+            samples/NAME/0.png, ..., and the deviation of each pixel.
         options: KEY=VALUE ... of the method; "flowprox methods NAME" lists them.
         problem: what was measured; "flowprox problems" lists them; by default the one in the model's card.
         parameters: KEY=VALUE ... of the problem; "flowprox problems NAME" lists them.
@@ -61,6 +63,7 @@ class ReconstructOptions:
     flow: str | None = None
     noise: list[str] | None = None
     intervals: str | None = None
+    samples: int = 0
     options: list[str] | None = None
     problem: str | None = None
     parameters: list[str] | None = None
@@ -112,6 +115,7 @@ def reconstruct(options: ReconstructOptions) -> None:
         options=of_method,
         size=options.size,
         intervals=options.intervals,
+        samples=options.samples,
     )
     records = reconstruct_files(
         job, options.inputs, options.out, overwrite=options.overwrite, console=Console(stderr=True)

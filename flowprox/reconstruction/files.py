@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -155,6 +156,7 @@ def remove_image(out: Path, name: str) -> None:
     for folder in _FOLDERS:
         for suffix in (".png", ARRAY):
             (out / folder / f"{name}{suffix}").unlink(missing_ok=True)
+    shutil.rmtree(out / "samples" / name, ignore_errors=True)
 
 
 def write_picture(x: Tensor, folder: Path, name: str, form: PictureForm = _USUAL) -> None:

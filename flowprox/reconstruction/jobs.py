@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from deepinv.models import Reconstructor
-from deepinv.physics import Physics
+from deepinv.physics import LinearPhysics, Physics
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -26,8 +26,8 @@ from rich.progress import (
 from torch import Tensor
 
 from flowprox.checkpoints import load_model
-from flowprox.data import load_array, load_image, load_measurement
-from flowprox.estimates import Doubts, Estimate, doubts_of, estimate
+from flowprox.data import load_array, load_image, load_measurement, save_image
+from flowprox.estimates import Doubts, Estimate, calibration_of, doubts_of, estimate
 from flowprox.evaluation.images import image_seed
 from flowprox.evaluation.run import hashed
 from flowprox.files import sha256, sole_writer
@@ -48,6 +48,7 @@ from flowprox.reconstruction.files import (
 )
 from flowprox.records import Record
 from flowprox.uncertainty import Intervals
+from flowprox.unfolding import ConditionalDensity
 
 __all__ = ["ReconstructionInterrupted", "ReconstructionJob", "reconstruct_files"]
 
@@ -75,6 +76,7 @@ class ReconstructionJob:
         options: of the method.
         size: (H, W) or (C, H, W) of the image behind measurements that do not show it; None takes that of the flow.
         intervals: folder of calibrated intervals of the model (``flowprox calibrate``).
+        samples: how many images of the posterior to draw beside the estimate, of a model whose calibration has a density.
     """
 
     model: str | None = None
@@ -91,6 +93,7 @@ class ReconstructionJob:
     options: Mapping[str, Any] = field(default_factory=dict)
     size: Sequence[int] | None = None
     intervals: str | None = None
+    samples: int = 0
 
 
 class ReconstructionInterrupted(KeyboardInterrupt):
@@ -111,7 +114,7 @@ def reconstruct_files(
     likewise in ``measurements`` (as a picture where it is one), and a line of ``records.jsonl``; from a
     method that tells how sure it is also the standard deviation of each pixel, ``deviations/a.npy``, and ``a.png``, where
     white is the highest; with intervals their ends ``lower/a.npy`` and ``upper/a.npy``, and likewise
-    ``half-widths/a.npy`` and ``a.png``. Each file appears whole.
+    ``half-widths/a.npy`` and ``a.png``; with samples ``samples/a/0.png``, ... and their deviations. Each file appears whole.
     Inputs of equal names become a, a-2, ...; the images of an array (B, ...) a-0, a-1, .... Every input is read and checked
     before the first is reconstructed.
 
@@ -166,6 +169,8 @@ def reconstruct_files(
                         parts = task.method(y.shape[1:]), y, physics, task.kind, x, show
                         (found,) = estimate(*parts, doubts=task.doubts)
                         half_width = task.half_width(found.x_hat, y, physics)
+                        if task.density is not None:
+                            found = task.with_samples(image, found, y, physics, out)
                         record = key | task.write(image, y[0], found, half_width, out)
                         record |= task.interval(found, half_width, x)
                         records.write(record)
@@ -216,6 +221,8 @@ class _Task:
             raise ValueError(
                 "method unfolded needs model: a shipped one (see flowprox models), a folder or hf:ORG/NAME"
             )
+        if job.samples < 0 or job.samples == 1:
+            raise ValueError(f"samples must be at least 2, or 0 for none, got {job.samples}: one shows no spread")
         check_options(self.name, job.options)
         missing = METHODS[self.name].missing({"flow": job.flow, "model": job.model}) or ""
         flow = DEFAULT_FLOW if "flow" in missing.split(" or ") else job.flow
@@ -244,6 +251,7 @@ class _Task:
         self.assumed: list[str] = []
         self.intervals = self._intervals()
         self.doubts: Doubts | None = None
+        self.density: ConditionalDensity | None = None
         self._physics: tuple[tuple[int, ...], Physics] | None = None
         self._methods: dict[tuple[int, ...] | None, Reconstructor] = {}
         self._held: dict[str, Tensor] = {}
@@ -266,6 +274,8 @@ class _Task:
         }
         if self.intervals is not None:
             models["intervals"] = self.intervals.card.sha256
+        if self.job.samples:
+            job["samples"] = self.job.samples
         return hashed({"method": self.name, "problem": problem, "operator": self.operator_seed, **models, **job})
 
     def _problem(self) -> tuple[Problem, int]:
@@ -402,8 +412,16 @@ class _Task:
         self.assumed += [] if check is None else check(self.problem)
         if self.intervals is not None:
             self.intervals.check(self.sha256, self.problem, self.operator_seed)
-        if self.name == "unfolded":
-            self.doubts = doubts_of(self.parts["model"], self.problem, self.operator_seed, self.intervals)
+        network = self.parts["model"] if self.name == "unfolded" else None
+        calibration = self.intervals or calibration_of(network, self.problem, self.operator_seed)
+        self.doubts = doubts_of(network, calibration)
+        if self.job.samples:
+            if calibration is None or calibration.density is None or network is None:
+                raise ValueError(
+                    f"{self.label} has no density of {self.problem.label} to draw samples from: make one with flowprox "
+                    "calibrate --samples and give it as intervals, or use method posterior, which samples with a flow"
+                )
+            self.density = ConditionalDensity(network, calibration.density)
 
     def _read(self, image: Input) -> tuple[Tensor, tuple[int, ...]]:
         """The input (1, ...), and the shape (C, H, W) of the image that is to be found."""
@@ -443,6 +461,19 @@ class _Task:
             return None
         return self.intervals(x_hat[None].to(y.device), y, physics)[0].cpu()
 
+    def with_samples(self, image: Input, found: Estimate, y: Tensor, physics: Physics, out: Path) -> Estimate:
+        """Draw and write the samples, with the image's seed: the estimate with their deviation."""
+        assert self.density is not None and isinstance(physics, LinearPhysics)
+        generator = torch.Generator().manual_seed(self._seed(image))
+        samples = self.density.sample(y, physics, self.job.samples, generator)[:, 0].cpu()
+        folder = out / "samples" / image.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, x in enumerate(samples):
+            save_image(x, folder / f"{i}.png")
+        deviation = samples.std(0)
+        facts = {"samples": len(samples), "mean_deviation": float(deviation.mean())}
+        return found._replace(deviation=deviation, facts=found.facts | facts)
+
     def interval(self, found: Estimate, half_width: Tensor | None, x: Tensor | None) -> Record:
         """What the record says of the intervals."""
         if self.intervals is None or half_width is None:
@@ -457,7 +488,8 @@ class _Task:
 
     def write(self, image: Input, y: Tensor, found: Estimate, half_width: Tensor | None, out: Path) -> Record:
         """Write the image's files, or none; its record. What was measured in gray stays gray."""
-        if image.is_measurement and half_width is None and y.ndim == 3 and len(y) == 3 and bool((y == y[:1]).all()):
+        colored = half_width is not None or self.density is not None
+        if image.is_measurement and not colored and y.ndim == 3 and len(y) == 3 and bool((y == y[:1]).all()):
             std = found.deviation
             found = found._replace(x_hat=_gray(found.x_hat), deviation=None if std is None else _gray(std))
             y = y[:1]

@@ -33,6 +33,7 @@ from flowprox.naming import Specified
 from flowprox.operators import PROBLEMS, Problem, measure_each
 from flowprox.uncertainty.alarm import Alarm
 from flowprox.uncertainty.checks import coverage, required
+from flowprox.unfolding import LatentScale
 
 __all__ = [
     "Intervals",
@@ -95,18 +96,26 @@ class Intervals(Specified, nn.Module):
         alpha: one minus the coverage, in (0, 1).
         factor: c, by which they are multiplied.
         alarm: tells reconstructions that are unlike those of the calibration; None is none.
+        density: of images around the network's estimate, that samples are drawn from; None is none.
 
     Raises:
         ValueError: alpha is outside (0, 1), or the factor is not positive.
     """
 
-    def __init__(self, scale: ScaleNet, alpha: float, factor: float = 1.0, alarm: Alarm | None = None) -> None:
+    def __init__(
+        self,
+        scale: ScaleNet,
+        alpha: float,
+        factor: float = 1.0,
+        alarm: Alarm | None = None,
+        density: LatentScale | None = None,
+    ) -> None:
         super().__init__()
         if not 0 < alpha < 1:
             raise ValueError(f"alpha must lie between 0 and 1, got {alpha}; 0.1 asks for intervals that hold 90 %")
         if not factor > 0:
             raise ValueError(f"factor must be positive, got {factor}")
-        self.scale, self.alpha, self.factor, self.alarm = scale, alpha, factor, alarm
+        self.scale, self.alpha, self.factor, self.alarm, self.density = scale, alpha, factor, alarm, density
         self.card: Any = None
 
     def forward(self, x_hat: Tensor, y: Tensor, physics: LinearPhysics) -> Tensor:

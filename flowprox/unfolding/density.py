@@ -219,7 +219,7 @@ def fit_density(
     network: Unfolded,
     estimates: list[tuple[Tensor, Tensor, Tensor]],
     physics: LinearPhysics,
-    hidden_channels: Sequence[int],
+    hidden_channels: Sequence[int] | None = None,
     n_steps: int = 400,
     seed: int = 0,
     callback: Callable[[int, int, float], None] | None = None,
@@ -230,7 +230,7 @@ def fit_density(
         network: with a flow.
         estimates: batches of images x (B, C, H, W), their measurements y and the network's estimates.
         physics: the operator.
-        hidden_channels: widths of the predictor, see ``LatentScale``.
+        hidden_channels: widths of the predictor, see ``LatentScale``; None is 16, 24, 32, ....
         n_steps: of Adam, 16 images each.
         seed: of the first weights and the order.
         callback: called with the step, their number, and the likelihood in nats per entry, without the log-determinant.
@@ -249,7 +249,8 @@ def fit_density(
     groups = flow.latent_groups((deviations.shape[-2], deviations.shape[-1])).to(deviations.device)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        scale = LatentScale(deviations.shape[1:], hidden_channels).to(deviations.device)
+        widths = hidden_channels or [16 + 8 * level for level in range(flow.n_levels)]
+        scale = LatentScale(deviations.shape[1:], widths).to(deviations.device)
     squares = torch.zeros_like(scale.log_scale).index_add_(0, groups.flatten(), deviations.square().mean(0).flatten())
     with torch.no_grad():
         scale.log_scale.copy_(0.5 * (squares / torch.bincount(groups.flatten()) + _SMALLEST**2).log())
