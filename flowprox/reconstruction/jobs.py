@@ -48,7 +48,7 @@ from flowprox.reconstruction.files import (
 )
 from flowprox.records import Record
 from flowprox.uncertainty import Intervals
-from flowprox.unfolding import ConditionalDensity
+from flowprox.unfolding import ConditionalDensity, Unfolded
 
 __all__ = ["ReconstructionInterrupted", "ReconstructionJob", "reconstruct_files"]
 
@@ -416,7 +416,7 @@ class _Task:
         calibration = self.intervals or calibration_of(network, self.problem, self.operator_seed)
         self.doubts = doubts_of(network, calibration)
         if self.job.samples:
-            if calibration is None or calibration.density is None or network is None:
+            if calibration is None or calibration.density is None or not isinstance(network, Unfolded):
                 raise ValueError(
                     f"{self.label} has no density of {self.problem.label} to draw samples from: make one with flowprox "
                     "calibrate --samples and give it as intervals, or use method posterior, which samples with a flow"
