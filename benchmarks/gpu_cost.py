@@ -19,12 +19,16 @@ How far off it is (paper's Glow, batch 128, 64x64, likelihood step, version 0.1.
     fast-nothing bf16          74          193        2.6
 
 Take bytes, kernels and ratios from it, and twice the seconds.
+
+"compiled" is a guess on top of an estimate: the graphs of ``torch.compile`` are charged by the kernels that inductor's
+scheduler makes of them, which fuses here as it does for a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -33,18 +37,28 @@ from unittest import mock
 
 import torch
 from contenders import CONTENDERS, PRESETS
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._functorch.aot_autograd import aot_function
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.debug import DebugContext
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.graph import GraphLowering
+from torch._inductor.ir import MultiOutput
+from torch._inductor.scheduler import NopKernelSchedulerNode
+from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import flowprox
-from flowprox.flows import frozen
+from flowprox.flows import GlowSteps, frozen
+from flowprox.flows.fast import step_with_net
 
 RATE = {torch.bfloat16: 500e12, torch.float32: 250e12, torch.float64: 30e12}
 """Operations per second; float32 stands for TF32 in the coupling nets' convolutions."""
 BANDWIDTH, LAUNCH, HOST = 2.6e12, 3e-6, 8e-6  # bytes per second; seconds per kernel on the device and on the host
+COUNTED_AS = {torch.ops.aten._addmm_activation: torch.ops.aten.addmm}
 NO_KERNEL = frozenset(
     "device layout dtype size stride view _unsafe_view reshape expand permute transpose t slice select detach alias unsqueeze "
     "squeeze split chunk as_strided unbind diagonal narrow lift_fresh empty empty_like new_empty empty_strided _reshape_alias "
@@ -61,16 +75,18 @@ class Cost(TorchDispatchMode):
         self.kernels: collections.Counter[str] = collections.Counter()
         self.bytes: collections.Counter[str] = collections.Counter()
         self.operations: collections.Counter[str] = collections.Counter()
+        self.is_paused = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         packet = func.overloadpacket
-        if packet.__name__ in NO_KERNEL:
+        if self.is_paused or packet.__name__ in NO_KERNEL:
             return out
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
         n_bytes = sum(t.numel() * t.element_size() for t in tensors)
-        operations = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
+        counted = COUNTED_AS.get(packet, packet)
+        operations = flop_registry[counted](*args, **kwargs, out_val=out) if counted in flop_registry else 0
         dtype = next(
             (t.dtype for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()), torch.float32
         )
@@ -80,7 +96,12 @@ class Cost(TorchDispatchMode):
         elif packet.__name__ == "convolution_backward":  # data, weight and bias, as asked for; each reads the gradient
             n_kernels = sum(args[-1])
             n_bytes += (n_kernels - 1) * args[0].numel() * args[0].element_size()
-        kind = f"{packet.__name__} {str(dtype).removeprefix('torch.')}"
+        self.add(packet.__name__, dtype, n_kernels, n_bytes, operations)
+        return out
+
+    def add(self, name: str, dtype: torch.dtype, n_kernels: int, n_bytes: float, operations: float) -> None:
+        """Charge one operation."""
+        kind = f"{name} {str(dtype).removeprefix('torch.')}"
         roofline = max(operations / RATE.get(dtype, RATE[torch.float32]), n_bytes / BANDWIDTH)
         for counter, value in (
             (self.seconds, roofline + LAUNCH * n_kernels),
@@ -89,7 +110,15 @@ class Cost(TorchDispatchMode):
             (self.operations, operations),
         ):
             counter[kind] += value
-        return out
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is charged within the block."""
+        before, self.is_paused = self.is_paused, True
+        try:
+            yield
+        finally:
+            self.is_paused = before
 
     def summary(self) -> dict[str, float]:
         """Totals: milliseconds on the device and on the host, kernels, GB, TFLOP."""
@@ -101,6 +130,64 @@ class Cost(TorchDispatchMode):
             "GB": sum(self.bytes.values()) / 1e9,
             "TFLOP": sum(self.operations.values()) / 1e12,
         }
+
+
+class Compiled:
+    """A step of a flow as ``torch.compile`` would run it: traced with its backward pass, cut in two graphs, each fused."""
+
+    def __init__(self, cost: Cost, mode: FakeTensorMode) -> None:
+        self.cost, self.mode = cost, mode
+        self.traced: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+    def __call__(self, method: str, bounds: Any, *tensors: Tensor) -> Any:
+        key = (method, bounds, *((t.shape, t.dtype, t.requires_grad) for t in tensors))
+        with self.cost.paused():
+            if key not in self.traced:
+                self.traced[key] = aot_function(
+                    functools.partial(step_with_net, method, bounds),
+                    fw_compiler=self._charged,
+                    partition_fn=min_cut_rematerialization_partition,
+                    decompositions=select_decomp_table(),
+                )
+            return self.traced[key](*tensors)
+
+    def _charged(self, graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        """The graph, which charges the kernels that the scheduler has fused it to."""
+        lowered, kernels = GraphLowering(graph, example_inputs=inputs), []
+        debug = V.set_debug_handler(DebugContext())
+        with (
+            self.cost.paused(),
+            debug,
+            V.set_fake_mode(self.mode),
+            V.set_graph_handler(lowered),
+            V.set_extern_kernel_nodes([]),
+        ):
+            lowered.run(*inputs)
+            lowered.init_wrapper_code()
+            lowered._update_scheduler()
+            for node in lowered.scheduler.nodes:
+                if isinstance(node, NopKernelSchedulerNode) or isinstance(node.node, MultiOutput):
+                    continue
+                layout = next(iter(node.get_outputs())).node.layout
+                dtype = layout.dtype if hasattr(layout, "dtype") else torch.bfloat16
+                name, n_kernels, operations = "fused", 1, 0
+                for origin in node.node.origins if node.is_extern() else ():
+                    packet = COUNTED_AS.get(packet := getattr(origin.target, "overloadpacket", None), packet)
+                    if packet in flop_registry:
+                        values = [
+                            part.meta["val"] if isinstance(part, fx.Node) else part for part in (*origin.args, origin)
+                        ]
+                        operations, name = flop_registry[packet](*values[:-1], out_val=values[-1]), packet.__name__
+                        n_kernels = sum(origin.args[-1]) if name == "convolution_backward" else 1
+                kernels.append((name, dtype, n_kernels, node.get_read_write_buffers_sizes(), operations))
+
+        def run(*arguments: Tensor) -> Any:
+            for kernel in kernels:
+                self.cost.add(*kernel)
+            with self.cost.paused():
+                return graph(*arguments)
+
+        return run
 
 
 @contextmanager
@@ -130,12 +217,15 @@ def faked(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
 Task = Callable[[nn.Module, FakeTensorMode], Cost]
 
 
-def likelihood(batch: int, size: int = 64, bfloat16: bool = True) -> Task:
+def likelihood(batch: int, size: int = 64, bfloat16: bool = True, compiled: bool = False) -> Task:
     """Forward and backward of the mean negative log-likelihood."""
 
     def step(model: nn.Module, mode: FakeTensorMode) -> Cost:
         x = mode.from_tensor(torch.rand(batch, 3, size, size))
         with Cost() as cost:
+            for steps in model.modules() if compiled else ():
+                if isinstance(steps, GlowSteps):
+                    steps._compiled = Compiled(cost, mode)
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                 loss = -model.train().log_prob(x).mean() / x[0].numel()  # type: ignore[operator]
             loss.backward()
@@ -165,6 +255,10 @@ def contender(name: str, preset: str) -> Callable[[], nn.Module]:
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Task]] = {
     "likelihood, paper, plain float32": (contender("plain", "paper"), likelihood(128, bfloat16=False)),
+    **{
+        f"likelihood, {preset}, compiled, bf16": (contender("default", preset), likelihood(128, compiled=True))
+        for preset in ("paper", "compact")
+    },
     **{
         f"likelihood, {preset}, {name}": (contender(name, preset), likelihood(128))
         for preset in ("paper", "compact")

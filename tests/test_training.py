@@ -1026,6 +1026,25 @@ def test_no_step_waits_for_the_device_between_two_readings(
     assert load_card(out / "model").training["steps"] == 4
 
 
+def test_graphs_are_refused_in_plain_words_where_they_cannot_be_recorded(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training, problem = options(cuda_graph=True, max_steps=2), ProblemOptions("denoising", {"sigma": 0.1})
+    train_unfolded(UnfoldedOptions(flow=FLOW, n_folds=1), problem, data(images), training, out=str(tmp_path / "cpu"))
+    assert "cuda_graph: trains without, since CUDA graphs are for NVIDIA's GPUs" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_replayed_step_is_the_step(images: Path, tmp_path: Path) -> None:
+    problem = ProblemOptions("denoising", {"sigma": 0.1})
+    for name, replays in (("plain", False), ("replayed", True)):
+        training = options(cuda_graph=replays, accelerator="cuda", max_steps=8)
+        train_unfolded(UnfoldedOptions(flow=FLOW, n_folds=2), problem, data(images), training, out=str(tmp_path / name))
+    found, expected = (load_training_state(tmp_path / name / "state.pt")["model"] for name in ("replayed", "plain"))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_a_compiled_run_continues_to_the_bit_and_computes_the_same(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

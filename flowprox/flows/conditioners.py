@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -112,35 +113,92 @@ def folded(layer: Sequence[Tensor], rate: float) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
-def convolved(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The convolutions of a ``CouplingNet`` and relu between them."""
+def convolved(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """The convolutions of a ``CouplingNet`` and relu between them.
+
+    Where the first weight has more channels than x, these see ones.
+    """
+    x = _with_ones(x, layers[0][0].shape[1])
     *hidden, last = layers
     for weight, bias in hidden:
         x = _convolved(x, weight, bias, relu=True)
     return _convolved(x, *last)
 
 
-def _convolved(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = False) -> Tensor:
-    """On accelerators 1x1 kernels in low precision are a product of matrices, which adds the bias in passing and is faster."""
+def _with_ones(x: Tensor, n_channels: int) -> Tensor:
+    """x (B, C, H, W), channels-last, with channels of ones behind its own, n_channels in all."""
+    n, c, h, w = x.shape
+    if c == n_channels:
+        return x
+    ones = torch.empty(n, n_channels - c, h, w, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return torch.cat([x, ones.fill_(1)], dim=1)
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
+    """On accelerators 1x1 kernels in low precision are a product of matrices, with bias and relu in passing."""
     if weight.shape[-1] == 1 and not on_cpu(x) and x.dtype in (torch.bfloat16, torch.float16):
-        y = F.linear(x.permute(0, 2, 3, 1), weight[:, :, 0, 0], bias)
-        return (F.relu(y) if relu else y).permute(0, 3, 1, 2)  # y is a view, in place costs autograd a copy
+        pixels, matrix = x.permute(0, 2, 3, 1), weight.flatten(1)
+        if (
+            relu and bias is not None and not torch.compiler.is_compiling()
+        ):  # where it is compiled the compiler fuses them
+            y = LinearReLU.apply(pixels.flatten(0, 2), matrix, bias).view(*pixels.shape[:3], -1)  # type: ignore[attr-defined]
+        else:
+            y = F.linear(pixels, matrix, bias)
+            y = F.relu(y) if relu else y  # y is a view, in place costs autograd a copy
+        return y.permute(0, 3, 1, 2)
     y = F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
     return y.relu_() if relu else y
 
 
-def folded_together(nets: Sequence[CouplingNet], dtype: torch.dtype) -> list[list[tuple[Tensor, Tensor]]]:
+class LinearReLU(torch.autograd.Function):
+    """relu(x W^T + b) for x (N, I), W (O, I), b (O,) as one kernel, of which autograd makes two; twice differentiable.
+
+    Example:
+        >>> x, w, b = torch.randn(5, 3), torch.randn(4, 3), torch.randn(4)
+        >>> torch.allclose(LinearReLU.apply(x, w, b), F.relu(F.linear(x, w, b)), atol=1e-6)
+        True
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.ops.aten._addmm_activation(bias, x, weight.T)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2], output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, y = ctx.saved_tensors
+        grad, needs = torch.ops.aten.threshold_backward(grad, y, 0), ctx.needs_input_grad
+        return grad @ weight if needs[0] else None, grad.T @ x if needs[1] else None, grad.sum(0) if needs[2] else None
+
+
+_ALIGNED = 8  # channels; products of matrices in low precision want multiples
+
+
+def folded_together(nets: Sequence[CouplingNet], dtype: torch.dtype) -> list[list[Tensor]]:
     """The folded convolutions of every net in ``dtype``, computed at once: a few kernels in the place of many.
 
-    The nets are alike in their shapes. Weights come out channels-last.
+    The nets are alike in their shapes. Weights come out channels-last. The first bias is the weight of one more channel, which
+    sees ones (see ``convolved``): added by a kernel of its own it would cost as much memory traffic as the convolution.
+
+    Returns:
+        for every net the first weight, then weight and bias of every other convolution.
     """
-    together = []
+    together: list[Sequence[Tensor]] = []
     for layers, rate in zip(zip(*(net.parts() for net in nets), strict=True), nets[0].rates, strict=True):
         weights, *others = zip(*layers, strict=True)
         weight = torch.stack([w.permute(0, 2, 3, 1) for w in weights]).permute(0, 1, 4, 2, 3)
         weight, bias = folded([weight, *map(torch.stack, others)], rate)
-        together.append(zip(weight.to(dtype).unbind(), bias.to(dtype).unbind(), strict=True))
-    return [list(layers) for layers in zip(*together, strict=True)]
+        if together:
+            together += [weight.to(dtype).unbind(), bias.to(dtype).unbind()]
+        else:
+            n_more, border = _ALIGNED - weight.shape[2] % _ALIGNED, [weight.shape[-1] // 2] * 4
+            at_center = F.pad(bias[:, :, None, None, None], (*border, 0, n_more - 1)).permute(0, 1, 3, 4, 2)
+            weight = torch.cat([weight.permute(0, 1, 3, 4, 2), at_center], dim=-1).permute(0, 1, 4, 2, 3)
+            together.append(weight.to(dtype).unbind())
+    return [list(tensors) for tensors in zip(*together, strict=True)]
 
 
 class CouplingResNet(nn.Module):

@@ -21,6 +21,7 @@ and the bijection itself in the dtype of x.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -129,7 +130,7 @@ class GlowSteps(Reversible):
             options: of ``torch.compile``, such as ``backend``, ``mode`` and ``dynamic``.
         """
         if self.has_fast_path:
-            self._compiled = torch.compile(_step_with_net, fullgraph=True, **options)
+            self._compiled = torch.compile(step_with_net, fullgraph=True, **options)
         else:
             for step in self.layers:
                 step.coupling.net.compile(**options)  # type: ignore[operator, union-attr]
@@ -195,22 +196,23 @@ class GlowSteps(Reversible):
         together = self._compiled is not None or not (checkpointed or on_cpu(x))
         nets = self._nets_together(constants, x) if together else None
         matrices, biases = linear.matrix.unbind(), linear.bias.unbind()
-        for i in reversed(range(len(self.layers))) if backwards else range(len(self.layers)):
-            coupling: Any = self.layers[i].coupling
-            if nets is not None:
-                step: Callable[..., Any] = self._compiled or _step_with_net
-                arguments = method, coupling.bounds, x, matrices[i], biases[i], *nets[i]
-            else:
-                step, slots = _step, parameter_slots(coupling) if checkpointed else []
-                parameters = [values[name] for values, name in slots]
-                arguments = coupling, method, slots, x, matrices[i], biases[i], *parameters
-            x, step_logdet = (recomputed(step) if checkpointed else step)(*arguments)
-            if logdet is not None and step_logdet is not None:
-                logdet = logdet + step_logdet
+        with nullcontext() if nets is None else full_precision(x):
+            for i in reversed(range(len(self.layers))) if backwards else range(len(self.layers)):
+                coupling: Any = self.layers[i].coupling
+                if nets is not None:
+                    step: Callable[..., Any] = self._compiled or step_with_net
+                    arguments = method, coupling.bounds, x, matrices[i], biases[i], *nets[i]
+                else:
+                    step, slots = _step, parameter_slots(coupling) if checkpointed else []
+                    parameters = [values[name] for values, name in slots]
+                    arguments = coupling, method, slots, x, matrices[i], biases[i], *parameters
+                x, step_logdet = (recomputed(step) if checkpointed else step)(*arguments)
+                if logdet is not None and step_logdet is not None:
+                    logdet = logdet + step_logdet
         return x, logdet
 
     def _nets_together(self, constants: _Constants | None, x: Tensor) -> list[list[Tensor]] | None:
-        """Folded weights and biases of all coupling nets, if these are alike, in the precision they run in."""
+        """What ``folded_together`` gives of all coupling nets, if these are alike, in the precision they run in."""
         steps: list[Any] = list(self.layers)
         nets: list[Any] = [step.coupling.net for step in steps]
         if not self.has_fast_path or len({tuple(p.shape for layer in net.parts() for p in layer) for net in nets}) > 1:
@@ -218,11 +220,7 @@ class GlowSteps(Reversible):
         autocast = AutocastState.current(x.device.type)
         dtype = (autocast.dtype if autocast.enabled else None) or nets[0].last.bias.dtype
         with full_precision(x):
-            if constants is None:
-                folded_nets = folded_together(nets, dtype)
-            else:
-                folded_nets = [net.layers for net in constants.nets_for(self.layers, dtype)]
-        return [[part for layer in layers for part in layer] for layers in folded_nets]
+            return folded_together(nets, dtype) if constants is None else constants.nets_together(nets, dtype)
 
     def _fast(self, method: str, x: Tensor, recompute: str | None) -> tuple[Tensor, Tensor | None]:
         """One pass on the fast path, without gradients or as one autograd node."""
@@ -314,20 +312,23 @@ def _step(
     return x, logdet
 
 
-def _step_with_net(
+def step_with_net(
     method: str, bounds: Bounds, x: Tensor, matrix: Tensor, bias: Tensor, *net: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """``_step`` with weight and bias of every folded convolution given, in their precision: a function of tensors alone."""
+    """``_step`` with a net of ``folded_together`` given: a function of tensors alone, which is what is compiled.
+
+    Autocast is to be off around it, not inside: a compiled backward pass runs under that of the whole forward one.
+    """
     backwards, asks_logdet = method in ("inverse", "decode"), method in ("forward", "inverse")
-    with full_precision(x):
-        first, second = halves(x if backwards else pixelwise(x, matrix, bias))
-        raw = convolved(second.to(net[0].dtype), list(zip(net[::2], net[1::2], strict=True))).to(x.dtype)
-        log_scale, shift = bounded(bounds, *raw.chunk(2, dim=1))
-        if backwards:
-            log_scale = -log_scale
-            x = pixelwise(_cat((first - shift) * torch.exp(log_scale), second), matrix, bias)
-        else:
-            x = _cat(first * torch.exp(log_scale) + shift, second)
+    first, second = halves(x if backwards else pixelwise(x, matrix, bias))
+    layers = [(net[0], None), *zip(net[1::2], net[2::2], strict=True)]
+    raw = convolved(second.to(net[0].dtype), layers).to(x.dtype)
+    log_scale, shift = bounded(bounds, *raw.chunk(2, dim=1))
+    if backwards:
+        log_scale = -log_scale
+        x = pixelwise(_cat((first - shift) * torch.exp(log_scale), second), matrix, bias)
+    else:
+        x = _cat(first * torch.exp(log_scale) + shift, second)
     return x, log_scale.sum((1, 2, 3)) if asks_logdet else None
 
 
@@ -381,6 +382,7 @@ class _Constants:
     tensors: list[Tensor] = field(default_factory=list)  # those of the stamp: an id is not given again while they live
     linear: dict[tuple[bool, bool], LinearParts] = field(default_factory=dict)
     nets: dict[torch.dtype, list[_Net]] = field(default_factory=dict)
+    together: dict[torch.dtype, list[list[Tensor]]] = field(default_factory=dict)
 
     def parameters(self) -> Iterable[Tensor]:
         return (p for m in self.modules for p in m._parameters.values() if p is not None)
@@ -399,6 +401,13 @@ class _Constants:
             with torch.inference_mode(False), torch.no_grad():
                 self.nets[dtype] = [_Net(step.coupling.net.parts(), dtype, packed=True) for step in steps]
         return self.nets[dtype]
+
+    def nets_together(self, nets: list[CouplingNet], dtype: torch.dtype) -> list[list[Tensor]]:
+        """As ``folded_together``."""
+        if dtype not in self.together:
+            with torch.inference_mode(False), torch.no_grad():
+                self.together[dtype] = folded_together(nets, dtype)
+        return self.together[dtype]
 
 
 _NetSums = list[Any]  # per convolution [dV, dv], None before the first chunk

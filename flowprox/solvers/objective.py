@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from flowprox.flows import Replayed
 from flowprox.solvers.optimizers import Optimizer, Trace
 from flowprox.solvers.problem import LatentProblem, Solution, SolverInterrupted, Start
 
@@ -63,13 +64,17 @@ class Objective:
     count: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     at_kink: bool = False
 
+    def __post_init__(self) -> None:
+        self.replayed = Replayed(self.with_gradient)
+
     def start(self, start: Start, seed: int, n_restarts: int = 1) -> Tensor:
         """Where the descent begins, (B, D); see ``LatentProblem.latents``."""
         z = self.problem.latents(start, seed, n_restarts)
         return self.problem.decode(z).flatten(1) if self.space == "image" else z
 
     def minimize(self, optimizer: Optimizer, u: Tensor) -> Trace:
-        """Minimize from u (B, D)."""
+        """Minimize from u (B, D). On a GPU the evaluation is recorded once per block of images that is left, and replayed."""
+        self.replayed = Replayed(self.with_gradient)  # with the present weight
         self.at_kink = self.prior == "unsquared" and bool((torch.as_tensor(self.weight) > 0).any())
         return optimizer.minimize(self, u, self.scales)
 
@@ -111,17 +116,22 @@ class Objective:
         """x (B, C, H, W)."""
         return self.problem.as_images(u) if self.space == "image" else self.problem.decode(u)
 
-    def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
+    def with_gradient(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """F (B,) and its gradient (B, D), by the same kernels whatever the values."""
         with torch.enable_grad():
             u = u.detach().requires_grad_(True)
             value = self.value(u)
             (gradient,) = torch.autograd.grad(value.sum(), u)
+        return value.detach(), gradient
+
+    def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        value, gradient = self.replayed(u)
         if self.at_kink:
             self.at_kink = False  # torch gives ||z|| the gradient 0 there
             gradient = torch.where((u == 0).all(dim=1, keepdim=True), self._out_of_the_kink(gradient), gradient)
         if self.callback is not None:
             self.callback(min(next(self.count), self.n_evaluations), self.n_evaluations)
-        return value.detach(), gradient
+        return value, gradient
 
     def select(self, images: Tensor) -> Objective | None:
         """The objective of some images of the batch (their indices); None where it cannot be taken apart."""

@@ -28,7 +28,7 @@ from deepinv.models import Reconstructor
 from deepinv.physics import Physics
 from torch import Tensor
 
-from flowprox.flows import Flow, frozen
+from flowprox.flows import Flow, Replayed, frozen
 from flowprox.solvers.diagnostics import effective_sample_size, split_r_hat
 from flowprox.solvers.importance import Proposal
 from flowprox.solvers.objective import Callback
@@ -335,17 +335,23 @@ def _kernel(sampler: str, options: SamplerOptions) -> Kernel:
 
 
 class _Target:
-    """log p(z, y) with its gradient, of M chains of B images at once; the images repeat within the batch, M times."""
+    """log p(z, y) with its gradient, of M chains of B images at once; the images repeat within the batch, M times.
+
+    On a GPU it is recorded once and replayed.
+    """
 
     def __init__(self, problem: LatentProblem, noise: Any, n_chains: int) -> None:
         self.problem, self.noise, self.n_chains = problem, noise, n_chains
         self.y, self.physics = problem.y, problem.physics
-        self.n_evaluations = 0
+        self.n_evaluations, self.replayed = 0, Replayed(self._position)
         # an operator or noise per image fits a batch of B images only: then one chain after the other
         self.per_image = problem.n_images > 1 and not problem.is_separable(noise.log_prob)
 
     def __call__(self, z: Tensor) -> Position:
         self.n_evaluations += len(z)
+        return self.replayed(z)
+
+    def _position(self, z: Tensor) -> Position:
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             x = self.problem.decode(z)

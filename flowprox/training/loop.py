@@ -25,7 +25,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, is_dataclass
 from fnmatch import fnmatch
@@ -41,7 +41,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flowprox.checkpoints import save_model, save_training_state
 from flowprox.files import first_line, refuse_foreign, sole_writer
-from flowprox.flows import FiniteChecks, NonFiniteError, compile_regions, gathered_checks
+from flowprox.flows import FiniteChecks, HostReads, NonFiniteError, compile_regions, gathered_checks
+from flowprox.operators import VariedProblem
 from flowprox.options import DataOptions, NoiseOptions, Parameters, TrainingOptions, TrainingResult, parse_duration
 from flowprox.training.images import TrainingImages, mixed_seed, seed_global_generators
 from flowprox.training.log import RunLog
@@ -313,6 +314,18 @@ class _Tally:
         self.values[1:3].zero_()
 
 
+class _OfTensors(nn.Module):
+    """A task as a module of the tensors among its inputs; the others stay what they are."""
+
+    def __init__(self, task: Task, inputs: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.task, self.others = task, [None if isinstance(part, Tensor) else part for part in inputs]
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        left = iter(tensors)
+        return self.task(*(next(left) if part is None else part for part in self.others))
+
+
 class _Run:
     """One process's part of a training run."""
 
@@ -342,7 +355,8 @@ class _Run:
         self.optimizer = make_optimizer(self.options.optimizer, groups, fused, self.options.weight_decay)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.forward = fabric.setup_module(self.task)
+        self.forward: Callable[..., Tensor] = fabric.setup_module(self.task)
+        self.to_record, self.has_looked = self.options.cuda_graph, False
         self.average = WeightAverage(self.task.model, self.options.ema_decay)
         # a batch normalization that has seen a NaN would keep it for ever
         names = ("running_mean", "running_var", "num_batches_tracked")
@@ -463,7 +477,10 @@ class _Run:
         for earlier, live in zip(self.earlier_statistics, self.statistics, strict=True):
             earlier.copy_(live)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._loss_and_gradients(inputs)
+        with HostReads() if self.to_record else nullcontext() as reads:
+            loss = self._loss_and_gradients(inputs)
+        if reads is not None:
+            self._record(inputs, reads.names)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.options.gradient_clip or math.inf, foreach=True)
         if loss is None:
             loss = norm = torch.full((), math.nan, device=self.device)
@@ -498,6 +515,30 @@ class _Run:
             self.error = error
             return None
         return loss.detach()
+
+    def _record(self, inputs: tuple[Any, ...], reads: set[str]) -> None:
+        """Replay forward and backward pass from now on, if this step has shown that it can be."""
+        if reads and not self.has_looked:  # ActNorm, whether it is initialized
+            self.has_looked = True
+            return
+        self.to_record = False
+        tensors = tuple(part for part in inputs if isinstance(part, Tensor))
+        is_drawn = isinstance(getattr(self.task, "physics", None), VariedProblem)
+        reasons = {
+            "CUDA graphs are for NVIDIA's GPUs": self.device.type != "cuda",
+            "several processes exchange gradients meanwhile": self.distributed,
+            "the operator is another one in every step": is_drawn,
+            f"the host waits for {', '.join(sorted(reads))}": bool(reads),
+        }
+        refused = [reason for reason, holds in reasons.items() if holds]
+        if refused:
+            self._say(f"cuda_graph: trains without, since {refused[0]}")
+            return
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.in_bfloat16, cache_enabled=False):
+            replayed = torch.cuda.make_graphed_callables(_OfTensors(self.task, inputs), tensors)
+        self.forward = lambda *parts: replayed(*(part for part in parts if isinstance(part, Tensor)))
+        for earlier, live in zip(self.earlier_statistics, self.statistics, strict=True):
+            live.copy_(earlier)
 
     def _seed_step(self) -> torch.Generator:
         seed = mixed_seed("step", self.options.seed, self.counts.step, self.fabric.global_rank)

@@ -364,9 +364,16 @@ def test_compiled_steps_compute_the_same_as_one_graph_per_level_and_direction(mo
     for patch in on_cpu:
         patch.start()
     try:
-        for loss in (log_prob_loss, prox_loss):
-            torch.testing.assert_close(gradients(compiled, loss, x), gradients(plain, loss, x), rtol=1e-8, atol=1e-10)
-        assert counters["stats"]["unique_graphs"] - before == 2 * 3  # levels; forward, encode, decode
+        found, expected = (gradients(flow, prox_loss, x) for flow in (compiled, plain))
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+        assert counters["stats"]["unique_graphs"] - before == 2 * 2  # levels; encode, decode
+        with torch.autocast("cpu", torch.bfloat16):  # its backward pass is full precision but for the nets
+            losses = [log_prob_loss(flow, x) for flow in (compiled, plain)]
+        found, expected = (
+            torch.autograd.grad(loss, next(m for m in flow.modules() if isinstance(m, GlowStep)).mix.lu)[0]
+            for loss, flow in zip(losses, (compiled, plain), strict=True)
+        )
+        assert relative(found, expected) < (1e-6 if mode == "auto" else 0.1)
         with frozen(compiled), frozen(plain):
             x.requires_grad_()
             found, expected = (torch.autograd.grad(flow.log_prob(x).sum(), x)[0] for flow in (compiled, plain))

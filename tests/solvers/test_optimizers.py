@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from flow_cases import NoHostReads
 from scipy.optimize import minimize
 from solver_cases import SHAPE, operators, small_glow
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowprox.flows import frozen
+from flowprox.flows import Replayed, frozen
 from flowprox.solvers import LBFGS, Adam, TorchLBFGS
 from flowprox.solvers.objective import Objective, squared_error
 from flowprox.solvers.optimizers import _LOOK_EVERY, Evaluate, _Search
@@ -242,15 +241,6 @@ def test_images_that_have_stopped_leave_the_batch() -> None:
             assert torch.equal(getattr(staying, name), getattr(leaving, name)), name
 
 
-class HostReads(TorchDispatchMode):
-    """Refuses whatever makes the host wait for the device."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"):
-            raise AssertionError(f"{func} reads a value on the host")
-        return func(*args, **(kwargs or {}))
-
-
 def test_an_iteration_reads_nothing_on_the_host() -> None:
     """Between two looks at which images have stopped."""
     evaluate, z = with_gradient(rosenbrock), torch.randn(3, 4, dtype=torch.float64)
@@ -261,13 +251,30 @@ def test_an_iteration_reads_nothing_on_the_host() -> None:
         objective = Objective(problem, squared_error, torch.tensor([0.1, 0.2]).double(), "density")
         of_flow = _Search(objective, problem.latents("zero"), LBFGS(), None)
         of_flow.trial()
-        with HostReads():
+        with NoHostReads():
             of_flow.trial()
-    with HostReads():
+    with NoHostReads():
         for _ in range(_LOOK_EVERY - 1):
             search.trial()
-        with pytest.raises(AssertionError, match="on the host"):
+        with pytest.raises(AssertionError, match="the host would wait"):
             search.look()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_replayed_evaluation_is_the_evaluation() -> None:
+    flow, physics = small_glow().cuda(), operators()["inpainting"].to("cuda")
+    with frozen(flow), torch.no_grad():
+        y = torch.rand(2, *SHAPE, dtype=torch.float64, device="cuda")
+        problem = LatentProblem(flow, y, physics)
+        objective = Objective(problem, squared_error, torch.tensor([0.1, 0.2]).to(y), "density")
+        for _ in range(3):
+            z = torch.randn(2, problem.dimension).to(y)
+            torch.testing.assert_close(objective(z), objective.with_gradient(z))
+        assert objective.replayed.refusal is None
+        reads = Replayed(lambda x: x * float(x.sum()))
+        torch.testing.assert_close(reads(y), y * y.sum())
+        assert reads.refusal == "the host waits for _local_scalar_dense"
 
 
 def test_every_optimizer_agrees_with_scipy_on_a_convex_problem() -> None:
