@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowprox.flows import Flow, Glow, GlowSteps, Sequential, compile_regions
+from flowprox.flows import Flow, Glow, GlowSteps, Sequential
 from flowprox.flows.conditioners import CouplingNet
+from flowprox.graphs import compile_regions
 
 __all__ = ["CONTENDERS", "PRESETS", "TRAINING_ONLY", "Architecture", "Contender", "MultiScale"]
 

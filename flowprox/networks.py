@@ -34,7 +34,7 @@ class ResNet(nn.Module):
         n_blocks: number of residual blocks.
     """
 
-    is_region = True  # of ``flowprox.flows.compile_regions``
+    is_region = True  # of ``flowprox.graphs.compile_regions``
 
     def __init__(self, n_channels: int = 3, hidden_channels: int = 128, n_blocks: int = 2) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class UNet(nn.Module):
         residual: add the output to the input; the original has no such skip.
     """
 
-    is_region = True  # of ``flowprox.flows.compile_regions``
+    is_region = True  # of ``flowprox.graphs.compile_regions``
 
     def __init__(
         self, n_channels: int = 3, hidden_channels: int = 64, n_scales: int = 5, residual: bool = True

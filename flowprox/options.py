@@ -359,8 +359,8 @@ class TrainingOptions:
         compile: compile the network with ``torch.compile``, a step of a level or a block at a time; for a GPU. It costs a
             minute at the start. Flows whose ``backward`` is "invert" or "fast-..." are trained as without.
         cuda_graph: record forward and backward pass as CUDA graphs and replay them, which frees narrow networks from waiting
-            for the host. One process on an NVIDIA GPU, the same operator in every step, no ``backward: invert``; elsewhere the run
-            says so and trains without.
+            for the host. One process on an NVIDIA GPU, the same operator in every step, no ``backward: invert``; elsewhere the
+            run says so and trains without.
         num_threads: CPU threads per process; null leaves PyTorch's choice. With one, it skips its fast convolutions.
         channels_last: keep images and weights channels-last, the faster layout for convolutions.
         horizontal_flip: mirror half of the training images, drawn anew in every step.

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowprox.flows import Bijection, Flow, Glow, GlowSteps, HostReads, RealNVP, Reversible, Sequential
+from flowprox.flows import Bijection, Flow, Glow, GlowSteps, RealNVP, Reversible, Sequential
+from flowprox.graphs import HostReads
 
 MODES = ("inputs", "invert")
 FAST_MODES = ("fast-nothing", "fast-early", "fast-inputs", "fast-invert")

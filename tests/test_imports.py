@@ -29,7 +29,7 @@ MODULES: dict[str, Path] = {name: path for name, path in measures.modules().item
 FLOORS = """
 files naming metrics records summary
 options evaluation_options
-networks noise operators
+graphs networks noise operators
 flows prox solvers priors tiles
 unfolding baselines uncertainty
 data samples checkpoints

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from flowprox.checkpoints import load_card, load_model, load_training_state, save_training_state
 from flowprox.data import save_image
 from flowprox.files import sole_writer
-from flowprox.flows import NonFiniteError, compile_regions
+from flowprox.flows import NonFiniteError
+from flowprox.graphs import compile_regions
 from flowprox.naming import Specified
 from flowprox.operators import make_physics, measure
 from flowprox.options import (

@@ -66,7 +66,7 @@ def load_model(
         device: where to put it.
         dtype: floating-point type to convert to; by default the one it was saved in (float32 for half-precision files).
         revision: branch, tag or commit on the hub.
-        compile: compile what the model repeats (``flowprox.flows.compile_regions``), for a GPU. The first image of every size
+        compile: compile what the model repeats (``flowprox.graphs.compile_regions``), for a GPU. The first image of every size
             then takes up to a minute.
 
     Raises:
@@ -85,7 +85,7 @@ def load_model(
     model.card = card
     model = model.to(device=target, dtype=float_type).eval()
     if compile:
-        from flowprox.flows import compile_regions
+        from flowprox.graphs import compile_regions
 
         compile_regions(model)
     return model

@@ -3,7 +3,7 @@
 from flowprox.flows.bijection import Bijection, FiniteChecks, NonFiniteError, Sequential, check_finite, gathered_checks
 from flowprox.flows.fast import GlowSteps
 from flowprox.flows.flow import Flow, PixelwiseFlow
-from flowprox.flows.frozen import HostReads, Replayed, compile_regions, frozen
+from flowprox.flows.frozen import frozen
 from flowprox.flows.glow import Glow
 from flowprox.flows.layers import (
     ActNorm,
@@ -31,19 +31,16 @@ __all__ = [
     "GlowStep",
     "GlowSteps",
     "HaarSqueeze",
-    "HostReads",
     "NonFiniteError",
     "PixelNorm",
     "PixelwiseFlow",
     "RealNVP",
-    "Replayed",
     "Reversible",
     "Sequential",
     "Split",
     "Squeeze",
     "Unsqueeze",
     "check_finite",
-    "compile_regions",
     "frozen",
     "gathered_checks",
 ]

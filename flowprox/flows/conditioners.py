@@ -118,20 +118,12 @@ def convolved(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> Tens
 
     Where the first weight has more channels than x, these see ones.
     """
-    x = _with_ones(x, layers[0][0].shape[1])
+    n_missing = layers[0][0].shape[1] - x.shape[1]
+    x = F.pad(x, (0, 0, 0, 0, 0, n_missing), value=1.0) if n_missing else x
     *hidden, last = layers
     for weight, bias in hidden:
         x = _convolved(x, weight, bias, relu=True)
     return _convolved(x, *last)
-
-
-def _with_ones(x: Tensor, n_channels: int) -> Tensor:
-    """x (B, C, H, W), channels-last, with channels of ones behind its own, n_channels in all."""
-    n, c, h, w = x.shape
-    if c == n_channels:
-        return x
-    ones = torch.empty(n, n_channels - c, h, w, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    return torch.cat([x, ones.fill_(1)], dim=1)
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
@@ -165,6 +157,7 @@ class LinearReLU(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Keep what the backward pass needs."""
         ctx.save_for_backward(*inputs[:2], output)
 
     @staticmethod

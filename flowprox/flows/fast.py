@@ -20,10 +20,11 @@ and the bijection itself in the dtype of x.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,7 @@ from flowprox.flows.reversible import (
 
 __all__ = ["GlowSteps", "all_modules"]
 
+_T = TypeVar("_T")
 _CHUNK = 2**21  # hidden values computed at a time on the CPU: 8 MiB in float32; larger tensors leave the cache
 _FEW_CHANNELS = 8
 _KEPT_LAYERS = {"nothing": slice(None), "early": slice(-1, None), "inputs": slice(0, 0)}  # of h_1 .. h_{n-1}
@@ -97,6 +99,7 @@ class GlowSteps(Reversible):
         True
     """
 
+    is_region = True  # of ``flowprox.graphs.compile_regions``
     MODES = ("plain", "auto", "inputs", "invert", "fast-nothing", "fast-early", "fast-inputs", "fast-invert")
 
     def __init__(self, layers: Iterable[Bijection], recompute: str = "plain", check_drift: int = 100) -> None:
@@ -130,7 +133,7 @@ class GlowSteps(Reversible):
             options: of ``torch.compile``, such as ``backend``, ``mode`` and ``dynamic``.
         """
         if self.has_fast_path:
-            self._compiled = torch.compile(step_with_net, fullgraph=True, **options)
+            self._compiled = torch.compile(step_with_net, **options)
         else:
             for step in self.layers:
                 step.coupling.net.compile(**options)  # type: ignore[operator, union-attr]
@@ -217,20 +220,24 @@ class GlowSteps(Reversible):
         nets: list[Any] = [step.coupling.net for step in steps]
         if not self.has_fast_path or len({tuple(p.shape for layer in net.parts() for p in layer) for net in nets}) > 1:
             return None
-        autocast = AutocastState.current(x.device.type)
-        dtype = (autocast.dtype if autocast.enabled else None) or nets[0].last.bias.dtype
+        dtype = self._dtype_of_nets(AutocastState.current(x.device.type))
         with full_precision(x):
-            return folded_together(nets, dtype) if constants is None else constants.nets_together(nets, dtype)
+            compute = partial(folded_together, nets, dtype)
+            return compute() if constants is None else constants.once(("nets together", dtype), compute)
+
+    def _dtype_of_nets(self, autocast: AutocastState) -> torch.dtype:
+        step: Any = self.layers[0]
+        return (autocast.dtype if autocast.enabled else None) or step.coupling.net.last.bias.dtype
 
     def _fast(self, method: str, x: Tensor, recompute: str | None) -> tuple[Tensor, Tensor | None]:
         """One pass on the fast path, without gradients or as one autograd node."""
         backwards = method in ("inverse", "decode")
         steps: list[Any] = list(reversed(self.layers)) if backwards else list(self.layers)
         autocast = AutocastState.current(x.device.type)
-        dtype = (autocast.dtype if autocast.enabled else None) or steps[0].coupling.net.last.bias.dtype
+        dtype = self._dtype_of_nets(autocast)
         constants = self._kept()
         linear = self._linear(constants, backwards)
-        nets = None if constants is None else constants.nets_for(self.layers, dtype)
+        nets = None if constants is None else constants.once(("nets", dtype), partial(self._packed_nets, dtype))
         parts = [step.coupling.net.parts() for step in steps] if nets is None else [net.parts for net in nets]
         if nets is not None and backwards:
             nets, parts = nets[::-1], parts[::-1]
@@ -264,11 +271,19 @@ class GlowSteps(Reversible):
                 logdet = logdet + _whole(linear.logdet.sum(), x)
         return z, logdet if method in ("forward", "inverse") else None
 
+    def _packed_nets(self, dtype: torch.dtype) -> list[_Net]:
+        steps: list[Any] = list(self.layers)
+        return [_Net(step.coupling.net.parts(), dtype, packed=True) for step in steps]
+
     def _linear(self, constants: _Constants | None, inverse: bool) -> LinearParts:
         steps: list[Any] = list(self.layers)
         if constants is None:
             return LinearParts.of(steps, inverse)
-        return constants.linear_for(steps, inverse, is_exact=self._is_frozen)
+        # rounded from float64 within ``frozen`` and in half precision; else those of the layers, to the bit
+        is_exact = self._is_frozen or steps[0].mix.lu.dtype not in (torch.float32, torch.float64)
+        compute = partial(LinearParts.of if is_exact else LinearParts.stepwise, steps, inverse)
+        with full_precision(steps[0].mix.lu):
+            return constants.once(("linear", inverse, is_exact), compute)
 
     def _kept(self) -> _Constants | None:
         """What depends on the parameters alone, where they are constant: in evaluation mode, not to be differentiated."""
@@ -380,34 +395,17 @@ class _Constants:
     modules: list[nn.Module]
     stamp: tuple[Any, ...] | None
     tensors: list[Tensor] = field(default_factory=list)  # those of the stamp: an id is not given again while they live
-    linear: dict[tuple[bool, bool], LinearParts] = field(default_factory=dict)
-    nets: dict[torch.dtype, list[_Net]] = field(default_factory=dict)
-    together: dict[torch.dtype, list[list[Tensor]]] = field(default_factory=dict)
+    values: dict[Hashable, Any] = field(default_factory=dict)
 
     def parameters(self) -> Iterable[Tensor]:
         return (p for m in self.modules for p in m._parameters.values() if p is not None)
 
-    def linear_for(self, steps: list[Any], inverse: bool, is_exact: bool) -> LinearParts:
-        """Rounded from float64 if ``is_exact`` (or in half precision); else those of the layers, to the bit."""
-        is_exact = is_exact or steps[0].mix.lu.dtype not in (torch.float32, torch.float64)
-        if (inverse, is_exact) not in self.linear:
-            with torch.inference_mode(False), torch.no_grad(), full_precision(steps[0].mix.lu):
-                compute = LinearParts.of if is_exact else LinearParts.stepwise
-                self.linear[inverse, is_exact] = compute(steps, inverse)
-        return self.linear[inverse, is_exact]
-
-    def nets_for(self, steps: Iterable[Any], dtype: torch.dtype) -> list[_Net]:
-        if dtype not in self.nets:
+    def once(self, key: Hashable, compute: Callable[[], _T]) -> _T:
+        """What has been computed under that name, or is now."""
+        if key not in self.values:
             with torch.inference_mode(False), torch.no_grad():
-                self.nets[dtype] = [_Net(step.coupling.net.parts(), dtype, packed=True) for step in steps]
-        return self.nets[dtype]
-
-    def nets_together(self, nets: list[CouplingNet], dtype: torch.dtype) -> list[list[Tensor]]:
-        """As ``folded_together``."""
-        if dtype not in self.together:
-            with torch.inference_mode(False), torch.no_grad():
-                self.together[dtype] = folded_together(nets, dtype)
-        return self.together[dtype]
+                self.values[key] = compute()
+        return self.values[key]
 
 
 _NetSums = list[Any]  # per convolution [dV, dv], None before the first chunk

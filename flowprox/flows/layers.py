@@ -44,7 +44,35 @@ def _per_sample(value: Tensor, x: Tensor) -> Tensor:
     return (value * (x.shape[-2] * x.shape[-1])).expand(x.shape[0])
 
 
-class ActNorm(Bijection):
+class _FromData(Bijection):
+    """Scale and shift that are initialized from the first training batch; the flag that says so is read until it is set."""
+
+    initialized: Tensor
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(*shape))
+        self.bias = nn.Parameter(torch.zeros(*shape))
+        self.register_buffer("initialized", torch.tensor(False))
+        self._initialization_pending = True
+
+    def initialize(self, x: Tensor) -> None:
+        """Set scale and shift from x (B, C, H, W)."""
+        raise NotImplementedError
+
+    def initialize_once(self, x: Tensor) -> None:
+        """Initialize from x in train mode unless that has happened."""
+        if self._initialization_pending and self.training and len(x):
+            if not bool(self.initialized):
+                self.initialize(x)
+            self._initialization_pending = False
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._initialization_pending = True
+
+
+class ActNorm(_FromData):
     """Scale and shift per channel, initialized so that the first training batch has mean 0 and variance 1.
 
     The flag that says so, ``initialized``, is a buffer and is saved with the weights. A channel that is constant in that batch
@@ -63,16 +91,8 @@ class ActNorm(Bijection):
         (1.0, torch.Size([64]))
     """
 
-    initialized: Tensor
     CONSTANT = 1e-4
     """Standard deviation below which a channel counts as constant; one of 256 gray levels, dequantized, has 1e-3."""
-
-    def __init__(self, n_channels: int) -> None:
-        super().__init__()
-        self.log_scale = nn.Parameter(torch.zeros(n_channels))
-        self.bias = nn.Parameter(torch.zeros(n_channels))
-        self.register_buffer("initialized", torch.tensor(False))
-        self._initialization_pending = True
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
@@ -81,17 +101,6 @@ class ActNorm(Bijection):
         self.log_scale.copy_(torch.where(std > self.CONSTANT, -torch.log(std + 1e-6), 0.0))
         self.bias.copy_(-mean * torch.exp(self.log_scale))
         self.initialized.fill_(True)
-
-    def initialize_once(self, x: Tensor) -> None:
-        """Initialize from x in train mode unless that has happened; the buffer is read until it is known to be set."""
-        if self._initialization_pending and self.training and len(x):
-            if not bool(self.initialized):
-                self.initialize(x)
-            self._initialization_pending = False
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._initialization_pending = True
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self.initialize_once(x)
@@ -107,7 +116,7 @@ class ActNorm(Bijection):
         return (z - self.bias.view(1, -1, 1, 1)) * scale, _per_sample(-self.log_scale.sum(), z)
 
 
-class PixelNorm(Bijection):
+class PixelNorm(_FromData):
     """Scale and shift per pixel, initialized so that the first training batch has mean 0 and variance 1 in each.
 
     The other layers treat all places alike: ActNorm has one scale per channel, and a coupling net sees a place only through its
@@ -124,14 +133,8 @@ class PixelNorm(Bijection):
         tensor([1., 1., 1., 1.])
     """
 
-    initialized: Tensor
-
     def __init__(self, image_shape: Sequence[int]) -> None:
-        super().__init__()
-        self.log_scale = nn.Parameter(torch.zeros(*image_shape))
-        self.bias = nn.Parameter(torch.zeros(*image_shape))
-        self.register_buffer("initialized", torch.tensor(False))
-        self._initialization_pending = True
+        super().__init__(*image_shape)
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
@@ -148,20 +151,13 @@ class PixelNorm(Bijection):
             ValueError: x is not of the size the layer was made for.
         """
         self._check(x)
-        if self._initialization_pending and self.training and len(x):
-            if not bool(self.initialized):
-                self.initialize(x)
-            self._initialization_pending = False
+        self.initialize_once(x)
         return x * torch.exp(self.log_scale) + self.bias, self.log_scale.sum().expand(x.shape[0])
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """x and log|det|; errors as in ``forward``."""
         self._check(z)
         return (z - self.bias) * torch.exp(-self.log_scale), -self.log_scale.sum().expand(len(z))
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._initialization_pending = True
 
     def _check(self, x: Tensor) -> None:
         if x.shape[1:] != self.log_scale.shape:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from flowprox.flows import Replayed
+from flowprox.graphs import Replayed
 from flowprox.solvers.optimizers import Optimizer, Trace
 from flowprox.solvers.problem import LatentProblem, Solution, SolverInterrupted, Start
 

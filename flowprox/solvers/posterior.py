@@ -28,7 +28,8 @@ from deepinv.models import Reconstructor
 from deepinv.physics import Physics
 from torch import Tensor
 
-from flowprox.flows import Flow, Replayed, frozen
+from flowprox.flows import Flow, frozen
+from flowprox.graphs import Replayed
 from flowprox.solvers.diagnostics import effective_sample_size, split_r_hat
 from flowprox.solvers.importance import Proposal
 from flowprox.solvers.objective import Callback

@@ -41,7 +41,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flowprox.checkpoints import save_model, save_training_state
 from flowprox.files import first_line, refuse_foreign, sole_writer
-from flowprox.flows import FiniteChecks, HostReads, NonFiniteError, compile_regions, gathered_checks
+from flowprox.flows import FiniteChecks, NonFiniteError, gathered_checks
+from flowprox.graphs import HostReads, compile_regions
 from flowprox.operators import VariedProblem
 from flowprox.options import DataOptions, NoiseOptions, Parameters, TrainingOptions, TrainingResult, parse_duration
 from flowprox.training.images import TrainingImages, mixed_seed, seed_global_generators

@@ -187,7 +187,7 @@ class LatentMeanNet(Specified, nn.Module):
 
 
 class _Residual(nn.Module):
-    is_region = True  # of ``flowprox.flows.compile_regions``
+    is_region = True  # of ``flowprox.graphs.compile_regions``
 
     def __init__(self, width: int) -> None:
         super().__init__()

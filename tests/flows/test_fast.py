@@ -36,7 +36,6 @@ from flowprox.flows import (
     RealNVP,
     Reversible,
     Sequential,
-    compile_regions,
     conditioners,
     fast,
     frozen,
@@ -44,6 +43,7 @@ from flowprox.flows import (
 )
 from flowprox.flows.conditioners import CouplingNet, CouplingUNet
 from flowprox.flows.glow import FAST_WIDTH
+from flowprox.graphs import compile_regions
 from flowprox.operators import make_physics
 from flowprox.prox import FlowProx
 from flowprox.unfolding import LatentMeanNet, UnfoldedPGD

@@ -12,7 +12,8 @@ from scipy.optimize import minimize
 from solver_cases import SHAPE, operators, small_glow
 from torch import Tensor, nn
 
-from flowprox.flows import Replayed, frozen
+from flowprox.flows import frozen
+from flowprox.graphs import Replayed
 from flowprox.solvers import LBFGS, Adam, TorchLBFGS
 from flowprox.solvers.objective import Objective, squared_error
 from flowprox.solvers.optimizers import _LOOK_EVERY, Evaluate, _Search
