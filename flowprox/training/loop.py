@@ -536,7 +536,9 @@ class _Run:
             self._say(f"cuda_graph: trains without, since {refused[0]}")
             return
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.in_bfloat16, cache_enabled=False):
-            replayed = torch.cuda.make_graphed_callables(_OfTensors(self.task, inputs), tensors)
+            replayed: Callable[..., Tensor] = torch.cuda.make_graphed_callables(  # type: ignore[assignment]
+                _OfTensors(self.task, inputs), tensors
+            )
         self.forward = lambda *parts: replayed(*(part for part in parts if isinstance(part, Tensor)))
         for earlier, live in zip(self.earlier_statistics, self.statistics, strict=True):
             live.copy_(earlier)
