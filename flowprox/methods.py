@@ -27,6 +27,7 @@ from flowprox.baselines import (
     BM3D,
     Biharmonic,
     FFDNet,
+    FilteredBackprojection,
     GANPrior,
     Lasso,
     PlugAndPlay,
@@ -341,6 +342,7 @@ METHODS: dict[str, Method] = {
         explained_in=(PlugAndPlay, Tiled),
     ),
     "biharmonic": Method(Biharmonic, "the smoothest filling", _MASKED),
+    "fbp": Method(FilteredBackprojection, "filtered backprojection", ("ct",)),
     "wiener": Method(Wiener, "regularized inverse filter", ("deblurring",)),
 }
 """Method name -> how it is made."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import deepinv
@@ -12,18 +14,20 @@ from helpers import assert_adjoint
 from PIL import Image
 from torch import Tensor
 
+from flowprox.data import load_image
 from flowprox.operators import (
     FILTERS,
     RealMRI,
-    cartesian_mask,
     check_adjoint,
     check_measurement,
     data_prox,
     imaging,
+    kspace_mask,
     make_physics,
     measure_each,
     measurement_shape,
 )
+from flowprox.reconstruction import ReconstructionJob, reconstruct_files
 
 SHAPE = (3, 12, 14)
 
@@ -37,7 +41,7 @@ def _seeded() -> None:
 
 
 def test_mri_of_one_channel_is_deepinvs_with_zero_imaginary_part() -> None:
-    mask, x = cartesian_mask(12, 14), torch.rand(2, 1, 12, 14)
+    mask, x = kspace_mask(12, 14), torch.rand(2, 1, 12, 14)
     theirs = deepinv.physics.MRI(mask=mask)
     assert torch.equal(RealMRI(mask, (1, 12, 14)).A(x), theirs.A(torch.cat([x, torch.zeros_like(x)], 1)))
 
@@ -71,17 +75,55 @@ def test_mri_has_noise_only_where_it_measures() -> None:
 
 
 @pytest.mark.parametrize(("acceleration", "center_fraction"), [(4, None), (8, None), (2, 0.25), (4, 0.25), (1, 0.0)])
-def test_cartesian_mask_measures_one_in_so_many_columns(acceleration: int, center_fraction: float | None) -> None:
-    mask = cartesian_mask(16, 64, acceleration, center_fraction, seed=3)
+def test_kspace_mask_measures_one_in_so_many_columns(acceleration: int, center_fraction: float | None) -> None:
+    mask = kspace_mask(16, 64, acceleration, center_fraction, seed=3)
     assert torch.equal(mask, mask[:1].expand(16, 64))
     assert mask[0].sum() == 64 // acceleration
-    assert torch.equal(mask, cartesian_mask(16, 64, acceleration, center_fraction, seed=3))
+    assert torch.equal(mask, kspace_mask(16, 64, acceleration, center_fraction, seed=3))
     n_center = int(64 * (center_fraction or 0.0))
     assert mask[0, 32 - n_center // 2 : 32 + (n_center + 1) // 2].all()
 
 
-def test_cartesian_mask_follows_the_seed() -> None:
-    assert not torch.equal(cartesian_mask(16, 64, seed=1), cartesian_mask(16, 64, seed=2))
+def test_kspace_mask_follows_the_seed() -> None:
+    assert not torch.equal(kspace_mask(16, 64, seed=1), kspace_mask(16, 64, seed=2))
+
+
+@pytest.mark.parametrize("pattern", imaging.PATTERNS)
+def test_every_pattern_measures_the_middle_and_about_one_in_so_many(pattern: str) -> None:
+    mask = kspace_mask(48, 64, 4, seed=3, pattern=pattern)
+    assert mask[24, 32] == 1 and mask.unique().tolist() == [0, 1]
+    assert abs(float(mask.mean()) - 1 / 4) < 0.05
+    assert torch.equal(mask, kspace_mask(48, 64, 4, seed=3, pattern=pattern))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_parallel_mri_is_deepinvs_by_every_coil(channels: int) -> None:
+    """Of own maps as of simulated ones, whose squares sum to one: then nothing is lost where nothing is left out."""
+    maps = torch.randn(3, 12, 14, dtype=torch.complex64)
+    physics = make_physics("multicoil-mri", (channels, 12, 14), acceleration=2, coil_maps=maps.numpy(), sigma=0.0)
+    x = torch.rand(2, channels, 12, 14)
+    assert physics.A(x).shape == (2, 6 if channels == 3 else 2, 3, 12, 14)
+    assert_adjoint(physics.A, physics.A_adjoint, (2, channels, 12, 14), dtype=torch.float32, rtol=1e-4)
+    single = deepinv.physics.MRI(mask=physics.get_buffer("mask"))
+    parts = x if channels == 2 else torch.cat([x[:, :1], torch.zeros_like(x[:, :1])], 1)
+    seen = torch.view_as_real(maps[1] * torch.complex(parts[:, 0], parts[:, 1])).movedim(-1, 1)
+    torch.testing.assert_close(physics.A(x)[:, :2, 1], single.A(seen))
+    full = make_physics("multicoil-mri", (channels, 12, 14), acceleration=1, n_coils=4)
+    torch.testing.assert_close(full.A_adjoint(full.A(x)), x, rtol=0, atol=1e-5)
+
+
+def test_a_complex_image_is_reconstructed_from_its_coils(tmp_path: Path) -> None:
+    """By total variation, which leaves negative parts alone, and from a file, with a picture of the magnitude."""
+    x = torch.stack([torch.linspace(-0.5, 0.5, 16).expand(16, 16), torch.full((16, 16), 0.3)])[None]
+    parameters = {"acceleration": 2, "n_coils": 4}
+    y = measure_each(x, make_physics("multicoil-mri", (2, 16, 16), **parameters), [0])
+    np.save(tmp_path / "y.npy", y.numpy())
+    options = {"regularization": 1e-3, "n_iterations": 300}
+    job = ReconstructionJob(None, "multicoil-mri", parameters, operator_seed=0, method="tv", options=options)
+    reconstruct_files(replace(job, size=(2, 16, 16)), [tmp_path / "y.npy"], tmp_path / "out")
+    x_hat = torch.from_numpy(np.load(tmp_path / "out" / "y.npy"))
+    assert (x_hat - x[0]).square().mean().sqrt() < 0.03
+    assert load_image(tmp_path / "out" / "y.png").shape == (1, 16, 16)
 
 
 # CT and super-resolution ---------------------------------------------------------------------------------------------
@@ -99,8 +141,33 @@ def test_ct_is_deepinvs_by_matrix_and_by_rotation(width: int, limit: int, monkey
     scale = physics.get_buffer("operator_norm") / theirs.get_buffer("operator_norm")
     torch.testing.assert_close(physics.A(x) * scale, y, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(physics.A_adjoint(y) * scale, theirs.A_adjoint(y), rtol=1e-5, atol=1e-5)
-    assert isinstance(physics, imaging.ParallelCT)
+    assert isinstance(physics, imaging.CT)
     torch.testing.assert_close(physics.fbp(y / scale), theirs.fbp(y), rtol=1e-4, atol=1e-4)
+
+
+def test_a_fan_sees_what_deepinvs_fan_sees() -> None:
+    physics = make_physics("ct", (1, 16, 16), n_angles=6, fan_beam=True)
+    x = torch.rand(2, 1, 16, 16)
+    angles = torch.linspace(0, 360, 7)[:-1]
+    theirs = deepinv.physics.Tomography(angles, 16, fan_beam=True, fan_parameters=imaging._fan(16), normalize=False)
+    scale = physics.get_buffer("operator_norm")
+    torch.testing.assert_close(physics.A(x) * scale, theirs.A(x), rtol=1e-4, atol=1e-4)
+    assert_adjoint(physics.A, physics.A_adjoint, (1, 1, 16, 16), dtype=torch.float32, rtol=1e-4)
+    corner = torch.zeros(1, 1, 16, 16)
+    corner[..., 0, 0] = 1
+    assert (physics.A(corner).sum(2) > 0).all()  # no beam passes beside the detector
+
+
+def test_photons_are_noise_that_falls_with_the_dose() -> None:
+    x, errors = torch.full((1, 1, 16, 16), 0.5), []
+    for photons in (1e1, 1e3, 1e5):
+        physics = make_physics("ct", (1, 16, 16), n_angles=8, photons=photons)
+        y = measure_each(x, physics, [0])
+        assert torch.equal(y, measure_each(x, physics, [0])) and torch.isfinite(y).all()
+        errors.append(float((y - physics.A(x)).square().mean().sqrt()))
+    assert errors[0] > 5 * errors[1] > 25 * errors[2]
+    with pytest.raises(ValueError, match="photons takes the place of what sigma describes"):
+        make_physics("ct", (1, 16, 16), photons=1e4, sigma=0.1)
 
 
 def test_ct_has_norm_one_and_its_adjoint_for_every_dtype_and_batch() -> None:
@@ -245,6 +312,10 @@ def test_the_check_leaves_the_global_generator_alone() -> None:
         ("mri", {"acceleration": 0}, "acceleration must be a whole number from 1 to the width 14, got 0"),
         ("mri", {"acceleration": 15}, "acceleration must be a whole number"),
         ("mri", {"acceleration": 4, "center_fraction": 0.5}, r"at most 1/acceleration = 0\.25, got 0\.5"),
+        ("mri", {"pattern": "spiral"}, "unknown pattern 'spiral'"),
+        ("mri", {"pattern": "radial", "center_fraction": 0.1}, "center_fraction is of columns"),
+        ("multicoil-mri", {"n_coils": 0}, "n_coils must be a positive whole number, got 0"),
+        ("multicoil-mri", {"coil_maps": torch.ones(2, 12, 13)}, r"coil_maps must be complex \(N, 12, 14\)"),
         ("mri", {"mask": torch.zeros(12, 14)}, "mask hides every pixel"),
         ("ct", {}, "computed tomography takes square images, got 12x14"),
         ("ct", {"n_angles": 0}, "n_angles must be a positive whole number, got 0"),

@@ -67,7 +67,10 @@ CASES: dict[str, Case] = {
     "mri": _made("mri"),
     "mri-odd": _made("mri", (1, 7, 9), acceleration=2, center_fraction=0.3),
     "mri-own-mask": _made("mri", mask=OWN_MASK),
+    "multicoil-mri": _made("multicoil-mri"),
+    "multicoil-mri-complex": _made("multicoil-mri", (2, 7, 9), n_coils=3, pattern="radial"),
     "ct": _made("ct", (1, 5, 5), n_angles=3),
+    "ct-fan": _made("ct", (1, 5, 5), n_angles=3, fan_beam=True),
     "learned-blur": Case(lambda: LearnedBlur(kernel_size=5, sigma_blur=1.5)),
     "learned-blur-free": Case(lambda: LearnedBlur(kernel_size=3, sigma_blur=1.0, normalized=False)),
 }

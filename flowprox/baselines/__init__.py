@@ -6,7 +6,7 @@ Each is a ``deepinv.models.Reconstructor``: ``x_hat = method(y, physics)`` with 
 """
 
 from flowprox.baselines.deconvolution import TotalVariation, Wiener, transfer_function
-from flowprox.baselines.external import BM3D, Biharmonic, FFDNet, Pretrained
+from flowprox.baselines.external import BM3D, Biharmonic, FFDNet, FilteredBackprojection, Pretrained
 from flowprox.baselines.plug_and_play import PlugAndPlay
 from flowprox.baselines.sparse import Lasso, WaveletPrior
 from flowprox.solvers import GANPrior
@@ -15,6 +15,7 @@ __all__ = [
     "BM3D",
     "Biharmonic",
     "FFDNet",
+    "FilteredBackprojection",
     "GANPrior",
     "Lasso",
     "PlugAndPlay",

@@ -107,7 +107,7 @@ class Wiener(Baseline):
 class TotalVariation(Baseline):
     """Total variation for any linear operator, solved by the primal-dual iteration of Condat and Vu.
 
-        x <- P( x - tau (A^T (A x - y) + grad^T u) )        P: clip to [0, 1]
+        x <- P( x - tau (A^T (A x - y) + grad^T u) )        P: clip to [0, 1], but for complex images (2 channels)
         u <- Q( u + s grad(2 x - x_before) )                Q: shorten each pixel's u to length <= regularization
 
     with 1/tau = L/2 + 8 s, L = ||A||^2, which converges for any A. A fixed number of iterations is run, so that an
@@ -173,7 +173,7 @@ class TotalVariation(Baseline):
         u = torch.zeros_like(self._prior.nabla(x))
         for _ in range(self.n_iterations):
             descent = physics.A_adjoint(physics.A(x) - y) + self._prior.nabla_adjoint(u)
-            x_before, x = x, (x - primal_step * descent).clamp(0, 1)
+            x_before, x = x, self._within_range(x - primal_step * descent)
             u = u + self.dual_step * self._prior.nabla(2 * x - x_before)
             u = u * (self.regularization / self._length(u).clamp_min(max(self.regularization, 1e-12)))
         return x
@@ -189,4 +189,9 @@ class TotalVariation(Baseline):
         seen = physics.A(ones).flatten(1)
         fit = (seen.conj() * y.flatten(1)).real.sum(1) / seen.abs().square().sum(1).clamp_min(1e-12)
         x = fit[:, None, None, None] * ones
-        return (x + physics.A_adjoint(y - physics.A(x)) / squared_norm(physics, x)).clamp(0, 1)
+        return self._within_range(x + physics.A_adjoint(y - physics.A(x)) / squared_norm(physics, x))
+
+    @staticmethod
+    def _within_range(x: Tensor) -> Tensor:
+        """P; real and imaginary part, two channels, have no range."""
+        return x if x.shape[1] == 2 else x.clamp(0, 1)

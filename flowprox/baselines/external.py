@@ -1,4 +1,4 @@
-"""BM3D, biharmonic inpainting and pretrained networks, as other packages compute them.
+"""BM3D, biharmonic inpainting, filtered backprojection and pretrained networks, as other packages compute them.
 
     denoisers:   y = x + noise,  noise ~ N(0, sigma^2 I)
     biharmonic:  min over x of ||Laplacian x||^2   subject to   M x = y
@@ -21,13 +21,13 @@ from typing import Literal
 import deepinv
 import numpy as np
 import torch
-from deepinv.physics import Inpainting, LinearPhysics
+from deepinv.physics import Inpainting, LinearPhysics, Tomography
 from torch import Tensor, nn
 
 from flowprox.baselines.shared import Baseline, require_package
 from flowprox.noise import noise_level
 
-__all__ = ["BM3D", "Biharmonic", "FFDNet", "Pretrained"]
+__all__ = ["BM3D", "Biharmonic", "FFDNet", "FilteredBackprojection", "Pretrained"]
 
 _SMALLEST_SIDE = 16
 _SMALLEST_SIGMA = 1e-4  # below this nothing is left to remove, and the package divides by sigma
@@ -231,6 +231,29 @@ class Biharmonic(Baseline):
             return restoration.inpaint_biharmonic(image, hidden[i], channel_axis=-1) if hidden[i].any() else image
 
         return torch.where(known, y, _map_images(y, estimate))
+
+
+class FilteredBackprojection(Baseline):
+    """Filtered backprojection of tomography with the ramp filter, deepinv's ``Tomography.fbp``.
+
+    A fan's beams are not weighted by their distance to the source there, which costs accuracy.
+
+    Raises:
+        ValueError: on call: the physics is no tomography.
+
+    Example:
+        >>> from flowprox.operators import make_physics
+        >>> physics = make_physics("ct", (1, 16, 16), n_angles=30, sigma=0.0)
+        >>> x = torch.zeros(1, 1, 16, 16)
+        >>> x[..., 5:11, 5:11] = 0.5
+        >>> bool((FilteredBackprojection()(physics(x), physics) - x).abs().mean() < 0.05)
+        True
+    """
+
+    def _estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
+        if not isinstance(physics, Tomography):
+            raise ValueError("FilteredBackprojection needs a tomography: this physics is none")
+        return physics.fbp(y)
 
 
 def _map_images(y: Tensor, estimate: Callable[[np.ndarray, int], np.ndarray]) -> Tensor:

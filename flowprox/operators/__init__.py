@@ -7,8 +7,8 @@ one-bit sensing; n noise, white and Gaussian with standard deviation sigma unles
 data from an image estimate, and every unfolded network and solver uses them: ``data_gradient`` and ``data_prox``.
 
 Denoising, inpainting and deblurring keep the size of the image; a sensing matrix gives (B, m), super-resolution an image
-factor times smaller, MRI (B, 2 C, H, W), tomography (B, C, N, n_angles). Denoising and deblurring take images of any size,
-whatever size they were made for; the other operators belong to one size.
+factor times smaller, MRI (B, 2 C, H, W) or (B, 2, N, H, W) by N coils, tomography (B, C, N, n_angles). Denoising and
+deblurring take images of any size, whatever size they were made for; the other operators belong to one size.
 """
 
 from flowprox.operators.blur import (
@@ -19,7 +19,16 @@ from flowprox.operators.blur import (
     PaddedBlur,
     WindowedBlur,
 )
-from flowprox.operators.imaging import FILTERS, ParallelCT, RealMRI, SuperResolution, cartesian_mask
+from flowprox.operators.imaging import (
+    CT,
+    FILTERS,
+    CoilMRI,
+    PhotonNoise,
+    RealMRI,
+    SuperResolution,
+    coil_sensitivities,
+    kspace_mask,
+)
 from flowprox.operators.kinds import PROBLEMS, Parameter, ProblemKind
 from flowprox.operators.masks import center_mask, random_mask
 from flowprox.operators.measurements import (
@@ -39,9 +48,11 @@ from flowprox.operators.sizes import Fitted, fit_to_divisor, mirrored
 
 __all__ = [
     "BOUNDARIES",
+    "CT",
     "CircularBlur",
     "CircularConvolution",
     "DenseSensing",
+    "CoilMRI",
     "LearnedBlur",
     "ExactProx",
     "FILTERS",
@@ -49,7 +60,7 @@ __all__ = [
     "OneBitSensing",
     "PROBLEMS",
     "PaddedBlur",
-    "ParallelCT",
+    "PhotonNoise",
     "Parameter",
     "Problem",
     "ProblemKind",
@@ -58,7 +69,8 @@ __all__ = [
     "SuperResolution",
     "VariedProblem",
     "WindowedBlur",
-    "cartesian_mask",
+    "coil_sensitivities",
+    "kspace_mask",
     "center_mask",
     "check_adjoint",
     "check_measurement",

@@ -1,11 +1,13 @@
-"""Super-resolution, magnetic resonance and computed tomography of real images, each channel alone.
+"""Super-resolution, magnetic resonance and computed tomography; but for several coils each channel alone.
 
     SR:     y = R x C^T              R and C the weights of a filter around every factor-th row and column
     MRI:    y = M F x                F the orthogonal Fourier transform, M a mask of lines in k-space
-    CT:     y = R x / ||R||          R line integrals along n_angles parallel beams
+    coils:  y_n = M F S_n x          S_n the sensitivity of coil n, x complex
+    CT:     y = R x / ||R||          R line integrals along beams at n_angles angles
 
-x image (B, C, H, W), real; y measurement. MRI and CT are deepinv's operators; its MRI takes complex images, its tomography
-rotates the image for every angle, and its downsampling has another grid for every filter and factor.
+x image (B, C, H, W), real, or with real and imaginary part as two channels; y measurement. MRI and CT are deepinv's
+operators; its single-coil MRI takes complex images, its tomography rotates the image for every angle, and its downsampling
+has another grid for every filter and factor.
 """
 
 from __future__ import annotations
@@ -14,19 +16,36 @@ import math
 from typing import Any
 
 import torch
-from deepinv.physics import MRI, NoiseModel, Tomography, adjoint_function
+from deepinv.physics import MRI, LogPoissonNoise, MultiCoilMRI, NoiseModel, Tomography, adjoint_function
 from deepinv.physics.functional import Radon
-from deepinv.physics.generator import RandomMaskGenerator
+from deepinv.physics.generator import EquispacedMaskGenerator, GaussianMaskGenerator, RandomMaskGenerator
 from torch import Tensor
 
+from flowprox.naming import nearest
 from flowprox.noise import GaussianNoise
 from flowprox.operators.masks import checked_mask
 from flowprox.operators.measurements import ExactProx
 
-__all__ = ["FILTERS", "MATRIX_LIMIT", "ParallelCT", "RealMRI", "SuperResolution", "cartesian_mask"]
+__all__ = [
+    "CT",
+    "FILTERS",
+    "MATRIX_LIMIT",
+    "PATTERNS",
+    "CoilMRI",
+    "PhotonNoise",
+    "RealMRI",
+    "SuperResolution",
+    "coil_sensitivities",
+    "kspace_mask",
+]
 
 FILTERS = ("bicubic", "bilinear", "gaussian", "sinc")
 """What super-resolution filters the image with before it is sampled; None for nothing."""
+
+_COLUMNS = {"random": RandomMaskGenerator, "gaussian": GaussianMaskGenerator, "equispaced": EquispacedMaskGenerator}
+
+PATTERNS = (*_COLUMNS, "radial")
+"""What of k-space is measured: columns, or lines through its middle."""
 
 MATRIX_LIMIT = 2 * 10**7
 """Entries up to which tomography keeps the sparse matrix of its Radon transform: 4 W^2 n_angles."""
@@ -51,7 +70,7 @@ class RealMRI(ExactProx):
         ValueError: the mask does not fit the image or holds other values.
 
     Example:
-        >>> physics = RealMRI(cartesian_mask(16, 16, acceleration=2), (1, 16, 16))
+        >>> physics = RealMRI(kspace_mask(16, 16, acceleration=2), (1, 16, 16))
         >>> physics.A(torch.rand(3, 1, 16, 16)).shape
         torch.Size([3, 2, 16, 16])
     """
@@ -116,6 +135,77 @@ class RealMRI(ExactProx):
                 f"{name} of shape {tuple(x.shape[1:])} do not fit the MRI operator, which takes {expected}; "
                 "build it with the image_shape of the images"
             )
+
+
+class CoilMRI(MultiCoilMRI):
+    """Parallel MRI: y_n = M F S_n x for coils n = 1..N, deepinv's ``MultiCoilMRI``.
+
+    Arguments:
+        mask: (H, W) of ones (measured) and zeros, the zero frequency in the middle.
+        coil_maps: S, complex (N, H, W).
+        image_shape: (2, H, W) of complex images, real and imaginary part as channels, with y (B, 2, N, H, W); any other
+            (C, H, W) of real images, every channel measured alone, with y (B, 2 C, N, H, W).
+        device: where mask and maps are kept.
+
+    Raises:
+        ValueError: maps that are not complex or of another size.
+
+    Example:
+        >>> physics = CoilMRI(kspace_mask(16, 16), coil_sensitivities(4, 16, 16), (2, 16, 16))
+        >>> physics.A(torch.rand(3, 2, 16, 16)).shape
+        torch.Size([3, 2, 4, 16, 16])
+    """
+
+    def __init__(
+        self, mask: Tensor, coil_maps: Tensor, image_shape: ImageShape, *, device: torch.device | str = "cpu"
+    ) -> None:
+        if not coil_maps.is_complex() or coil_maps.ndim != 3 or coil_maps.shape[1:] != torch.Size(image_shape[1:]):
+            raise ValueError(
+                f"coil_maps must be complex (N, {image_shape[1]}, {image_shape[2]}), got {tuple(coil_maps.shape)} of "
+                f"{coil_maps.dtype}"
+            )
+        super().__init__(checked_mask(mask, image_shape).float(), coil_maps, tuple(image_shape), device=device)
+        self.is_complex = image_shape[0] == 2
+
+    def A(self, x: Tensor, **kwargs: object) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """M F S_n x, from images (B, C, H, W)."""
+        if self.is_complex:
+            return super().A(x)
+        each = x.reshape(-1, 1, *x.shape[-2:])
+        y = super().A(torch.cat([each, torch.zeros_like(each)], 1))
+        return y.reshape(len(x), -1, *y.shape[2:])
+
+    def A_adjoint(self, y: Tensor, **kwargs: object) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """sum_n S_n^H F^H M y_n, of real images the real part: (B, C, H, W)."""
+        if self.is_complex:
+            return super().A_adjoint(y)
+        each = super().A_adjoint(y.reshape(-1, 2, *y.shape[2:]))[:, :1]
+        return each.reshape(len(y), -1, *each.shape[2:])
+
+    def noise(self, x: Tensor, **kwargs: object) -> Tensor:
+        """x with noise where it is measured."""
+        return self.get_buffer("mask")[:, :1, None] * self.noise_model(x, **kwargs)
+
+
+def coil_sensitivities(n_coils: int, height: int, width: int) -> Tensor:
+    """Simulated sensitivities, complex (N, H, W), of N coils on a circle around the image, sum_n |S_n|^2 = 1 everywhere.
+
+    As Biot and Savart's law has it, a coil's field falls with the distance, and its phase turns with the direction.
+
+    Raises:
+        ValueError: n_coils is not a positive whole number.
+
+    Example:
+        >>> float((coil_sensitivities(4, 8, 8).abs().square().sum(0) - 1).abs().max()) < 1e-6
+        True
+    """
+    if not isinstance(n_coils, int) or isinstance(n_coils, bool) or n_coils < 1:
+        raise ValueError(f"n_coils must be a positive whole number, got {n_coils!r}")
+    angles = 2 * torch.pi * torch.arange(n_coils)[:, None, None] / n_coils
+    rows, columns = torch.linspace(-1, 1, height)[:, None], torch.linspace(-1, 1, width)
+    towards = torch.complex(1.5 * angles.cos() - columns, 1.5 * angles.sin() - rows)
+    maps = towards / towards.abs().square()
+    return maps / maps.abs().square().sum(0).sqrt()
 
 
 class SuperResolution(ExactProx):
@@ -236,16 +326,18 @@ def _filter_value(t: Tensor, factor: int, filter: str) -> Tensor:
     return torch.sinc(t) * torch.special.i0(beta * inside.clamp_min(0).sqrt()) * (inside >= 0)
 
 
-class ParallelCT(Tomography):
-    """Computed tomography with parallel beams, divided by its norm, with the exact adjoint: y (B, C, N, n_angles).
+class CT(Tomography):
+    """Computed tomography with parallel or fan beams, divided by its norm, with the exact adjoint: y (B, C, N, n_angles).
 
     deepinv's ``Tomography``, computed with the sparse matrix of its Radon transform: the same values and the exact
     adjoint in a fraction of the time. Images and angles too many for that (``MATRIX_LIMIT``) are rotated as deepinv does.
-    N is the diagonal of the image in pixels.
+    N is the diagonal of the image in pixels, and 1.52 of its sides for a fan: its source stands two sides from the middle, the
+    detector one, with cells that are a pixel wide in the middle of the image.
 
     Arguments:
-        n_angles: number of angles, evenly spaced over 180 degrees.
+        n_angles: number of angles, evenly spaced over 180 degrees, of a fan over 360.
         image_shape: (C, H, W) with H = W; every channel is measured alone.
+        fan_beam: whether the beams come from one point.
         noise_model: noise added to the measurement; none by default.
         device: where the operator's tensors are kept.
 
@@ -253,7 +345,7 @@ class ParallelCT(Tomography):
         ValueError: n_angles is not a positive whole number; the image is not square.
 
     Example:
-        >>> physics = ParallelCT(6, (1, 16, 16))
+        >>> physics = CT(6, (1, 16, 16))
         >>> physics.A(torch.rand(2, 1, 16, 16)).shape
         torch.Size([2, 1, 23, 6])
     """
@@ -263,6 +355,7 @@ class ParallelCT(Tomography):
         n_angles: int,
         image_shape: ImageShape,
         *,
+        fan_beam: bool = False,
         noise_model: NoiseModel | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -273,11 +366,12 @@ class ParallelCT(Tomography):
                 f"computed tomography takes square images, got {image_shape[1]}x{image_shape[2]}; crop or pad them"
             )
         # made on the CPU, so that its norm is the same on every device
-        super().__init__(angles=n_angles, img_width=image_shape[1], normalize=False, img_size=tuple(image_shape))
+        width = image_shape[1]
+        fan = {"fan_beam": fan_beam, "fan_parameters": _fan(width) if fan_beam else None}
+        angles = torch.linspace(0, 360 if fan_beam else 180, n_angles + 1)[:-1]
+        super().__init__(angles, width, normalize=False, img_size=tuple(image_shape), **fan)
         self.set_noise_model(noise_model or GaussianNoise(0.0))
-        matrix = (
-            _radon_matrix(image_shape[1], self.angles) if 4 * image_shape[1] ** 2 * n_angles <= MATRIX_LIMIT else None
-        )
+        matrix = _radon_matrix(width, angles, **fan) if 4 * width**2 * n_angles <= MATRIX_LIMIT else None
         self.register_buffer("matrix", matrix, persistent=False)
         self.register_buffer("transpose", None if matrix is None else matrix.t().coalesce(), persistent=False)
         self.register_buffer("operator_norm", torch.ones(()))
@@ -308,6 +402,30 @@ class ParallelCT(Tomography):
         return (x / norm if self.normalize else x).to(dtype)
 
 
+def _fan(width: int) -> dict[str, float]:
+    """Where source and detector stand, in pixels; the outermost beams touch the corners of the image."""
+    distances = {"pixel_spacing": 1.0, "source_radius": 2.0 * width, "detector_radius": 1.0 * width}
+    return distances | {"detector_spacing": 1.5, "n_detector_pixels": math.ceil(1.52 * width)}
+
+
+class PhotonNoise(LogPoissonNoise):
+    """The noise of counted photons: y = -log(max(P(N_0 e^(-mu x)), 1/2) / N_0) / mu, P(m) Poisson distributed with mean m.
+
+    deepinv's ``LogPoissonNoise``, finite where no photon arrives.
+
+    Arguments:
+        N0: photons of a beam that meets nothing.
+        mu: attenuation, natural logarithm, of a measurement of one.
+    """
+
+    def forward(self, x: Tensor, seed: int | None = None, **kwargs: object) -> Tensor:  # pyright: ignore
+        """y of the measurements x without noise, of any shape."""
+        self.rng_manual_seed(seed)
+        n, mu = self.get_buffer("N0"), self.get_buffer("mu")
+        counts = torch.poisson(n * torch.exp(-mu * x), generator=self.rng).clamp_min(0.5)
+        return (n / counts).log() / mu
+
+
 class _SparseProduct(torch.autograd.Function):
     """matrix @ x for each vector of x (B, C, n); the gradient uses the transpose that is at hand."""
 
@@ -324,15 +442,15 @@ class _SparseProduct(torch.autograd.Function):
         return _SparseProduct.apply(gradients[0], ctx.transpose, ctx.matrix), None, None  # pyright: ignore
 
 
-def _radon_matrix(width: int, angles: Tensor) -> Tensor:
+def _radon_matrix(width: int, angles: Tensor, **fan: Any) -> Tensor:
     """The matrix of deepinv's Radon transform of one channel: (N n_angles, W W), sparse."""
-    grids = Radon(width, angles, parallel_computation=False).get_buffer("all_grids").double()
-    n = grids.shape[-2]
+    grids = Radon(width, angles, parallel_computation=False, **fan).get_buffer("all_grids").double()
+    n, n_cells = grids.shape[-3:-1]
     before = n // 2 - width // 2  # where the image stands in the padded square
     indices, values = [], []
-    for a, grid in enumerate(grids.reshape(len(angles), n, n, 2)):
+    for a, grid in enumerate(grids.reshape(len(angles), n, n_cells, 2)):
         position = (grid + 1) / 2 * (n - 1)
-        column = torch.arange(n).expand(n, n)  # of the detector: rows are summed
+        column = torch.arange(n_cells).expand(n, n_cells)  # of the detector: rows are summed
         for shift in ((0, 0), (0, 1), (1, 0), (1, 1)):
             corner = position.floor() + torch.tensor(shift)
             weight = (1 - (position - corner).abs()).prod(-1)
@@ -342,17 +460,23 @@ def _radon_matrix(width: int, angles: Tensor) -> Tensor:
                 torch.stack([column[inside] * len(angles) + a, pixel[inside][:, 1] * width + pixel[inside][:, 0]])
             )
             values.append(weight[inside])
-    shape = (n * len(angles), width * width)
+    shape = (n_cells * len(angles), width * width)
     entries = torch.cat(values).float()
     return torch.sparse_coo_tensor(torch.cat(indices, 1), entries, shape, check_invariants=False).coalesce()
 
 
-def cartesian_mask(
-    height: int, width: int, acceleration: int = 4, center_fraction: float | None = None, seed: int = 0
+def kspace_mask(
+    height: int,
+    width: int,
+    acceleration: int = 4,
+    center_fraction: float | None = None,
+    seed: int = 0,
+    pattern: str = "random",
 ) -> Tensor:
-    """Mask (H, W) of W // acceleration columns of k-space, the zero frequency in the middle: 1 measured, 0 not.
+    """Mask (H, W) of 1/acceleration of k-space, the zero frequency in the middle: 1 measured, 0 not.
 
-    A fraction ``center_fraction`` of all columns in the middle is always measured, the others are drawn at random.
+    Of columns a fraction ``center_fraction`` of all in the middle is always measured, the others are drawn by deepinv's mask
+    generators. Radial lines are evenly spaced in angle, and as few as reach 1/acceleration.
 
     Arguments:
         height: of the image, in pixels.
@@ -360,17 +484,24 @@ def cartesian_mask(
         acceleration: one in so many columns is measured.
         center_fraction: of the columns; by default 0.08, and 0.04 from an acceleration of 8.
         seed: of the columns.
+        pattern: "random", "gaussian" (denser in the middle) or "equispaced" columns, or "radial" lines.
 
     Raises:
-        ValueError: acceleration is not a whole number from 1 to W, or center_fraction asks for more columns than there
-            are.
+        ValueError: another pattern, a center_fraction of radial lines; acceleration is not a whole number from 1 to W, or
+            center_fraction asks for more columns than there are.
 
     Example:
-        >>> int(cartesian_mask(16, 32, acceleration=4)[0].sum())
+        >>> int(kspace_mask(16, 32, acceleration=4)[0].sum())
         8
     """
+    if pattern not in PATTERNS:
+        raise ValueError(f"unknown pattern {pattern!r}; {nearest(str(pattern), PATTERNS)}")
     if not isinstance(acceleration, int) or isinstance(acceleration, bool) or not 1 <= acceleration <= width:
         raise ValueError(f"acceleration must be a whole number from 1 to the width {width}, got {acceleration!r}")
+    if pattern == "radial":
+        if center_fraction is not None:
+            raise ValueError("center_fraction is of columns, and a radial pattern has none; leave it out")
+        return _radial_mask(height, width, acceleration)
     if center_fraction is None:
         center_fraction = 0.08 if acceleration < 8 else 0.04
     if not isinstance(center_fraction, int | float) or not 0 <= int(center_fraction * width) <= width // acceleration:
@@ -383,7 +514,22 @@ def cartesian_mask(
         start = width // 2 - int(center_fraction * width) // 2
         mask[:, start : start + width // acceleration] = 1.0
         return mask
-    generator = RandomMaskGenerator(
-        (height, width), acceleration, float(center_fraction), rng=torch.Generator().manual_seed(seed)
-    )
+    rng = torch.Generator().manual_seed(seed)
+    generator = _COLUMNS[pattern]((height, width), acceleration, float(center_fraction), rng=rng)
     return generator.step(batch_size=1)["mask"][0, 0]
+
+
+def _radial_mask(height: int, width: int, acceleration: int) -> Tensor:
+    along = torch.linspace(-1, 1, 2 * (height + width), dtype=torch.float64)
+    mask, n_lines = torch.zeros(height, width), 0
+    while mask.mean() < 1 / acceleration:
+        n_lines += 1
+        angles = torch.pi * torch.arange(n_lines, dtype=torch.float64)[:, None] / n_lines
+        places = [
+            (n // 2 + (along * turned * max(height, width) / 2).round()).long()
+            for n, turned in ((height, angles.sin()), (width, angles.cos()))
+        ]
+        inside = (places[0] >= 0) & (places[0] < height) & (places[1] >= 0) & (places[1] < width)
+        mask = torch.zeros(height, width)
+        mask[places[0][inside], places[1][inside]] = 1.0
+    return mask

@@ -21,7 +21,17 @@ from torch import Tensor
 
 from flowprox.naming import nearest
 from flowprox.operators.blur import BOUNDARIES, CircularBlur, PaddedBlur, checked_kernel, gaussian_kernel
-from flowprox.operators.imaging import FILTERS, ParallelCT, RealMRI, SuperResolution, cartesian_mask, checked_factor
+from flowprox.operators.imaging import (
+    CT,
+    FILTERS,
+    PATTERNS,
+    CoilMRI,
+    RealMRI,
+    SuperResolution,
+    checked_factor,
+    coil_sensitivities,
+    kspace_mask,
+)
 from flowprox.operators.masks import center_mask, checked_mask, random_mask, varied_masks
 from flowprox.operators.sensing import DenseSensing, OneBitSensing, StructuredSensing
 from flowprox.operators.sizes import Fitted, fit_to_divisor
@@ -196,15 +206,50 @@ def _mri(
     device: Device,
     acceleration: int,
     center_fraction: float | None,
+    pattern: str,
     mask: Array | None,
 ) -> LinearPhysics:
+    return RealMRI(
+        _measured(image_shape, acceleration, center_fraction, seed, pattern, mask), image_shape, device=device
+    )
+
+
+def _multicoil_mri(
+    image_shape: ImageShape, *, seed: int, device: Device, n_coils: int, coil_maps: Array | None, **kspace: Any
+) -> LinearPhysics:
     size = image_shape[1:]
-    pattern = cartesian_mask(*size, acceleration, center_fraction, seed) if mask is None else _array("mask", mask)
-    return RealMRI(pattern, image_shape, device=device)
+    maps = coil_sensitivities(n_coils, *size) if coil_maps is None else _array("coil_maps", coil_maps, torch.complex64)
+    return CoilMRI(_measured(image_shape, seed=seed, **kspace), maps, image_shape, device=device)
 
 
-def _ct(image_shape: ImageShape, *, seed: int, device: Device, n_angles: int) -> LinearPhysics:
-    return ParallelCT(n_angles, image_shape, device=device)
+def _measured(
+    image_shape: ImageShape,
+    acceleration: int,
+    center_fraction: float | None,
+    seed: int,
+    pattern: str,
+    mask: Array | None,
+) -> Tensor:
+    if mask is not None:
+        return _array("mask", mask)
+    return kspace_mask(*image_shape[1:], acceleration, center_fraction, seed, pattern)
+
+
+def _ct(image_shape: ImageShape, *, seed: int, device: Device, n_angles: int, fan_beam: bool) -> LinearPhysics:
+    if not isinstance(fan_beam, bool):
+        raise ValueError(f"fan_beam must be True or False, got {fan_beam!r}")
+    return CT(n_angles, image_shape, fan_beam=fan_beam, device=device)
+
+
+_KSPACE = {
+    "acceleration": Parameter(4, "one in so many columns of k-space is measured, or of its points by radial lines"),
+    "center_fraction": Parameter(
+        None, "fraction of the columns, in the middle, that always are; by default 0.08, and 0.04 from acceleration 8"
+    ),
+    "pattern": Parameter("random", f"which: {', '.join(PATTERNS)}"),
+    "sigma": Parameter(0.01, f"{_SIGMA}, real and imaginary part", "image range (orthonormal Fourier transform)"),
+    "mask": Parameter(None, "own mask (H, W), zero frequency in the middle: 1 measured, 0 not; an array or file"),
+}
 
 
 PROBLEMS: dict[str, ProblemKind] = {
@@ -300,37 +345,43 @@ PROBLEMS: dict[str, ProblemKind] = {
     ),
     "mri": ProblemKind(
         _mri,
-        {
-            "acceleration": Parameter(4, "one in so many columns of k-space is measured"),
-            "center_fraction": Parameter(
-                None,
-                "fraction of the columns, in the middle, that always are; by default 0.08, and 0.04 from acceleration 8",
-            ),
-            "sigma": Parameter(
-                0.01, f"{_SIGMA}, real and imaginary part", "image range (orthonormal Fourier transform)"
-            ),
-            "mask": Parameter(
-                None, "own mask (H, W), zero frequency in the middle: 1 measured, 0 not; an array or file"
-            ),
-        },
+        _KSPACE,
         "one in acceleration columns of k-space of a real image, single coil, at random places, or a mask of your own",
+        measures_pictures=False,
+        drawn="mask",
+    ),
+    "multicoil-mri": ProblemKind(
+        _multicoil_mri,
+        {
+            **_KSPACE,
+            "n_coils": Parameter(8, "number of simulated coils around the image"),
+            "coil_maps": Parameter(None, "own sensitivities in their place, complex (N, H, W); an array or .npy file"),
+        },
+        "mri by several coils, of a complex image with real and imaginary part as its two channels, or of a real one",
         measures_pictures=False,
         drawn="mask",
     ),
     "ct": ProblemKind(
         _ct,
         {
-            "n_angles": Parameter(60, "number of angles, evenly spaced over 180 degrees"),
+            "n_angles": Parameter(60, "number of angles, evenly spaced over 180 degrees, of a fan over 360"),
+            "fan_beam": Parameter(
+                False, "whether the beams come from one point, two sides of the image from its middle"
+            ),
             "sigma": Parameter(0.01, _SIGMA, "of the line integrals divided by the operator's norm"),
+            "photons": Parameter(
+                None, "dose in the place of sigma: photons of a beam that meets nothing, Poisson counts"
+            ),
+            "attenuation": Parameter(0.03, "of a pixel of value one, for photons", "natural logarithm per pixel"),
         },
-        "parallel-beam tomography of a square image from n_angles angles over 180 degrees, divided by its norm",
+        "tomography of a square image from n_angles angles by parallel beams or a fan, divided by its norm",
         measures_pictures=False,
     ),
 }
 """The operators by name; another entry adds one."""
 
 
-def _array(name: str, value: Array) -> Tensor:
+def _array(name: str, value: Array, dtype: torch.dtype = torch.float32) -> Tensor:
     """An array, tensor, nested list, .npy file or picture as float32; a picture of a mask is 1 where it is bright, one of a
     kernel has the sum 1."""
     if isinstance(value, str | Path):
@@ -351,10 +402,9 @@ def _array(name: str, value: Array) -> Tensor:
                 f"{name}: {str(value)!r} is not a plain .npy array or a picture ({error}); write it with numpy.save"
             ) from error
     try:
-        array = (
-            np.array(value, dtype=np.float32) if isinstance(value, np.ndarray) else value
-        )  # of any strides and byte order
-        return torch.as_tensor(array).to(torch.float32)
+        if isinstance(value, np.ndarray):  # of any strides and byte order
+            value = np.array(value, dtype=np.complex64 if dtype.is_complex else np.float32)
+        return torch.as_tensor(value).to(dtype)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{name} must be an array of numbers or the path of a file that holds one ({error})"

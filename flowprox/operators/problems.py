@@ -18,15 +18,19 @@ from torch import Tensor
 from flowprox.naming import nearest, require_device
 from flowprox.noise import NOISES, GaussianNoise, Noise, make_noise
 from flowprox.noise.base import at_least_zero
+from flowprox.operators.imaging import PhotonNoise
 from flowprox.operators.kinds import PROBLEMS, ImageShape
 from flowprox.operators.measurements import measurement_shape
 
 __all__ = ["Problem", "VariedProblem", "make_physics", "noise_of"]
 
 _NOISE = ("sigma", "noise_norm", "noise", "noise_parameters")
+_PHOTONS = ("photons", "attenuation")
 _OF_ONES_OWN = {
-    "mask": ("mask_size", "keep", "acceleration", "center_fraction"),
+    "mask": ("mask_size", "keep", "acceleration", "center_fraction", "pattern"),
     "kernel": ("sigma_blur", "kernel_size"),
+    "coil_maps": ("n_coils",),
+    "photons": ("sigma", "noise", "noise_parameters"),
 }
 """An operator's part of one's own, and the parameters of the one whose place it takes."""
 
@@ -71,7 +75,7 @@ class Problem:
     @property
     def operator_parameters(self) -> dict[str, Any]:
         """The parameters but for those of the noise."""
-        return {key: value for key, value in self.parameters.items() if key not in _NOISE}
+        return {key: value for key, value in self.parameters.items() if key not in (*_NOISE, *_PHOTONS)}
 
     @property
     def label(self) -> str:
@@ -169,6 +173,12 @@ def noise_of(
 ) -> NoiseModel:
     """The noise of a problem, for what its operator measures."""
     sigma, noise_norm, noise, noise_parameters = (problem.parameters.get(key) for key in _NOISE)
+    photons, attenuation = (problem.parameters.get(key) for key in _PHOTONS)
+    if photons is not None:
+        for key, value in (("photons", photons), ("attenuation", attenuation)):
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{key} must be a positive number, got {value!r}")
+        return PhotonNoise(photons, attenuation * float(physics.get_buffer("operator_norm"))).to(device)
     if noise is None and isinstance(sigma, int | float) and sigma > 1 and PROBLEMS[problem.name].measures_pictures:
         warnings.warn(
             f"sigma is {sigma:g}, and images lie in [0, 1]: one in 8-bit gray levels is divided by 255, here {sigma / 255:.3g}",
@@ -310,7 +320,7 @@ def _displaced(given: Mapping[str, Any]) -> set[str]:
         return own | {"sigma", "noise_norm", "noise_parameters"}
     if given.get("noise_norm") is not None:
         return own | {"sigma", "noise", "noise_parameters"}
-    return own | {"noise_norm"} if given.get("sigma") is not None else own
+    return own | {"noise_norm", "photons"} if given.get("sigma") is not None else own
 
 
 def _canonical(value: Any) -> Any:

@@ -160,8 +160,12 @@ def remove_image(out: Path, name: str) -> None:
 
 
 def write_picture(x: Tensor, folder: Path, name: str, form: PictureForm = _USUAL) -> None:
-    """x (C, H, W) as ``name.png``, of the form that the picture in its place had, and, not clipped, ``name.npy``."""
-    save_image(x, folder / f"{name}.png", form)
+    """x (C, H, W) as ``name.png``, of the form that the picture in its place had, and, not clipped, ``name.npy``.
+
+    Of a complex image, real and imaginary part, the picture is the magnitude.
+    """
+    shown = x.square().sum(0, keepdim=True).sqrt() if len(x) == 2 else x
+    save_image(shown, folder / f"{name}.png", form)
     write_array(x, folder, name)
 
 
