@@ -48,12 +48,16 @@ from flowprox.unfolding import UnfoldedPGD
 OWN_TABLES = (
     "bit-depth",
     "classical",
+    "ct",
     "family",
     "family-deblurring",
     "family-inpainting",
     "levels",
+    "mri",
     "natural",
     "peers",
+    "peers-gray",
+    "pnp-flow",
     "readme",
 )
 RECIPES = sorted((Path(__file__).parents[1] / "recipes" / "evaluate").glob("*.yaml"))
@@ -575,7 +579,7 @@ def test_recipe_in_miniature(
     monkeypatch.setattr(BM3D, "forward", lambda self, y, physics: y)  # has tests of its own, and takes most of the time
     parser = make_parser()
     options = parser.instantiate(parser.parse_args(["evaluate", "--config", str(path)]))["evaluate"]
-    assert options.name == path.stem and str(options.images.source).startswith(("../shared/data/", "samples"))
+    assert options.name == path.stem and str(options.images.source).startswith(("../shared/data/", "samples", "runs/"))
     assert main(["evaluate", "--config", str(path), "--scale", "smoke", "--out", str(tmp_path)]) == 0, (
         capsys.readouterr()
     )
