@@ -16,7 +16,7 @@ import math
 from typing import Any
 
 import torch
-from deepinv.physics import MRI, LogPoissonNoise, MultiCoilMRI, NoiseModel, Tomography, adjoint_function
+from deepinv.physics import MRI, MultiCoilMRI, NoiseModel, Tomography, adjoint_function
 from deepinv.physics.functional import Radon
 from deepinv.physics.generator import EquispacedMaskGenerator, GaussianMaskGenerator, RandomMaskGenerator
 from torch import Tensor
@@ -32,7 +32,6 @@ __all__ = [
     "MATRIX_LIMIT",
     "PATTERNS",
     "CoilMRI",
-    "PhotonNoise",
     "RealMRI",
     "SuperResolution",
     "coil_sensitivities",
@@ -406,24 +405,6 @@ def _fan(width: int) -> dict[str, float]:
     """Where source and detector stand, in pixels; the outermost beams touch the corners of the image."""
     distances = {"pixel_spacing": 1.0, "source_radius": 2.0 * width, "detector_radius": 1.0 * width}
     return distances | {"detector_spacing": 1.5, "n_detector_pixels": math.ceil(1.52 * width)}
-
-
-class PhotonNoise(LogPoissonNoise):
-    """The noise of counted photons: y = -log(max(P(N_0 e^(-mu x)), 1/2) / N_0) / mu, P(m) Poisson distributed with mean m.
-
-    deepinv's ``LogPoissonNoise``, finite where no photon arrives.
-
-    Arguments:
-        N0: photons of a beam that meets nothing.
-        mu: attenuation, natural logarithm, of a measurement of one.
-    """
-
-    def forward(self, x: Tensor, seed: int | None = None, **kwargs: object) -> Tensor:  # pyright: ignore
-        """y of the measurements x without noise, of any shape."""
-        self.rng_manual_seed(seed)
-        n, mu = self.get_buffer("N0"), self.get_buffer("mu")
-        counts = torch.poisson(n * torch.exp(-mu * x), generator=self.rng).clamp_min(0.5)
-        return (n / counts).log() / mu
 
 
 class _SparseProduct(torch.autograd.Function):

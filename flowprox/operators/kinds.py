@@ -199,40 +199,20 @@ def _super_resolution(
     return SuperResolution(factor, image_shape, filter=filter, device=device)
 
 
-def _mri(
-    image_shape: ImageShape,
-    *,
-    seed: int,
-    device: Device,
-    acceleration: int,
-    center_fraction: float | None,
-    pattern: str,
-    mask: Array | None,
-) -> LinearPhysics:
-    return RealMRI(
-        _measured(image_shape, acceleration, center_fraction, seed, pattern, mask), image_shape, device=device
-    )
+def _mri(image_shape: ImageShape, *, device: Device, **kspace: Any) -> LinearPhysics:
+    return RealMRI(_measured(image_shape, **kspace), image_shape, device=device)
 
 
 def _multicoil_mri(
-    image_shape: ImageShape, *, seed: int, device: Device, n_coils: int, coil_maps: Array | None, **kspace: Any
+    image_shape: ImageShape, *, device: Device, n_coils: int, coil_maps: Array | None, **kspace: Any
 ) -> LinearPhysics:
     size = image_shape[1:]
     maps = coil_sensitivities(n_coils, *size) if coil_maps is None else _array("coil_maps", coil_maps, torch.complex64)
-    return CoilMRI(_measured(image_shape, seed=seed, **kspace), maps, image_shape, device=device)
+    return CoilMRI(_measured(image_shape, **kspace), maps, image_shape, device=device)
 
 
-def _measured(
-    image_shape: ImageShape,
-    acceleration: int,
-    center_fraction: float | None,
-    seed: int,
-    pattern: str,
-    mask: Array | None,
-) -> Tensor:
-    if mask is not None:
-        return _array("mask", mask)
-    return kspace_mask(*image_shape[1:], acceleration, center_fraction, seed, pattern)
+def _measured(image_shape: ImageShape, mask: Array | None, **kspace: Any) -> Tensor:
+    return kspace_mask(*image_shape[1:], **kspace) if mask is None else _array("mask", mask)
 
 
 def _ct(image_shape: ImageShape, *, seed: int, device: Device, n_angles: int, fan_beam: bool) -> LinearPhysics:

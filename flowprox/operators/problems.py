@@ -18,7 +18,7 @@ from torch import Tensor
 from flowprox.naming import nearest, require_device
 from flowprox.noise import NOISES, GaussianNoise, Noise, make_noise
 from flowprox.noise.base import at_least_zero
-from flowprox.operators.imaging import PhotonNoise
+from flowprox.noise.photons import PhotonNoise
 from flowprox.operators.kinds import PROBLEMS, ImageShape
 from flowprox.operators.measurements import measurement_shape
 
