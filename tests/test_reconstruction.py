@@ -26,7 +26,7 @@ from flowprox.data import load_image, save_image
 from flowprox.estimates import Estimate, estimate
 from flowprox.flows import NonFiniteError
 from flowprox.methods import METHODS, Method
-from flowprox.operators import ProblemKind, make_physics, measure_each
+from flowprox.operators import make_physics, measure_each
 from flowprox.reconstruction import (
     ReconstructionInterrupted,
     ReconstructionJob,
@@ -72,10 +72,10 @@ def _simulated(model: str, **settings: Any) -> ReconstructionJob:
 def _failing_at(side: int, error: BaseException) -> Any:
     """The estimates, but for an image whose width is ``side``."""
 
-    def failing(method: Reconstructor, y: Tensor, physics: Physics, kind: ProblemKind, *others: Any) -> list[Estimate]:
+    def failing(method: Reconstructor, y: Tensor, *others: Any, **named: Any) -> list[Estimate]:
         if y.shape[-1] == side:
             raise error
-        return estimate(method, y, physics, kind, *others)
+        return estimate(method, y, *others, **named)
 
     return failing
 

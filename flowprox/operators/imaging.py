@@ -368,7 +368,7 @@ class CT(Tomography):
         width = image_shape[1]
         fan = {"fan_beam": fan_beam, "fan_parameters": _fan(width) if fan_beam else None}
         angles = torch.linspace(0, 360 if fan_beam else 180, n_angles + 1)[:-1]
-        super().__init__(angles, width, normalize=False, img_size=tuple(image_shape), **fan)
+        super().__init__(angles.tolist(), width, normalize=False, img_size=tuple(image_shape), **fan)
         self.set_noise_model(noise_model or GaussianNoise(0.0))
         matrix = _radon_matrix(width, angles, **fan) if 4 * width**2 * n_angles <= MATRIX_LIMIT else None
         self.register_buffer("matrix", matrix, persistent=False)

@@ -173,11 +173,8 @@ def noise_of(
 ) -> NoiseModel:
     """The noise of a problem, for what its operator measures."""
     sigma, noise_norm, noise, noise_parameters = (problem.parameters.get(key) for key in _NOISE)
-    photons, attenuation = (problem.parameters.get(key) for key in _PHOTONS)
-    if photons is not None:
-        for key, value in (("photons", photons), ("attenuation", attenuation)):
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"{key} must be a positive number, got {value!r}")
+    if problem.parameters.get("photons") is not None:
+        photons, attenuation = (_positive(key, problem.parameters[key]) for key in _PHOTONS)
         return PhotonNoise(photons, attenuation * float(physics.get_buffer("operator_norm"))).to(device)
     if noise is None and isinstance(sigma, int | float) and sigma > 1 and PROBLEMS[problem.name].measures_pictures:
         warnings.warn(
@@ -196,6 +193,12 @@ def noise_of(
         noise.sample_like(torch.zeros(1, *measured), torch.Generator().manual_seed(0))
     assert isinstance(noise, NoiseModel)  # Problem has seen to it
     return noise.to(device)
+
+
+def _positive(name: str, value: object) -> float:
+    if not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive number, got {value!r}")
+    return float(value)
 
 
 class VariedProblem:
