@@ -24,7 +24,7 @@ class PhotonNoise(LogPoissonNoise):
 
     def forward(self, x: Tensor, seed: int | None = None, **kwargs: object) -> Tensor:  # pyright: ignore
         """y of the measurements x without noise, of any shape."""
-        self.rng_manual_seed(seed)
+        self.rng_manual_seed(seed)  # pyright: ignore[reportArgumentType]  # None leaves it
         n, mu = self.get_buffer("N0"), self.get_buffer("mu")
         counts = torch.poisson(n * torch.exp(-mu * x), generator=self.rng).clamp_min(0.5)
         return (n / counts).log() / mu
