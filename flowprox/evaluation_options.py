@@ -130,6 +130,7 @@ class EvaluatedMethod:
         series: option -> list of values, lists of equal length: one variant for each place in the lists.
         tune: option -> values to choose from by the mean PSNR on ``tune_images``, for each problem apart; with several
             options every combination is tried.
+        intervals: of a trained network, by name, folder or hf:ORG/NAME: how well they fit is recorded and drawn in the report.
         operators: what the network is given in place of the measuring operator, one entry for all data steps or one for each:
             the parameters of the problem that differ there, {} where none does. [{sigma: 0.2}] tells it another noise level,
             [{mask_size: 19}, {}] gives the measuring operator to the last of two data steps only. null gives it to all.
@@ -148,6 +149,7 @@ class EvaluatedMethod:
     series: Grid = field(default_factory=dict)
     tune: Grid = field(default_factory=dict)
     operators: list[Values] | None = None
+    intervals: str | None = None
     problems: list[str] | None = None
     batch_size: int = 16
     scales: list[str] | None = None

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import Tensor
 
 import flowprox
@@ -18,6 +19,9 @@ from flowprox import FlowProx, Glow, UnfoldedPGD, load_model, make_physics, save
 from flowprox.cli import main
 from flowprox.data import save_image
 from flowprox.estimates import calibration_of, doubts_of, estimate
+from flowprox.evaluation.report import write_report
+from flowprox.evaluation.run import RunOptions, evaluate
+from flowprox.evaluation_options import EvaluatedMethod, EvaluatedProblem, EvaluationOptions, ImageOptions
 from flowprox.operators import PROBLEMS, Problem, measure_each
 from flowprox.records import read_records
 from flowprox.uncertainty import Alarm, Intervals, ScaleNet, fit_alarm, residual_p_value, uniform_p_value
@@ -167,3 +171,23 @@ def test_reconstruct_draws_samples(world: World, capsys: pytest.CaptureFixture[s
     assert main([*refused, *calibrated[:2], "--samples=1"]) == 2
     assert "samples must be at least 2" in capsys.readouterr().err
     assert not (world.folder / "refused").exists()
+
+
+def test_an_evaluation_draws_what_intervals_are_worth(world: World) -> None:
+    intervals = str(world.folder / "network-intervals")
+    method = EvaluatedMethod("unfolded", model=str(world.folder / "network"), intervals=intervals)
+    images = ImageOptions(str(world.folder / "shard.npz"), image_size=SIDE, limit=4)
+    recipe = EvaluationOptions(images, [EvaluatedProblem("denoising", {"sigma": SIGMA})], [method])
+    records = evaluate(recipe, world.folder / "run", RunOptions(n_pictures=1, console=Console(quiet=True)))
+    for record in records:
+        facts = record["calibration"]
+        assert facts["alpha"] == 0.1 and facts["widths"] == sorted(facts["widths"]) and len(facts["errors"]) == 10
+        assert np.mean(facts["coverages"]) == pytest.approx(facts["coverage"], abs=0.02)  # tenths of 192 are 19 or 20
+        assert np.mean(facts["widths"]) == pytest.approx(facts["mean_half_width"], rel=0.02)
+        assert len(facts["ranks"]) == 4 and all(0 <= rank <= facts["n_ranked"] for rank in facts["ranks"])
+    page = write_report(world.folder / "run").read_text(encoding="utf-8")
+    for words in ("Coverage by image", "Coverage by width", "Error over width", "Ranks of the truth", "half-widths of"):
+        assert words in page
+    other = replace(recipe, problems=[EvaluatedProblem("denoising", {"sigma": 0.3})])
+    with pytest.raises(ValueError, match=r"calibrated for denoising-sigma0.1, not for denoising-sigma0.3"):
+        evaluate(other, world.folder / "refused-run")

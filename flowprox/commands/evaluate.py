@@ -83,7 +83,8 @@ class ShowOptions:
         folders: results folders of evaluate, the demo or the gallery, or files of records; those of one recipe are a chapter.
         out: folder to write report.html and tables/ to; by default the results folder, if it is one.
         metric: what tables and charts are about: psnr, psnr_unclipped, psnr_hidden, ssim or residual.
-        parts: show only these: overview, curves, comparisons, cost, spread, cases, images, tuning, figures.
+        parts: show only these: overview, curves, comparisons, cost, spread, calibration, cases, images,
+            tuning, figures.
         reference: method that the others are compared with; by default the best of each problem.
         n_images: show the pictures of so many images of each problem; by default all there are.
         recipe: recipe with the published figures, for records without a recipe.yaml beside them.

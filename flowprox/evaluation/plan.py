@@ -252,7 +252,7 @@ def planned(recipe: EvaluationOptions) -> list[Case]:
 
 def _with_models_of(problem: str, method: EvaluatedMethod) -> EvaluatedMethod:
     """The method with the problem's name in its models' names."""
-    names = {part: getattr(method, part) for part in ("flow", "model", "noise")}
+    names = {part: getattr(method, part) for part in ("flow", "model", "noise", "intervals")}
     own = {part: name.replace("{problem}", problem) for part, name in names.items() if isinstance(name, str)}
     return dataclasses.replace(method, **own)
 

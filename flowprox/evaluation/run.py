@@ -31,7 +31,7 @@ from pathlib import Path
 import deepinv
 import torch
 from deepinv.models import Reconstructor
-from deepinv.physics import Physics
+from deepinv.physics import LinearPhysics, Physics
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -43,13 +43,14 @@ from flowprox.data import save_image
 from flowprox.estimates import Estimate, estimate
 from flowprox.evaluation.images import EvaluatedImage, load_images
 from flowprox.evaluation.plan import AS_WRITTEN, Case, at_scale, combinations, planned, write_recipe
-from flowprox.evaluation.report.pictures import picture_path, truth_path
+from flowprox.evaluation.report.pictures import HALF_WIDTHS, picture_path, truth_path
 from flowprox.evaluation_options import SAMPLES, EvaluationOptions, ImageOptions
 from flowprox.files import refuse_foreign, remove_temporaries, sole_writer
 from flowprox.methods import make_method
 from flowprox.naming import Values, require_device
 from flowprox.operators import PROBLEMS, make_physics, measure_each, measurement_shape
 from flowprox.records import NOT_RUN, UNFINISHED, Record, RecordWriter, read_records, write_records
+from flowprox.uncertainty import Intervals, calibration_records
 
 __all__ = ["EvaluationInterrupted", "RunOptions", "evaluate", "hashed"]
 
@@ -170,6 +171,7 @@ class _Evaluation:
                 raise
             return _one_line(error)
         self._as_given(case, method, self.images[0])
+        self._intervals(case)
         return ""
 
     # The folder -------------------------------------------------------------------------------------------------------
@@ -302,6 +304,7 @@ class _Evaluation:
             y = measure_each(x, physics, [image.seed for image in batch])
             method = self._as_given(case, method, batch[0])
             estimates: list[Estimate] = estimate(method, y, physics, PROBLEMS[case.problem.problem.name], x)
+            estimates = self._calibrated(case, estimates, x, y, physics, batch)
         except Exception as error:  # recorded, and the run ends with status 1
             if len(batch) > 1:
                 return [one for image in batch for one in self._attempt(case, method, [image])]
@@ -309,6 +312,46 @@ class _Evaluation:
         if any(one.facts.get("reason") == "interrupted" for one in estimates):
             raise KeyboardInterrupt
         return [(one.x_hat, one.facts) for one in estimates]
+
+    def _calibrated(
+        self,
+        case: Case,
+        estimates: list[Estimate],
+        x: Tensor,
+        y: Tensor,
+        physics: Physics,
+        batch: Sequence[EvaluatedImage],
+    ) -> list[Estimate]:
+        """The estimates with what their intervals are worth; a map of the half-widths stands beside each picture."""
+        intervals = self._intervals(case)
+        if intervals is None or not isinstance(physics, LinearPhysics):
+            return estimates
+        x_hat = torch.stack([one.x_hat for one in estimates]).to(x)
+        network = self.models[case.models["model"]]
+        assert isinstance(network, Reconstructor)
+        facts = calibration_records(intervals, network, x, x_hat, y, physics)
+        pictured = {image.name for image in self.images[: self.options.n_pictures]}
+        for image, half_width in zip(batch, intervals(x_hat, y, physics).cpu(), strict=True):
+            if image.name in pictured:
+                path = picture_path(self.out, case.problem.label, image.name, case.label + HALF_WIDTHS)
+                save_image(half_width / half_width.max(), path)
+        return [
+            one._replace(facts=one.facts | {"calibration": fact}) for one, fact in zip(estimates, facts, strict=True)
+        ]
+
+    def _intervals(self, case: Case) -> Intervals | None:
+        """Those of the method, if they are of its network and problem."""
+        name = case.method.intervals
+        if name is None:
+            return None
+        if name not in self.models:
+            self.models[name] = load_model(name, device=self.options.device)
+        intervals = self.models[name]
+        if not isinstance(intervals, Intervals) or case.method.name != "unfolded":
+            raise ValueError(f"intervals {name} of {case.label} must be intervals, of method unfolded")
+        sha256 = load_card(case.models["model"]).sha256
+        intervals.check(sha256, case.problem.problem, case.problem.seed)
+        return intervals
 
     def _tuned(self, case: Case, identity: Record) -> Record:
         """The combination with the highest mean PSNR on the images for tuning; every one is recorded."""
@@ -395,6 +438,7 @@ class _Evaluation:
         method = case.method
         tuned = {"tune": {k: list(v) for k, v in method.tune.items()}} if method.tune else {}
         tuned |= {"operators": method.operators} if method.operators else {}
+        tuned |= {"intervals": load_card(method.intervals).sha256[:16]} if method.intervals else {}
         return {
             "problem_name": case.problem.problem.name,
             "parameters": json.loads(case.problem.problem.to_json())["parameters"],

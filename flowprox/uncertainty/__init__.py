@@ -13,6 +13,7 @@ from flowprox.uncertainty.checks import (
 from flowprox.uncertainty.intervals import (
     Intervals,
     ScaleNet,
+    calibration_records,
     conformal_factor,
     fit_intervals,
     interval_statistics,
@@ -24,6 +25,7 @@ __all__ = [
     "Alarm",
     "Intervals",
     "ScaleNet",
+    "calibration_records",
     "conformal_factor",
     "coverage",
     "coverage_limits",

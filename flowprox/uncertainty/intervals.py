@@ -32,12 +32,13 @@ from torch import Tensor, nn
 from flowprox.naming import Specified
 from flowprox.operators import PROBLEMS, Problem, measure_each
 from flowprox.uncertainty.alarm import Alarm
-from flowprox.uncertainty.checks import coverage, required
-from flowprox.unfolding import LatentScale
+from flowprox.uncertainty.checks import coverage, ranks, required
+from flowprox.unfolding import ConditionalDensity, LatentScale, Unfolded
 
 __all__ = [
     "Intervals",
     "ScaleNet",
+    "calibration_records",
     "conformal_factor",
     "fit_intervals",
     "interval_statistics",
@@ -45,6 +46,7 @@ __all__ = [
     "measured_intervals",
 ]
 
+_N_RANKED = 15  # samples of an image among which the truth is ranked
 _SMALLEST = 1e-4  # in units of the image: a half-width of zero could not be scaled up
 
 
@@ -263,6 +265,50 @@ def _features(
         show(sum(map(len, errors)), len(images))
     seen = _conditions(estimates[0], physics.A(images[:1]), physics)[1]
     return (torch.cat(estimates), torch.cat(adjoints), seen), torch.cat(errors)
+
+
+@torch.no_grad()
+def calibration_records(
+    intervals: Intervals, network: Reconstructor, x: Tensor, estimates: Tensor, y: Tensor, physics: LinearPhysics
+) -> list[dict[str, Any]]:
+    """How a network's error bars fit the images they were not made of, in figures that a report can draw.
+
+    Arguments:
+        intervals: of the network and problem.
+        network: what made the estimates; the density of the intervals, if there is one, is around them.
+        x: the truth (B, C, H, W).
+        estimates: x_hat of the same shape.
+        y: measurements (B, ...).
+        physics: their operator.
+
+    Returns:
+        of each image: alpha, coverage, mean_half_width; widths, errors and coverages, means over each tenth of its pixels, the
+        smallest half-widths first; with a density ranks, of the truth among n_ranked samples, in a few smooth
+        directions.
+    """
+    half_widths, errors = intervals(estimates, y, physics), (x - estimates).abs()
+    order = half_widths.flatten(1).argsort(1)
+
+    def tenths(values: Tensor) -> list[list[float]]:
+        parts = values.flatten(1).gather(1, order).tensor_split(10, dim=1)
+        return torch.stack([part.mean(1) for part in parts], dim=1).tolist()
+
+    columns: dict[str, list[Any]] = {
+        "alpha": [intervals.alpha] * len(x),
+        "coverage": (errors <= half_widths).float().flatten(1).mean(1).tolist(),
+        "mean_half_width": half_widths.flatten(1).mean(1).tolist(),
+        "widths": tenths(half_widths),
+        "errors": tenths(errors),
+        "coverages": tenths((errors <= half_widths).float()),
+    }
+    if intervals.density is not None and isinstance(network, Unfolded):
+        generator = torch.Generator().manual_seed(0)
+        samples = ConditionalDensity(network, intervals.density).sample(y, physics, _N_RANKED, generator)
+        smooth = F.interpolate(torch.randn(4, *x.shape[1:2], 4, 4, generator=generator), x.shape[-2:])
+        directions = smooth.flatten(1).T.to(x)
+        columns["n_ranked"] = [_N_RANKED] * len(x)
+        columns["ranks"] = ranks(samples.flatten(2) @ directions, x.flatten(1) @ directions).tolist()
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
+import statistics
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ __all__ = [
     "Chart",
     "Series",
     "box_chart",
+    "calibration_charts",
     "cost_chart",
     "curves",
     "line_chart",
@@ -336,6 +338,62 @@ def spread_chart(contents: Contents, problem: str, name: str) -> Chart | None:
         "Box: the middle half of the images; line in it: the median; whiskers: the worst and the best image.",
         f"{contents.metric.title} of the images of {problem}: {told}.",
     )
+
+
+def calibration_charts(contents: Contents, problem: str, name: str) -> list[Chart]:
+    """What the intervals of an evaluation are worth: coverage by image and by width, error over width, ranks of the truth."""
+    facts: dict[str, list[Record]] = {}
+    for record in contents.chapter.records:
+        if str(record["problem"]) == problem and "calibration" in record:
+            facts.setdefault(str(record["method"]), []).append(record["calibration"])
+    if not facts:
+        return []
+    colors = {method: contents.methods.index(method) for method in facts}
+    stated = ", ".join(sorted({f"{1 - fact['alpha']:.0%}" for one in facts.values() for fact in one}))
+    boxes = [Series(m, (), [f["coverage"] for f in one], color=colors[m], method=m) for m, one in facts.items()]
+    told = "; ".join(f"{box.label} from {min(box.y):.3f} to {max(box.y):.3f}" for box in boxes)
+    charts = [
+        Chart(
+            box_chart(f"{name}-image", boxes, "part of the pixels inside", form=".3f", right=1.0),
+            "Coverage by image",
+            f"Part of each image's pixels that their intervals hold; {stated} is asked for on average over images.",
+            f"Coverage of the images of {problem}: {told}.",
+        )
+    ]
+    for key, title, label, remark in (
+        ("coverages", "Coverage by width", "part of the pixels inside", f"Level at {stated} would be the best."),
+        ("errors", "Error over width", "mean absolute error", "Wide intervals should stand where errors are large."),
+    ):
+        lines = [
+            Series(m, _means(one, "widths"), _means(one, key), color=colors[m], method=m) for m, one in facts.items()
+        ]
+        svg = line_chart(f"{name}-{key}", lines, ("mean half-width", label), form=".3f")
+        caption = f"Each point is a tenth of the pixels of an image by half-width, mean over images. {remark}"
+        charts.append(Chart(svg, title, caption, f"{title}, {problem}. {_told(lines, 'half-width', '.3f')}"))
+    return [*charts, *_rank_charts(facts, colors, f"{name}-ranks")]
+
+
+def _means(facts: Sequence[Record], key: str) -> list[float]:
+    return [statistics.fmean(column) for column in zip(*(fact[key] for fact in facts), strict=True)]
+
+
+def _rank_charts(facts: dict[str, list[Record]], colors: dict[str, int], name: str) -> list[Chart]:
+    """A histogram of the truth's rank among samples, of methods that have any."""
+    lines = []
+    for method, one in facts.items():
+        found = [rank for fact in one for rank in fact.get("ranks", ())]
+        n = max((fact.get("n_ranked", 0) for fact in one), default=0)
+        if found:
+            shares = [found.count(rank) * (n + 1) / len(found) for rank in range(n + 1)]
+            lines.append(Series(method, range(n + 1), shares, color=colors[method], method=method))
+    if not lines:
+        return []
+    caption = (
+        "How many samples lie below the truth, in four smooth directions, relative to honest samples, which are level at 1. "
+        "More at both ends: they are too sure."
+    )
+    svg = line_chart(name, lines, ("rank of the truth", "share, 1 is honest"), form=".2f")
+    return [Chart(svg, "Ranks of the truth", caption, f"Ranks of the truth. {_told(lines, 'rank')}")]
 
 
 def _top(contents: Contents) -> float | None:

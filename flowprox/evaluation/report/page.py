@@ -26,7 +26,7 @@ from flowprox.summary import METRICS
 
 __all__ = ["PARTS", "ReportOptions", "Results", "Tile", "read_results", "write_page", "write_report", "write_tables"]
 
-PARTS = ("overview", "curves", "comparisons", "cost", "spread", "cases", "images", "tuning", "figures")
+PARTS = ("overview", "curves", "comparisons", "cost", "spread", "calibration", "cases", "images", "tuning", "figures")
 """What a report may show besides the table of each problem."""
 
 _HERE = Path(__file__).parent
@@ -199,6 +199,7 @@ def _section(contents: Contents, problem: str, name: str, options: ReportOptions
     drawn = [
         charts.cost_chart(contents, problem, f"{name}-cost") if options.shows("cost") else None,
         charts.spread_chart(contents, problem, f"{name}-spread") if options.shows("spread") else None,
+        *(charts.calibration_charts(contents, problem, f"{name}-calibration") if options.shows("calibration") else []),
     ]
     tables = [contents.comparisons(problem)] if options.shows("comparisons") else []
     tables += [contents.cases(problem)] if options.shows("cases") else []
@@ -290,6 +291,10 @@ def _pictures(
                 error = data_uri(errors[image, method] / white)
                 shown |= {"error": error, "error_alt": f"error map of {method} on {image}"}
             tiles.append(Tile(method, score, alt, **shown)._replace(is_best=value is not None and value == best))
+            widths = _read(find_picture(folders, problem, image, method + pictures.HALF_WIDTHS))
+            if widths is not None:
+                alt = f"{image}, {problem}: half-widths of {method}, white the widest"
+                tiles.append(Tile(method, "half-widths", alt, picture=data_uri(widths)))
         rows.append((image, _remarks(contents, problem, image, records), tiles))
     return white, rows
 

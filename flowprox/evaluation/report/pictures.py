@@ -20,6 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 
 __all__ = [
+    "HALF_WIDTHS",
     "MEASUREMENT",
     "Pixels",
     "data_uri",
@@ -35,6 +36,9 @@ Pixels = npt.NDArray[np.float64]
 
 MEASUREMENT = "measurement"
 """Name of the method that returns the degraded input."""
+
+HALF_WIDTHS = " half-widths"
+"""Stands behind the name of a method in that of a map of its intervals."""
 
 MAX_SIDE = 512
 """Larger pictures are reduced to this many pixels on the longer side."""
