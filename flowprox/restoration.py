@@ -55,6 +55,8 @@ class Restored:
         problem: name and parameters of the operator.
         alarm: of a calibrated network, whether the result is not to be trusted (``raised``), and the p-values of its residual,
             its latents and its density; None of others.
+        deviation: standard deviation of each pixel (C, H, W), of a method that samples the posterior; else None.
+        reason: why a solver stopped, or that its chains have not mixed; else "".
     """
 
     image: Any = field(repr=False)
@@ -64,6 +66,8 @@ class Restored:
     psnr: float | None
     problem: str
     alarm: Record | None = None
+    deviation: Tensor | None = field(default=None, repr=False)
+    reason: str = ""
 
     def compare(self) -> Image.Image:
         """What was given, what came out and, if known, the truth, side by side."""
@@ -98,8 +102,8 @@ def restore(
         image: what was measured.
         problem: its operator, a name of ``flowprox.operators.PROBLEMS`` that measures pictures; by default inpainting with a
             mask, deblurring with a kernel, denoising with neither.
-        model: a trained network, denoiser or flow, or where one is; by default the shipped denoiser of photographs, for
-            other problems as the prior of plug and play.
+        model: a trained network, denoiser or flow, or where one is, or any method (y, physics) -> x_hat; by default the
+            shipped denoiser of photographs, for other problems as the prior of plug and play.
         mask: of the size of the image; white (1) is kept, black (0) is filled in.
         kernel: the blur (h, w), odd sides and sum 1; or the path of an .npy file, or of a picture, which is scaled to sum 1.
         truth: the clean picture, to compare with.
@@ -152,7 +156,7 @@ def restore(
         wide = physics.A(wide)  # what the mask hides is no measurement
     method = _method(network, trained, operator, device)
     doubts = doubts_of(network, calibration_of(network, operator))
-    x_hat, facts, _ = estimate(method, wide, physics, kind, doubts=doubts)[0]
+    x_hat, facts, deviation = estimate(method, wide, physics, kind, doubts=doubts)[0]
     alarm = facts.get("alarm")
     if alarm is not None and alarm["raised"]:
         warnings.warn(
@@ -168,7 +172,8 @@ def restore(
     if x is not None and x.shape != x_hat.shape:
         raise ValueError(f"truth has shape {tuple(x.shape)}, the restored image {tuple(x_hat.shape)}")
     level = None if x is None else float(psnr(x_hat[None], x[None]))
-    return Restored(back(x_hat), x_hat, y.float().cpu(), x, level, operator.label, alarm)
+    reason = str(facts.get("reason", ""))
+    return Restored(back(x_hat), x_hat, y.float().cpu(), x, level, operator.label, alarm, deviation, reason)
 
 
 def _operator_parameters(name: str, mask: Picture | None, kernel: Any) -> dict[str, Any]:

@@ -35,6 +35,7 @@ unfolding baselines uncertainty
 data samples checkpoints
 training methods estimates evaluation reconstruction demo
 restoration
+app
 commands
 cli
 __main__

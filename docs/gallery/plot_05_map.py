@@ -22,7 +22,7 @@ flow = flowprox.load_model("glow-faces64")
 physics = flowprox.make_physics("compressed-sensing", (3, 64, 64), m=2500, noise_norm=0.1)
 y = physics(x)  # (1, 2500)
 
-solution = LatentMAP(flow, gamma=0.0, optimizer=LBFGS(n_iterations=60)).solve(y, physics)
+solution = LatentMAP(flow, gamma=0.1, optimizer=LBFGS(n_iterations=80)).solve(y, physics)
 print(solution.reasons, f"{psnr(solution.estimate, x).item():.2f} dB")
 
 # %%

@@ -20,16 +20,16 @@ from flowprox.solvers import LBFGS, NoiseMAP
 
 x = dict(sample_images())["astronaut"][None]  # NASA, public domain
 flow = flowprox.load_model("glow-faces64")
-physics = flowprox.make_physics("denoising", (3, 64, 64), noise="sinusoidal", noise_parameters={"sigma": 0.5})
+physics = flowprox.make_physics("denoising", (3, 64, 64), noise="sinusoidal", noise_parameters={"sigma": 1.0})
 y = physics(x)
 
 # %%
 # ``NoiseMAP`` reads the noise from ``physics``; any density takes its place, such as white noise of the same power,
 # or a trained flow.
 
-known = NoiseMAP(flow, form="latent", optimizer=LBFGS(n_iterations=40))(y, physics)
+known = NoiseMAP(flow, form="latent", optimizer=LBFGS(n_iterations=120))(y, physics)
 power = physics.noise_model.scale.square().mean().sqrt().item()
-white = NoiseMAP(flow, noise=GaussianNoise(power), form="latent", optimizer=LBFGS(n_iterations=40))(y, physics)
+white = NoiseMAP(flow, noise=GaussianNoise(power), form="latent", optimizer=LBFGS(n_iterations=120))(y, physics)
 
 # %%
 

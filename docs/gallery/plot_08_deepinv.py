@@ -8,6 +8,7 @@ Operators here are deepinv's, and flows and networks go into deepinv's algorithm
 import deepinv
 import torch
 from deepinv.optim import ADMM, L2, PGD, PnP
+from deepinv.physics.functional import gaussian_blur
 from skimage.data import coffee
 
 from flowprox import FlowPrior, ReconstructorDenoiser, load_model
@@ -15,32 +16,32 @@ from flowprox.metrics import psnr
 from flowprox.samples import sample_images
 
 # %%
-# A trained network that is told the noise level is a ``deepinv.models.Denoiser``, here in deepinv's own ADMM.
+# A trained network that is told the noise level is a ``deepinv.models.Denoiser``, here in deepinv's own proximal
+# gradient descent.
 
-clean = torch.from_numpy(coffee()[120:248, 200:328].copy()).permute(2, 0, 1)[None] / 255  # CC0, Rachel Michetti
-mask = (torch.rand(1, 1, 128, 128, generator=torch.Generator().manual_seed(0)) > 0.5).float()
-physics = deepinv.physics.Inpainting((3, 128, 128), mask=mask, noise_model=deepinv.physics.GaussianNoise(0.02))
-y = physics(clean)
+photo = coffee()[100:228, 300:428]  # CC0, Rachel Michetti
+x = torch.from_numpy(photo.copy()).permute(2, 0, 1)[None] / 255  # (1, 3, 128, 128)
+noise = deepinv.physics.GaussianNoise(0.01, rng=torch.Generator().manual_seed(0))
+physics = deepinv.physics.BlurFFT((3, 128, 128), filter=gaussian_blur(sigma=(2, 2)), noise_model=noise)
+y = physics(x)
 
 denoiser = ReconstructorDenoiser(load_model("unfolded-denoising-natural"))
-model = ADMM(prior=PnP(denoiser), data_fidelity=L2(), stepsize=1.0, g_param=0.06, max_iter=12)
+model = PGD(prior=PnP(denoiser), data_fidelity=L2(), stepsize=1.0, g_param=0.02, max_iter=30)
 with torch.no_grad():
     x_hat = model(y, physics)
-deepinv.utils.plot(
-    [y, x_hat, clean], titles=["measured", f"ADMM, {psnr(x_hat, clean).item():.1f} dB", "truth"], rescale_mode="clip"
-)
+titles = [f"measured, {psnr(y, x).item():.1f} dB", f"PGD, {psnr(x_hat, x).item():.1f} dB", "truth"]
+deepinv.utils.plot([y, x_hat, x], titles=titles, rescale_mode="clip", figsize=(9, 3.3), fontsize=12)
 
 # %%
-# A flow is a ``deepinv.optim.Prior``: its value is -log p(x), its prox shrinks the latent. Any of deepinv's
-# algorithms takes it.
+# A flow is a ``deepinv.optim.Prior``: its value is -log p(x), and ``n_prox_steps`` gives the prox of its latent norm.
 
 x = dict(sample_images())["astronaut"][None]  # NASA, public domain
-center = torch.ones(1, 1, 64, 64)
-center[..., 28:36, 20:44] = 0
-physics = deepinv.physics.Inpainting((3, 64, 64), mask=center)
+noise = deepinv.physics.GaussianNoise(0.03, rng=torch.Generator().manual_seed(0))
+physics = deepinv.physics.BlurFFT((3, 64, 64), filter=gaussian_blur(sigma=(1, 1)), noise_model=noise)
 y = physics(x)
-model = PGD(prior=FlowPrior(load_model("glow-faces64")), data_fidelity=L2(), stepsize=0.9, lambda_reg=0.02, max_iter=40)
+
+prior = FlowPrior(load_model("glow-faces64"), n_prox_steps=15)
+model = ADMM(prior=prior, data_fidelity=L2(sigma=0.03), stepsize=0.0036, lambda_reg=1.0, max_iter=6)
 x_hat = model(y, physics)
-deepinv.utils.plot(
-    [y, x_hat, x], titles=["measured", f"PGD, {psnr(x_hat, x).item():.1f} dB", "truth"], rescale_mode="clip"
-)
+titles = [f"measured, {psnr(y, x).item():.1f} dB", f"ADMM, {psnr(x_hat, x).item():.1f} dB", "truth"]
+deepinv.utils.plot([y, x_hat, x], titles=titles, rescale_mode="clip", figsize=(9, 3.3), fontsize=12)

@@ -35,11 +35,10 @@ trainer = deepinv.Trainer(
     model=model,
     physics=physics,
     optimizer=torch.optim.Adam(model.parameters(), lr=3e-3),
-    train_dataloader=DataLoader(patches[:192], batch_size=16),
-    eval_dataloader=DataLoader(patches[192:224], batch_size=32),
+    train_dataloader=DataLoader(patches[:128], batch_size=16),
+    eval_dataloader=DataLoader(patches[128:160], batch_size=32),
     online_measurements=True,
-    epochs=8,
-    grad_clip=1.0,
+    epochs=5,
     device="cpu",
     save_path=None,
     show_progress_bar=False,
@@ -51,8 +50,8 @@ model = trainer.train()
 # %%
 
 plt.figure(figsize=(5, 3))
-plt.plot(range(1, 9), trainer.train_metrics_history["PSNR"], label="training patches")
-plt.plot(range(1, 9), trainer.eval_metrics_history["PSNR"], label="other patches")
+plt.plot(range(1, 6), trainer.train_metrics_history["PSNR"], label="training patches")
+plt.plot(range(1, 6), trainer.eval_metrics_history["PSNR"], label="other patches")
 plt.xlabel("epoch")
 plt.ylabel("PSNR (dB)")
 plt.legend()

@@ -21,7 +21,7 @@ from flowprox.commands.terminal import (
 if TYPE_CHECKING:
     from flowprox.checkpoints import Card
 
-__all__ = ["demo", "export", "methods", "models", "problems", "recipes", "sample"]
+__all__ = ["app", "demo", "export", "methods", "models", "problems", "recipes", "sample"]
 
 
 def demo(out: str = "flowprox-demo", device: str = "cpu", seed: int = 0, overwrite: bool = False) -> None:
@@ -39,6 +39,20 @@ def demo(out: str = "flowprox-demo", device: str = "cpu", seed: int = 0, overwri
 
     require_device(device)
     print(f"report: {run_demo(out, device=device, seed=seed, overwrite=overwrite)}")
+
+
+def app(port: int = 7860, show: bool = True) -> None:
+    """Open a page to try the methods on a picture or the webcam. It answers this machine only and sends nothing.
+
+    Arguments:
+        port: of this machine, 127.0.0.1.
+        show: open the page in the browser; --no-show only prints its address.
+    """
+    if not 0 < port < 65536:
+        raise ValueError(f"port must lie between 1 and 65535, got {port}")
+    from flowprox.app import serve
+
+    serve(port, show)
 
 
 def sample(
@@ -92,7 +106,11 @@ def sample(
 
 
 def export(
-    model: str, out: str = "model.pt2", size: list[int] | None = None, parameters: list[str] | None = None
+    model: str,
+    out: str = "model.pt2",
+    size: list[int] | None = None,
+    parameters: list[str] | None = None,
+    inputs: list[str] | None = None,
 ) -> None:
     """Write a trained network as one program for one operator, which runs without flowprox.
 
@@ -101,6 +119,7 @@ def export(
         out: file to write: .pt2 for torch.export, .onnx for onnxruntime and browsers (needs the package onnxscript).
         size: height and width in pixels, which are then fixed; by default those the network was made for.
         parameters: KEY=VALUE ... of the problem it was trained for, where they differ from its card.
+        inputs: what of the operator the program takes after y, in place of a constant: sigma, mask.
     """
     if not out.endswith((".pt2", ".onnx")):
         raise ValueError(f"out must end in .pt2 or .onnx, got {out!r}")
@@ -124,17 +143,17 @@ def export(
     shape = (shape[0], height, width)
     physics = make_physics(problem, shape, seed=trained.get("seed", 0))
     with torch.random.fork_rng(devices=[]):
-        program = export_program(network, physics, physics(torch.rand(2, *shape)))
+        program = export_program(network, physics, physics(torch.rand(2, *shape)), inputs or ())
     with atomic_write(out) as file:
         if out.endswith(".pt2"):
             warnings.filterwarnings("ignore", "No complete tensor found")  # of buffers that are views of one storage
             torch.export.save(program, file)
         else:
-            file.write(_onnx(program))
+            file.write(_onnx(program, ["y", *(inputs or ())]))
     print(f"written to {out}: y of shape (B, {', '.join(map(str, shape))}) for {problem.label}")
 
 
-def _onnx(program: Any) -> bytes:
+def _onnx(program: Any, names: list[str]) -> bytes:
     """The program as one file for onnxruntime, weights inside."""
     import torch
 
@@ -142,7 +161,7 @@ def _onnx(program: Any) -> bytes:
         import onnxscript  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise ImportError("export to .onnx needs the package onnxscript: pip install onnxscript") from error
-    exported = torch.onnx.export(program, dynamo=True, verbose=False)
+    exported = torch.onnx.export(program, input_names=names, dynamo=True, verbose=False)
     assert exported is not None
     return exported.model_proto.SerializeToString()
 

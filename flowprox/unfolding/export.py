@@ -10,13 +10,17 @@ what is loaded is the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from deepinv.models import Reconstructor
 from deepinv.physics import Physics
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.func import functional_call
 
 from flowprox.flows import frozen
+from flowprox.naming import nearest
 from flowprox.unfolding.networks import Unfolded
 
 __all__ = ["export_program"]
@@ -34,20 +38,34 @@ class _Reconstruction(nn.Module):
         return self.model(y, self.physics)
 
 
-def export_program(model: Reconstructor, physics: Physics, y: Tensor) -> ExportedProgram:
+class _WithInputs(nn.Module):
+    """(y, values of the operator's tensors) -> x_hat."""
+
+    def __init__(self, reconstruction: _Reconstruction, names: list[str]) -> None:
+        super().__init__()
+        self.reconstruction = reconstruction
+        self.names = names
+
+    def forward(self, y: Tensor, *values: Tensor) -> Tensor:
+        return functional_call(self.reconstruction, dict(zip(self.names, values, strict=True)), (y,))
+
+
+def export_program(model: Reconstructor, physics: Physics, y: Tensor, inputs: Sequence[str] = ()) -> ExportedProgram:
     """Export a reconstruction network for measurements like y.
 
     Arguments:
         model: an ``UnfoldedPGD`` or ``UnfoldedHQS``, whose flows are initialized.
         physics: the operator that measured y.
         y: an example (B, ...), B at least 2. The program takes any batch size and measurements of this shape otherwise.
+        inputs: tensors of the operator that the program takes after y, by name: "sigma", the noise's standard deviation (),
+            "mask" (1, C, H, W). Without them they are constants.
 
     Returns:
         a program whose ``module()`` maps y to x_hat (B, C, H, W), as ``model(y, physics)`` in evaluation mode does.
 
     Raises:
         ValueError: the model is no unfolded network (solvers decide as they go, which no program can); y holds a single
-            measurement, for which the batch size cannot be left open.
+            measurement, for which the batch size cannot be left open; the operator has no tensor of that name.
 
     Example:
         >>> from flowprox import Glow, FlowProx, UnfoldedPGD, make_physics
@@ -63,7 +81,17 @@ def export_program(model: Reconstructor, physics: Physics, y: Tensor) -> Exporte
         raise ValueError(f"only unfolded networks can be exported; {type(model).__name__} decides as it goes")
     if len(y) < 2:
         raise ValueError("y must hold at least two measurements, so that the batch size can be left open; repeat it")
+    tensors = {key.rpartition(".")[2]: key for key, _ in physics.named_buffers()}
+    for name in inputs:
+        if name not in tensors:
+            raise ValueError(f"inputs: {type(physics).__name__} has no tensor {name!r}; {nearest(name, tensors)}")
+    values = tuple(physics.get_buffer(tensors[name]) for name in inputs)
+    reconstruction = _Reconstruction(model, physics)
     with torch.no_grad(), frozen(model):
         model(y, physics)  # whatever is computed once and kept is not to be part of the program
         batch = Dim("batch", min=1)
-        return torch.export.export(_Reconstruction(model, physics), (y,), dynamic_shapes=({0: batch},), strict=False)
+        if not inputs:
+            return torch.export.export(reconstruction, (y,), dynamic_shapes=({0: batch},), strict=False)
+        opened = _WithInputs(reconstruction, [f"physics.{tensors[name]}" for name in inputs])
+        shapes = ({0: batch}, (None,) * len(values))
+        return torch.export.export(opened, (y, *values), dynamic_shapes=shapes, strict=False)

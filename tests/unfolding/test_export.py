@@ -73,6 +73,20 @@ def test_exported_program_is_the_model(name: str, tmp_path: Path) -> None:
             torch.testing.assert_close(program(batch), model(batch, physics), rtol=1e-5, atol=1e-5)
 
 
+def test_the_level_may_stay_an_input() -> None:
+    model, physics, other = (
+        trained("adapted folds, told the level"),
+        *(make_physics("denoising", SHAPE, sigma=s) for s in (0.2, 0.1)),
+    )
+    y = other(torch.rand(3, *SHAPE))
+    program = export_program(model, physics, y[:2], inputs=["sigma"]).module()
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(program(y, torch.tensor(0.1)), model(y, other), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="no tensor 'kernel'"):
+        export_program(model, physics, y[:2], inputs=["kernel"])
+
+
 def test_single_measurement_is_refused() -> None:
     with pytest.raises(ValueError, match="at least two measurements"):
         export_program(trained("exact data steps"), make_physics("denoising", SHAPE), torch.rand(1, *SHAPE))
