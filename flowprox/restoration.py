@@ -206,6 +206,8 @@ def _n_channels(network: torch.nn.Module) -> int | None:
 def _method(network: Any, trained: dict[str, Any], operator: Problem, device: str) -> Reconstructor:
     if isinstance(network, Flow):
         return make_method("latent-map", operator, flow=network, device=device)
+    if hasattr(network, "solve"):  # a solver as it is
+        return network
     if trained.get("name", operator.name) == operator.name:
         return make_method("unfolded", operator, model=network, device=device)
     return make_method("plug-and-play", operator, model=network, device=device)
