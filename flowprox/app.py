@@ -77,7 +77,7 @@ class Request:
         return {"sigma": self.sigma} | (blur if self.problem == "deblurring" else {})
 
     @property
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, Any]:
         """Of the method."""
         draws = {"n_warmup": self.n_steps, "n_samples": self.n_steps, "n_chains": 2}
         return {"network": {}, "latent-map": {"n_iterations": self.n_steps}, "posterior": draws}[self.method]
@@ -103,7 +103,8 @@ class Request:
         given: dict[str, Any] = {"mask": mask} if self.problem == "inpainting" else {}
         measurement = picture
         if self.is_clean:
-            physics = make_physics(self.problem, tuple(picture.shape), **self.parameters, **given)
+            height, width = picture.shape[-2:]
+            physics = make_physics(self.problem, (3, height, width), **self.parameters, **given)
             measurement = physics(picture[None], seed=0)[0]
         model: Any = NETWORK
         if self.method != "network":
