@@ -36,10 +36,10 @@ def compile_regions(model: nn.Module, **options: Any) -> None:
         >>> bool((flow.encode(x) - z).abs().max() < 1e-5)
         True
     """
-    limits = (
-        torch._dynamo.config
-    )  # one graph per level, direction, precision and mode; by default 8 of one function are kept
+    limits = torch._dynamo.config
+    # one graph per level, direction, precision and mode; by default 8 of one function are kept
     limits.recompile_limit = max(limits.recompile_limit, 64)
+    limits.optimize_ddp = False  # which cuts graphs at the ends of gradient buckets; a region holds none
     for module in list(model.modules()):
         if getattr(module, "is_region", False):
             module.compile(fullgraph=True, **options)

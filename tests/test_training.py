@@ -41,7 +41,7 @@ from flowprox.options import (
     parse_duration,
 )
 from flowprox.prox import FlowProx, UNetProx
-from flowprox.training import loop, train_denoiser, train_flow, train_unfolded
+from flowprox.training import loop, optimizers, train_denoiser, train_flow, train_unfolded
 from flowprox.training.building import make_flow
 from flowprox.training.loop import Callback, _only_run, fit, listening
 from flowprox.training.optimizers import make_optimizer
@@ -688,7 +688,11 @@ class _NotANumber(_Scripted):
         self.model.scale.data.fill_(math.nan)  # type: ignore[union-attr, operator]
 
 
-def test_steps_that_are_not_finite_change_nothing(images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_steps_that_are_not_finite_change_nothing(
+    on_cpu: bool, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizers, "on_cpu", lambda _: on_cpu)
     result = fit(partial(_Scripted, {3: "NaN", 4: "raise", 6: "NaN"}), data(images), options(max_steps=8), tmp_path)
     assert result.steps == 8 and result.skipped == 3
     state = load_training_state(tmp_path / "state.pt")
@@ -1019,6 +1023,7 @@ def test_no_step_waits_for_the_device_between_two_readings(
             return take_step(run)
 
     monkeypatch.setattr(loop._Run, "_take_step", guarded)
+    monkeypatch.setattr(optimizers, "on_cpu", lambda _: False)
     training = options(gradient_clip=0.1, skip_above=3.0, ema_decay=0.9, warmup_steps=2)
     problem = ProblemOptions("denoising", {"sigma": 0.1})
     train_flow(FLOW, training, data(images), out=str(tmp_path / "flow"))

@@ -21,6 +21,7 @@ import torch
 from pytorch_optimizer import Muon
 from torch import Tensor, nn
 
+from flowprox.flows.layers import on_cpu
 from flowprox.options import Parameters
 
 __all__ = ["WeightAverage", "apply_if", "make_optimizer", "schedule_factor"]
@@ -58,9 +59,10 @@ def make_optimizer(
 def apply_if(is_good: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """Step the optimizer where ``is_good``, a scalar on the device, is true, else change nothing.
 
-    Kernels of fused optimizers read the flag themselves, as they do for gradient scalers; for others the host reads it.
+    Kernels of fused optimizers read the flag themselves, as they do for gradient scalers; for others, and on the CPU where that
+    costs nothing, the host reads it.
     """
-    if optimizer.defaults.get("fused"):
+    if optimizer.defaults.get("fused") and not on_cpu(is_good):
         optimizer.found_inf = (~is_good).float()  # type: ignore[attr-defined]
         optimizer.step()
     elif bool(is_good):
@@ -111,6 +113,9 @@ class WeightAverage:
             self.decay
         ):  # not ``AveragedModel``, which reads its counter on the host and copies all buffers in every step
             share = torch.where(is_good, 1 - (n / (n + 10)).clamp(max=self.decay), 0.0)
+            if on_cpu(share):
+                torch._foreach_lerp_(*self.pairs, float(share))  # type: ignore[attr-defined]
+                return
             difference = torch._foreach_sub(self.pairs[1], self.pairs[0])  # type: ignore[attr-defined]
             torch._foreach_mul_(difference, share)  # type: ignore[attr-defined]
             torch._foreach_add_(self.pairs[0], difference)  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@
 #     sh recipes/gpu/train.sh flow-denoising [SECONDS]         then: flow, resnet or unet, with -pre from the denoiser's weights, for
 #                                                              denoising, inpainting, deblurring or deblurring-noise
 #     sh recipes/gpu/train.sh mean-denoising [SECONDS]         or compact-...: flows that shrink towards a predicted mean; no prior is needed
+#     sh recipes/gpu/train.sh eight-denoising [SECONDS]        as flow-denoising, on eight GPUs
 #     sh recipes/gpu/train.sh denoiser-unet [SECONDS]          pre-training of resnet or unet
 #     sh recipes/gpu/train.sh medium [SECONDS]                 and then medium-denoising, medium-inpainting, medium-deblurring: those that ship
 #
@@ -16,7 +17,7 @@ set -eu
 here=$(dirname "$0")
 names="glow"
 for problem in denoising inpainting deblurring deblurring-noise; do names="$names flow-$problem"; done
-for net in mean compact; do
+for net in mean compact eight; do
     for problem in denoising inpainting deblurring deblurring-noise; do names="$names $net-$problem"; done
 done
 for net in resnet unet; do
