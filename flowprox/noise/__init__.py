@@ -4,14 +4,17 @@
 ``MNISTNoise`` (drawn only) and ``FlowNoise``, a trained flow as the density. Every one is a ``noise_model`` of deepinv.
 """
 
-from flowprox.noise.base import Generators, Noise
+from flowprox.noise.base import Density, Generators, Noise
 from flowprox.noise.digits import MNISTNoise
 from flowprox.noise.flow import FlowNoise
 from flowprox.noise.gaussian import (
     NOISES,
     GaussianNoise,
     HeteroscedasticNoise,
+    as_noise,
+    is_exact,
     make_noise,
+    noise_density,
     noise_level,
     radial_noise,
     sinusoidal_noise,
@@ -19,13 +22,17 @@ from flowprox.noise.gaussian import (
 
 __all__ = [
     "NOISES",
+    "Density",
     "FlowNoise",
     "Generators",
     "GaussianNoise",
     "HeteroscedasticNoise",
     "MNISTNoise",
     "Noise",
+    "as_noise",
+    "is_exact",
     "make_noise",
+    "noise_density",
     "noise_level",
     "radial_noise",
     "sinusoidal_noise",

@@ -11,17 +11,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
 from deepinv.physics import NoiseModel
 from torch import Tensor
 
-__all__ = ["Generators", "Noise", "at_least_zero", "finite_number", "generator_each", "standard_normal"]
+__all__ = ["Density", "Generators", "Noise", "at_least_zero", "finite_number", "generator_each", "standard_normal"]
 
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 """One generator for the batch, one per image, or torch's global one."""
+
+_DRAWS = 64  # of a noise whose energy has no formula
+
+
+class Density(Protocol):
+    """What a solver needs of a noise: anything with ``log_prob``, a flow that was trained on residuals too."""
+
+    def log_prob(self, residual: Tensor) -> Tensor:
+        """log p(residual) in nats, (B,), differentiable in the residual (B, ...)."""
+        ...
 
 
 class Noise(NoiseModel):
@@ -53,7 +63,13 @@ class Noise(NoiseModel):
         """log p(residual) in nats, (B,), differentiable in the residual (B, ...)."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, generator: Generators = None, seed: int | None = None, **parameters: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def energy_like(self, y: Tensor) -> Tensor:
+        """E |n_i|^2 of every entry, broadcasting against y (B, ...); drawn here, for a noise that has no formula."""
+        generator = torch.Generator().manual_seed(0)
+        draws = [self.sample_like(torch.zeros_like(y[:1]), generator) for _ in range(_DRAWS)]
+        return torch.stack([draw.abs().square() for draw in draws]).mean(dim=0)
+
+    def forward(self, x: Tensor, generator: Generators = None, seed: int | None = None, **parameters: object) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """x + n; ``seed`` takes the place of ``generator``; parameters of the noise are kept, as deepinv's are."""
         self.update_parameters(**parameters)
         if seed is not None:

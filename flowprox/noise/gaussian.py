@@ -7,7 +7,8 @@ r"""Independent Gaussian noise, its level one number or one per entry.
     radial       sigma_d = sigma max(exp(-d / length), floor)         d distance from the center in pixels
 
 n noise (B, ...), sigma standard deviation (of sinusoidal and radial: the largest), all in the units of the measurement.
-``make_noise`` makes these, and digits, by name; ``noise_level`` is how everything reads the level of a measurement.
+``make_noise`` makes these, and digits, by name; ``noise_level`` and ``noise_density`` are how everything reads the noise of an
+operator.
 """
 
 from __future__ import annotations
@@ -15,28 +16,60 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import deepinv
 import torch
 from torch import Tensor, nn
 
 from flowprox.naming import nearest
-from flowprox.noise.base import Generators, Noise, at_least_zero, finite_number, standard_normal
+from flowprox.noise.base import Density, Generators, Noise, at_least_zero, finite_number, standard_normal
 from flowprox.noise.digits import MNISTNoise
 
 __all__ = [
     "NOISES",
     "GaussianNoise",
     "HeteroscedasticNoise",
+    "as_noise",
+    "is_exact",
     "make_noise",
+    "noise_density",
     "noise_level",
     "radial_noise",
     "sinusoidal_noise",
 ]
 
 
-class GaussianNoise(Noise, deepinv.physics.GaussianNoise):
+class _Normal(Noise):
+    """Independent normal entries."""
+
+    def _parameters_like(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Standard deviation and mean, broadcasting against y (B, ...)."""
+        raise NotImplementedError
+
+    def sample_like(self, y: Tensor, generator: Generators = None) -> Tensor:
+        """mean + sigma u of y's shape (B, ...), u standard normal."""
+        sigma, mean = self._parameters_like(y)
+        return mean + sigma * standard_normal(y, generator)
+
+    def log_prob(self, residual: Tensor) -> Tensor:
+        """log p(residual) in nats, (B,), of residuals (B, ...).
+
+        Raises:
+            ValueError: a standard deviation is 0, or the residual is not of the size of the noise.
+        """
+        sigma, mean = self._parameters_like(residual)
+        if sigma.device.type == "cpu" and not bool((sigma > 0).all()):  # elsewhere looking would make the host wait
+            raise ValueError("noise with a standard deviation of 0 has no density; give one above 0")
+        each = -0.5 * ((residual - mean) / sigma).square() - sigma.log() - 0.5 * math.log(2 * math.pi)
+        return each.flatten(1).sum(1)
+
+    def energy_like(self, y: Tensor) -> Tensor:
+        """E |n_i|^2 = sigma_i^2 + mean_i^2, broadcasting against y (B, ...)."""
+        sigma, mean = self._parameters_like(y)
+        return sigma.square() + mean.square()
+
+
+class GaussianNoise(_Normal, deepinv.physics.GaussianNoise):
     """White Gaussian noise that is the same on every device and in every memory layout for the same generator.
 
     deepinv's own noise draws in the memory order of its input and replaces a generator that was moved, so that the
@@ -63,39 +96,24 @@ class GaussianNoise(Noise, deepinv.physics.GaussianNoise):
         super().__init__(sigma=at_least_zero("sigma", sigma))
         self.register_buffer("mean", torch.tensor(finite_number("mean", mean)))
 
-    def sample_like(self, y: Tensor, generator: Generators = None) -> Tensor:
-        """mean + sigma u of y's shape (B, ...), u standard normal."""
-        sigma, mean = self._parameters_like(y)
-        return mean + sigma * standard_normal(y, generator)
-
-    def log_prob(self, residual: Tensor) -> Tensor:
-        """log p(residual) in nats, (B,), of residuals (B, ...).
-
-        Raises:
-            ValueError: sigma is 0.
-        """
-        sigma, mean = self._parameters_like(residual)
-        return _log_normal(residual, sigma, mean)
-
     def forward(
         self,
         x: Tensor,
         sigma: float | Tensor | None = None,
         seed: int | None = None,
         generator: Generators = None,
-        **parameters: Any,
+        **parameters: object,
     ) -> Tensor:
         """x + n; ``generator`` is one for the batch or one per image; ``sigma`` is kept, as deepinv's does."""
         return Noise.forward(self, x, generator, seed, sigma=sigma, **parameters)
 
     def _parameters_like(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """sigma and mean, each a number or one per image, against y (B, ...)."""
         ones = (None,) * (y.ndim - 1)
         sigma, mean = (value.to(y.device, y.real.dtype) for value in (self.sigma, self.mean))
         return sigma[(..., *ones)], mean[(..., *ones)]
 
 
-class HeteroscedasticNoise(Noise):
+class HeteroscedasticNoise(_Normal):
     """Independent Gaussian noise with a standard deviation and a mean for each entry.
 
     Arguments:
@@ -125,20 +143,6 @@ class HeteroscedasticNoise(Noise):
         self.register_buffer("scale", scale.clone())
         self.register_buffer("mean", mean.clone())
 
-    def sample_like(self, y: Tensor, generator: Generators = None) -> Tensor:
-        """mean + sigma u of y's shape (B, ...), u standard normal."""
-        scale, mean = self._parameters_like(y)
-        return mean + scale * standard_normal(y, generator)
-
-    def log_prob(self, residual: Tensor) -> Tensor:
-        """log p(residual) in nats, (B,), of residuals (B, ...).
-
-        Raises:
-            ValueError: the residual is not of the size of the noise, or an entry of scale is 0.
-        """
-        scale, mean = self._parameters_like(residual)
-        return _log_normal(residual, scale, mean)
-
     def _parameters_like(self, y: Tensor) -> tuple[Tensor, Tensor]:
         for name, value in (("scale", self.scale), ("mean", self.mean)):
             own, given = tuple(value.shape), tuple(y.shape[1:])
@@ -148,7 +152,7 @@ class HeteroscedasticNoise(Noise):
                     f"the noise's {name} has shape {own}, which does not fit measurements of shape {given} per image; "
                     "make the noise for that shape"
                 )
-        return self.scale.to(y), self.mean.to(y)
+        return self.scale.to(y.device, y.real.dtype), self.mean.to(y.device, y.real.dtype)
 
 
 def sinusoidal_noise(
@@ -223,6 +227,47 @@ def radial_noise(
     return HeteroscedasticNoise(scale.float(), finite_number("mean", mean))
 
 
+def as_noise(noise: object) -> object:
+    """A noise, or that of an operator; deepinv's ``GaussianNoise`` as ours, with its level or one per image."""
+    if not isinstance(noise, deepinv.physics.NoiseModel):
+        noise = getattr(noise, "noise_model", noise)
+    if not isinstance(noise, deepinv.physics.GaussianNoise) or isinstance(noise, Noise):
+        return noise
+    own = GaussianNoise()
+    own.update_parameters(sigma=noise.sigma)
+    return own
+
+
+def is_exact(noise: object) -> bool:
+    """Whether an entry has the standard deviation 0, so that the noise has no density."""
+    sigma = getattr(noise, "scale" if isinstance(noise, HeteroscedasticNoise) else "sigma", None)
+    return sigma is not None and not bool((torch.as_tensor(sigma) > 0).all())
+
+
+def noise_density(noise: object, physics: nn.Module | None = None) -> Density:
+    """The density of the noise.
+
+    Arguments:
+        noise: a noise with a density; None takes ``physics.noise_model``.
+        physics: the operator.
+
+    Raises:
+        ValueError: the noise has no density, or the standard deviation 0.
+    """
+    model = as_noise(physics if noise is None else noise)
+    if is_exact(model):
+        raise ValueError(
+            "the noise has standard deviation 0, for which the posterior has no density; "
+            "pass noise=... with the smallest noise you believe in"
+        )
+    if not callable(getattr(model, "log_prob", None)) or not getattr(model, "has_density", True):
+        raise ValueError(
+            f"the noise, {type(model).__name__}, has no density: noise must have log_prob(residual) -> (B,), such as one of "
+            "flowprox.noise or a trained noise flow"
+        )
+    return model  # type: ignore[return-value]
+
+
 def noise_level(physics: nn.Module, like: Tensor, *, allow_rms: bool = False) -> Tensor:
     """The standard deviation of the noise of ``physics`` for each image of ``like`` (B, ...): (B,).
 
@@ -240,7 +285,7 @@ def noise_level(physics: nn.Module, like: Tensor, *, allow_rms: bool = False) ->
         >>> noise_level(GaussianNoise(0.5), torch.zeros(2, 3, 8, 8)).tolist()
         [0.5, 0.5]
     """
-    noise = physics if isinstance(physics, deepinv.physics.NoiseModel) else getattr(physics, "noise_model", None)
+    noise = as_noise(physics)
     sigma = 0.0 if isinstance(noise, deepinv.physics.ZeroNoise) else getattr(noise, "sigma", None)
     if allow_rms and isinstance(noise, HeteroscedasticNoise):
         sigma = noise.scale.double().square().mean().sqrt()  # broadcasting repeats every entry equally often
@@ -254,14 +299,6 @@ def noise_level(physics: nn.Module, like: Tensor, *, allow_rms: bool = False) ->
     if len(sigma) not in (1, n):
         raise ValueError(f"the noise model has {len(sigma)} levels for {n} images; give one, or one per image")
     return sigma.expand(n)
-
-
-def _log_normal(residual: Tensor, sigma: Tensor, mean: Tensor) -> Tensor:
-    """log N(residual; mean, sigma^2), summed over all but the first axis."""
-    if sigma.device.type == "cpu" and not bool((sigma > 0).all()):  # elsewhere looking would make the host wait
-        raise ValueError("noise with a standard deviation of 0 has no density; give one above 0")
-    each = -0.5 * ((residual - mean) / sigma).square() - sigma.log() - 0.5 * math.log(2 * math.pi)
-    return each.flatten(1).sum(1)
 
 
 def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
@@ -300,7 +337,7 @@ NOISES: Mapping[str, Callable[..., Noise]] = {
 """Noise name -> what makes it from a shape and parameters; ``sigma`` is a standard deviation in each."""
 
 
-def make_noise(name: str, shape: Sequence[int], **parameters: Any) -> Noise:
+def make_noise(name: str, shape: Sequence[int], **parameters: object) -> Noise:
     """Build a noise.
 
     Arguments:

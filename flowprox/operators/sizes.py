@@ -19,9 +19,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from deepinv.physics import Blur, Denoising, Inpainting, LinearPhysics, NoiseModel, ZeroNoise
+from deepinv.physics import Blur, Denoising, Inpainting, LinearPhysics
 from torch import Tensor
 
+from flowprox.noise import noise_level
 from flowprox.operators.blur import CircularBlur, CircularConvolution, PaddedBlur, WindowedBlur
 from flowprox.operators.imaging import SuperResolution
 
@@ -62,7 +63,10 @@ def fit_to_divisor(y: Tensor, physics: LinearPhysics, divisor: int) -> Fitted:
     is_valid = getattr(physics, "padding", "") == "valid"
     if not is_valid and all(side % divisor == 0 for side in sides):
         return Fitted(y, physics, slice(0, sides[0]), slice(0, sides[1]))
-    noise = _noise_of_any_size(physics, divisor)
+    try:
+        noise_level(physics, y)
+    except ValueError as error:
+        raise ValueError(f"noise cannot be extended ({error}): use sizes divisible by {divisor}") from error
     kernel = _kernel(physics)
     margin = max(kernel.shape[-2:]) // 2 if kernel is not None else 0
     before, sizes = zip(*(_placed(side, margin, divisor) for side in sides), strict=True)
@@ -70,27 +74,18 @@ def fit_to_divisor(y: Tensor, physics: LinearPhysics, divisor: int) -> Fitted:
     inside = [slice(start - r, start + side + r) for start, side, r in zip(before, sides, radii, strict=True)]
     if kernel is not None:
         extended, operator = _extended_blur(y, physics, kernel, before, sizes)
-        operator.set_noise_model(noise)
+        operator.set_noise_model(physics.noise_model)
     elif isinstance(physics, Denoising):
         extended, operator = _extended(y, before, sizes, "reflect"), physics
     elif isinstance(physics, Inpainting):
         mask = _extended(physics.get_buffer("mask"), before, sizes, "reflect")
-        operator = Inpainting(img_size=mask.shape[-3:], mask=mask, device=mask.device, noise_model=noise)  # pyright: ignore
+        operator = Inpainting(img_size=mask.shape[-3:], mask=mask, device=mask.device, noise_model=physics.noise_model)  # pyright: ignore
         extended = _extended(y, before, sizes, "reflect")
     else:
         raise ValueError(
             f"measurements of {type(physics).__name__} cannot be extended: use sizes divisible by {divisor}"
         )
     return Fitted(extended, operator, *inside)
-
-
-def _noise_of_any_size(physics: LinearPhysics, divisor: int) -> NoiseModel:
-    """The noise, which must not have a level for each pixel."""
-    noise = physics.noise_model
-    level = getattr(noise, "sigma", None)
-    if isinstance(noise, ZeroNoise) or (isinstance(level, Tensor) and level.numel() == 1):
-        return noise
-    raise ValueError(f"noise of the kind {type(noise).__name__} cannot be extended: use sizes divisible by {divisor}")
 
 
 def _placed(side: int, margin: int, divisor: int) -> tuple[int, int]:

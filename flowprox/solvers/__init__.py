@@ -4,9 +4,8 @@ Every solver is called like every other method, ``x_hat = solver(y, physics)``; 
 ``Solution`` with estimate, latent, loss curve and the reason of stopping.
 """
 
-from flowprox.solvers.discrepancy import Discrepancy
 from flowprox.solvers.importance import Proposal, WeightedSamples, importance_samples
-from flowprox.solvers.latent_map import LatentMAP
+from flowprox.solvers.latent_map import Discrepancy, LatentMAP
 from flowprox.solvers.noise_map import GANPrior, NoiseMAP
 from flowprox.solvers.optimizers import LBFGS, OPTIMIZERS, Adam, TorchLBFGS
 from flowprox.solvers.posterior import PosteriorSampling, PosteriorSolution, SamplerOptions

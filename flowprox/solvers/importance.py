@@ -26,7 +26,8 @@ from deepinv.physics import Physics
 from torch import Tensor
 
 from flowprox.flows import Flow, frozen
-from flowprox.solvers.problem import LatentProblem, noise_density
+from flowprox.noise import noise_density
+from flowprox.solvers.problem import LatentProblem
 
 __all__ = ["RELIABLE_BELOW", "Proposal", "WeightedSamples", "importance_samples"]
 

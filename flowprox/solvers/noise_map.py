@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from deepinv.models import Reconstructor
@@ -23,10 +22,10 @@ from deepinv.physics import Physics
 from torch import Tensor, nn
 
 from flowprox.flows import Flow, frozen
-from flowprox.noise import GaussianNoise
+from flowprox.noise import Density, GaussianNoise, noise_density
 from flowprox.solvers.objective import SPACES, Callback, Objective, squared_error
 from flowprox.solvers.optimizers import LBFGS, Adam, Optimizer
-from flowprox.solvers.problem import LatentProblem, Solution, Start, noise_density
+from flowprox.solvers.problem import LatentProblem, Solution, Start
 
 __all__ = ["GANPrior", "NoiseMAP"]
 
@@ -72,7 +71,7 @@ class NoiseMAP(Reconstructor):
     def __init__(
         self,
         flow: nn.Module,
-        noise: Any = None,
+        noise: Density | None = None,
         beta: float = 1.0,
         form: str = "image",
         start: Start = "zero",
@@ -107,9 +106,9 @@ class NoiseMAP(Reconstructor):
         self.start, self.n_restarts, self.seed = start, n_restarts, seed
         self.optimizer = optimizer or LBFGS(n_iterations=200)
 
-    def forward(self, y: Tensor, physics: Physics, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        """x_hat (B, C, H, W), not clipped; see ``solve`` for further arguments."""
-        return self.solve(y, physics, **kwargs).estimate
+    def forward(self, y: Tensor, physics: Physics, callback: Callback | None = None) -> Tensor:  # type: ignore[override]
+        """x_hat (B, C, H, W), not clipped; see ``solve``."""
+        return self.solve(y, physics, callback).estimate
 
     @torch.no_grad()
     def solve(self, y: Tensor, physics: Physics, callback: Callback | None = None) -> Solution:
@@ -134,7 +133,7 @@ class NoiseMAP(Reconstructor):
             trace = objective.minimize(self.optimizer, objective.start(self.start, self.seed, self.n_restarts))
             return objective.solution(trace.best_of(self.n_restarts))
 
-    def _objective(self, problem: LatentProblem, noise: Any) -> Objective:
+    def _objective(self, problem: LatentProblem, noise: Density) -> Objective:
         def misfit(residual: Tensor) -> Tensor:  # -log p_noise, Whang (3)
             return -noise.log_prob(torch.view_as_real(residual) if residual.is_complex() else residual)
 
@@ -201,6 +200,6 @@ class GANPrior(NoiseMAP):
         super().__init__(generator, noise, beta, "latent", 0.1, n_restarts, optimizer or adam, seed)
         self.regularization = regularization
 
-    def _objective(self, problem: LatentProblem, noise: Any) -> Objective:
+    def _objective(self, problem: LatentProblem, noise: Density) -> Objective:
         # NoiseMAP's times 2 regularization, without the constants that would cost float32 its digits
         return Objective(problem, squared_error, self.regularization, "squared")

@@ -30,10 +30,11 @@ from torch import Tensor
 
 from flowprox.flows import Flow, frozen
 from flowprox.graphs import Replayed
+from flowprox.noise import noise_density
 from flowprox.solvers.diagnostics import effective_sample_size, split_r_hat
 from flowprox.solvers.importance import Proposal
 from flowprox.solvers.objective import Callback
-from flowprox.solvers.problem import LatentProblem, Solution, Start, noise_density
+from flowprox.solvers.problem import LatentProblem, Solution, Start
 from flowprox.solvers.sampling import KERNELS, Chains, Kernel, Moments, Position, Randomness
 
 __all__ = ["MIXED_BELOW", "TRACES", "PosteriorSampling", "PosteriorSolution", "SamplerOptions"]

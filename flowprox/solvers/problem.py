@@ -13,14 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import deepinv
 import torch
 from deepinv.models import Reconstructor
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
 from flowprox.flows import Flow
-from flowprox.noise import GaussianNoise
 from flowprox.operators import check_adjoint, check_measurement
 
 __all__ = [
@@ -28,7 +26,6 @@ __all__ = [
     "Solution",
     "SolverInterrupted",
     "Start",
-    "noise_density",
     "null_space_perturbed",
 ]
 
@@ -157,8 +154,10 @@ class LatentProblem:
         if isinstance(start, str):
             if start == "zero":
                 return zeros
+            if start == "adjoint" and not isinstance(self.physics, LinearPhysics):
+                raise ValueError("start='adjoint' needs a linear operator; use start='zero' or images")
             if start == "adjoint":
-                return self._encoded(self._adjoint())
+                return self._encoded(self.physics.A_adjoint(self.y))
             raise ValueError(f"start must be 'zero', 'adjoint', a number, images or a method; got {start!r}")
         if isinstance(start, Tensor):
             return self._encoded(start)
@@ -229,17 +228,12 @@ class LatentProblem:
         with torch.no_grad():
             return self.flow.encode(x.to(self._like))
 
-    def _adjoint(self) -> Tensor:
-        if not isinstance(self.physics, LinearPhysics):
-            raise ValueError("start='adjoint' needs a linear operator; use start='zero' or images")
-        return self.physics.A_adjoint(self.y)
-
     def _image_shape(self) -> tuple[int, ...]:
         """(C, H, W) of the operator's images, as the operator tells; otherwise those the flow was made for."""
         if isinstance(self.physics, LinearPhysics):
             with torch.no_grad():
                 return tuple(self.physics.A_adjoint(self.y).shape[1:])
-        size: Any = getattr(self.physics, "img_size", None)
+        size = getattr(self.physics, "img_size", None)
         return tuple(size) if size is not None and len(size) == 3 else self.flow.image_shape
 
 
@@ -260,32 +254,3 @@ def null_space_perturbed(x: Tensor, physics: LinearPhysics, scale: float = 1.0, 
     noise = noise.expand_as(x)
     with torch.no_grad():
         return x + noise - physics.A_dagger(physics.A(noise))
-
-
-def noise_density(noise: Any, physics: Physics | None = None) -> Any:
-    """The density of the noise, which has ``log_prob``: residual (B, ...) to (B,). deepinv's Gaussian noise becomes ours.
-
-    Arguments:
-        noise: a noise with a density; None takes ``physics.noise_model``.
-        physics: the operator.
-
-    Raises:
-        ValueError: the noise has no density, or the standard deviation 0.
-    """
-    model = getattr(physics, "noise_model", None) if noise is None else noise
-    sigma = getattr(model, "sigma", None)
-    if sigma is not None and not bool((torch.as_tensor(sigma) > 0).all()):
-        raise ValueError(
-            "the noise has standard deviation 0, for which the posterior has no density; "
-            "pass noise=... with the smallest noise you believe in"
-        )
-    if callable(getattr(model, "log_prob", None)) and getattr(model, "has_density", True):
-        return model
-    if not isinstance(model, deepinv.physics.GaussianNoise):
-        raise ValueError(
-            f"the noise, {type(model).__name__}, has no density: noise must have log_prob(residual) -> (B,), such as one of "
-            "flowprox.noise or a trained noise flow"
-        )
-    density = GaussianNoise()
-    density.update_parameters(sigma=model.sigma)
-    return density

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from flowprox.checkpoints import load_model
 from flowprox.flows import Flow
 from flowprox.metrics import psnr
-from flowprox.noise import FlowNoise, Noise, make_noise
+from flowprox.noise import FlowNoise, Noise, is_exact, make_noise
 from flowprox.operators import VariedProblem, make_physics, measure
 from flowprox.options import (
     DataOptions,
@@ -166,7 +166,7 @@ class NoiseTask(Task):
     def __init__(self, flow: Flow, noise: Noise, validation: Noise | None = None) -> None:
         super().__init__(FlowNoise(flow))
         self.noise, self.validation = noise, validation or noise
-        if getattr(noise, "sigma", None) == 0:
+        if is_exact(noise):
             raise ValueError("noise with sigma 0 has no density that a flow could learn; give sigma above 0")
 
     def batch(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:

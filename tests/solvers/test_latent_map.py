@@ -23,7 +23,7 @@ from flowprox.solvers import (
     TorchLBFGS,
     null_space_perturbed,
 )
-from flowprox.solvers.discrepancy import noise_energy
+from flowprox.solvers.latent_map import noise_energy
 from flowprox.solvers.objective import Objective, squared_error
 from flowprox.solvers.problem import LatentProblem
 
