@@ -16,7 +16,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from deepinv.models import Reconstructor
@@ -38,7 +38,7 @@ from flowprox.baselines import (
 )
 from flowprox.checkpoints import load_model
 from flowprox.flows import Flow
-from flowprox.naming import nearest
+from flowprox.naming import Values, nearest
 from flowprox.noise import NOISES, FlowNoise, make_noise
 from flowprox.operators import PROBLEMS, Problem, mirrored
 from flowprox.solvers import LBFGS, Adam, LatentMAP, NoiseMAP, PosteriorSampling, SamplerOptions, TorchLBFGS
@@ -57,6 +57,9 @@ __all__ = [
 ]
 
 _PARTS = ("flow", "model", "noise")
+
+Settings: TypeAlias = LBFGS | Adam | TorchLBFGS | SamplerOptions
+"""Options of a solver that are an object of their own."""
 
 
 class Adjoint(Reconstructor):
@@ -160,7 +163,7 @@ def plug_and_play(
     return PlugAndPlay(model, flow, sigma, n_iterations, sigma_start, weight, iteration, start)  # type: ignore[arg-type]
 
 
-def _flat(make: Callable[..., Reconstructor], argument: str, **choices: Any) -> Callable[..., Reconstructor]:
+def _flat(make: Callable[..., Reconstructor], argument: str, **choices: Settings) -> Callable[..., Reconstructor]:
     """``make`` with the fields of the option object it takes as arguments of its own.
 
     Arguments:
@@ -169,8 +172,8 @@ def _flat(make: Callable[..., Reconstructor], argument: str, **choices: Any) -> 
         choices: the word that picks an object -> the object with its defaults; the first holds where no word is given.
     """
 
-    def make_flat(**options: Any) -> Reconstructor:
-        word = options.pop(argument, None) or next(iter(choices))
+    def make_flat(**options: object) -> Reconstructor:
+        word = str(options.pop(argument, None) or next(iter(choices)))
         if word not in choices:
             raise ValueError(f"{argument} must be {' or '.join(choices)}, got {word!r}")
         names = {field.name for field in dataclasses.fields(choices[word])}
@@ -212,8 +215,8 @@ class Method(NamedTuple):
     problems: tuple[str, ...] | None = None
     needs_linear: bool = False
     needs: str = ""
-    defaults: Mapping[str, Mapping[str, Any]] = {}
-    quick: Mapping[str, Any] = {}
+    defaults: Mapping[str, Values] = {}
+    quick: Mapping[str, object] = {}
     explained_in: tuple[type, ...] = ()
 
     @property
@@ -223,12 +226,12 @@ class Method(NamedTuple):
         return {part: parameters[part].default is inspect.Parameter.empty for part in _PARTS if part in parameters}
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Values:
         """Its options with their defaults."""
         parameters = inspect.signature(self.make).parameters
         return {name: one.default for name, one in parameters.items() if name not in (*_PARTS, "device")}
 
-    def missing(self, parts: Mapping[str, Any]) -> str | None:
+    def missing(self, parts: Mapping[str, object]) -> str | None:
         """What it needs and is None in ``parts``, which has the keys flow and model."""
         ways = [part for part, is_needed in self.parts.items() if is_needed] + ([self.needs] if self.needs else [])
         return next((way for way in ways if all(parts.get(key) is None for key in way.split(" or "))), None)
@@ -351,7 +354,7 @@ METHODS: dict[str, Method] = {
 class Option(NamedTuple):
     """An option of a method: its default for a problem, and what it means."""
 
-    default: Any
+    default: object
     meaning: str
 
 
@@ -392,7 +395,7 @@ _PLAIN: dict[str, tuple[type, ...]] = {
 }
 
 
-def _check_type(what: str, value: Any, annotation: Any) -> None:
+def _check_type(what: str, value: object, annotation: object) -> None:
     """Raise ``ValueError`` for a plain value, as recipes and words have it, that is none of the annotation's plain types."""
     names = str(getattr(annotation, "__name__", annotation)).split(" | ")
     if not {*names} <= {*_PLAIN} or not isinstance(value, bool | int | float | str | list | dict | None):
@@ -405,11 +408,11 @@ def make_method(
     name: str,
     problem: Problem | str | None = None,
     flow: Flow | str | None = None,
-    model: Any = None,
-    noise: Any = None,
+    model: nn.Module | str | None = None,
+    noise: object = None,
     shape: Sequence[int] | None = None,
     device: str | torch.device = "cpu",
-    **options: Any,
+    **options: object,
 ) -> Reconstructor:
     """Make a reconstruction method by name.
 
@@ -460,11 +463,11 @@ def _known(name: str) -> Method:
     return METHODS[name]
 
 
-def _loaded(part: Any, device: str | torch.device) -> Any:
+def _loaded(part: object, device: str | torch.device) -> object:
     return load_model(part, device=device) if isinstance(part, str) else part
 
 
-def _noise(noise: Any, shape: Sequence[int] | None, device: str | torch.device) -> Any:
+def _noise(noise: object, shape: Sequence[int] | None, device: str | torch.device) -> object:
     named = {"name": noise} if isinstance(noise, str) and noise in NOISES else noise
     if isinstance(named, Mapping):
         if shape is None or "name" not in named:
@@ -475,7 +478,7 @@ def _noise(noise: Any, shape: Sequence[int] | None, device: str | torch.device) 
     return FlowNoise(loaded) if isinstance(loaded, Flow) else loaded
 
 
-def _meanings(cls: Any) -> dict[str, str]:
+def _meanings(cls: Callable[..., object]) -> dict[str, str]:
     """What the section ``Arguments:`` of a docstring says of each."""
     section = re.search(r"\n *Arguments:\n(.*?)(?:\n\n|\Z)", inspect.getdoc(cls) or "", re.DOTALL)
     found = re.findall(r"^ {4}([\w, ]+): (.*(?:\n {5,}.*)*)", section[1] if section else "", re.MULTILINE)

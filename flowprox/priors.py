@@ -15,7 +15,8 @@ space of the latent norm, argmin_x 1/2 ||x - v||^2 + gamma R_z(f(x)), which is w
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,8 @@ from deepinv.physics import Denoising, GaussianNoise, LinearPhysics, Physics
 from torch import Tensor
 
 from flowprox.flows import Flow, frozen
+from flowprox.naming import Values
+from flowprox.noise import Density
 from flowprox.prox import FlowProx
 from flowprox.solvers import LBFGS, Adam
 
@@ -95,7 +98,7 @@ class FlowPrior(Prior):
         return self.shrinkage.flow
 
     @staticmethod
-    def unfolding(n_folds: int = 4, step_size: float = 0.5, shrinkage: float = 0.05) -> dict[str, Any]:
+    def unfolding(n_folds: int = 4, step_size: float = 0.5, shrinkage: float = 0.05) -> Values:
         """Keyword arguments that make deepinv's PGD, HQS or ADMM the unfolded network of Wei et al.: K trainable folds.
 
         ``trainable_params`` is given because deepinv's own default fails without a ``g_param``. For untied folds pass a
@@ -114,7 +117,7 @@ class FlowPrior(Prior):
             "unfold": True,
         }
 
-    def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def fn(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """-log p(x), or the latent norm, (B,)."""
         z, logdet = self.flow(x)
         if self.shrinkage.base == "gaussian":
@@ -123,15 +126,15 @@ class FlowPrior(Prior):
             penalty, constant = z.abs().sum(dim=1), z.shape[1] * math.log(2)
         return penalty if self.form == "latent" else penalty + constant - logdet
 
-    def grad(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def grad(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Gradient of fn (B, C, H, W); differentiable where gradients are on, as deepinv's is."""
         return _gradient(self.fn, x)
 
-    def score(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def score(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """-grad(x): the score of p."""
         return -self.grad(x)
 
-    def prox(self, x: Tensor, *args: Any, gamma: float | Tensor = 1.0, **kwargs: Any) -> Tensor:
+    def prox(self, x: Tensor, *args: object, gamma: float | Tensor = 1.0, **kwargs: object) -> Tensor:
         """Images (B, C, H, W) shrunk by gamma: a number, a 0-d tensor, or one per image (B,) or (B, 1, 1, 1)."""
         if self.denoiser is not None:
             sigma = torch.as_tensor(gamma, dtype=x.dtype, device=x.device).clamp_min(0).sqrt()
@@ -187,9 +190,9 @@ class FlowDenoiser(Denoiser):
         self.n_steps = n_steps
         self.step_size = step_size
         self.n_samples = n_samples
-        self._spectra: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}
+        self._spectra: dict[object, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def forward(self, x: Tensor, sigma: float | Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, sigma: float | Tensor, **kwargs: object) -> Tensor:
         """Denoised images (B, C, H, W) of x, whose noise has the standard deviation sigma, a number or (B,)."""
         self.flow._check_image(x)
         variance = self._handle_sigma(sigma, reference_tensor=x).square()
@@ -278,7 +281,7 @@ class ReconstructorDenoiser(Denoiser):
         self.network = network
 
     def forward(  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x: Tensor, sigma: float | Tensor, **kwargs: Any
+        self, x: Tensor, sigma: float | Tensor, **kwargs: object
     ) -> Tensor:
         """Denoise x (B, C, H, W); ``sigma`` is a number or one per image (B,) in units of the image range."""
         height, width = x.shape[-2:]
@@ -318,7 +321,7 @@ class NoiseFidelity(DataFidelity):
         (torch.Size([2]), 0.0)
     """
 
-    def __init__(self, noise: Any) -> None:
+    def __init__(self, noise: Density) -> None:
         if not callable(getattr(noise, "log_prob", None)):
             raise ValueError(
                 f"noise needs a log_prob(residual) -> (B,), and {type(noise).__name__} has none; see flowprox.noise"
@@ -326,10 +329,10 @@ class NoiseFidelity(DataFidelity):
         super().__init__(d=self._negative_log_likelihood)
         self.noise = noise
 
-    def _negative_log_likelihood(self, u: Tensor, y: Tensor, *args: Any) -> Tensor:
+    def _negative_log_likelihood(self, u: Tensor, y: Tensor, *args: object) -> Tensor:
         return -self.noise.log_prob(y - u)
 
-    def grad(self, x: Tensor, y: Tensor, physics: Physics, *args: Any, **kwargs: Any) -> Tensor:
+    def grad(self, x: Tensor, y: Tensor, physics: Physics, *args: object, **kwargs: object) -> Tensor:
         """Gradient in x, (B, C, H, W), under ``torch.no_grad()`` as well; x is left as it is."""
         if not isinstance(physics, LinearPhysics):
             return _gradient(lambda u: self.fn(u, y, physics), x)
@@ -340,10 +343,10 @@ class NoiseFidelity(DataFidelity):
         x: Tensor,
         y: Tensor,
         physics: Physics,
-        *args: Any,
+        *args: object,
         gamma: float | Tensor = 1.0,
         max_iter_inter: int = 50,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Tensor:
         """argmin_u 1/2 ||u - x||^2 + gamma d(u, y), (B, C, H, W), by so many steps of L-BFGS, gamma a number or (B,)."""
         weight = torch.as_tensor(gamma, dtype=x.dtype, device=x.device).flatten()
@@ -358,7 +361,7 @@ class NoiseFidelity(DataFidelity):
             return LBFGS(max_iter_inter).minimize(objective, x.flatten(1)).z.view_as(x)
 
 
-def _gradient(fn: Any, x: Tensor) -> Tensor:
+def _gradient(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Gradient of fn(x), (B,), in x; with a graph of its own where gradients are on."""
     wanted = torch.is_grad_enabled()
     with torch.enable_grad():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import count
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from deepinv.models import Denoiser, Reconstructor
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from flowprox.baselines.external import Biharmonic
 from flowprox.baselines.shared import Baseline, require_count, squared_norm
 from flowprox.flows import Flow
+from flowprox.naming import Values
 from flowprox.noise import noise_level
 from flowprox.operators import data_prox
 from flowprox.priors import FlowDenoiser, ReconstructorDenoiser
@@ -118,7 +119,7 @@ class PlugAndPlay(Baseline):
         fills = self.start == "biharmonic" or (self.start is None and isinstance(physics, Inpainting))
         start = Biharmonic()(y, physics) if fills else physics.A_adjoint(y)
         levels, sigma = self.schedule(start, physics)
-        settings: dict[str, Any] = {
+        settings: Values = {
             "data_fidelity": _DataStep(),
             "prior": PnP(self.denoiser),
             "max_iter": len(levels),
@@ -147,11 +148,13 @@ class PlugAndPlay(Baseline):
 class _DataStep(L2):
     """1/2 ||y - A x||^2 whose prox takes one gamma per image and leaves the physics as it is."""
 
-    def prox(self, x: Tensor, y: Tensor, physics: LinearPhysics, *args: Any, gamma: Any = 1.0, **kwargs: Any) -> Tensor:
+    def prox(
+        self, x: Tensor, y: Tensor, physics: LinearPhysics, *args: object, gamma: float | Tensor = 1.0, **kwargs: object
+    ) -> Tensor:
         return data_prox(x, y, physics, 1.0 / gamma)
 
 
-def _as_denoiser(model: Any) -> nn.Module:
+def _as_denoiser(model: object) -> nn.Module:
     if isinstance(model, Flow):
         return FlowDenoiser(model)
     if isinstance(model, FlowProx):

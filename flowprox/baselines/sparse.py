@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -263,7 +263,7 @@ def _soft_threshold(c: Tensor, threshold: Tensor) -> Tensor:
 class _Details(_Prior):
     """deepinv's prior with threshold gamma: its solvers never set ``ths``, whose default is 0.1."""
 
-    def prox(self, x: Tensor, *args: Any, gamma: float = 1.0, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def prox(self, x: Tensor, *args: object, gamma: float = 1.0, **kwargs: object) -> Tensor:  # type: ignore[override]
         return super().prox(x, ths=1.0, gamma=gamma)
 
 

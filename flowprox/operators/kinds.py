@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from deepinv.physics import Denoising, Inpainting, LinearPhysics, Physics
 from PIL import Image
 from torch import Tensor
 
-from flowprox.naming import nearest
+from flowprox.naming import Values, nearest
 from flowprox.operators.blur import BOUNDARIES, CircularBlur, PaddedBlur, checked_kernel, gaussian_kernel
 from flowprox.operators.imaging import (
     CT,
@@ -52,7 +52,7 @@ class Parameter(NamedTuple):
         unit: of the value; "" for a number of things, a word or an array.
     """
 
-    default: Any
+    default: object
     meaning: str
     unit: str = ""
 
@@ -96,7 +96,7 @@ class ProblemKind:
     description: str
     is_linear: bool = True
     measures_pictures: bool = True
-    image_size: Callable[[int, int, Mapping[str, Any]], tuple[int, int]] | None = None
+    image_size: Callable[[int, int, Values], tuple[int, int]] | None = None
     loses_scale: bool = False
     drawn: str = ""
     extend: Callable[[Tensor, LinearPhysics, int], Fitted] | None = None
@@ -104,7 +104,7 @@ class ProblemKind:
     vary: Callable[..., LinearPhysics] | None = None
 
     @property
-    def defaults(self) -> dict[str, Any]:
+    def defaults(self) -> Values:
         """Every parameter, those of the noise included, with its default."""
         return {name: parameter.default for name, parameter in {**self.parameters, **_NOISE}.items()}
 
@@ -161,7 +161,7 @@ def _own_kernel(kernel: Array) -> Tensor:
     return k
 
 
-def _blurred_image_size(height: int, width: int, parameters: Mapping[str, Any]) -> tuple[int, int]:
+def _blurred_image_size(height: int, width: int, parameters: Values) -> tuple[int, int]:
     if parameters["boundary"] != "valid":
         return height, width
     own = parameters["kernel"]
@@ -170,7 +170,7 @@ def _blurred_image_size(height: int, width: int, parameters: Mapping[str, Any]) 
     return height + h - 1, width + w - 1
 
 
-def _enlarged_size(height: int, width: int, parameters: Mapping[str, Any]) -> tuple[int, int]:
+def _enlarged_size(height: int, width: int, parameters: Values) -> tuple[int, int]:
     factor = checked_factor(parameters["factor"])
     return height * factor, width * factor
 

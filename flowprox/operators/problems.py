@@ -15,7 +15,7 @@ import torch
 from deepinv.physics import LinearPhysics, NoiseModel, Physics
 from torch import Tensor
 
-from flowprox.naming import nearest, require_device
+from flowprox.naming import Values, nearest, require_device
 from flowprox.noise import NOISES, GaussianNoise, Noise, make_noise
 from flowprox.noise.base import at_least_zero
 from flowprox.noise.photons import PhotonNoise
@@ -55,7 +55,7 @@ class Problem:
     """
 
     name: str
-    parameters: dict[str, Any] = field(default_factory=dict)
+    parameters: Values = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or self.name not in PROBLEMS:
@@ -66,14 +66,14 @@ class Problem:
                 raise ValueError(f"{self.name} has no parameter {key!r}; {nearest(str(key), defaults)}")
         object.__setattr__(self, "parameters", _complete(self.name, self.parameters, defaults))
 
-    def replaced(self, **parameters: Any) -> Problem:
+    def replaced(self, **parameters: object) -> Problem:
         """The same problem with other parameters; a new noise takes the place of the one it had."""
         replaced = _displaced(parameters)
         kept = {key: value for key, value in self.parameters.items() if key not in replaced}
         return Problem(self.name, {**kept, **parameters})
 
     @property
-    def operator_parameters(self) -> dict[str, Any]:
+    def operator_parameters(self) -> Values:
         """The parameters but for those of the noise."""
         return {key: value for key, value in self.parameters.items() if key not in (*_NOISE, *_PHOTONS)}
 
@@ -126,7 +126,7 @@ def make_physics(
     *,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    **parameters: Any,
+    **parameters: object,
 ) -> LinearPhysics:
     """Build the forward operator of a problem, with its noise model.
 
@@ -230,7 +230,7 @@ class VariedProblem:
         ranges: Mapping[str, Sequence[float]],
         *,
         seed: int = 0,
-        **parameters: Any,
+        **parameters: object,
     ) -> None:
         channels, height, width = image_shape
         self.image_shape = (channels, height, width)
@@ -292,7 +292,7 @@ def _checked(key: str, ends: Sequence[float]) -> tuple[float, float]:
     return float(ends[0]), float(ends[1])
 
 
-def _complete(name: str, given: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def _complete(name: str, given: Values, defaults: Values) -> Values:
     """Every parameter of the problem; the noise that was given in place of the one of the defaults."""
     noise, set_ = given.get("noise"), {key for key in given if given[key] is not None}
     if "noise_norm" in set_ and set_ & {"sigma", "noise"}:
@@ -316,7 +316,7 @@ def _complete(name: str, given: dict[str, Any], defaults: Mapping[str, Any]) -> 
     return complete
 
 
-def _displaced(given: Mapping[str, Any]) -> set[str]:
+def _displaced(given: Values) -> set[str]:
     """The parameters whose former values, or defaults, what is given replaces."""
     own = {key for name, keys in _OF_ONES_OWN.items() if given.get(name) is not None for key in keys}
     if given.get("noise") is not None:
@@ -326,7 +326,7 @@ def _displaced(given: Mapping[str, Any]) -> set[str]:
     return own | {"noise_norm", "photons"} if given.get("sigma") is not None else own
 
 
-def _canonical(value: Any) -> Any:
+def _canonical(value: object) -> object:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0:

@@ -154,9 +154,9 @@ class LatentProblem:
         if isinstance(start, str):
             if start == "zero":
                 return zeros
-            if start == "adjoint" and not isinstance(self.physics, LinearPhysics):
-                raise ValueError("start='adjoint' needs a linear operator; use start='zero' or images")
             if start == "adjoint":
+                if not isinstance(self.physics, LinearPhysics):
+                    raise ValueError("start='adjoint' needs a linear operator; use start='zero' or images")
                 return self._encoded(self.physics.A_adjoint(self.y))
             raise ValueError(f"start must be 'zero', 'adjoint', a number, images or a method; got {start!r}")
         if isinstance(start, Tensor):
