@@ -481,5 +481,5 @@ def _noise(noise: object, shape: Sequence[int] | None, device: str | torch.devic
 def _meanings(cls: Callable[..., object]) -> dict[str, str]:
     """What the section ``Arguments:`` of a docstring says of each."""
     section = re.search(r"\n *Arguments:\n(.*?)(?:\n\n|\Z)", inspect.getdoc(cls) or "", re.DOTALL)
-    found = re.findall(r"^ {4}([\w, ]+): (.*(?:\n {5,}.*)*)", section[1] if section else "", re.MULTILINE)
-    return {name: " ".join(text.split()) for names, text in found for name in names.split(", ")}
+    entries = re.findall(r"^ {4}([\w, ]+): (.*(?:\n {5,}.*)*)", section[1] if section else "", re.MULTILINE)
+    return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}

@@ -39,7 +39,9 @@ class ResNet(nn.Module):
     def __init__(self, n_channels: int = 3, hidden_channels: int = 128, n_blocks: int = 2) -> None:
         super().__init__()
         self.first = nn.Conv2d(n_channels, hidden_channels, 3, padding=1)
-        self.blocks = nn.ModuleList(_residual_block(hidden_channels) for _ in range(n_blocks))
+        self.blocks = nn.ModuleList(
+            _convolutions(hidden_channels, hidden_channels, hidden_channels) for _ in range(n_blocks)
+        )
         self.last = nn.Sequential(
             nn.Conv2d(hidden_channels, hidden_channels, 1),
             nn.ReLU(),
@@ -55,10 +57,11 @@ class ResNet(nn.Module):
         return x + self.last(h)
 
 
-def _residual_block(width: int) -> nn.Sequential:
+def _convolutions(*widths: int) -> nn.Sequential:
+    """3x3 convolutions from width to width, each with batch normalization and ReLU."""
     layers: list[nn.Module] = []
-    for _ in range(2):
-        layers += [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    for a, b in pairwise(widths):
+        layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
     return nn.Sequential(*layers)
 
 
@@ -85,10 +88,10 @@ class UNet(nn.Module):
         widths = [hidden_channels * 2**i for i in range(n_scales)]
         self.residual = residual
         self.contract = nn.ModuleList(
-            _double_convolution(a, b) for a, b in zip([n_channels, *widths], widths, strict=False)
+            _convolutions(a, b, b) for a, b in zip([n_channels, *widths], widths, strict=False)
         )
         self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in pairwise(widths))
-        self.expand = nn.ModuleList(_double_convolution(2 * a, a) for a in widths[:-1])
+        self.expand = nn.ModuleList(_convolutions(2 * a, a, a) for a in widths[:-1])
         self.last = nn.Conv2d(widths[0], n_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,13 +106,6 @@ class UNet(nn.Module):
             h = self.expand[i](torch.cat([skips[i], up], dim=1))
         out = self.last(h)
         return x + out if self.residual else out
-
-
-def _double_convolution(c_in: int, c_out: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for a in (c_in, c_out):
-        layers += [nn.Conv2d(a, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
-    return nn.Sequential(*layers)
 
 
 class DCGANGenerator(Specified, nn.Module):

@@ -19,7 +19,6 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from deepinv.models import Denoiser, Reconstructor
 from deepinv.optim import DataFidelity, Prior
 from deepinv.physics import Denoising, GaussianNoise, LinearPhysics, Physics
@@ -28,6 +27,7 @@ from torch import Tensor
 from flowprox.flows import Flow, frozen
 from flowprox.naming import Values
 from flowprox.noise import Density
+from flowprox.operators import fit_to_divisor
 from flowprox.prox import FlowProx
 from flowprox.solvers import LBFGS, Adam
 
@@ -251,8 +251,7 @@ class FlowDenoiser(Denoiser):
 class ReconstructorDenoiser(Denoiser):
     """A network that reconstructs from noisy images at the level it is told, as a ``deepinv.models.Denoiser``: D(x, sigma).
 
-    Images are continued by their mirror image, where too small for that by their last pixels, to a size that the network takes,
-    and the result is cropped.
+    Images are mirrored to a size that the network takes (``flowprox.operators.fit_to_divisor``), and the result is cropped.
 
     Arguments:
         network: x_hat = network(y, physics), which reads the level in ``physics.noise_model.sigma``, such as an ``Unfolded``
@@ -284,14 +283,10 @@ class ReconstructorDenoiser(Denoiser):
         self, x: Tensor, sigma: float | Tensor, **kwargs: object
     ) -> Tensor:
         """Denoise x (B, C, H, W); ``sigma`` is a number or one per image (B,) in units of the image range."""
-        height, width = x.shape[-2:]
-        divisor = int(getattr(self.network, "divisor", 1))
-        right, below = -width % divisor, -height % divisor
-        mode = "reflect" if right < width and below < height else "replicate"
-        padded = F.pad(x, (0, right, 0, below), mode=mode)
         physics = Denoising(GaussianNoise(0.0))
         physics.noise_model.update_parameters(sigma=torch.as_tensor(sigma, dtype=x.dtype, device=x.device).flatten())
-        return self.network(padded, physics)[..., :height, :width]
+        fitted = fit_to_divisor(x, physics, int(getattr(self.network, "divisor", 1)))
+        return self.network(fitted.y, fitted.physics)[..., fitted.rows, fitted.columns]
 
 
 class NoiseFidelity(DataFidelity):

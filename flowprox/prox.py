@@ -31,7 +31,16 @@ from flowprox.flows import Flow
 from flowprox.naming import Specified
 from flowprox.networks import ResNet, UNet
 
-__all__ = ["FlowProx", "Prox", "ResNetProx", "SoftThreshold", "UNetProx", "at_level", "checked_levels"]
+__all__ = [
+    "FlowProx",
+    "Prox",
+    "ResNetProx",
+    "SoftThreshold",
+    "UNetProx",
+    "at_level",
+    "checked_levels",
+    "soft_threshold",
+]
 
 
 class Prox(nn.Module):
@@ -70,8 +79,8 @@ class SoftThreshold(Specified, Prox):
         self, v: Tensor, step: float | Tensor, sigma: Tensor | None = None, mean: Tensor | None = None
     ) -> Tensor:
         if mean is None:
-            return _soft_threshold(v, _per_image(step))
-        return mean + _soft_threshold(v - mean, _per_image(step))
+            return soft_threshold(v, _per_image(step))
+        return mean + soft_threshold(v - mean, _per_image(step))
 
 
 class FlowProx(Specified, Prox):
@@ -152,7 +161,7 @@ class FlowProx(Specified, Prox):
         step = _per_image(step)
         if self.log_weight is not None:
             step = step * torch.exp(self._log_weight(z, sigma))
-        return z / (1 + step) if self.base == "gaussian" else _soft_threshold(z, step)
+        return z / (1 + step) if self.base == "gaussian" else soft_threshold(z, step)
 
     def log_prob(self, x: Tensor, sigma: Tensor | None = None, mean: Tensor | None = None) -> Tensor:
         """log p(x) in nats (B,) of the density whose negative logarithm the prox shrinks by, x (B, C, H, W).
@@ -214,7 +223,8 @@ def _per_image(step: float | Tensor) -> float | Tensor:
     return step.view(-1, 1, 1, 1) if isinstance(step, Tensor) and step.ndim == 1 else step
 
 
-def _soft_threshold(v: Tensor, threshold: float | Tensor) -> Tensor:
+def soft_threshold(v: Tensor, threshold: float | Tensor) -> Tensor:
+    """sign(v) max(|v| - threshold, 0), the threshold broadcasting against v."""
     return torch.sign(v) * torch.clamp(v.abs() - threshold, min=0)
 
 

@@ -25,8 +25,7 @@ from flowprox.cli import main, make_parser
 from flowprox.data import save_image
 from flowprox.estimates import Estimate, estimate
 from flowprox.evaluation import run as run_module
-from flowprox.evaluation.images import load_images
-from flowprox.evaluation.plan import at_scale, planned, published_figures
+from flowprox.evaluation.plan import at_scale, load_images, planned, published_figures
 from flowprox.evaluation.report import picture_path, write_report
 from flowprox.evaluation.run import EvaluationInterrupted, RunOptions, evaluate
 from flowprox.evaluation_options import (

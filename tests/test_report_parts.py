@@ -22,12 +22,14 @@ from flowprox.evaluation.report.charts import (
     cost_chart,
     curves,
     line_chart,
+    method_sweeps,
+    problem_sweeps,
     spread_chart,
+    sweeps_of,
     tuning_curves,
 )
 from flowprox.evaluation.report.pictures import data_uri, error_map, error_white, file_stem, find_picture, read_picture
 from flowprox.evaluation.report.sources import Chapter
-from flowprox.evaluation.report.sweeps import method_sweeps, problem_sweeps, sweeps_of
 from flowprox.evaluation.report.tables import Contents, make_table, to_csv, to_latex, to_markdown
 from flowprox.reconstruction.files import write_deviation
 

@@ -31,6 +31,7 @@ from flowprox.baselines.shared import (
     require_weight,
     squared_norm,
 )
+from flowprox.prox import soft_threshold
 
 __all__ = ["Basis", "Lasso", "WaveletPrior", "cosine_basis", "wavelet_basis"]
 
@@ -221,7 +222,7 @@ class Lasso(Baseline):
         for k in range(self.n_iterations):
             gradient = basis.analyze(physics.A_adjoint(physics.A(basis.synthesize(u)) - y))
             threshold = step * weight / 2
-            shrunk = _soft_threshold(u - step * gradient, threshold)
+            shrunk = soft_threshold(u - step * gradient, threshold)
             new = torch.where(done, c, shrunk)
             uphill = ((u - new) * (new - c)).sum((1, 2, 3), keepdim=True) > 0
             final = weight == self.regularization
@@ -254,10 +255,6 @@ class Lasso(Baseline):
 def _first_weight(back: Tensor, regularization: float) -> Tensor:
     """A tenth of the weight from which on zero is the solution, or the final one where that is larger: (B, 1, 1, 1)."""
     return (2 * back.abs().amax((1, 2, 3), keepdim=True) / 10).clamp_min(regularization)
-
-
-def _soft_threshold(c: Tensor, threshold: Tensor) -> Tensor:
-    return c.sign() * (c.abs() - threshold).clamp_min(0)
 
 
 class _Details(_Prior):

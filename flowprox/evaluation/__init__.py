@@ -1,1 +1,1 @@
-"""Measuring reconstructions, and showing them: images, plan, loop, report."""
+"""Measuring reconstructions, and showing them: plan, loop, report."""

@@ -79,11 +79,11 @@ class MNISTNoise(Noise):
                 f"digits of {height}x{width} need images (B, C, H, W) of at least that size, got {tuple(y.shape)}"
             )
         generators = generator_each(y, generator)
-        drawn = torch.stack([self._draw(y, g) for g in generators])
+        places = torch.stack([self._draw(y, g) for g in generators])
         white = standard_normal(y, generator)
         noise = torch.zeros(y.shape, dtype=y.dtype, device=y.device)
         digits = self.digits.to(y.device)
-        for image, placed in zip(noise, drawn.tolist(), strict=True):
+        for image, placed in zip(noise, places.tolist(), strict=True):
             for index, row, column, channel in placed:
                 image[channel, row : row + height, column : column + width] += digits[index].to(y.dtype)
         amplitude, sigma = (value.to(y)[(..., None, None, None)] for value in (self.amplitude, self.sigma))

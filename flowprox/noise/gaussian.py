@@ -145,11 +145,11 @@ class HeteroscedasticNoise(_Normal):
 
     def _parameters_like(self, y: Tensor) -> tuple[Tensor, Tensor]:
         for name, value in (("scale", self.scale), ("mean", self.mean)):
-            own, given = tuple(value.shape), tuple(y.shape[1:])
-            pairs = zip(reversed(own), reversed(given), strict=False)
-            if len(own) > len(given) or any(a not in (1, b) for a, b in pairs):
+            own, sizes = tuple(value.shape), tuple(y.shape[1:])
+            pairs = zip(reversed(own), reversed(sizes), strict=False)
+            if len(own) > len(sizes) or any(a not in (1, b) for a, b in pairs):
                 raise ValueError(
-                    f"the noise's {name} has shape {own}, which does not fit measurements of shape {given} per image; "
+                    f"the noise's {name} has shape {own}, which does not fit measurements of shape {sizes} per image; "
                     "make the noise for that shape"
                 )
         return self.scale.to(y.device, y.real.dtype), self.mean.to(y.device, y.real.dtype)

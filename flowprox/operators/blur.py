@@ -65,8 +65,8 @@ class CircularConvolution(ExactProx):
     def A_dagger(self, y: Tensor, *, tolerance: float = 1e-6, **kwargs: object) -> Tensor:  # pyright: ignore
         """Pseudo-inverse; frequencies that the kernel damps below ``tolerance`` are set to zero."""
         transfer = self._transfer(y)
-        kept = transfer.abs() > tolerance
-        inverse = torch.where(kept, 1.0 / torch.where(kept, transfer, torch.ones_like(transfer)), 0.0)
+        passes = transfer.abs() > tolerance
+        inverse = torch.where(passes, 1.0 / torch.where(passes, transfer, torch.ones_like(transfer)), 0.0)
         return self._filtered(y, inverse)
 
     def _transfer(self, x: Tensor) -> Tensor:

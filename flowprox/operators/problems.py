@@ -69,8 +69,8 @@ class Problem:
     def replaced(self, **parameters: object) -> Problem:
         """The same problem with other parameters; a new noise takes the place of the one it had."""
         replaced = _displaced(parameters)
-        kept = {key: value for key, value in self.parameters.items() if key not in replaced}
-        return Problem(self.name, {**kept, **parameters})
+        others = {key: value for key, value in self.parameters.items() if key not in replaced}
+        return Problem(self.name, {**others, **parameters})
 
     @property
     def operator_parameters(self) -> Values:
@@ -81,8 +81,8 @@ class Problem:
     def label(self) -> str:
         """Short name for tables and files: the first parameter, and every other one that is not at its default."""
         defaults = PROBLEMS[self.name].defaults
-        given = next((key for key in ("mask", "kernel") if self.parameters.get(key) is not None), None)
-        first = given or next(iter(defaults))
+        pattern = next((key for key in ("mask", "kernel") if self.parameters.get(key) is not None), None)
+        first = pattern or next(iter(defaults))
         shown = [
             key
             for key, value in self.parameters.items()
@@ -278,12 +278,12 @@ class VariedProblem:
     def _varied(self, n: int, generator: torch.Generator) -> LinearPhysics:
         if self._kind.vary is not None:
             return self._kind.vary(self._ranges, self.image_shape, n, generator)
-        drawn = {
+        values = {
             key: low + (high - low) * torch.rand(n, generator=generator, device=generator.device)
             for key, (low, high) in self._ranges.items()
         }
         constructor, fixed = self._kind.constructor, self.problem.operator_parameters
-        return constructor(self.image_shape, seed=self.seed, device=generator.device, **{**fixed, **drawn})  # pyright: ignore
+        return constructor(self.image_shape, seed=self.seed, device=generator.device, **{**fixed, **values})  # pyright: ignore
 
 
 def _checked(key: str, ends: Sequence[float]) -> tuple[float, float]:
@@ -292,9 +292,9 @@ def _checked(key: str, ends: Sequence[float]) -> tuple[float, float]:
     return float(ends[0]), float(ends[1])
 
 
-def _complete(name: str, given: Values, defaults: Values) -> Values:
-    """Every parameter of the problem; the noise that was given in place of the one of the defaults."""
-    noise, set_ = given.get("noise"), {key for key in given if given[key] is not None}
+def _complete(name: str, parameters: Values, defaults: Values) -> Values:
+    """Every parameter of the problem; a noise that is set in the place of the one of the defaults."""
+    noise, set_ = parameters.get("noise"), {key for key in parameters if parameters[key] is not None}
     if "noise_norm" in set_ and set_ & {"sigma", "noise"}:
         raise ValueError(f"{name}: noise_norm is the level of white noise; give either noise_norm or sigma, or a noise")
     if "noise_parameters" in set_ and not isinstance(noise, str):
@@ -307,23 +307,23 @@ def _complete(name: str, given: Values, defaults: Values) -> Values:
         raise ValueError(f"{name}: a noise object has its own level; leave out sigma, or give the noise by name")
     for own in set_ & set(_OF_ONES_OWN):
         of_no_use = set_ & set(_OF_ONES_OWN[own])
-        if stated := [key for key in of_no_use if given[key] != defaults[key]]:
+        if stated := [key for key in of_no_use if parameters[key] != defaults[key]]:
             raise ValueError(f"{name}: {own} takes the place of what {stated[0]} describes; leave one of them out")
         set_ -= of_no_use
-    complete = {key: _canonical(given.get(key, default)) for key, default in defaults.items()}
-    if displaced := _displaced(given):
+    complete = {key: _canonical(parameters.get(key, default)) for key, default in defaults.items()}
+    if displaced := _displaced(parameters):
         complete.update({key: None for key in displaced if key in defaults and key not in set_})
     return complete
 
 
-def _displaced(given: Values) -> set[str]:
+def _displaced(parameters: Values) -> set[str]:
     """The parameters whose former values, or defaults, what is given replaces."""
-    own = {key for name, keys in _OF_ONES_OWN.items() if given.get(name) is not None for key in keys}
-    if given.get("noise") is not None:
+    own = {key for name, keys in _OF_ONES_OWN.items() if parameters.get(name) is not None for key in keys}
+    if parameters.get("noise") is not None:
         return own | {"sigma", "noise_norm", "noise_parameters"}
-    if given.get("noise_norm") is not None:
+    if parameters.get("noise_norm") is not None:
         return own | {"sigma", "noise", "noise_parameters"}
-    return own | {"noise_norm", "photons"} if given.get("sigma") is not None else own
+    return own | {"noise_norm", "photons"} if parameters.get("sigma") is not None else own
 
 
 def _canonical(value: object) -> object:

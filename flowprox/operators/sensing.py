@@ -32,12 +32,25 @@ class _Sensing(LinearPhysics):
     """What the two sensing matrices share: sizes, checks, flat measurements."""
 
     def __init__(
-        self, m: int, image_shape: ImageShape, noise_model: NoiseModel | None, device: torch.device | str
+        self,
+        m: int,
+        image_shape: ImageShape,
+        *,
+        noise_model: NoiseModel | None = None,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(img_size=tuple(image_shape))
         self.set_noise_model(noise_model or GaussianNoise(0.0))
-        self.m, self.n = _checked_m(m), math.prod(image_shape)
+        if not isinstance(m, int) or isinstance(m, bool) or m < 1:
+            raise ValueError(f"m is the number of measurements and must be a positive whole number, got {m!r}")
+        self.m, self.n = m, math.prod(image_shape)
+        self._draw(torch.Generator().manual_seed(seed), device)
         self.to(device)
+
+    def _draw(self, generator: torch.Generator, device: torch.device | str) -> None:
+        """Make what is random, on the CPU; it will be kept on ``device``."""
+        raise NotImplementedError
 
     def _vector(self, x: Tensor) -> Tensor:
         if tuple(x.shape[1:]) != self.img_size:
@@ -83,21 +96,11 @@ class DenseSensing(_Sensing):
         torch.Size([2, 50])
     """
 
-    def __init__(
-        self,
-        m: int,
-        image_shape: ImageShape,
-        *,
-        noise_model: NoiseModel | None = None,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(m, image_shape, noise_model, device)
+    def _draw(self, generator: torch.Generator, device: torch.device | str) -> None:
         check_memory(self.m, self.n, device)
         # deepinv's CompressedSensing computes the pseudo-inverse of this matrix: minutes, and twice the memory
-        matrix = torch.randn(self.m, self.n, generator=torch.Generator().manual_seed(seed)).div_(math.sqrt(self.m))
+        matrix = torch.randn(self.m, self.n, generator=generator).div_(math.sqrt(self.m))
         self.register_buffer("matrix", matrix, persistent=False)
-        self.to(device)
 
     def A(self, x: Tensor, **kwargs: object) -> Tensor:
         """A x: (B, m) from images (B, C, H, W)."""
@@ -137,27 +140,16 @@ class StructuredSensing(_Sensing, ExactProx):
         True
     """
 
-    def __init__(
-        self,
-        m: int,
-        image_shape: ImageShape,
-        *,
-        noise_model: NoiseModel | None = None,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(m, image_shape, noise_model, device)
+    def _draw(self, generator: torch.Generator, device: torch.device | str) -> None:
         if self.m > self.n:
             raise ValueError(
-                f"m={m} is more than the {self.n} pixels of an image of shape {tuple(image_shape)}, and structured "
+                f"m={self.m} is more than the {self.n} pixels of an image of shape {self.img_size}, and structured "
                 "sensing has one row per pixel; use structured=False or a smaller m"
             )
-        generator = torch.Generator().manual_seed(seed)
         signs = torch.randint(0, 2, (self.n,), generator=generator) * 2.0 - 1.0
         self.register_buffer("signs", signs, persistent=False)
         self.register_buffer("rows", torch.randperm(self.n, generator=generator)[: self.m], persistent=False)
         self.scale = math.sqrt(self.n / self.m)
-        self.to(device)
 
     def A(self, x: Tensor, **kwargs: object) -> Tensor:
         """A x: (B, m) from images (B, C, H, W)."""
@@ -291,12 +283,6 @@ def _free_memory(device: torch.device) -> int | None:
 
 def _gigabytes(n: int) -> str:
     return f"{n / 1e9:,.1f} GB" if n >= 1e8 else f"{n / 1e6:,.1f} MB"
-
-
-def _checked_m(m: int) -> int:
-    if not isinstance(m, int) or isinstance(m, bool) or m < 1:
-        raise ValueError(f"m is the number of measurements and must be a positive whole number, got {m!r}")
-    return m
 
 
 def _same_dtype(x: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:

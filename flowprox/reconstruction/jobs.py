@@ -28,7 +28,7 @@ from torch import Tensor
 from flowprox.checkpoints import load_model
 from flowprox.data import load_array, load_image, load_measurement, save_image
 from flowprox.estimates import Doubts, Estimate, calibration_of, doubts_of, estimate
-from flowprox.evaluation.images import image_seed
+from flowprox.evaluation.plan import image_seed
 from flowprox.evaluation.run import hashed
 from flowprox.files import sha256, sole_writer
 from flowprox.flows import Flow

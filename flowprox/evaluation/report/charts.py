@@ -1,18 +1,23 @@
-"""Charts as inline SVG, drawn by matplotlib, colored by the page.
+"""Charts as inline SVG, drawn by matplotlib, colored by the page; and what varies in an evaluation, for curves over it.
 
 Ink, grid lines and the colors of series are written as custom properties (``var(--ink)``, ``var(--line)``, ``var(--c0)``
 ...), so that one drawing serves a light and a dark page. Text stays text. Series differ in marker and color; every mark has
 a title, and names its method, so that the page can hide what the reader is not looking for.
+
+What varies is told by the records: among the parameters of a problem, or the options of a method, those numbers that are not
+the same everywhere. Where two vary together (a series with two lists) the first that tells all points apart is the axis;
+where they form a grid, each is an axis for every value of the others.
 """
 
 from __future__ import annotations
 
 import io
 import itertools
+import json
 import re
 import statistics
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -23,7 +28,6 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from flowprox.evaluation.report.sweeps import Sweep, flattened, method_sweeps, problem_sweeps, sweeps_of
 from flowprox.evaluation.report.tables import TIME, Contents, number
 from flowprox.records import Record
 
@@ -31,12 +35,16 @@ __all__ = [
     "N_COLORS",
     "Chart",
     "Series",
+    "Sweep",
     "box_chart",
     "calibration_charts",
     "cost_chart",
     "curves",
     "line_chart",
+    "method_sweeps",
+    "problem_sweeps",
     "spread_chart",
+    "sweeps_of",
     "tuning_curves",
 ]
 
@@ -240,6 +248,109 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")  # matplotlib would read formulas
 
 
+# What varies ---------------------------------------------------------------------------------------------------------
+
+
+class Sweep(NamedTuple):
+    """Labels in the order of a number; ``name`` says what they have in common."""
+
+    name: str
+    key: str
+    points: tuple[tuple[float, str], ...]
+
+    @property
+    def labels(self) -> list[str]:
+        """Those that are compared, in their order."""
+        return [label for _, label in self.points]
+
+
+def flattened(values: Mapping[str, object], prefix: str = "") -> Record:
+    """Nested keys as one level, joined by a point.
+
+    Example:
+        >>> flattened({"m": 5, "noise": {"sigma": 0.1}})
+        {'m': 5, 'noise.sigma': 0.1}
+    """
+    flat: Record = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flattened(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def sweeps_of(variants: Mapping[str, Record], name: str) -> list[Sweep]:
+    """The sweeps among variants of one thing.
+
+    Arguments:
+        variants: label -> its values; only those that agree in everything but numbers are compared.
+        name: of the thing.
+
+    Example:
+        >>> sweeps_of({"a": {"sigma": 0.2, "noise": None}, "b": {"sigma": 0.1, "noise": None}}, "denoising")
+        [Sweep(name='denoising', key='sigma', points=((0.1, 'b'), (0.2, 'a')))]
+    """
+    alike: dict[str, dict[str, dict[str, float]]] = {}
+    for label, values in variants.items():
+        numbers = {key: float(value) for key, value in values.items() if _is_number(value)}
+        others = json.dumps({k: v for k, v in values.items() if k not in numbers}, sort_keys=True, default=str)
+        alike.setdefault(others + json.dumps(sorted(numbers)), {})[label] = numbers
+    return [sweep for group in alike.values() for sweep in _numeric_sweeps(group, name)]
+
+
+def _numeric_sweeps(group: Mapping[str, Mapping[str, float]], name: str) -> Iterator[Sweep]:
+    keys = next(iter(group.values()))
+    varying = [key for key in keys if len({values[key] for values in group.values()}) > 1]
+    for key in varying:
+        if len({values[key] for values in group.values()}) == len(group):
+            yield _sweep(group, name, key)
+            return
+    for key in varying:
+        rest: dict[tuple[float, ...], dict[str, Mapping[str, float]]] = {}
+        others = [other for other in varying if other != key]
+        for label, values in group.items():
+            rest.setdefault(tuple(values[other] for other in others), {})[label] = values
+        for fixed, members in rest.items():
+            if len(members) > 1 and len({values[key] for values in members.values()}) == len(members):
+                constants = ", ".join(f"{other} {value:g}" for other, value in zip(others, fixed, strict=True))
+                yield _sweep(members, f"{name}, {constants}", key)
+
+
+def _sweep(members: Mapping[str, Mapping[str, float]], name: str, key: str) -> Sweep:
+    return Sweep(name, key, tuple(sorted((values[key], label) for label, values in members.items())))
+
+
+def problem_sweeps(records: Sequence[Record]) -> list[Sweep]:
+    """Problems of one name that differ in a number."""
+    kinds: dict[str, dict[str, Record]] = {}
+    for record in records:
+        if isinstance(record.get("parameters"), Mapping):
+            kind = kinds.setdefault(str(record.get("problem_name", record["problem"])), {})
+            kind[str(record["problem"])] = flattened(record["parameters"])
+    return [sweep for name, variants in kinds.items() for sweep in sweeps_of(variants, name)]
+
+
+def method_sweeps(records: Sequence[Record]) -> dict[str, list[Sweep]]:
+    """Variants of one method, with the same models, that differ in a number that was not tuned; by problem."""
+    kinds: dict[tuple[str, str], dict[str, Record]] = {}
+    for record in records:
+        name = str(record.get("method_name", record["method"]))
+        options = {
+            key: value for key, value in (record.get("options") or {}).items() if key not in (record.get("tuned") or {})
+        }
+        models = {key: str(record[key]) for key in ("flow", "model", "noise") if record.get(key)}
+        kinds.setdefault((str(record["problem"]), name), {})[str(record["method"])] = flattened(options) | models
+    sweeps: dict[str, list[Sweep]] = {}
+    for (problem, name), variants in kinds.items():
+        sweeps.setdefault(problem, []).extend(sweeps_of(variants, name))
+    return sweeps
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 # What an evaluation shows ---------------------------------------------------------------------------------------------
 
 
@@ -266,11 +377,11 @@ def curves(contents: Contents, prefix: str) -> list[Chart]:
             groups.setdefault((sweep.name, sweep.key), []).append((problem, sweep))
     for (name, key), members in groups.items():
         labels = _labels(members)
-        found = [
+        known = [
             _line(label, [(value, *contents.mean(problem, method)) for value, method in sweep.points])
             for (problem, sweep), label in zip(members, labels, strict=True)
         ]
-        lines = [line for line in found if line is not None]
+        lines = [line for line in known if line is not None]
         charts += _swept_charts(contents, Sweep(name, key, ()), lines, f"{prefix}-m{len(charts)}")
     return charts
 
@@ -284,10 +395,10 @@ def tuning_curves(contents: Contents, prefix: str) -> list[Chart]:
             tried.setdefault((str(record["method"]), str(record["problem"])), {})[str(i)] = record
     lines: dict[tuple[str, str], list[Series]] = {}
     for (method, problem), records in tried.items():
-        found = sweeps_of({label: flattened(record["options"]) for label, record in records.items()}, method)
-        for sweep in found:
+        sweeps = sweeps_of({label: flattened(record["options"]) for label, record in records.items()}, method)
+        for sweep in sweeps:
             places = [(value, float(records[label]["psnr"]), None) for value, label in sweep.points]
-            label = problem if len(found) == 1 else sweep.name.replace(method, problem, 1)
+            label = problem if len(sweeps) == 1 else sweep.name.replace(method, problem, 1)
             if (line := _line(label, places)) is not None:
                 best = chosen.get((problem, method), {}).get(sweep.key)
                 lines.setdefault((method, sweep.key), []).append(line._replace(chosen=best, method=method))
@@ -310,13 +421,13 @@ def cost_chart(contents: Contents, problem: str, name: str) -> Chart | None:
     if len(points) < 2:
         return None
     form = contents.metric.form
-    told = "; ".join(f"{p.label} {number(p.y[0], form)} in {number(p.x[0], TIME)} s" for p in points)
+    words = "; ".join(f"{p.label} {number(p.y[0], form)} in {number(p.x[0], TIME)} s" for p in points)
     labels = "seconds per image", contents.metric.title
     return Chart(
         line_chart(name, points, labels, form=form, top=_top(contents), connected=False),
         "Cost against quality",
         "Up and to the left is better. Seconds are the wall clock of a batch divided by its images.",
-        f"{contents.metric.title} against seconds per image on {problem}: {told}.",
+        f"{contents.metric.title} against seconds per image on {problem}: {words}.",
     )
 
 
@@ -331,12 +442,12 @@ def spread_chart(contents: Contents, problem: str, name: str) -> Chart | None:
     if not boxes:
         return None
     form = contents.metric.form
-    told = "; ".join(f"{b.label} from {number(min(b.y), form)} to {number(max(b.y), form)}" for b in boxes)
+    words = "; ".join(f"{b.label} from {number(min(b.y), form)} to {number(max(b.y), form)}" for b in boxes)
     return Chart(
         box_chart(name, boxes, contents.metric.title, form=form, right=_top(contents)),
         "Spread over images",
         "Box: the middle half of the images; line in it: the median; whiskers: the worst and the best image.",
-        f"{contents.metric.title} of the images of {problem}: {told}.",
+        f"{contents.metric.title} of the images of {problem}: {words}.",
     )
 
 

@@ -196,7 +196,7 @@ def _chapter(contents: Contents, name: str, options: ReportOptions) -> Record:
 def _section(contents: Contents, problem: str, name: str, options: ReportOptions) -> Record:
     records = [record for record in contents.chapter.records if str(record["problem"]) == problem]
     degraded = {str(r["method"]) for r in records if MEASUREMENT == r["method"] or r.get("method_name") == "adjoint"}
-    drawn = [
+    drawings = [
         charts.cost_chart(contents, problem, f"{name}-cost") if options.shows("cost") else None,
         charts.spread_chart(contents, problem, f"{name}-spread") if options.shows("spread") else None,
         *(charts.calibration_charts(contents, problem, f"{name}-calibration") if options.shows("calibration") else []),
@@ -212,7 +212,7 @@ def _section(contents: Contents, problem: str, name: str, options: ReportOptions
         "stated": _stated(records[0]),
         "summary": contents.summary(problem),
         "tables": _shown(tables),
-        "charts": _drawn(chart for chart in drawn if chart is not None),
+        "charts": _drawn(chart for chart in drawings if chart is not None),
         "shows_images": options.shows("images"),
         "rows": rows,
         "white": white,
@@ -223,10 +223,10 @@ def _section(contents: Contents, problem: str, name: str, options: ReportOptions
 
 def _stated(record: Record) -> str:
     """The parameters of a problem in words: sigma, mask, blur."""
-    given = {key.replace("_", " "): value for key, value in (record.get("parameters") or {}).items()}
+    parameters = {key.replace("_", " "): value for key, value in (record.get("parameters") or {}).items()}
     words = [
         f"{key} {value:g}" if isinstance(value, float) else key if value is True else f"{key} {value}"
-        for key, value in given.items()
+        for key, value in parameters.items()
         if value is not None and value is not False
     ]
     return f"{record.get('problem_name', record['problem'])}: {', '.join(words)}" if words else ""

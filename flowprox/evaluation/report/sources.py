@@ -97,28 +97,28 @@ def _read(source: Path, recipe: str | Path | None) -> list[Chapter]:
     """The chapters of one source: one, unless it holds the records of several recipes."""
     if not source.exists():
         raise FileNotFoundError(f"no results at {source}; give a folder that flowprox evaluate wrote")
-    found = _folder_chapter(source) if source.is_dir() else Chapter("", [source.parent])
+    chapter = _folder_chapter(source) if source.is_dir() else Chapter("", [source.parent])
     if not source.is_dir():
-        found.records = _records(source, found.notes)
-    if not found.records and not found.illustrations:
+        chapter.records = _records(source, chapter.notes)
+    if not chapter.records and not chapter.illustrations:
         raise FileNotFoundError(f"no records and no figures in {source}; flowprox evaluate --out {source} writes them")
-    for number, record in enumerate(found.records, start=1):
+    for number, record in enumerate(chapter.records, start=1):
         _check(record, number, source)
-    if (conflict := _conflict(found.records)) is not None:
+    if (conflict := _conflict(chapter.records)) is not None:
         raise ValueError(f"{source} holds records of two recipes under one name: {conflict}; report them apart")
-    scales = {str(record["scale"]) for record in found.records if record.get("scale")}
-    if recipe is not None and not found.published.psnr:
-        found.published = read_published(Path(recipe), scales)
-    if scales == {SMOKE} and all(record.get("scale") for record in found.records):
-        found.published = _NOTHING_PUBLISHED
-    names = ordered(str(record["recipe"]) for record in found.records if record.get("recipe"))
-    found.name = names[0] if names else source.resolve().stem
+    scales = {str(record["scale"]) for record in chapter.records if record.get("scale")}
+    if recipe is not None and not chapter.published.psnr:
+        chapter.published = read_published(Path(recipe), scales)
+    if scales == {SMOKE} and all(record.get("scale") for record in chapter.records):
+        chapter.published = _NOTHING_PUBLISHED
+    names = ordered(str(record["recipe"]) for record in chapter.records if record.get("recipe"))
+    chapter.name = names[0] if names else source.resolve().stem
     if len(names) < 2:
-        return [found]
-    found.notes.append(f"{source} holds records of several recipes ({_few(names)}); each is a chapter of its own")
-    parts = {name: [r for r in found.records if str(r.get("recipe") or names[0]) == name] for name in names}
-    others = [Chapter(name, found.folders, parts[name], notes=found.notes[-1:]) for name in names[1:]]
-    return [replace(found, records=parts[names[0]]), *others]
+        return [chapter]
+    chapter.notes.append(f"{source} holds records of several recipes ({_few(names)}); each is a chapter of its own")
+    parts = {name: [r for r in chapter.records if str(r.get("recipe") or names[0]) == name] for name in names}
+    others = [Chapter(name, chapter.folders, parts[name], notes=chapter.notes[-1:]) for name in names[1:]]
+    return [replace(chapter, records=parts[names[0]]), *others]
 
 
 def _folder_chapter(folder: Path) -> Chapter:
@@ -184,15 +184,15 @@ def _conflict(records: Iterable[Record]) -> str | None:
 
 def _illustrations(folder: Path, notes: list[str]) -> list[Illustration]:
     captions = _captions(folder / "figures.json")
-    drawn = {path.name: path for path in sorted(folder.iterdir()) if path.suffix.lower() in (".svg", ".png")}
-    notes += [f"{folder / 'figures.json'} names {name}, which is not there" for name in captions if name not in drawn]
-    found = []
-    for name in ordered([*captions, *drawn]):
-        if name in drawn:
+    paths = {path.name: path for path in sorted(folder.iterdir()) if path.suffix.lower() in (".svg", ".png")}
+    notes += [f"{folder / 'figures.json'} names {name}, which is not there" for name in captions if name not in paths]
+    illustrations = []
+    for name in ordered([*captions, *paths]):
+        if name in paths:
             words = {key: str(value) for key, value in captions.get(name, {}).items()}
-            title = words.get("title") or drawn[name].stem
-            found.append(Illustration(drawn[name], title, words.get("caption", ""), words.get("alt") or title))
-    return found
+            title = words.get("title") or paths[name].stem
+            illustrations.append(Illustration(paths[name], title, words.get("caption", ""), words.get("alt") or title))
+    return illustrations
 
 
 def _captions(path: Path) -> dict[str, Record]:
@@ -252,9 +252,9 @@ def _doubts(chapter: Chapter) -> list[str]:
     for key, (what, consequence) in _COMPARED.items():
         part, _, library = key.partition(".")
         values = [(r.get(part) or {}).get(library) if library else r.get(part) for r in records]
-        found = ordered(str(value).partition(":")[0] for value in values if value is not None)
-        if len(found) > 1:
-            notes.append(f"{what} differ between records ({_few(found)}): {consequence}")
+        distinct = ordered(str(value).partition(":")[0] for value in values if value is not None)
+        if len(distinct) > 1:
+            notes.append(f"{what} differ between records ({_few(distinct)}): {consequence}")
     if any(record.get("scale") == SMOKE for record in records):
         notes.append(
             "run at the scale smoke, which shows that everything works: few images, few iterations; "
