@@ -19,7 +19,7 @@ from torch import Tensor
 from flowprox import load_model
 from flowprox.baselines import FFDNet
 from flowprox.data import load_image
-from flowprox.evaluation.images import image_seed
+from flowprox.evaluation.plan import image_seed
 from flowprox.metrics import psnr
 from flowprox.operators import make_physics, measure_each
 
