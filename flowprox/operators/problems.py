@@ -160,10 +160,10 @@ def make_physics(
     shape = _canonical(image_shape)
     if not isinstance(shape, tuple) or len(shape) != 3 or any(not isinstance(n, int) or n < 1 for n in shape):
         raise ValueError(f"image_shape must be three positive numbers (C, H, W), got {image_shape!r}")
-    seed, device = _canonical(seed), require_device(device)
-    if not isinstance(seed, int):
+    whole, device = _canonical(seed), require_device(device)
+    if not isinstance(whole, int):
         raise ValueError(f"seed must be a whole number, got {seed!r}")
-    physics = PROBLEMS[problem.name].constructor(shape, seed=seed, device=device, **problem.operator_parameters)
+    physics = PROBLEMS[problem.name].constructor(shape, seed=whole, device=device, **problem.operator_parameters)
     physics.set_noise_model(noise_of(problem, physics, shape, device))
     return physics  # pyright: ignore[reportReturnType]  # one-bit sensing alone is not linear
 
