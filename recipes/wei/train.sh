@@ -1,6 +1,6 @@
 #!/bin/sh
 # Train every compact network of recipes/evaluate/wei-table1.yaml and wei-table3.yaml into runs/wei; the same command continues where it
-# was stopped. One core: 1,000 steps of denoising take 17 minutes with flows and 13 with U-Nets, the others have 600.
+# was stopped. One core: 1,000 steps of denoising take 17 minutes with flows and 13 with U-Nets; the others have half as many.
 set -eu
 here=$(dirname "$0")
 
