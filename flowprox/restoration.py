@@ -94,6 +94,7 @@ def restore(
     kernel: np.ndarray | Tensor | str | os.PathLike[str] | None = None,
     truth: Picture | None = None,
     device: str = "cpu",
+    tile: int = 1024,
     **parameters: Any,
 ) -> Restored:
     """Restore one picture of any size.
@@ -108,6 +109,7 @@ def restore(
         kernel: the blur (h, w), odd sides and sum 1; or the path of an .npy file, or of a picture, which is scaled to sum 1.
         truth: the clean picture, to compare with.
         device: cpu, cuda or mps.
+        tile: side of the tiles, in pixels, that a network computes a picture of more than tile x tile pixels in; 0: never.
         parameters: of the problem, such as ``sigma``, the noise's standard deviation where pixels lie in [0, 1], which
             denoising needs.
 
@@ -154,7 +156,7 @@ def restore(
     physics = make_physics(operator, (channels, height, width), device=device)
     if name.endswith("inpainting"):
         wide = physics.A(wide)  # what the mask hides is no measurement
-    method = _method(network, trained, operator, device)
+    method = _method(network, trained, operator, device, tile)
     doubts = doubts_of(network, calibration_of(network, operator))
     x_hat, facts, deviation = estimate(method, wide, physics, kind, doubts=doubts)[0]
     alarm = facts.get("alarm")
@@ -203,14 +205,14 @@ def _n_channels(network: torch.nn.Module) -> int | None:
     return known or next((part.n_channels for part in network.modules() if isinstance(part, Flow)), None)
 
 
-def _method(network: Any, trained: dict[str, Any], operator: Problem, device: str) -> Reconstructor:
+def _method(network: Any, trained: dict[str, Any], operator: Problem, device: str, tile: int) -> Reconstructor:
     if isinstance(network, Flow):
         return make_method("latent-map", operator, flow=network, device=device)
     if hasattr(network, "solve"):  # a solver as it is
         return network
     if trained.get("name", operator.name) == operator.name:
-        return make_method("unfolded", operator, model=network, device=device)
-    return make_method("plug-and-play", operator, model=network, device=device)
+        return make_method("unfolded", operator, model=network, device=device, tile=tile)
+    return make_method("plug-and-play", operator, model=network, device=device, tile=tile)
 
 
 def _as_tensor(picture: Picture, name: str) -> tuple[Tensor, Callable[[Tensor], Any]]:

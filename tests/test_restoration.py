@@ -31,6 +31,18 @@ def _pixels() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (*SHAPE[1:], 3), dtype=np.uint8)
 
 
+def test_a_large_picture_is_restored_in_tiles_of_a_size_that_can_be_set(network: nn.Module) -> None:
+    calls: list[tuple[int, ...]] = []
+    hook = network.register_forward_pre_hook(lambda _, inputs: calls.append(tuple(inputs[0].shape[-2:])))
+    y = torch.rand(3, 150, 400)
+    try:
+        restore(y, model=network, sigma=0.1, tile=200)
+        restore(y, model=network, sigma=0.1)
+    finally:
+        hook.remove()
+    assert len(calls) == 4 and all(width <= 200 for _, width in calls[:3]) and calls[3][1] == 400
+
+
 KINDS: dict[str, Callable[[], Any]] = {
     "array (H, W, 3) of bytes": _pixels,
     "array (H, W) of bytes": lambda: _pixels()[..., 0],
