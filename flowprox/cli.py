@@ -55,6 +55,9 @@ def make_parser(only: str | None = None) -> ArgumentParser:
         epilog=f"Set {TRACEBACK}=1 to see the traceback of an error.",
     )
     parser.add_argument("--version", action="version", version=f"flowprox {__version__}")
+    parser.add_argument(
+        "--print-completion", metavar="SHELL", help="print what completes commands and options: bash, zsh or tcsh"
+    )
     commands = parser.add_subcommands(dest="command", required=True)
     for name, command in COMMANDS.items():
         summary = (command.function.__doc__ or "").partition("\n")[0]
@@ -148,7 +151,20 @@ def _show_warning(message: Warning | str, *place: object) -> None:
     print(f"flowprox: warning: {printable(str(message))}", file=sys.stderr)
 
 
+def _print_completion(shell: str) -> int:
+    try:
+        import shtab
+    except ModuleNotFoundError as error:
+        raise ImportError("--print-completion needs the package shtab: pip install shtab") from error
+    if shell not in shtab.SUPPORTED_SHELLS:
+        raise ValueError(f"unknown shell {shell!r}; {nearest(shell, shtab.SUPPORTED_SHELLS)}")
+    print(shtab.complete(make_parser(), shell))
+    return 0
+
+
 def _run(words: list[str]) -> int:
+    if words and words[0].partition("=")[0] == "--print-completion":
+        return _print_completion(words[0].partition("=")[2] or "".join(words[1:2]))
     parser = make_parser(words[0] if words and words[0] in COMMANDS else "")
     try:
         parsed = parser.parse_args(completed(words))

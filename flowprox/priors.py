@@ -25,6 +25,7 @@ from deepinv.physics import Denoising, GaussianNoise, LinearPhysics, Physics
 from torch import Tensor
 
 from flowprox.flows import Flow, frozen
+from flowprox.flows.flow import require_flow
 from flowprox.naming import Values
 from flowprox.noise import Density
 from flowprox.operators import fit_to_divisor
@@ -186,6 +187,7 @@ class FlowDenoiser(Denoiser):
                 f"n_steps must be at least 0, n_samples at least 2 and step_size positive, got {n_steps}, {n_samples} and "
                 f"{step_size}"
             )
+        require_flow(flow)
         self.flow = flow
         self.n_steps = n_steps
         self.step_size = step_size

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from flowprox.flows import Flow
+from flowprox.flows.flow import require_flow
 from flowprox.naming import Specified
 from flowprox.networks import ResNet, UNet
 
@@ -129,6 +130,7 @@ class FlowProx(Specified, Prox):
             raise ValueError(f"base must be 'gaussian' or 'laplace', got {base!r}")
         if levels is not None and not channelwise:
             raise ValueError("levels are those of the weights per channel: set channelwise to True, or levels to None")
+        require_flow(flow)
         self.flow = flow
         self.base = base
         self.n_channels = flow.n_channels

@@ -557,8 +557,8 @@ def test_a_name_of_the_hub_is_downloaded(saved: Path, monkeypatch: pytest.Monkey
     load_model("hf:org/name", revision="v1")
     load_card("hf:org/name")
     assert asked == [
-        ("org/name", {"revision": "v1", "allow_patterns": [CARD, WEIGHTS]}),
-        ("org/name", {"revision": None, "allow_patterns": [CARD]}),
+        ("org/name", {"revision": "v1", "allow_patterns": ["config.json", CARD, WEIGHTS]}),
+        ("org/name", {"revision": None, "allow_patterns": ["config.json", CARD]}),
     ]
     (saved / WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match=r"has no model\.safetensors"):
@@ -585,7 +585,52 @@ def test_a_folder_without_a_model_does_not_hide_a_shipped_one(shipped: Path, tmp
     assert load_model("denoiser-faces").scale == 3.0
 
 
-def test_push_to_hub_sends_three_files_in_one_commit(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_ones_own_has_names(shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(Tiny(scale=7.0), tmp_path / "own" / "denoiser-faces")
+    save_model(Tiny(scale=8.0), tmp_path / "own" / "run" / "model")
+    monkeypatch.setenv("FLOWPROX_MODELS", str(tmp_path / "own"))
+    assert list_models() == ["denoiser-faces", "run"]
+    assert [load_model(name).scale for name in list_models()] == [7.0, 8.0]
+    monkeypatch.setenv("FLOWPROX_MODELS", str(tmp_path / "none"))
+    with pytest.raises(CheckpointError, match=r"FLOWPROX_MODELS is .* no folder"):
+        list_models()
+
+
+def test_what_was_pushed_is_loaded_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the cache of the real client, which is told that there is no network."""
+    import huggingface_hub
+
+    place = tmp_path / "models--org--name"
+
+    class Api:
+        def __init__(self, token: str | None) -> None:
+            pass
+
+        def create_repo(self, repo_id: str, **_: Any) -> None:
+            (place / "refs").mkdir(parents=True)
+            (place / "refs" / "main").write_text(40 * "a")
+
+        def create_commit(self, repo_id: str, operations: list[Any], **_: Any) -> Any:
+            (place / "snapshots" / (40 * "a")).mkdir(parents=True)
+            for one in operations:
+                (place / "snapshots" / (40 * "a") / one.path_in_repo).write_bytes(one.path_or_fileobj)
+            return type("Commit", (), {"commit_url": "https://hub/commit"})
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    flow = flowprox.Glow((3, 8, 8), n_levels=1, n_steps=1, hidden_channels=4).eval()
+    assert flow.push_to_hub("org/name") == "https://hub/commit"
+    loaded = flowprox.Glow.from_pretrained("hf:org/name")
+    x = torch.rand(1, 3, 8, 8)
+    assert torch.equal(loaded.log_prob(x), flow.log_prob(x)) and loaded.card.name == "name"
+    with pytest.raises(CheckpointError, match="is a Glow, not a UnfoldedPGD"):
+        flowprox.UnfoldedPGD.from_pretrained("hf:org/name")
+    with pytest.raises(CheckpointError, match="could not be asked for 'hf:org/other'"):
+        flowprox.Glow.from_pretrained("hf:org/other")
+
+
+def test_push_to_hub_sends_all_files_in_one_commit(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     calls: list[Any] = []
@@ -606,6 +651,7 @@ def test_push_to_hub_sends_three_files_in_one_commit(saved: Path, monkeypatch: p
     assert push_to_hub(saved, "org/name") == "https://hub/commit"
     assert calls[0] == ("org/name", {"private": True, "exist_ok": True})
     assert calls[1][WEIGHTS] == (saved / WEIGHTS).read_bytes()
+    assert json.loads(calls[1]["config.json"])["library_name"] == "flowprox"
     readme = calls[1]["README.md"].decode()
     for part in (
         "library_name: flowprox",
@@ -613,6 +659,8 @@ def test_push_to_hub_sends_three_files_in_one_commit(saved: Path, monkeypatch: p
         "| psnr_db | 25.1 |",
         "a\\|b",
         "Intended use",
+        "license_link: LICENSE.md",
+        "value: 25.1",
         "faces",
     ):
         assert part in readme

@@ -132,6 +132,22 @@ def test_export_writes_what_the_network_computes(world: Path, here: Path, capsys
     _assert_refused(["export", str(world / "flow")], "only unfolded networks", capsys)
 
 
+def test_push_says_where(world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = []
+    monkeypatch.setattr(checkpoints, "push_to_hub", lambda *given, **options: calls.append((given, options)) or "URL")
+    assert main(["push", str(world / "flow"), "hf:org/name", "--no-private"]) == 0
+    assert calls == [((world / "flow", "hf:org/name", False), {"revision": None})]
+    assert "uploaded: URL" in capsys.readouterr().out
+
+
+def test_completion(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    assert main(["--print-completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert "--training.max_steps" in script and "reconstruct" in script
+    _assert_refused(["--print-completion=bsh"], "unknown shell 'bsh'; did you mean bash", capsys)
+
+
 def test_models_lists_shipped_models_and_prints_a_card(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,11 +28,11 @@ MODULES: dict[str, Path] = {name: path for name, path in measures.modules().item
 
 FLOORS = """
 files naming metrics records summary
-options evaluation_options
+options evaluation_options checkpoints
 graphs networks noise operators
 flows prox solvers priors tiles
 unfolding baselines uncertainty
-data samples checkpoints
+data samples
 training methods estimates evaluation reconstruction demo
 restoration
 app

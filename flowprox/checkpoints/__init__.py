@@ -15,13 +15,14 @@ Nothing here imports torch before a model is needed.
 from flowprox.checkpoints.card import CARD, PREVIOUS, WEIGHTS, Card, CheckpointError
 from flowprox.checkpoints.hub import push_to_hub
 from flowprox.checkpoints.state import load_training_state, save_training_state
-from flowprox.checkpoints.store import find_model, list_models, load_card, load_model, save_model
+from flowprox.checkpoints.store import Pretrained, find_model, list_models, load_card, load_model, save_model
 
 __all__ = [
     "CARD",
     "Card",
     "CheckpointError",
     "PREVIOUS",
+    "Pretrained",
     "WEIGHTS",
     "find_model",
     "list_models",

@@ -12,10 +12,14 @@ from typing import Any
 from flowprox.checkpoints.card import CARD, WEIGHTS, Card, CheckpointError, read_card, read_weights
 from flowprox.files import first_line
 
-__all__ = ["HUB", "download", "push_to_hub"]
+__all__ = ["CONFIG", "HUB", "download", "push_to_hub"]
 
 HUB = "hf:"
 """Stands before the name of a model on the hub."""
+
+_LICENSE = "LICENSE.md"
+CONFIG = "config.json"
+"""The file by whose requests the hub counts downloads."""
 
 
 def push_to_hub(
@@ -45,10 +49,13 @@ def push_to_hub(
 
     folder, repo_id = Path(folder), _repository(repo_id)
     card = read_card(folder / CARD)
+    config = {"library_name": "flowprox", "model_type": card.model["kind"], "sha256": card.sha256}
     files = {
         CARD: (folder / CARD).read_bytes(),
         WEIGHTS: read_weights(folder, card),
+        CONFIG: json.dumps(config, indent=2).encode(),
         "README.md": _readme(card, repo_id).encode(),
+        _LICENSE: "\n\n".join(filter(None, [card.license, card.training.get("terms")])).encode() + b"\n",
     }
     operations = [huggingface_hub.CommitOperationAdd(path, data) for path, data in files.items()]
     api = huggingface_hub.HfApi(token=token)
@@ -72,7 +79,7 @@ def download(name: str, files: tuple[str, ...], revision: str | None) -> Path:
     import huggingface_hub
 
     try:
-        folder = huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=list(files))
+        folder = huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=[CONFIG, *files])
     except _hub_errors() as error:
         raise CheckpointError(
             f"the hub could not be asked for {name!r} ({first_line(error)}); check the name, the revision, the "
@@ -103,12 +110,19 @@ def _readme(card: Card, repo_id: str) -> str:
     """The card as a Hugging Face model card."""
     import huggingface_hub
 
+    images = str(card.training.get("data") or "unknown")
+    figures = {key: value for key, value in card.metrics.items() if isinstance(value, float)}
+    results = [
+        huggingface_hub.EvalResult("image-to-image", "images", images, key, value) for key, value in figures.items()
+    ]
     data = huggingface_hub.ModelCardData(
         library_name="flowprox",
         license="other",
-        license_name="see-model-card",
+        license_name="research-only",
+        license_link=_LICENSE,
         pipeline_tag="image-to-image",
         tags=["normalizing-flow", "inverse-problems", "image-reconstruction"],
+        **({"model_name": card.name, "eval_results": results} if results else {}),
     )
     sections = {
         "Input": card.preprocessing,
@@ -125,7 +139,8 @@ def _readme(card: Card, repo_id: str) -> str:
         f"`{card.model['kind']}` with {card.n_parameters:,} parameters, stored as {card.weights_dtype}, for "
         "image reconstruction with normalizing-flow priors.",
         f'```python\nimport flowprox\n\nmodel = flowprox.load_model("{HUB}{repo_id}")\n```',
-        f"**License.** {card.license}",
+        f"**License.** {card.license} ([{_LICENSE}]({_LICENSE}))",
+        f"**Trained on.** {images}: {card.training.get('terms') or 'terms unknown'}",
         f"**Intended use.** {card.intended_use}",
         *tables,
         f"## Constructor\n\n`{card.model['kind']}` with\n\n```json\n{arguments}\n```",

@@ -13,12 +13,13 @@ import json
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flowprox import MODEL_MODULES, __version__
 from flowprox.checkpoints.card import (
@@ -33,7 +34,7 @@ from flowprox.checkpoints.card import (
     read_weights,
     refuse_pickle,
 )
-from flowprox.checkpoints.hub import HUB, download
+from flowprox.checkpoints.hub import HUB, download, push_to_hub
 from flowprox.files import atomic_write, first_line, force_to_disk, sha256
 from flowprox.naming import Specified, build, registered_kinds, require_device
 
@@ -41,7 +42,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-__all__ = ["find_model", "list_models", "load_card", "load_model", "save_model"]
+__all__ = ["Pretrained", "find_model", "list_models", "load_card", "load_model", "save_model"]
+
+MODELS = "FLOWPROX_MODELS"
+"""Environment variable; a folder of models, or of training runs, that are found by their names."""
 
 _SMALL = 1024  # tensors with fewer elements stay float32 in a half-precision file: they weigh nothing and steer much
 
@@ -60,9 +64,9 @@ def load_model(
     """Load a model, in evaluation mode, with its card as ``model.card``.
 
     Arguments:
-        name: in this order: a folder with a model (or a file in it, or a training run's folder), the name of a model shipped
-            with flowprox (``list_models()``), or "hf:ORG/NAME" for one of the Hugging Face hub. Nothing else is looked up
-            on the network.
+        name: in this order: a folder with a model (or a file in it, or a training run's folder), the name of a model in the
+            folder FLOWPROX_MODELS of the environment or of one shipped with flowprox (``list_models()``), or "hf:ORG/NAME"
+            for one of the Hugging Face hub. Nothing else is looked up on the network.
         device: where to put it.
         dtype: floating-point type to convert to; by default the one it was saved in (float32 for half-precision files).
         revision: branch, tag or commit on the hub.
@@ -97,15 +101,25 @@ def load_card(name: str | os.PathLike[str], *, revision: str | None = None) -> C
 
 
 def list_models() -> list[str]:
-    """Names of the models shipped with flowprox, for ``load_model``."""
-    shipped = _shipped_folder()
-    if not shipped.is_dir():
-        return []
-    return sorted(folder.name for folder in shipped.iterdir() if (folder / CARD).is_file())
+    """Names for ``load_model``: of the models shipped with flowprox, and of those in the folder FLOWPROX_MODELS."""
+    return sorted({path.name for folder in _folders() if folder.is_dir() for path in folder.iterdir() if _within(path)})
+
+
+def _folders() -> list[Path]:
+    """Where models have names: the user's own folder comes first."""
+    own = os.environ.get(MODELS)
+    if own and not os.path.isdir(own):
+        raise CheckpointError(f"{MODELS} is {own!r}, which is no folder; make it, or unset the variable")
+    return [*([Path(own)] if own else []), _shipped_folder()]
 
 
 def _shipped_folder() -> Path:
     return Path(str(resources.files("flowprox"))) / "models"
+
+
+def _within(path: Path) -> Path | None:
+    """The folder with the card: this one, or the one in which a training run keeps its model."""
+    return next((folder for folder in (path, path / "model") if (folder / CARD).exists()), None)
 
 
 def find_model(
@@ -121,11 +135,9 @@ def find_model(
     if path.is_file():
         refuse_pickle(path)
         raise CheckpointError(f"{path} is not a flowprox model; give the folder that holds {CARD} and {WEIGHTS}")
-    for folder in (path, path / "model"):  # a training run keeps its model in the latter
-        if (folder / CARD).exists():
-            return folder
-    if text in list_models():  # also where a folder without a model bears the name
-        return _shipped_folder() / text
+    named = [path, *(folder / text for folder in _folders() if os.path.basename(text) == text)]
+    for folder in filter(None, map(_within, named)):  # a folder without a model does not hide one that has the name
+        return folder
     if path.is_dir():
         return path  # read_card says what it lacks
     near = difflib.get_close_matches(text, list_models(), n=3, cutoff=0.4) or list_models()
@@ -465,3 +477,49 @@ def _provenance(model: nn.Module) -> dict[str, Any]:
         "versions": versions,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
+
+
+# Models that load and save themselves ---------------------------------------------------------------------------------
+
+
+class Pretrained:
+    """Mixin of models with the methods that users of the Hugging Face hub expect."""
+
+    card: Card
+
+    @classmethod
+    def from_pretrained(
+        cls: type[_Model],
+        name: str | os.PathLike[str],
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | str | None = None,
+        *,
+        revision: str | None = None,
+    ) -> _Model:
+        """A trained model of this class; arguments and errors as in ``load_model``, "hf:ORG/NAME" is one of the hub.
+
+        Raises:
+            CheckpointError: also for a model of another class.
+        """
+        model = load_model(name, device, dtype, revision=revision)
+        if not isinstance(model, cls):
+            raise CheckpointError(
+                f"{os.fspath(name)!r} is a {type(model).__name__}, not a {cls.__name__}; flowprox.load_model loads any"
+            )
+        return model
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], card: Card | Mapping[str, Any] | None = None, *, half: bool | str = False
+    ) -> Card:
+        """``save_model`` with the model's own card, if it has one and no other is given."""
+        return save_model(self, folder, card or self.__dict__.get("card"), half=half)  # type: ignore[arg-type]
+
+    def push_to_hub(self, repo_id: str, private: bool = True, **options: Any) -> str:
+        """Upload the model as it is; arguments, answer and errors as in ``flowprox.checkpoints.push_to_hub``."""
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder, repo_id.rpartition("/")[2])
+            self.save_pretrained(place)
+            return push_to_hub(place, repo_id, private, **options)
+
+
+_Model = TypeVar("_Model", bound=Pretrained)

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from flowprox.commands.calibrate import CalibrateOptions, calibrate
-from flowprox.commands.catalog import app, demo, export, methods, models, problems, recipes, sample
+from flowprox.commands.catalog import app, demo, export, methods, models, problems, push, recipes, sample
 from flowprox.commands.evaluate import EvaluateOptions, ShowOptions, evaluate, report
 from flowprox.commands.reconstruct import ReconstructOptions, reconstruct
 from flowprox.options import TrainingOptions
@@ -105,6 +105,7 @@ COMMANDS: dict[str, Command] = {
         export, positional="model", n_positional="1", several={"parameters": "KEY=VALUE", "size": "N", "inputs": "NAME"}
     ),
     "app": Command(app),
+    "push": Command(push, positional="model repository", n_positional="1"),
     "models": Command(models, positional="name"),
     "problems": Command(problems, positional="name"),
     "methods": Command(methods, positional="name"),

@@ -21,7 +21,7 @@ from flowprox.commands.terminal import (
 if TYPE_CHECKING:
     from flowprox.checkpoints import Card
 
-__all__ = ["app", "demo", "export", "methods", "models", "problems", "recipes", "sample"]
+__all__ = ["app", "demo", "export", "methods", "models", "problems", "push", "recipes", "sample"]
 
 
 def demo(out: str = "flowprox-demo", device: str = "cpu", seed: int = 0, overwrite: bool = False) -> None:
@@ -164,6 +164,20 @@ def _onnx(program: Any, names: list[str]) -> bytes:
     exported = torch.onnx.export(program, input_names=names, dynamo=True, verbose=False)
     assert exported is not None
     return exported.model_proto.SerializeToString()
+
+
+def push(model: str, repository: str, private: bool = True, revision: str | None = None) -> None:
+    """Upload a trained model to the Hugging Face hub, where hf:ORG/NAME then names it. Log in first with: hf auth login.
+
+    Arguments:
+        model: a folder, a training run's folder, or a shipped model (see "flowprox models").
+        repository: ORG/NAME; created if needed.
+        private: whether a repository that is created is private; --no-private makes it public.
+        revision: branch to commit to; by default the main one.
+    """
+    from flowprox.checkpoints import find_model, push_to_hub
+
+    print(f"uploaded: {push_to_hub(find_model(model), repository, private, revision=revision)}")
 
 
 def models(name: str | None = None) -> None:

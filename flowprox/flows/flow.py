@@ -14,18 +14,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution, constraints
 
+from flowprox.checkpoints import Pretrained
 from flowprox.flows.bijection import Bijection, Sequential, check_finite
 from flowprox.flows.layers import PixelNorm
 from flowprox.naming import Specified
 
-__all__ = ["Flow", "PixelwiseFlow"]
+__all__ = ["Flow", "FlowDistribution", "PixelwiseFlow", "require_flow"]
 
 
-class Flow(Bijection):
+class Flow(Pretrained, Bijection):
     """A bijection with a standard normal base density.
 
     Arguments:
@@ -162,6 +165,10 @@ class Flow(Bijection):
         self.encode(x)
         self.train(training)
 
+    def distribution(self, image_size: tuple[int, int] | None = None) -> FlowDistribution:
+        """p(x) as a distribution of ``torch.distributions`` over images (C, H, W); by default of the size of ``sample``."""
+        return FlowDistribution(self, image_size or (self.height, self.width))
+
     def latent_groups(self, image_size: tuple[int, int] | None = None) -> Tensor:
         """Which (level, channel) of the multi-scale latent each entry of the image-shaped latent belongs to.
 
@@ -205,6 +212,42 @@ class Flow(Bijection):
             raise ValueError(
                 f"{name} has size {height}x{width}; height and width must be divisible by {self.divisor}: pad or crop"
             )
+
+
+class FlowDistribution(Distribution):
+    """The density of a flow over images of one size; samples can be differentiated with respect to its weights.
+
+    Example:
+        >>> from flowprox.flows import Glow
+        >>> p = Glow(image_shape=(3, 8, 8), n_levels=1, n_steps=1, hidden_channels=4).distribution()
+        >>> x = p.sample((2, 5))
+        >>> x.shape, p.log_prob(x).shape
+        (torch.Size([2, 5, 3, 8, 8]), torch.Size([2, 5]))
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    support = constraints.independent(constraints.real, 3)
+    has_rsample = True
+
+    def __init__(self, flow: Flow, image_size: tuple[int, int]) -> None:
+        self.flow, self.image_size = flow, image_size
+        super().__init__(event_shape=torch.Size((flow.n_channels, *image_size)), validate_args=False)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Images (*sample_shape, C, H, W) = g(z), z ~ N(0, I)."""
+        like, shape = next(self.flow.parameters()), self.event_shape
+        z = torch.randn(math.prod(sample_shape), shape.numel(), dtype=like.dtype, device=like.device)
+        return self.flow.decode(z, self.image_size).view(*sample_shape, *shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(x) of images (..., C, H, W)."""
+        return self.flow.log_prob(value.reshape(-1, *self.event_shape)).view(value.shape[:-3])
+
+
+def require_flow(flow: object) -> None:
+    """Raise ``ValueError`` for what is no flow."""
+    if not isinstance(flow, Flow):
+        raise ValueError(f"flow must be a Flow, got {type(flow).__name__}; flowprox.load_model(name) gives one")
 
 
 class PixelwiseFlow(Specified, Flow):

@@ -20,6 +20,7 @@ from deepinv.physics import Physics
 from torch import Tensor
 
 from flowprox.flows import Flow, frozen
+from flowprox.flows.flow import require_flow
 from flowprox.noise import Noise, as_noise
 from flowprox.operators import measured_entries
 from flowprox.solvers.objective import SPACES, Callback, Objective, squared_error
@@ -225,8 +226,7 @@ class LatentMAP(Reconstructor):
         weights = torch.zeros(1) if isinstance(gamma, Discrepancy) else torch.as_tensor(gamma)
         if weights.ndim > 1 or not bool((torch.isfinite(weights) & (weights >= 0)).all()):
             raise ValueError(f"gamma must be finite and at least 0, a number or one per image; got {gamma}")
-        if not isinstance(flow, Flow):
-            raise ValueError(f"flow must be a Flow, got {type(flow).__name__}; flowprox.load_model(name) gives one")
+        require_flow(flow)
         if optimizer is not None and not hasattr(optimizer, "minimize"):
             raise ValueError(f"optimizer must be LBFGS(...) or Adam(...) of flowprox.solvers, got {optimizer!r}")
         self.flow, self.gamma, self.norm, self.form, self.space = flow, gamma, norm, form, space

@@ -25,6 +25,7 @@ from deepinv.models import Reconstructor
 from deepinv.physics import LinearPhysics
 from torch import Tensor, nn
 
+from flowprox.checkpoints import Pretrained
 from flowprox.flows import Flow, frozen
 from flowprox.naming import Specified
 from flowprox.noise import noise_level
@@ -69,7 +70,7 @@ class ProximalStep(Specified):
         return data_prox(x, y, physics, weight)
 
 
-class Unfolded(Specified, Reconstructor):
+class Unfolded(Pretrained, Specified, Reconstructor):
     """K times a data step and a learned prox.
 
     Arguments:
