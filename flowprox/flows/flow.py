@@ -226,12 +226,16 @@ class FlowDistribution(Distribution):
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-    support = constraints.independent(constraints.real, 3)
     has_rsample = True
 
     def __init__(self, flow: Flow, image_size: tuple[int, int]) -> None:
         self.flow, self.image_size = flow, image_size
         super().__init__(event_shape=torch.Size((flow.n_channels, *image_size)), validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """All images."""
+        return constraints.independent(constraints.real, 3)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Images (*sample_shape, C, H, W) = g(z), z ~ N(0, I)."""
