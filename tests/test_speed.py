@@ -112,6 +112,6 @@ def test_cost_on_a_gpu_is_counted_without_one(monkeypatch: pytest.MonkeyPatch) -
         for name in ("plain, bf16", "default, bf16")
     )
     assert default["kernels"] < plain["kernels"] and default["GB"] < 1.05 * plain["GB"]
-    assert default["TFLOP"] == pytest.approx(plain["TFLOP"], rel=1e-2)
+    assert plain["TFLOP"] <= default["TFLOP"] < 1.15 * plain["TFLOP"]  # a few channels of ones more, which are the bias
     model = UnfoldedPGD([FlowProx(Glow((3, 64, 64), 1, 1, 8))])
     assert 20 < gpu_cost.cost_of(lambda: model, gpu_cost.reconstruction(1)).summary()["kernels"] < 100
