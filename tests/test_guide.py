@@ -99,7 +99,10 @@ def test_flows_of_other_libraries_are_priors(wrapper: str, make: Callable[[], nn
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
 def test_links_lead_to_files(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
-    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    made = "examples/"  # by the site's gallery
+    missing = [
+        link for link in links if "://" not in link and not link.startswith(made) and not (page.parent / link).exists()
+    ]
     assert missing == []
 
 
