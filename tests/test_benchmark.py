@@ -46,6 +46,7 @@ from flowprox.unfolding import UnfoldedPGD
 
 OWN_TABLES = (
     "bit-depth",
+    "calibration",
     "classical",
     "ct",
     "family",

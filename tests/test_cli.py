@@ -399,7 +399,7 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         "kernel_size must be a positive odd number",
     ),
     "which mask": (_picture("--problem=random-inpainting", "--measured"), "operator_seed"),
-    "option of the method": (_picture("--options", "n_folds=3"), "unfolded has no options, got n_folds"),
+    "option of the method": (_picture("--options", "n_folds=3"), "method unfolded has no option 'n_folds'"),
     "unknown method": (_picture("--method", "latent-mop", "--problem=denoising"), "did you mean latent-map"),
     "noise of no use": (_picture("--noise", "gaussian", "sigma=0.1"), "no use for noise"),
     "unknown model": (_picture("--model", "unfolded-denoisin"), "unfolded-denoisin"),

@@ -221,9 +221,8 @@ class GlowSteps(Reversible):
         if not self.has_fast_path or len({tuple(p.shape for layer in net.parts() for p in layer) for net in nets}) > 1:
             return None
         dtype = self._dtype_of_nets(AutocastState.current(x.device.type))
-        with full_precision(x):
-            compute = partial(folded_together, nets, dtype)
-            return compute() if constants is None else constants.once(("nets together", dtype), compute)
+        compute = partial(_in_full_precision, x, partial(folded_together, nets, dtype))
+        return compute() if constants is None else constants.once(("nets together", dtype), compute)
 
     def _dtype_of_nets(self, autocast: AutocastState) -> torch.dtype:
         step: Any = self.layers[0]
@@ -282,8 +281,7 @@ class GlowSteps(Reversible):
         # rounded from float64 within ``frozen`` and in half precision; else those of the layers, to the bit
         is_exact = self._is_frozen or steps[0].mix.lu.dtype not in (torch.float32, torch.float64)
         compute = partial(LinearParts.of if is_exact else LinearParts.stepwise, steps, inverse)
-        with full_precision(steps[0].mix.lu):
-            return constants.once(("linear", inverse, is_exact), compute)
+        return constants.once(("linear", inverse, is_exact), partial(_in_full_precision, steps[0].mix.lu, compute))
 
     def _kept(self) -> _Constants | None:
         """What depends on the parameters alone, where they are constant: in evaluation mode, not to be differentiated."""
@@ -304,6 +302,12 @@ class GlowSteps(Reversible):
         modules = all_modules(self)
         stamp = _stamp(modules)
         return None if stamp is None else _Constants(modules, stamp, _tensors(modules))
+
+
+def _in_full_precision(x: Tensor, compute: Callable[[], _T]) -> _T:
+    """``compute`` without autocast; where its result is at hand there is no such region, which would be empty in an export."""
+    with full_precision(x):
+        return compute()
 
 
 def _step(

@@ -134,8 +134,9 @@ def _per_level(value, n_levels: int, name: str) -> list:
     values = [value] * n_levels if isinstance(value, int | str) else list(value)
     if n_levels < 1 or len(values) != n_levels:
         raise ValueError(f"{name} has {len(values)} entries for n_levels={n_levels}; give one, or one per level")
-    if any(isinstance(entry, int) and entry < 1 for entry in values):
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    least = 0 if name == "n_steps" else 1  # a level without steps is one of the family's variants
+    if any(isinstance(entry, int) and entry < least for entry in values):
+        raise ValueError(f"{name} must be at least {least}, got {value}")
     return values
 
 

@@ -125,7 +125,7 @@ class Objective:
         return value.detach(), gradient
 
     def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        value, gradient = self.replayed(u)
+        value, gradient = (self.replayed if u.is_cuda else self.with_gradient)(u)
         if self.at_kink:
             self.at_kink = False  # torch gives ||z|| the gradient 0 there
             gradient = torch.where((u == 0).all(dim=1, keepdim=True), self._out_of_the_kink(gradient), gradient)

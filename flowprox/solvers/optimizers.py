@@ -149,7 +149,7 @@ class LBFGS:
 
     def minimize(self, evaluate: Evaluate, z: Tensor, scales: Tensor | None = None) -> Trace:
         """See ``Optimizer``; ``scales`` is the diagonal that the quasi-Newton matrix H begins with."""
-        search = _Search(evaluate, z, self, scales)
+        search = _Search(evaluate, z, evaluate(z), self, scales)
         try:
             for n in range(1, self.max_trials + 1):
                 search.trial(last=n == self.max_trials)
@@ -163,11 +163,13 @@ class LBFGS:
 class _Search:
     """State of L-BFGS for a batch: everything (B,), (B, D) or, for the history, (n_pairs, B, D)."""
 
-    def __init__(self, evaluate: Evaluate, z: Tensor, options: LBFGS, scales: Tensor | None) -> None:
+    def __init__(
+        self, evaluate: Evaluate, z: Tensor, start: tuple[Tensor, Tensor], options: LBFGS, scales: Tensor | None
+    ) -> None:
         self.evaluate, self.whole, self.options = evaluate, evaluate, options
         self.scales = z.new_ones(()) if scales is None else scales.to(z).expand_as(z)
         self.z = z.detach().clone()
-        self.f, self.g = _at_start(evaluate, self.z)
+        self.f, self.g = _at_start(*start)
         n_images, dimension = z.shape
         self.images = self.members = torch.arange(n_images, device=z.device)  # in this batch and in the first one
         self.status = torch.full_like(self.images, RUNNING)
@@ -413,7 +415,7 @@ class Adam:
     def minimize(self, evaluate: Evaluate, z: Tensor, scales: Tensor | None = None) -> Trace:
         """See ``Optimizer``; Adam finds scales of its own, and ``scales`` is not used."""
         z = z.detach().clone()
-        f, g = _at_start(evaluate, z)
+        f, g = _at_start(*evaluate(z))
         best_z, best_f = z, f
         mean, square, step = torch.zeros_like(z), torch.zeros_like(z), torch.zeros_like(z)
         n_moments, n_halvings, restarts = (torch.zeros_like(f, dtype=torch.long) for _ in range(3))
@@ -504,7 +506,7 @@ class TorchLBFGS:
         """See ``Optimizer``; ``scales`` is not used."""
         z = z.detach().clone()
         lbfgs = torch.optim.LBFGS([z], self.learning_rate, self.n_inner, history_size=self.n_pairs)
-        best_z, (best_f, _) = z.clone(), _at_start(evaluate, z)
+        best_z, (best_f, _) = z.clone(), _at_start(*evaluate(z))
         losses, norms = _Curve(self.n_iterations, best_f), _Curve(self.n_iterations, z.norm(dim=1))
         status, n_evaluations = ITERATIONS, 1
 
@@ -552,8 +554,7 @@ class _Curve:
         return self.values.gather(0, known)[: int(known.max()) + 1]
 
 
-def _at_start(evaluate: Evaluate, z: Tensor) -> tuple[Tensor, Tensor]:
-    f, g = evaluate(z)
+def _at_start(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(torch.isfinite(f).all()) or not bool(torch.isfinite(g).all()):
         bad = (~(torch.isfinite(f) & torch.isfinite(g).all(dim=1))).nonzero().flatten().tolist()
         raise ValueError(

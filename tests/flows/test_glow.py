@@ -170,7 +170,7 @@ def test_latent_groups_are_levels_and_channels(name: str) -> None:
     [
         ({"n_steps": [2, 2, 2]}, "n_steps has 3 entries"),
         ({"hidden_channels": [8]}, "hidden_channels has 1 entries"),
-        ({"n_steps": [2, 0]}, "n_steps must be at least 1"),
+        ({"n_steps": [2, -1]}, "n_steps must be at least 0"),
         ({"hidden_channels": 0}, "hidden_channels must be at least 1"),
         ({"coupling": "dense"}, "coupling must be one of"),
         ({"squeeze": "fourier"}, "squeeze must be one of"),
