@@ -124,6 +124,8 @@ def _as_rst(app: object, what: str, name: str, obj: object, options: object, lin
         else:
             result += [".. code-block:: none", "   :class: formula", "", head, *rest]
         result.append("")
+    if what in ("attribute", "data", "property"):
+        result[:1] = result[0].split(" ", 1)  # napoleon takes what stands before a colon in the first line for a type
     lines[:] = result
 
 
