@@ -158,12 +158,13 @@ def _onnx(program: Any, names: list[str]) -> bytes:
     import torch
 
     try:
-        import onnxscript  # noqa: F401  # pyright: ignore[reportMissingImports]
+        from onnxscript.optimizer import optimize  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise ImportError("export to .onnx needs the package onnxscript: pip install onnxscript") from error
     exported = torch.onnx.export(program, input_names=names, dynamo=True, verbose=False)
     assert exported is not None
-    return exported.model_proto.SerializeToString()
+    large = 2**20  # entries: maps of whole numbers are folded too, for which a browser has no kernels
+    return optimize(exported.model_proto, input_size_limit=large, output_size_limit=large).SerializeToString()
 
 
 def push(model: str, repository: str, private: bool = True, revision: str | None = None) -> None:
