@@ -1,7 +1,7 @@
 """The documentation site, built by ``sphinx-build -W docs build/site``.
 
 FLOWPROX_DOCS_ONLINE=1      link to the reference of deepinv and torch, whose inventories come from the network
-FLOWPROX_DOCS_REPOSITORY    ORG/NAME on GitHub: buttons that open the gallery's notebooks in Colab; without it there are none
+FLOWPROX_DOCS_REPOSITORY    ORG/NAME on GitHub: the gallery's notebooks begin by installing from there; without it they do not
 -D plot_gallery=0           leave the gallery's scripts unexecuted, which takes half a minute less
 """
 
