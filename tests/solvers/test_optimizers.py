@@ -245,7 +245,7 @@ def test_images_that_have_stopped_leave_the_batch() -> None:
 def test_an_iteration_reads_nothing_on_the_host() -> None:
     """Between two looks at which images have stopped."""
     evaluate, z = with_gradient(rosenbrock), torch.randn(3, 4, dtype=torch.float64)
-    search = _Search(evaluate, z, LBFGS(), None)
+    search = _Search(evaluate, z, evaluate(z), LBFGS(), None)
     flow, physics = small_glow(), operators()["inpainting"]
     with frozen(flow), torch.no_grad():
         problem = LatentProblem(flow, torch.rand(2, *SHAPE, dtype=torch.float64), physics)
