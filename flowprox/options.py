@@ -367,6 +367,8 @@ class TrainingOptions:
         checkpoint_every: seconds between two writes of the state a run resumes from; 0 writes after every step.
         seed: every random number of the run follows from it.
         progress: show a progress bar on a terminal, elsewhere a line per validation.
+        loggers: where figures and sample images go besides the run's folder: "tensorboard", "csv", "wandb" (offline unless
+            WANDB_MODE says otherwise), "mlflow" (into the folder unless MLFLOW_TRACKING_URI says otherwise).
     """
 
     batch_size: int = 16
@@ -399,6 +401,7 @@ class TrainingOptions:
     checkpoint_every: float = 300.0
     seed: int = 0
     progress: bool = True
+    loggers: list[Literal["tensorboard", "csv", "wandb", "mlflow"]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         positive = ("batch_size", "learning_rate", "validate_every", "n_validation_images", "devices", "num_nodes")

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -192,6 +193,29 @@ def test_recipe_is_overridden_wherever_the_option_stands_and_can_be_resumed(worl
     assert main(["train-flow", "--config=run/recipe.yaml", "--resume", "--training.max_steps", "3"]) == 0
     assert checkpoints.load_training_state("run/state.pt")["counters"]["step"] == 3
     assert main(["sample", "--model", "run/model", "-n", "1"]) == 0
+
+
+def test_a_sweep_trains_every_setting_and_goes_on(
+    world: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[list[str]] = []
+
+    def run(words: list[str]) -> SimpleNamespace:
+        started.append(words)
+        return SimpleNamespace(returncode=130 if len(started) == 2 else main(words[3:]))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    plan = {"command": "train-flow", "config": str(world / "recipe.yaml"), "options": {"training.max_steps": 1}}
+    plan["grid"] = {"training.learning_rate": [0.1, 0.01]}
+    Path("sweep.yaml").write_text(yaml.safe_dump(plan))
+    assert main(["sweep", "sweep.yaml", "--out", "runs"]) == 130
+    assert main(["sweep", "sweep.yaml", "--out", "runs"]) == 0
+    assert len(started) == 3 and started[1] == started[2]
+    names = [record["run"] for record in read_records("runs/sweep.jsonl")]
+    assert names == ["learning_rate=0.1", "learning_rate=0.01"]
+    assert "bits_per_dimension" in capsys.readouterr().out
+    Path("sweep.yaml").write_text(yaml.safe_dump({**plan, "grid": {"training.seed": 3}}))
+    _assert_refused(["sweep", "sweep.yaml", "--out", "other"], "grid.training.seed must be a list", capsys)
 
 
 def test_termination_ends_a_command_as_interruption_does(

@@ -12,7 +12,9 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 import yaml
 from flow_cases import NoHostReads
 from helpers import terminated_while_validating
+from tensorboard.backend.event_processing import event_accumulator
 from torch import Tensor, nn
 
 from flowprox.checkpoints import load_card, load_model, load_training_state, save_training_state
@@ -41,9 +44,9 @@ from flowprox.options import (
     parse_duration,
 )
 from flowprox.prox import FlowProx, UNetProx
-from flowprox.training import loop, optimizers, train_denoiser, train_flow, train_unfolded
+from flowprox.training import Callback, loop, optimizers, train_denoiser, train_flow, train_unfolded
 from flowprox.training.building import make_flow
-from flowprox.training.loop import Callback, _only_run, fit, listening
+from flowprox.training.loop import _only_run, fit
 from flowprox.training.optimizers import make_optimizer
 from flowprox.training.tasks import LikelihoodTask, ReconstructionTask, Task, dequantize, reconstruction_task
 from flowprox.unfolding import UnfoldedPGD
@@ -122,7 +125,7 @@ def test_flow_learns(images: Path, tmp_path: Path) -> None:
     assert result.reason == "max_steps" and result.skipped == 0 and result.metrics["bits_per_dimension_clean"] > 0
     card = load_card(tmp_path / "model")
     assert card.name == "toy" and card.training["steps"] == result.best["step"] and card.metrics == result.best
-    assert {"loss.png", "samples.png", "recipe.yaml", "state.pt", "tensorboard"} <= set(os.listdir(tmp_path))
+    assert {"loss.png", "samples.png", "recipe.yaml", "state.pt"} <= set(os.listdir(tmp_path))
     average = load_training_state(tmp_path / "state.pt")["average"]
     assert_same(dict(load_model(tmp_path / "model").state_dict()), dict(average))  # the average is what is saved
 
@@ -406,8 +409,7 @@ def test_dequantize_keeps_the_level() -> None:
 KILLED = """
 import os, signal, sys, yaml
 from flowprox.options import DataOptions, LikelihoodOptions, TrainingOptions
-from flowprox.training import train_flow
-from flowprox.training.loop import Callback, listening
+from flowprox.training import Callback, train_flow
 
 class Kill(Callback):
     def on_step(self, step, loss, model):
@@ -417,8 +419,7 @@ class Kill(Callback):
 recipe = yaml.safe_load(sys.argv[1])
 parts = {"data": DataOptions, "training": TrainingOptions, "likelihood": LikelihoodOptions}
 options = {name: parts[name](**value) if name in parts else value for name, value in recipe.items()}
-with listening(Kill()):
-    train_flow(**options)
+train_flow(**options, callbacks=[Kill()])
 """
 
 
@@ -960,8 +961,7 @@ class _Witness(Callback):
 def test_callbacks_are_told_and_change_no_bit(images: Path, tmp_path: Path) -> None:
     witness, training = _Witness(), options(max_steps=3, validate_every=2, ema_decay=0.5)
     for name, callbacks in (("with", [witness]), ("without", [])):
-        with listening(*callbacks):
-            fit(partial(_Scripted, {1: "NaN"}), data(images), training, tmp_path / name)
+        fit(partial(_Scripted, {1: "NaN"}), data(images), training, tmp_path / name, callbacks=callbacks)
     assert witness.events == [
         ("step", 1, False),
         ("step", 2, True),
@@ -974,6 +974,43 @@ def test_callbacks_are_told_and_change_no_bit(images: Path, tmp_path: Path) -> N
     for state in states:
         del state["counters"]["elapsed"]
     assert_same(*states)
+
+
+class _Client(ModuleType):
+    """Stands in for the clients of Weights & Biases and MLflow: notes what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__("client")
+        self.__spec__ = ModuleSpec("client", None)
+        self.calls: list[tuple[str, Any]] = []
+        self.Image = list
+        self.info = SimpleNamespace(run_id="id")
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *given, **options: self.calls.append((name, given)) or self
+
+
+def test_loggers_by_name_get_figures_and_samples_and_go_on(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb, mlflow = _Client(), _Client()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    for max_steps in (2, 4):
+        training = options(max_steps=max_steps, validate_every=2, loggers=["csv", "tensorboard", "wandb", "mlflow"])
+        fit(partial(_Scripted, {}), data(images), training, tmp_path, resume=max_steps == 4)
+    rows = (tmp_path / "csv" / "metrics.csv").read_text().splitlines()
+    assert "validation_psnr" in rows[0] and len(rows) == 3
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"), {"images": 0}).Reload()
+    assert [event.step for event in events.Scalars("validation_psnr")] == [2, 4]
+    assert [event.step for event in events.Images("samples")] == [2, 4]
+    for client in (wandb, mlflow):
+        names = [name for name, _ in client.calls]
+        assert {"finish", "set_terminated"} & {*names} and len(names) >= 8
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="logger wandb needs the package wandb: pip install wandb"):
+        fit(partial(_Scripted, {}), data(images), options(max_steps=1, loggers=["wandb"]), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_memory_that_ends_is_said_in_one_line_and_what_is_finished_stays(images: Path, tmp_path: Path) -> None:

@@ -73,6 +73,12 @@ RECIPES = {
         data: {train: pictures, validation: pictures, image_size: 8}
         training: {max_steps: 2, max_time: 5, batch_size: 2, accelerator: cpu, progress: false}
     """,
+    "sweep.yaml": """
+        command: train-flow
+        config: flow.yaml
+        options: {training.max_steps: 1}
+        grid: {training.learning_rate: [0.001]}
+    """,
     "evaluation.yaml": """
         name: tiny
         images: {source: pictures, image_size: 8, limit: 2}
@@ -91,6 +97,7 @@ WORKING: dict[str, list[str]] = {
     "train-unfolded": ["train-unfolded --config unfolded.yaml --out made"],
     "train-denoiser": ["train-denoiser --config denoiser.yaml --out made --training.seed 1"],
     "train-gan": ["train-gan --config gan.yaml --out made"],
+    "sweep": ["sweep sweep.yaml --out made"],
     "reconstruct": [
         "reconstruct a.png --model network --parameters sigma=0.1 --out made",
         "reconstruct pictures --simulate --model network --problem denoising --parameters sigma=0.1 --out made",

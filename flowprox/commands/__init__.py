@@ -16,6 +16,7 @@ from flowprox.commands.calibrate import CalibrateOptions, calibrate
 from flowprox.commands.catalog import app, demo, export, methods, models, problems, push, recipes, sample
 from flowprox.commands.evaluate import EvaluateOptions, ShowOptions, evaluate, report
 from flowprox.commands.reconstruct import ReconstructOptions, reconstruct
+from flowprox.commands.sweep import sweep
 from flowprox.options import TrainingOptions
 from flowprox.training import train_denoiser, train_flow, train_gan, train_unfolded
 
@@ -32,7 +33,7 @@ class Command(NamedTuple):
         positional: the argument that is no option; several with blanks between them.
         n_positional: "1" for one, "?" for at most one, "+" for at least one.
         several: options of several words, and what a word is called.
-        trains: whether the function starts a training run.
+        trains: whether the function starts a training run; its argument ``callbacks`` is for Python alone.
     """
 
     function: Callable[..., Any]
@@ -42,6 +43,11 @@ class Command(NamedTuple):
     n_positional: str = "?"
     several: Mapping[str, str] = MappingProxyType({})
     trains: bool = False
+
+    @property
+    def of_python(self) -> set[str | int]:
+        """Arguments that are no options."""
+        return {"callbacks"} if self.trains else set()
 
     @property
     def source(self) -> Callable[..., Any]:
@@ -84,6 +90,7 @@ COMMANDS: dict[str, Command] = {
     "train-unfolded": Command(train_unfolded, has_recipe=True, trains=True),
     "train-denoiser": Command(train_denoiser, has_recipe=True, trains=True),
     "train-gan": Command(train_gan, has_recipe=True, trains=True),
+    "sweep": Command(sweep, positional="recipe", n_positional="1"),
     "reconstruct": Command(
         reconstruct,
         ReconstructOptions,

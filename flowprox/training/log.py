@@ -1,4 +1,4 @@
-"""What a training run writes while it goes: metrics.jsonl, TensorBoard, a progress bar, loss.png, samples.png.
+"""What a training run writes while it goes: metrics.jsonl, a progress bar, loss.png, samples.png, and to loggers by name.
 
 A row of metrics.jsonl has the step, the elapsed seconds, and either the training figures (loss, learning_rate, skipped,
 images_per_second) or those of a validation (validation_psnr, ...). Figures that are not finite are written as null.
@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from flowprox.data import save_image
 from flowprox.files import atomic_write
-from flowprox.options import Parameters
+from flowprox.options import Parameters, TrainingOptions
+from flowprox.training.loggers import make_logger
 
 __all__ = ["RunLog"]
 
@@ -34,12 +34,11 @@ class RunLog:
         folder: of the run; created if needed.
         recipe: written to recipe.yaml.
         step: step the run starts from.
-        batch_size: images per step, for the speed.
-        show: whether to show progress: a bar on a terminal, else a line per validation.
+        options: of the run: its batch size, for the speed, whether it shows progress, its loggers.
     """
 
-    def __init__(self, folder: Path, recipe: Parameters, step: int, batch_size: int, show: bool) -> None:
-        self.folder, self.batch_size, self.show = folder, batch_size, show
+    def __init__(self, folder: Path, recipe: Parameters, step: int, options: TrainingOptions) -> None:
+        self.folder, self.batch_size, self.show = folder, options.batch_size, options.progress
         folder.mkdir(parents=True, exist_ok=True)
         self.rows = [row for row in _read_rows(folder / "metrics.jsonl") if row["step"] <= step]
         with atomic_write(folder / "metrics.jsonl", mode="w") as f:
@@ -47,11 +46,11 @@ class RunLog:
         with atomic_write(folder / "recipe.yaml", mode="w") as f:
             yaml.safe_dump(recipe, f, sort_keys=False)
         self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")
-        self.board = SummaryWriter(folder / "tensorboard")
+        self.loggers = [make_logger(name, folder, recipe, self.rows) for name in options.loggers]
         self.measured = (step, time.monotonic())
         self.validated = ""
         console = Console()
-        self.bar = _progress_bar(console) if show and console.is_terminal else None
+        self.bar = _progress_bar(console) if self.show and console.is_terminal else None
 
     def training(self, step: int, elapsed: float, figures: Mapping[str, float], progress: float) -> None:
         """Note training figures; ``progress`` of the run is between 0 and 1."""
@@ -74,10 +73,11 @@ class RunLog:
             print(f"step {step}  {elapsed:.0f} s  loss {loss}  {self.validated}  {speed} images/s", flush=True)
 
     def pictures(self, step: int, rows: Sequence[Tensor]) -> None:
-        """Write samples.png from rows of images (n, C, H, W) in [0, 1]; TensorBoard keeps those of all steps."""
+        """Write samples.png from rows of images (n, C, H, W) in [0, 1]; loggers keep those of all steps."""
         grid = torch.cat([torch.cat(list(row.float().nan_to_num().clamp(0, 1)), dim=-1) for row in rows], dim=-2).cpu()
         save_image(grid, self.folder / "samples.png")
-        self.board.add_image("samples", grid, step)
+        for logger in self.loggers:
+            logger.picture(grid, step)
 
     def _latest(self, name: str, form: str) -> str:
         """The last figure of that name, or a dash before there is one."""
@@ -89,9 +89,8 @@ class RunLog:
         self.rows.append(row)
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
-        for name, value in finite.items():
-            if value is not None:
-                self.board.add_scalar(name, value, step)
+        for logger in self.loggers:
+            logger.figures({name: value for name, value in finite.items() if value is not None}, step)
 
     def draw_loss(self, figure: str) -> None:
         """Write loss.png: the training loss and a validation figure over the steps."""
@@ -122,7 +121,8 @@ class RunLog:
         if self.bar is not None:
             self.bar.stop()
         self.file.close()
-        self.board.close()
+        for logger in self.loggers:
+            logger.close()
 
 
 def _read_rows(path: Path) -> list[Parameters]:

@@ -24,9 +24,8 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from contextvars import ContextVar
 from dataclasses import asdict, dataclass, is_dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePath
@@ -45,53 +44,19 @@ from flowprox.flows import FiniteChecks, NonFiniteError, gathered_checks
 from flowprox.graphs import HostReads, compile_regions
 from flowprox.operators import VariedProblem
 from flowprox.options import DataOptions, NoiseOptions, Parameters, TrainingOptions, TrainingResult, parse_duration
+from flowprox.training.callbacks import Callback
 from flowprox.training.images import TrainingImages, mixed_seed, seed_global_generators
 from flowprox.training.log import RunLog
+from flowprox.training.loggers import check_loggers
 from flowprox.training.optimizers import WeightAverage, apply_if, make_optimizer, schedule_factor
 from flowprox.training.state import Counts, check_optimizer, check_tensors, read_state, run_identity
 from flowprox.training.tasks import Task
 
-__all__ = ["Callback", "fit", "listening"]
+__all__ = ["Callback", "fit"]
 
 _LOG_EVERY = 20  # steps between two readings of the loss and of what was skipped, each of which waits for the device
 _MOST_SKIPPED = 20  # in a row
 _VALIDATION_CHUNK = 64  # images
-
-
-class Callback:
-    """What is told how a run goes, in its first process.
-
-    It may use the model, draw random numbers and switch modes: the run stays the same to the bit as long as it changes no
-    weights. Derive from it and override what you need.
-    """
-
-    def on_step(self, step: int, loss: Tensor, model: nn.Module) -> None:
-        """After every step.
-
-        Arguments:
-            step: number of steps so far.
-            loss: of this step, a scalar; NaN where the step was skipped. Reading its value waits for the device.
-            model: the network that is trained.
-        """
-
-    def on_validation(self, step: int, metrics: Mapping[str, float], model: nn.Module) -> None:
-        """After every validation, with its figures and the network that was validated, the average if there is one."""
-
-    def on_end(self, result: TrainingResult) -> None:
-        """When the run has ended and all is written."""
-
-
-_CALLBACKS: ContextVar[tuple[Callback, ...]] = ContextVar("callbacks", default=())
-
-
-@contextmanager
-def listening(*callbacks: Callback) -> Iterator[None]:
-    """Within the block every run tells these callbacks how it goes."""
-    token = _CALLBACKS.set(callbacks)
-    try:
-        yield
-    finally:
-        _CALLBACKS.reset(token)
 
 
 @dataclass
@@ -116,6 +81,7 @@ def fit(
     recipe: Parameters | None = None,
     resume: bool = False,
     name: str = "model",
+    callbacks: Sequence[Callback] = (),
 ) -> TrainingResult:
     """Train a task; what ``train_flow``, ``train_unfolded``, ``train_denoiser`` and ``train_gan`` come down to.
 
@@ -124,11 +90,12 @@ def fit(
         data: the images; of noise, which the task draws, only the size is used.
         training: the limits, the optimizer and the devices.
         out: folder of the run: ``model/`` (the best one so far), ``state.pt`` (to resume from), ``recipe.yaml``,
-            ``metrics.jsonl``, ``tensorboard/``, ``loss.png``, ``samples.png``.
+            ``metrics.jsonl``, ``loss.png``, ``samples.png``, and what ``training.loggers`` write.
         recipe: the other parts of the recipe, records or plain values, which are written to ``recipe.yaml`` and into the
             model's card with these.
         resume: continue the run in ``out``, if there is one.
         name: the model's name in its card.
+        callbacks: told how the run goes, in its first process.
 
     Raises:
         FileExistsError: ``out`` holds a run and ``resume`` is false, or other files that the run would overwrite.
@@ -146,10 +113,11 @@ def fit(
     refuse_foreign(folder, ("state.pt", "metrics.jsonl"), ("recipe.yaml", "loss.png", "samples.png", "model"))
     if isinstance(data, DataOptions):
         _check_apart(folder, data)
+    check_loggers(training.loggers)
     parts = {**(recipe or {}), "noise" if isinstance(data, NoiseOptions) else "data": data, "training": training}
     plain = {key: asdict(part) if is_dataclass(part) else part for key, part in parts.items()}  # type: ignore[arg-type]
     plain |= {"out": str(out), "name": name}
-    job = _Job(make_task, data, training, folder, plain, resume, name, _CALLBACKS.get())
+    job = _Job(make_task, data, training, folder, plain, resume, name, tuple(callbacks))
     fabric = Fabric(
         accelerator=training.accelerator,
         devices=training.devices,
@@ -369,7 +337,7 @@ class _Run:
         self.tally, self.checks = _Tally(self.counts, self.device), FiniteChecks()
         self.batches = self.images.batches(self.counts.step)
         place = job.out, job.recipe, self.counts.step
-        self.log = RunLog(*place, self.options.batch_size, self.options.progress) if fabric.is_global_zero else None
+        self.log = RunLog(*place, self.options) if fabric.is_global_zero else None
 
     # -- before the first step
 
