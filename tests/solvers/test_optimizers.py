@@ -250,7 +250,8 @@ def test_an_iteration_reads_nothing_on_the_host() -> None:
     with frozen(flow), torch.no_grad():
         problem = LatentProblem(flow, torch.rand(2, *SHAPE, dtype=torch.float64), physics)
         objective = Objective(problem, squared_error, torch.tensor([0.1, 0.2]).double(), "density")
-        of_flow = _Search(objective, problem.latents("zero"), LBFGS(), None)
+        zero = problem.latents("zero")
+        of_flow = _Search(objective, zero, objective(zero), LBFGS(), None)
         of_flow.trial()
         with NoHostReads():
             of_flow.trial()
