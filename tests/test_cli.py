@@ -23,6 +23,7 @@ from PIL import Image
 
 from flowprox import FlowProx, Glow, ResNetProx, UnfoldedPGD, __version__, checkpoints, files, make_physics, save_model
 from flowprox.cli import completed, main
+from flowprox.commands.sweep import _name as name_of_setting
 from flowprox.commands.terminal import key_values
 from flowprox.methods import METHODS
 from flowprox.records import read_records
@@ -216,6 +217,18 @@ def test_a_sweep_trains_every_setting_and_goes_on(
     assert "bits_per_dimension" in capsys.readouterr().out
     Path("sweep.yaml").write_text(yaml.safe_dump({**plan, "grid": {"training.seed": 3}}))
     _assert_refused(["sweep", "sweep.yaml", "--out", "other"], "grid.training.seed must be a list", capsys)
+
+
+def test_settings_of_a_sweep_that_look_alike_have_folders_of_their_own() -> None:
+    alike = [
+        {"data.train": "a/b"},
+        {"data.train": "a:b"},
+        {"data.train": ["x" * 300, 1]},
+        {"data.train": ["x" * 300, 2]},
+    ]
+    names = {name_of_setting(setting) for setting in (*alike, {"a.seed": 1, "b.seed": 2})}
+    assert len(names) == 5 and all(len(name) < 255 for name in names)
+    assert name_of_setting({"training.seed": 1}) == "seed=1"
 
 
 def test_termination_ends_a_command_as_interruption_does(

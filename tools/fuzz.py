@@ -443,7 +443,7 @@ def is_whole(path: Path) -> bool:
                 np.load(path)
             elif path.suffix in (".json", ".jsonl"):
                 json.loads(path.read_text()) if path.suffix == ".json" else read_records(path)
-    except Exception:
+    except (OSError, ValueError, SyntaxError, EOFError, Warning):  # what Pillow, numpy and json say of half a file
         return False
     return path.suffix != ".tmp"
 

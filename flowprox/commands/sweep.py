@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
@@ -81,9 +82,13 @@ def _check(plan: dict[str, Any], recipe: str) -> None:
 
 
 def _name(setting: dict[str, Any]) -> str:
-    """A folder's name that tells the setting."""
-    parts = [f"{key.rpartition('.')[2]}={json.dumps(value)}" for key, value in setting.items()]
-    return re.sub(r"[^\w.=,+-]+", "-", ",".join(parts))[:200]
+    """A folder's name that tells the setting, and no other one."""
+    whole = ",".join(f"{key.rpartition('.')[2]}={json.dumps(value)}" for key, value in setting.items())
+    name = re.sub(r"[^\w.=,+-]+", "-", whole)[:200]
+    keys = [key.rpartition(".")[2] for key in setting]
+    if name == whole and len(set(keys)) == len(keys):
+        return name
+    return f"{name}-{hashlib.sha256(json.dumps(setting).encode()).hexdigest()[:8]}"
 
 
 def _metrics(run: Path) -> dict[str, float]:
