@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -44,7 +46,7 @@ from flowprox.options import (
     parse_duration,
 )
 from flowprox.prox import FlowProx, UNetProx
-from flowprox.training import Callback, loop, optimizers, train_denoiser, train_flow, train_unfolded
+from flowprox.training import Callback, loop, optimizers, train_denoiser, train_flow, train_gan, train_unfolded
 from flowprox.training.building import make_flow
 from flowprox.training.loop import _only_run, fit
 from flowprox.training.optimizers import make_optimizer
@@ -956,6 +958,15 @@ class _Witness(Callback):
 
     def on_end(self, result: TrainingResult) -> None:
         self.events.append(("end", result.steps, result.reason))
+
+
+@pytest.mark.parametrize(
+    "train", [train_flow, train_unfolded, train_denoiser, train_gan], ids=lambda train: train.__name__
+)
+def test_a_run_is_resumed_and_named_by_position(train: Callable[..., object]) -> None:
+    parameters = inspect.signature(train).parameters
+    assert list(parameters)[-4:] == ["out", "resume", "name", "callbacks"]
+    assert all(one.kind is one.POSITIONAL_OR_KEYWORD for one in parameters.values())
 
 
 def test_callbacks_are_told_and_change_no_bit(images: Path, tmp_path: Path) -> None:

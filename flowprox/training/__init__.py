@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TypedDict
-
-from typing_extensions import Unpack
 
 from flowprox.options import (
     DataOptions,
@@ -25,22 +22,10 @@ from flowprox.options import (
 )
 from flowprox.training.callbacks import Callback
 
-__all__ = ["Callback", "RunOptions", "TrainingResult", "train_denoiser", "train_flow", "train_gan", "train_unfolded"]
+__all__ = ["Callback", "TrainingResult", "train_denoiser", "train_flow", "train_gan", "train_unfolded"]
 
 _LIKELIHOOD = LikelihoodOptions()
 _NO_DATA, _NO_NOISE = DataOptions(train=""), NoiseOptions(name="")
-
-
-class RunOptions(TypedDict, total=False):
-    """Whether a run is a new one, and what it is called.
-
-    Arguments:
-        resume: continue the run in OUT, if there is one.
-        name: the model's name in its card, by default its kind.
-    """
-
-    resume: bool
-    name: str
 
 
 def train_flow(
@@ -50,9 +35,9 @@ def train_flow(
     noise: NoiseOptions = _NO_NOISE,
     likelihood: LikelihoodOptions = _LIKELIHOOD,
     out: str = "runs/flow",
-    *,
+    resume: bool = False,
+    name: str = "flow",
     callbacks: Sequence[Callback] = (),
-    **run: Unpack[RunOptions],
 ) -> TrainingResult:
     """Train a normalizing flow on clean images, or on noise, by maximum likelihood.
 
@@ -65,13 +50,15 @@ def train_flow(
             ``FlowNoise``.
         likelihood: bit depth and added noise of images.
         out: folder of the run; the model is written to OUT/model.
+        resume: continue the run in OUT, if there is one.
+        name: the model's name in its card.
         callbacks: told how the run goes; it stays the same to the bit.
-        run: see ``RunOptions``.
 
     Raises:
         FileExistsError, ValueError, NonFiniteError: see ``flowprox.training.loop.fit``; and ValueError for a flow that
             cannot be built.
     """
+    from flowprox.training.loop import fit
     from flowprox.training.tasks import likelihood_task, noise_task
 
     for key, options, nothing, main in (("data", data, _NO_DATA, "train"), ("noise", noise, _NO_NOISE, "name")):
@@ -81,11 +68,11 @@ def train_flow(
         raise ValueError("give data, the images that the flow is to learn, or noise, and not both")
     if not noise.name:
         task = functools.partial(likelihood_task, flow, data, likelihood)
-        return _fit(task, data, training, {"flow": flow, "likelihood": likelihood}, out, callbacks, run, "flow")
+        return fit(task, data, training, out, {"flow": flow, "likelihood": likelihood}, resume, name, callbacks)
     if likelihood != _LIKELIHOOD:
         raise ValueError("likelihood tells how images become continuous; noise needs none: leave it out")
     task = functools.partial(noise_task, flow, noise)
-    return _fit(task, noise, training, {"flow": flow}, out, callbacks, run, "flow")
+    return fit(task, noise, training, out, {"flow": flow}, resume, name, callbacks)
 
 
 def train_unfolded(
@@ -94,9 +81,9 @@ def train_unfolded(
     data: DataOptions,
     training: TrainingOptions,
     out: str = "runs/unfolded",
-    *,
+    resume: bool = False,
+    name: str = "unfolded",
     callbacks: Sequence[Callback] = (),
-    **run: Unpack[RunOptions],
 ) -> TrainingResult:
     """Train an unfolded network, end to end, for one measurement problem.
 
@@ -106,17 +93,19 @@ def train_unfolded(
         data: the clean images.
         training: limits, optimizer and devices.
         out: folder of the run; the model is written to OUT/model.
+        resume: continue the run in OUT, if there is one.
+        name: the model's name in its card.
         callbacks: told how the run goes; it stays the same to the bit.
-        run: see ``RunOptions``.
 
     Raises:
         FileExistsError, ValueError, NonFiniteError: see ``flowprox.training.loop.fit``; ValueError also for what cannot
             be built.
     """
+    from flowprox.training.loop import fit
     from flowprox.training.tasks import reconstruction_task
 
     task = functools.partial(reconstruction_task, model, problem, data)
-    return _fit(task, data, training, {"model": model, "problem": problem}, out, callbacks, run, "unfolded")
+    return fit(task, data, training, out, {"model": model, "problem": problem}, resume, name, callbacks)
 
 
 def train_denoiser(
@@ -124,9 +113,9 @@ def train_denoiser(
     data: DataOptions,
     training: TrainingOptions,
     out: str = "runs/denoiser",
-    *,
+    resume: bool = False,
+    name: str = "denoiser",
     callbacks: Sequence[Callback] = (),
-    **run: Unpack[RunOptions],
 ) -> TrainingResult:
     """Pre-train a ResNet or U-Net to remove Gaussian noise; an unfolded network may start from it.
 
@@ -135,16 +124,18 @@ def train_denoiser(
         data: the clean images.
         training: limits, optimizer and devices.
         out: folder of the run; the network is written to OUT/model.
+        resume: continue the run in OUT, if there is one.
+        name: the model's name in its card.
         callbacks: told how the run goes; it stays the same to the bit.
-        run: see ``RunOptions``.
 
     Raises:
         FileExistsError, ValueError, NonFiniteError: see ``flowprox.training.loop.fit``.
     """
+    from flowprox.training.loop import fit
     from flowprox.training.tasks import denoising_task
 
     task = functools.partial(denoising_task, denoiser, data)
-    return _fit(task, data, training, {"denoiser": denoiser}, out, callbacks, run, "denoiser")
+    return fit(task, data, training, out, {"denoiser": denoiser}, resume, name, callbacks)
 
 
 def train_gan(
@@ -152,9 +143,9 @@ def train_gan(
     data: DataOptions,
     training: TrainingOptions,
     out: str = "runs/gan",
-    *,
+    resume: bool = False,
+    name: str = "gan",
     callbacks: Sequence[Callback] = (),
-    **run: Unpack[RunOptions],
 ) -> TrainingResult:
     """Train a DCGAN; its generator is the GAN prior that flow priors are compared with.
 
@@ -163,29 +154,15 @@ def train_gan(
         data: the images.
         training: limits, optimizer and devices.
         out: folder of the run; the generator is written to OUT/model.
+        resume: continue the run in OUT, if there is one.
+        name: the model's name in its card.
         callbacks: told how the run goes; it stays the same to the bit.
-        run: see ``RunOptions``.
 
     Raises:
         FileExistsError, ValueError, NonFiniteError: see ``flowprox.training.loop.fit``.
     """
     from flowprox.training.gan import gan_task
-
-    task = functools.partial(gan_task, gan, data)
-    return _fit(task, data, training, {"gan": gan}, out, callbacks, run, "gan")
-
-
-def _fit(
-    make_task: functools.partial,
-    data: DataOptions | NoiseOptions,
-    training: TrainingOptions,
-    recipe: Parameters,
-    out: str,
-    callbacks: Sequence[Callback],
-    run: RunOptions,
-    kind: str,
-) -> TrainingResult:
     from flowprox.training.loop import fit
 
-    options: RunOptions = {"name": kind, **run}
-    return fit(make_task, data, training, out, recipe, callbacks=callbacks, **options)
+    task = functools.partial(gan_task, gan, data)
+    return fit(task, data, training, out, {"gan": gan}, resume, name, callbacks)
