@@ -15,9 +15,9 @@ from deepinv.physics import Physics
 from torch import Tensor
 
 from flowprox.evaluation.run import evaluate
-from flowprox.evaluation_options import EvaluatedMethod, EvaluatedProblem, EvaluationOptions, ImageOptions
 from flowprox.flows import Flow
 from flowprox.methods import METHODS, Method
+from flowprox.options import EvaluatedMethod, EvaluatedProblem, EvaluationOptions, ImageOptions
 from flowprox.priors import FlowDenoiser, FlowPrior
 from flowprox.summary import summary_markdown, summary_rows
 
@@ -65,8 +65,9 @@ def main() -> None:
             EvaluatedMethod("most-likely", flow=options.flow, series={"n_steps": [0, 20, 40]}),
         ],
         name="flow-denoiser",
+        out=options.out,
     )
-    print(summary_markdown(summary_rows(evaluate(recipe, options.out))))
+    print(summary_markdown(summary_rows(evaluate(recipe))))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ FLOWPROX_DOCS_REPOSITORY    ORG/NAME on GitHub: the gallery's notebooks begin by
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
 import os
 import pkgutil
 import re
@@ -76,10 +78,17 @@ def _submodules(package: str) -> list[str]:
     return [f"{package}.{info.name}" for info in pkgutil.iter_modules(importlib.import_module(package).__path__)]
 
 
+def _defined(module: str) -> list[str]:
+    """Names that a module defines, in its order."""
+    nodes = ast.parse(inspect.getsource(importlib.import_module(module))).body
+    targets = [getattr(node, "targets", [getattr(node, "target", node)])[0] for node in nodes]
+    return [name for one in targets if (name := getattr(one, "name", getattr(one, "id", "")))]
+
+
 def _exports(package: str) -> list[str]:
     """What a package hands on, under the name of the module that documents it."""
     names = set(getattr(importlib.import_module(package), "__all__", ()))
-    homes = {module: getattr(importlib.import_module(module), "__all__", ()) for module in _submodules(package)}
+    homes = {module: _defined(module) for module in _submodules(package)}
     return [f"~{home.rpartition('.')[2]}.{name}" for home, own in homes.items() for name in own if name in names]
 
 

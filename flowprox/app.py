@@ -27,8 +27,6 @@ from flowprox.samples import SAMPLES_FOLDER
 from flowprox.solvers import LBFGS
 from flowprox.solvers.optimizers import Evaluate, Trace
 
-__all__ = ["Request", "make_page", "serve"]
-
 NETWORK, FLOW = "unfolded-denoising-natural", "glow-faces64"
 PROBLEMS = ("denoising", "inpainting", "deblurring")
 SIDES = {"network": 512, "latent-map": 128, "posterior": 64}

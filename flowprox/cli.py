@@ -29,8 +29,8 @@ from jsonargparse import ArgumentParser
 from flowprox import __version__
 from flowprox.commands import COMMANDS, Command
 from flowprox.commands.terminal import check_yaml, find_recipe
-from flowprox.evaluation_options import EvaluatedMethod, EvaluatedProblem, ImageOptions, ScaleOptions
 from flowprox.naming import nearest, printable
+from flowprox.options import EvaluatedMethod, EvaluatedProblem, ImageOptions, ScaleOptions
 
 __all__ = ["main"]
 

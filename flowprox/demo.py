@@ -12,13 +12,11 @@ from pathlib import Path
 from rich.console import Console
 
 from flowprox.evaluation.report import ReportOptions, write_report
-from flowprox.evaluation.run import RunOptions, evaluate
-from flowprox.evaluation_options import EvaluatedMethod, EvaluatedProblem, EvaluationOptions, ImageOptions
+from flowprox.evaluation.run import evaluate
+from flowprox.options import EvaluatedMethod, EvaluatedProblem, EvaluationOptions, ImageOptions
 from flowprox.records import write_records
 from flowprox.samples import PORTRAITS, SAMPLES_FOLDER
 from flowprox.summary import summary_rows, terminal_table
-
-__all__ = ["DEMO_PROBLEMS", "demo_model_name", "demo_recipe", "run_demo"]
 
 DEMO_PROBLEMS = ("denoising", "inpainting", "deblurring")
 """Problems of the demo, each with its default parameters."""
@@ -98,7 +96,7 @@ def run_demo(
     if overwrite and out.exists():
         write_records(out / "records.jsonl", [])
     recipe = demo_recipe()
-    records = evaluate(recipe, out, RunOptions(seed=seed, device=device, console=console))
+    records = evaluate(replace(recipe, out=str(out), seed=seed, device=device), console)
     write_report(out, ReportOptions(title="flowprox demo"))
     (console or Console()).print(terminal_table(summary_rows(records)))
     if any(method.name == "tv" and method.problems == ["denoising"] for method in recipe.methods):

@@ -31,8 +31,6 @@ from flowprox.solvers import Solution, SolverInterrupted
 from flowprox.uncertainty import Intervals, residual_p_value
 from flowprox.unfolding import Unfolded
 
-__all__ = ["Doubts", "Estimate", "calibration_of", "doubts_of", "estimate", "figures"]
-
 Doubts = Callable[[Tensor, Tensor, Physics], list[Record]]
 """x_hat (B, C, H, W), y, physics -> of each image whether an alarm is raised, and its p-values."""
 

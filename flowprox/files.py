@@ -14,16 +14,6 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-__all__ = [
-    "atomic_write",
-    "first_line",
-    "force_to_disk",
-    "refuse_foreign",
-    "remove_temporaries",
-    "sha256",
-    "sole_writer",
-]
-
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-__all__ = ["HostReads", "Replayed", "compile_regions"]
-
 _T = TypeVar("_T")
 
 

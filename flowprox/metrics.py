@@ -13,8 +13,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["best_scaled", "psnr", "ssim"]
-
 _SSIM_WINDOW = 11
 _SSIM_SIGMA = 1.5
 _STRIP = 2**16  # pixels that are looked at together: they fit in the cache, and memory does not grow with the image

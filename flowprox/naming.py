@@ -19,8 +19,6 @@ from flowprox.files import first_line
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Specified", "Values", "build", "nearest", "printable", "registered_kinds", "require_device"]
-
 Values: TypeAlias = dict[str, Any]
 """Parameters, options or arguments by name: plain values, as a recipe or a card holds them."""
 

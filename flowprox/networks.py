@@ -15,8 +15,6 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from flowprox.naming import Specified
 
-__all__ = ["DCGANDiscriminator", "DCGANGenerator", "ResNet", "UNet"]
-
 
 class ResNet(nn.Module):
     """Residual network of Mardani et al. 2018 as Wei et al. 2022, Sec. V-C, describe it.

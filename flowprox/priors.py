@@ -32,8 +32,6 @@ from flowprox.operators import fit_to_divisor
 from flowprox.prox import FlowProx
 from flowprox.solvers import LBFGS, Adam
 
-__all__ = ["FlowDenoiser", "FlowPrior", "NoiseFidelity", "ReconstructorDenoiser"]
-
 _SPECTRA = 8  # sizes of image whose spectrum is kept
 
 

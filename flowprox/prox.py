@@ -32,17 +32,6 @@ from flowprox.flows.flow import require_flow
 from flowprox.naming import Specified
 from flowprox.networks import ResNet, UNet
 
-__all__ = [
-    "FlowProx",
-    "Prox",
-    "ResNetProx",
-    "SoftThreshold",
-    "UNetProx",
-    "at_level",
-    "checked_levels",
-    "soft_threshold",
-]
-
 
 class Prox(nn.Module):
     """Contract of every prox."""

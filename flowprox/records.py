@@ -17,8 +17,6 @@ from typing import Any
 
 from flowprox.files import atomic_write
 
-__all__ = ["NOT_RUN", "UNFINISHED", "Record", "RecordWriter", "read_records", "write_records"]
-
 Record = dict[str, Any]
 
 NOT_RUN = "not run: "

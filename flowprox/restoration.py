@@ -32,8 +32,6 @@ from flowprox.naming import require_device
 from flowprox.operators import PROBLEMS, Problem, make_physics
 from flowprox.records import Record
 
-__all__ = ["Picture", "Restored", "restore"]
-
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 """A path, a PIL image, an array (H, W) or (H, W, C), or a tensor (H, W), (C, H, W) or (1, C, H, W); whole numbers of 8 or 16
 bits, or floats in [0, 1]."""

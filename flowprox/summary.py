@@ -21,20 +21,6 @@ from scipy import stats
 
 from flowprox.records import NOT_RUN, Record
 
-__all__ = [
-    "METRICS",
-    "NUMBERS",
-    "Metric",
-    "Row",
-    "confidence",
-    "figures_of",
-    "paired_comparisons",
-    "per_image",
-    "summary_markdown",
-    "summary_rows",
-    "terminal_table",
-]
-
 
 class Metric(NamedTuple):
     """How a figure of the records is called and read."""

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from flowprox.flows import frozen
 from flowprox.operators import fit_to_divisor
 
-__all__ = ["Tiled"]
-
 
 class Tiled(Reconstructor):
     """A network applied to pictures of any size, large ones in tiles that overlap, and gray ones to a network of color.

@@ -20,9 +20,9 @@ from flowprox.cli import main
 from flowprox.data import save_image
 from flowprox.estimates import calibration_of, doubts_of, estimate
 from flowprox.evaluation.report import write_report
-from flowprox.evaluation.run import RunOptions, evaluate
-from flowprox.evaluation_options import EvaluatedMethod, EvaluatedProblem, EvaluationOptions, ImageOptions
+from flowprox.evaluation.run import evaluate
 from flowprox.operators import PROBLEMS, Problem, measure_each
+from flowprox.options import EvaluatedMethod, EvaluatedProblem, EvaluationOptions, ImageOptions
 from flowprox.records import read_records
 from flowprox.uncertainty import Alarm, Intervals, ScaleNet, fit_alarm, residual_p_value, uniform_p_value
 
@@ -177,8 +177,9 @@ def test_an_evaluation_draws_what_intervals_are_worth(world: World) -> None:
     intervals = str(world.folder / "network-intervals")
     method = EvaluatedMethod("unfolded", model=str(world.folder / "network"), intervals=intervals)
     images = ImageOptions(str(world.folder / "shard.npz"), image_size=SIDE, limit=4)
-    recipe = EvaluationOptions(images, [EvaluatedProblem("denoising", {"sigma": SIGMA})], [method])
-    records = evaluate(recipe, world.folder / "run", RunOptions(n_pictures=1, console=Console(quiet=True)))
+    problems = [EvaluatedProblem("denoising", {"sigma": SIGMA})]
+    recipe = EvaluationOptions(images, problems, [method], out=str(world.folder / "run"), n_pictures=1)
+    records = evaluate(recipe, Console(quiet=True))
     for record in records:
         facts = record["calibration"]
         assert facts["alpha"] == 0.1 and facts["widths"] == sorted(facts["widths"]) and len(facts["errors"]) == 10

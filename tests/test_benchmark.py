@@ -27,20 +27,20 @@ from flowprox.estimates import Estimate, estimate
 from flowprox.evaluation import run as run_module
 from flowprox.evaluation.plan import at_scale, load_images, planned, published_figures
 from flowprox.evaluation.report import picture_path, write_report
-from flowprox.evaluation.run import EvaluationInterrupted, RunOptions, evaluate
-from flowprox.evaluation_options import (
+from flowprox.evaluation.run import EvaluationInterrupted, evaluate
+from flowprox.files import sole_writer
+from flowprox.flows import Glow
+from flowprox.metrics import psnr
+from flowprox.operators import ProblemKind, make_physics, measure_each
+from flowprox.options import (
     EvaluatedMethod,
     EvaluatedProblem,
     EvaluationOptions,
     ImageOptions,
     ScaleOptions,
 )
-from flowprox.files import sole_writer
-from flowprox.flows import Glow
-from flowprox.metrics import psnr
-from flowprox.operators import ProblemKind, make_physics, measure_each
 from flowprox.prox import FlowProx, UNetProx
-from flowprox.records import NOT_RUN, RecordWriter, read_records
+from flowprox.records import NOT_RUN, Record, RecordWriter, read_records
 from flowprox.summary import summary_markdown, summary_rows
 from flowprox.unfolding import UnfoldedPGD
 
@@ -64,8 +64,8 @@ RECIPES = sorted((Path(__file__).parents[1] / "recipes" / "evaluate").glob("*.ya
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*:DeprecationWarning")
 
 
-def _run(**settings: Any) -> RunOptions:
-    return RunOptions(console=Console(file=io.StringIO()), **settings)
+def _evaluate(recipe: EvaluationOptions, out: Path, **settings: Any) -> list[Record]:
+    return evaluate(replace(recipe, out=str(out), **settings), Console(file=io.StringIO()))
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def _fail_on(monkeypatch: pytest.MonkeyPatch, wrong: Callable[[Tensor], bool], e
 
 
 def test_every_method_on_every_problem_and_image_in_order(recipe: EvaluationOptions, tmp_path: Path) -> None:
-    records = evaluate(recipe, tmp_path / "out", _run(n_pictures=1))
+    records = _evaluate(recipe, tmp_path / "out", n_pictures=1)
     problems = ["denoising-sigma0.1", "denoising-sigma0.2", "inpainting-mask_size4"]
     expected = [
         (problem, method, f"p{i}")
@@ -132,8 +132,8 @@ def test_every_method_on_every_problem_and_image_in_order(recipe: EvaluationOpti
 
 
 def test_devices_give_what_one_gives(recipe: EvaluationOptions, tmp_path: Path) -> None:
-    one = evaluate(recipe, tmp_path / "one", _run())
-    two = evaluate(recipe, tmp_path / "two", _run(devices=2))
+    one = _evaluate(recipe, tmp_path / "one")
+    two = _evaluate(recipe, tmp_path / "two", devices=2)
     assert [(r["id"], r["psnr"]) for r in two] == [(r["id"], pytest.approx(r["psnr"])) for r in one]
     files = [{p.relative_to(tmp_path / run) for p in (tmp_path / run).rglob("*.*")} for run in ("one", "two")]
     assert files[0] == files[1]
@@ -142,20 +142,20 @@ def test_devices_give_what_one_gives(recipe: EvaluationOptions, tmp_path: Path) 
 
 def test_one_run_writes_to_a_folder_at_a_time(recipe: EvaluationOptions, tmp_path: Path) -> None:
     with sole_writer(tmp_path / "out"), pytest.raises(ValueError, match="another process is writing to"):
-        evaluate(recipe, tmp_path / "out", _run())
+        _evaluate(recipe, tmp_path / "out")
 
 
 def test_results_do_not_become_test_images(recipe: EvaluationOptions, pictures: Path) -> None:
     for out in (pictures, pictures / "results"):
         with pytest.raises(ValueError, match="lies in the images' own folder"):
-            evaluate(recipe, out, _run())
+            _evaluate(recipe, out)
     assert len(list(pictures.rglob("*"))) == 3
 
 
 def test_missing_device_is_refused(recipe: EvaluationOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(ValueError, match="is not available: torch sees 0"):
-        evaluate(recipe, tmp_path / "out", _run(device="cuda"))
+        _evaluate(recipe, tmp_path / "out", device="cuda")
     assert not (tmp_path / "out").exists()
 
 
@@ -177,14 +177,14 @@ def test_devices_do_nothing_twice_and_what_a_killed_run_left_is_used(
     monkeypatch.setattr(run_module, "spawn", HereAndNow)
     monkeypatch.setattr("torch.set_num_threads", lambda n: None)
     calls = _fail_on(monkeypatch, lambda y: False, ValueError())
-    records = evaluate(recipe, tmp_path / "whole", _run())
+    records = _evaluate(recipe, tmp_path / "whole")
     (tmp_path / "out/images").mkdir(parents=True)
     (tmp_path / "out/images/.0123456789abcdef.tmp").touch()
     with RecordWriter(tmp_path / "out/records.jsonl") as writer:
         for record in records[::-1]:
             writer.write(record if record["image"] != "p1" else {**record, "failed": "no luck"})
     calls.clear()
-    again = evaluate(recipe, tmp_path / "out", _run(devices=2))
+    again = _evaluate(recipe, tmp_path / "out", devices=2)
     assert [r["id"] for r in again] == [r["id"] for r in read_records(tmp_path / "out/records.jsonl")]
     assert [r["id"] for r in again] == [r["id"] for r in records]
     assert calls == [1] * (len(records) // 3)
@@ -192,7 +192,7 @@ def test_devices_do_nothing_twice_and_what_a_killed_run_left_is_used(
 
 
 def test_figures_are_those_of_the_method_on_the_seeded_measurement(recipe: EvaluationOptions, tmp_path: Path) -> None:
-    records = evaluate(recipe, tmp_path / "out", _run())
+    records = _evaluate(recipe, tmp_path / "out")
     images = {i.name: i for i in load_images(recipe.images, 0, None)}
     for record in records:
         if record["method"] == "measurement" and record["problem"] == "denoising-sigma0.2":
@@ -207,16 +207,14 @@ def test_the_hidden_pixels_of_a_masked_image_have_a_figure_of_their_own(
     recipe: EvaluationOptions, tmp_path: Path
 ) -> None:
     recipe = replace(recipe, problems=recipe.problems[1:], methods=recipe.methods[:1])
-    for record, image in zip(
-        evaluate(recipe, tmp_path / "out", _run()), load_images(recipe.images, 0, None), strict=True
-    ):
+    for record, image in zip(_evaluate(recipe, tmp_path / "out"), load_images(recipe.images, 0, None), strict=True):
         hole = image.x[:, 6:10, 6:10]  # black in the measurement
         assert record["psnr_hidden"] == pytest.approx(-10 * float(hole.square().mean().log10()), abs=1e-4)
 
 
 def test_images_that_are_not_there_name_the_remedy(recipe: EvaluationOptions, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"images\.source '.*nowhere'.*--images\.source.*--scale smoke"):
-        evaluate(replace(recipe, images=ImageOptions(str(tmp_path / "nowhere"))), tmp_path / "out", _run())
+        _evaluate(replace(recipe, images=ImageOptions(str(tmp_path / "nowhere"))), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -234,12 +232,12 @@ def test_photographs_keep_their_sizes_and_networks_get_what_they_take(tmp_path: 
     ]
     methods = [EvaluatedMethod("adjoint"), EvaluatedMethod("unfolded", model=str(tmp_path / "model"), batch_size=2)]
     recipe = EvaluationOptions(ImageOptions(str(folder), image_size=None), problems, methods, name="sizes")
-    records = evaluate(recipe, tmp_path / "out", _run())
+    records = _evaluate(recipe, tmp_path / "out")
     assert len(records) == 18 and not any("failed" in record for record in records)
     sizes = {record["image"]: (record["height"], record["width"]) for record in records}
     assert sizes == {"p0": (16, 16), "p1": (18, 21), "p2": (16, 16)}
     assert {record["batch"] for record in records if record["image"] == "p2" and record["method"] == "unfolded"} == {2}
-    assert evaluate(recipe, tmp_path / "out", _run()) == records
+    assert _evaluate(recipe, tmp_path / "out") == records
 
 
 def test_a_network_is_given_other_operators_than_the_measuring_one(pictures: Path, tmp_path: Path) -> None:
@@ -253,7 +251,7 @@ def test_a_network_is_given_other_operators_than_the_measuring_one(pictures: Pat
     ]
     problem = EvaluatedProblem("inpainting", {"mask_size": 4, "sigma": 0.1})
     recipe = EvaluationOptions(ImageOptions(str(pictures), image_size=16, limit=1), [problem], methods)
-    records = {record["method"]: record for record in evaluate(recipe, tmp_path / "out", _run(n_pictures=0))}
+    records = {record["method"]: record for record in _evaluate(recipe, tmp_path / "out", n_pictures=0)}
     (image,) = load_images(recipe.images, 0, 1)
     measuring, level, hole = (
         make_physics("inpainting", (3, 16, 16), **{"mask_size": 4, "sigma": 0.1, **changed})
@@ -268,12 +266,12 @@ def test_a_network_is_given_other_operators_than_the_measuring_one(pictures: Pat
     assert len({round(records[label]["psnr"], 3) for label in ("plain", "told", "last")}) == 3
     misspelt = replace(recipe, methods=[replace(methods[1], operators=[{"sigm": 0.2}])])
     with pytest.raises(ValueError, match="no parameter 'sigm'"):
-        evaluate(misspelt, tmp_path / "misspelt", _run())
+        _evaluate(misspelt, tmp_path / "misspelt")
 
 
 def test_noise_depends_on_seed_and_name_only(recipe: EvaluationOptions, tmp_path: Path) -> None:
     seeds = [
-        {(r["image"], r["seed"]) for r in evaluate(recipe, tmp_path / f"{seed}-{limit}", _run(seed=seed, limit=limit))}
+        {(r["image"], r["seed"]) for r in _evaluate(recipe, tmp_path / f"{seed}-{limit}", seed=seed, limit=limit)}
         for seed, limit in ((0, None), (0, 2), (1, None))
     ]
     assert len(seeds[0]) == 3 and seeds[1] < seeds[0] and not seeds[0] & seeds[2]
@@ -285,23 +283,23 @@ def test_noise_depends_on_seed_and_name_only(recipe: EvaluationOptions, tmp_path
 def test_an_interrupted_run_continues(
     recipe: EvaluationOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = evaluate(recipe, tmp_path / "whole", _run())
+    whole = _evaluate(recipe, tmp_path / "whole")
     with monkeypatch.context() as patch:
         _fail_on(patch, lambda y: float(y.abs().min()) == 0.0, KeyboardInterrupt())  # at the first masked measurement
         with pytest.raises(EvaluationInterrupted, match="12 of 21 reconstructions are recorded"):
-            evaluate(recipe, tmp_path / "out", _run())
+            _evaluate(recipe, tmp_path / "out")
     path = tmp_path / "out/records.jsonl"
     path.write_bytes(path.read_bytes()[:-5])  # as a crash would leave it
     assert (tmp_path / "out/unfinished").exists()
     calls = _fail_on(monkeypatch, lambda y: False, ValueError())
     with pytest.warns(UserWarning, match="cut short"):
-        again = evaluate(recipe, tmp_path / "out", _run())
+        again = _evaluate(recipe, tmp_path / "out")
     assert sum(calls) == 21 - 11
     assert not (tmp_path / "out/unfinished").exists()
     for one, other in zip(whole, again, strict=True):
         assert {**one, **(costs := dict.fromkeys(("seconds", "peak_memory_mib", "batch")))} == {**other, **costs}
     calls.clear()
-    assert evaluate(recipe, tmp_path / "out", _run()) == again and calls == []
+    assert _evaluate(recipe, tmp_path / "out") == again and calls == []
 
 
 def test_a_failure_is_recorded_and_tried_again(
@@ -313,26 +311,26 @@ def test_a_failure_is_recorded_and_tried_again(
     wrong = measure_each(x[None], physics, [seed])[0]
     with monkeypatch.context() as patch:
         _fail_on(patch, lambda y: torch.equal(y, wrong), RuntimeError("no\nluck"))
-        records = evaluate(recipe, tmp_path / "out", _run())
+        records = _evaluate(recipe, tmp_path / "out")
     assert [r.get("failed") for r in records] == [None, "RuntimeError: no luck", None]
     (row,) = summary_rows(records)
     assert (row.n_images, row.n_failed) == (2, 1)
     calls = _fail_on(monkeypatch, lambda y: False, ValueError())
-    assert [r.get("failed") for r in evaluate(recipe, tmp_path / "out", _run())] == [None] * 3
+    assert [r.get("failed") for r in _evaluate(recipe, tmp_path / "out")] == [None] * 3
     assert calls == [1] and len(read_records(tmp_path / "out/records.jsonl")) == 3
 
 
 def test_other_options_are_not_mixed_into_earlier_records(recipe: EvaluationOptions, tmp_path: Path) -> None:
-    evaluate(recipe, tmp_path / "out", _run())
+    _evaluate(recipe, tmp_path / "out")
     before = (tmp_path / "out/records.jsonl").read_bytes()
     other = replace(recipe, methods=[EvaluatedMethod("tv", options={"n_iterations": 4})])
     with pytest.raises(ValueError, match="p0, from other options"):
-        evaluate(other, tmp_path / "out", _run())
+        _evaluate(other, tmp_path / "out")
     assert {r["id"] for r in read_records(tmp_path / "out/records.jsonl")} == {
         yaml.safe_load(line)["id"] for line in before.splitlines()
     }
     more = replace(recipe, methods=[*recipe.methods, EvaluatedMethod("tv", "tv-4", options={"n_iterations": 4})])
-    assert len(evaluate(more, tmp_path / "out", _run())) == 30
+    assert len(_evaluate(more, tmp_path / "out")) == 30
 
 
 def test_what_is_missing_is_a_row_and_keeps_nothing_from_running(
@@ -341,8 +339,8 @@ def test_what_is_missing_is_a_row_and_keeps_nothing_from_running(
     monkeypatch.setitem(sys.modules, "bm3d", None)
     absent = EvaluatedMethod("unfolded", "later", model=str(tmp_path / "runs/later/model"), problems=["inpainting"])
     recipe = replace(recipe, methods=[recipe.methods[0], EvaluatedMethod("bm3d"), absent])
-    run = _run()
-    records = evaluate(recipe, tmp_path / "out", run)
+    said = io.StringIO()
+    records = evaluate(replace(recipe, out=str(tmp_path / "out")), Console(file=said))
     lacking = {r["method"]: r["failed"] for r in records if "failed" in r}
     assert set(lacking) == {"bm3d", "later"} and all(text.startswith(NOT_RUN) for text in lacking.values())
     assert "pip install" in lacking["bm3d"] and "runs/later/model" in lacking["later"]
@@ -350,15 +348,14 @@ def test_what_is_missing_is_a_row_and_keeps_nothing_from_running(
     rows = {(row.method, row.failures) for row in summary_rows(records)}
     assert rows == {("measurement", ""), ("bm3d", "not run"), ("later", "not run")}
     assert "| bm3d | not run |" in summary_markdown(summary_rows(records))
-    said = run.console.file.getvalue()  # type: ignore[union-attr]
-    assert "not run: bm3d on denoising-sigma0.1" in said
+    assert "not run: bm3d on denoising-sigma0.1" in said.getvalue()
     save_model(
         UnfoldedPGD([UNetProx(hidden_channels=4)], start="adjoint"), tmp_path / "runs/later/model", {"name": "later"}
     )
-    assert {r["method"] for r in evaluate(recipe, tmp_path / "out", _run()) if "failed" in r} == {"bm3d"}
+    assert {r["method"] for r in _evaluate(recipe, tmp_path / "out") if "failed" in r} == {"bm3d"}
     assert {r["method"] for r in read_records(tmp_path / "out/records.jsonl") if "failed" in r} == {"bm3d"}
     with pytest.raises(ValueError, match="no method can run"):
-        evaluate(replace(recipe, methods=[EvaluatedMethod("bm3d")]), tmp_path / "none", _run())
+        _evaluate(replace(recipe, methods=[EvaluatedMethod("bm3d")]), tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
@@ -368,11 +365,11 @@ def test_an_image_that_comes_later_changes_nothing_for_the_others(tmp_path: Path
         save_image(torch.rand(3, 16, 16), tmp_path / f"pictures/{name}.png")
     images = ImageOptions(str(tmp_path / "pictures"), image_size=16)
     recipe = EvaluationOptions(images, [EvaluatedProblem("denoising")], [EvaluatedMethod("adjoint")])
-    before = evaluate(recipe, tmp_path / "out", _run())
+    before = _evaluate(recipe, tmp_path / "out")
     (tmp_path / "pictures/y").mkdir()
     Image.new("RGB", (16, 16), (9, 9, 9)).save(tmp_path / "pictures/y/a.jpg")
     Image.new("RGB", (16, 16), (99, 9, 9)).save(tmp_path / "pictures/x/a.jpg")
-    after = evaluate(recipe, tmp_path / "out", _run())
+    after = _evaluate(recipe, tmp_path / "out")
     assert [r for r in after if r["image_hash"] in {r["image_hash"] for r in before}] == before
     assert len(after) == 4 == len({r["image"] for r in after})
 
@@ -381,8 +378,8 @@ def test_a_tuning_that_goes_on_chooses_what_it_chose(recipe: EvaluationOptions, 
     tv = EvaluatedMethod("tv", options={"n_iterations": 1}, tune={"regularization": [0.0, 1.0]})
     problem = EvaluatedProblem("denoising", {"sigma": 0.0})  # without noise, no regularization has an infinite PSNR
     recipe = EvaluationOptions(recipe.images, [problem], [tv], ImageOptions(image_size=16, limit=1))
-    chosen = evaluate(recipe, tmp_path / "out", _run(limit=1))[0]["tuned"]
-    assert evaluate(recipe, tmp_path / "out", _run())[2]["tuned"] == chosen == {"regularization": 0.0}
+    chosen = _evaluate(recipe, tmp_path / "out", limit=1)[0]["tuned"]
+    assert _evaluate(recipe, tmp_path / "out")[2]["tuned"] == chosen == {"regularization": 0.0}
 
 
 # Tuning and scales ---------------------------------------------------------------------------------------------------
@@ -392,7 +389,7 @@ def test_tuning_chooses_the_best_value_on_its_own_images(recipe: EvaluationOptio
     tv = EvaluatedMethod("tv", options={"n_iterations": 30}, tune={"regularization": [10.0, 0.05, 1e-6]})
     images = replace(recipe.images, limit=1)
     recipe = EvaluationOptions(images, [EvaluatedProblem("denoising", {"sigma": 0.05})], [tv], ImageOptions(limit=2))
-    records = evaluate(recipe, tmp_path / "out", _run())
+    records = _evaluate(recipe, tmp_path / "out")
     tuning = read_records(tmp_path / "out/tuning.jsonl")
     assert [t["options"]["regularization"] for t in tuning] == [10.0, 0.05, 1e-6]
     assert {tuple(t["images"]) for t in tuning} == {("astronaut", "chelsea")}
@@ -410,8 +407,8 @@ def test_a_failed_combination_is_tried_again(
     recipe = EvaluationOptions(images, [EvaluatedProblem("denoising")], [tv], ImageOptions(limit=2))
     with monkeypatch.context() as patch:
         _fail_on(patch, lambda y: True, RuntimeError("no luck"))
-        assert "failed" in evaluate(recipe, tmp_path / "out", _run())[0]
-    assert "failed" not in evaluate(recipe, tmp_path / "out", _run())[0]
+        assert "failed" in _evaluate(recipe, tmp_path / "out")[0]
+    assert "failed" not in _evaluate(recipe, tmp_path / "out")[0]
 
 
 def test_a_series_of_a_method_and_published_figures(recipe: EvaluationOptions) -> None:
@@ -500,7 +497,7 @@ REFUSED: dict[str, tuple[Callable[[EvaluationOptions], Any], str]] = {
 def test_refused_before_anything_is_written(case: str, recipe: EvaluationOptions, tmp_path: Path) -> None:
     change, message = REFUSED[case]
     with pytest.raises((ValueError, OSError), match=re.escape(message)):
-        evaluate(change(recipe), tmp_path / "out", _run())
+        _evaluate(change(recipe), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -591,13 +588,10 @@ def test_recipe_in_miniature(
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_scale_of_a_recipe_can_be_planned(path: Path) -> None:
     given = make_parser()
-    options = given.instantiate(given.parse_args(["evaluate", "--config", str(path)]))["evaluate"]
-    scales = options.scales or {}
-    recipe = EvaluationOptions(
-        options.images, options.problems, options.methods, options.tune_images, scales, options.name
-    )
-    assert "paper" in scales or path.stem in OWN_TABLES
-    for scale in scales:
+    options = vars(given.instantiate(given.parse_args(["evaluate", "--config", str(path)]))["evaluate"])
+    recipe = EvaluationOptions(**{key: value for key, value in options.items() if key != "config"})
+    assert "paper" in recipe.scales or path.stem in OWN_TABLES
+    for scale in recipe.scales:
         cases = planned(at_scale(recipe, scale))
         figures = published_figures(recipe, scale)
         assert cases and all(problem in {case.problem.label for case in cases} for problem, _ in figures)

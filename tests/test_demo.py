@@ -10,7 +10,7 @@ from flowprox.demo import DEMO_PROBLEMS, demo_recipe, run_demo
 from flowprox.evaluation import run as run_module
 from flowprox.evaluation.plan import planned
 from flowprox.evaluation.run import EvaluationInterrupted
-from flowprox.evaluation_options import EvaluatedMethod, ImageOptions
+from flowprox.options import EvaluatedMethod, ImageOptions
 from flowprox.records import read_records
 
 FULL = demo_recipe()

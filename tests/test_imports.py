@@ -28,7 +28,7 @@ MODULES: dict[str, Path] = {name: path for name, path in measures.modules().item
 
 FLOORS = """
 files naming metrics records summary
-options evaluation_options graphs checkpoints
+options graphs checkpoints
 networks noise operators
 flows prox solvers priors tiles
 unfolding baselines uncertainty

@@ -14,8 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from flowprox.data import save_image
-from flowprox.evaluation.run import RunOptions, evaluate
-from flowprox.evaluation_options import EvaluatedMethod, EvaluatedProblem, EvaluationOptions, ImageOptions
+from flowprox.evaluation.run import evaluate
 from flowprox.operators import (
     PROBLEMS,
     Fitted,
@@ -26,7 +25,16 @@ from flowprox.operators import (
     fit_to_divisor,
     make_physics,
 )
-from flowprox.options import DataOptions, ProblemOptions, TrainingOptions, UnfoldedOptions
+from flowprox.options import (
+    DataOptions,
+    EvaluatedMethod,
+    EvaluatedProblem,
+    EvaluationOptions,
+    ImageOptions,
+    ProblemOptions,
+    TrainingOptions,
+    UnfoldedOptions,
+)
 from flowprox.reconstruction import ReconstructionJob, reconstruct_files
 from flowprox.training import train_unfolded
 
@@ -92,8 +100,9 @@ def test_it_is_reconstructed_evaluated_and_trained_for(pictures: Path, tmp_path:
     assert (tmp_path / "out/measurements/p3.png").is_file()
 
     images, methods = ImageOptions(str(pictures), image_size=8), [EvaluatedMethod("adjoint"), EvaluatedMethod("tv")]
-    recipe = EvaluationOptions(images, [EvaluatedProblem("gain", series={"gain": [1.0, 2.0]})], methods)
-    records = evaluate(recipe, tmp_path / "evaluated", RunOptions(console=Console(file=io.StringIO())))
+    problems = [EvaluatedProblem("gain", series={"gain": [1.0, 2.0]})]
+    recipe = EvaluationOptions(images, problems, methods, out=str(tmp_path / "evaluated"))
+    records = evaluate(recipe, Console(file=io.StringIO()))
     assert {record["problem"] for record in records} == {"gain-gain1", "gain-gain2"}
 
     flow = {"kind": "Glow", "arguments": {"n_levels": 1, "n_steps": 1, "hidden_channels": 4}}

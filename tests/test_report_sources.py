@@ -12,7 +12,7 @@ from report_cases import make_records, write_figures_of_a_study, write_results
 
 from flowprox.evaluation.plan import read_published, write_recipe
 from flowprox.evaluation.report.sources import Chapter, read_chapters
-from flowprox.evaluation_options import EvaluatedMethod, EvaluatedProblem, EvaluationOptions, ImageOptions
+from flowprox.options import EvaluatedMethod, EvaluatedProblem, EvaluationOptions, ImageOptions
 from flowprox.records import RecordWriter
 
 RECORDS = Path(__file__).parents[1] / "docs" / "evidence" / "records"

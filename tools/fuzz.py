@@ -40,7 +40,7 @@ import flowprox.training.loop
 import flowprox.uncertainty  # noqa: F401  # what commands import, so that no process has to
 from flowprox import Glow, ResNetProx, UnfoldedPGD, checkpoints, cli, demo, prox
 from flowprox.commands import COMMANDS
-from flowprox.evaluation_options import EvaluatedMethod, ImageOptions
+from flowprox.options import EvaluatedMethod, ImageOptions
 from flowprox.records import read_records
 
 CPU_LIMIT, TIME_LIMIT = 20, 300.0  # seconds; the second for what waits for ever

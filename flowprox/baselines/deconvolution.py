@@ -18,8 +18,6 @@ from torch import Tensor
 
 from flowprox.baselines.shared import Baseline, require_count, require_weight, squared_norm
 
-__all__ = ["TotalVariation", "Wiener", "transfer_function"]
-
 
 def transfer_function(physics: LinearPhysics, y: Tensor) -> Tensor:
     """Fourier transform of a circular blur's kernel, found by blurring one pixel.

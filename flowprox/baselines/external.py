@@ -27,8 +27,6 @@ from torch import Tensor, nn
 from flowprox.baselines.shared import Baseline, require_package
 from flowprox.noise import noise_level
 
-__all__ = ["BM3D", "Biharmonic", "FFDNet", "FilteredBackprojection", "Pretrained"]
-
 _SMALLEST_SIDE = 16
 _SMALLEST_SIGMA = 1e-4  # below this nothing is left to remove, and the package divides by sigma
 

@@ -28,8 +28,6 @@ from flowprox.operators import data_prox
 from flowprox.priors import FlowDenoiser, ReconstructorDenoiser
 from flowprox.prox import FlowProx
 
-__all__ = ["PlugAndPlay"]
-
 _SMALLEST_SIGMA = 0.01  # the floor of Zhang et al., below which the schedule would never end
 
 

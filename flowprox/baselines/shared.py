@@ -13,14 +13,6 @@ from torch import Tensor
 
 from flowprox.operators import check_measurement
 
-__all__ = [
-    "Baseline",
-    "require_count",
-    "require_package",
-    "require_weight",
-    "squared_norm",
-]
-
 
 class Baseline(Reconstructor):
     """A method for linear operators: ``forward`` checks what it is given, ``_estimate`` computes."""

@@ -33,8 +33,6 @@ from flowprox.baselines.shared import (
 )
 from flowprox.prox import soft_threshold
 
-__all__ = ["Basis", "Lasso", "WaveletPrior", "cosine_basis", "wavelet_basis"]
-
 _ON_THE_WAY = 0.3  # tolerance of the weights before the last one; a tighter one wastes iterations
 
 

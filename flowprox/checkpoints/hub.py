@@ -12,8 +12,6 @@ from typing import Any
 from flowprox.checkpoints.card import CARD, WEIGHTS, Card, CheckpointError, read_card, read_weights
 from flowprox.files import first_line
 
-__all__ = ["CONFIG", "HUB", "download", "push_to_hub"]
-
 HUB = "hf:"
 """Stands before the name of a model on the hub."""
 

@@ -12,8 +12,6 @@ from typing import Any
 from flowprox.checkpoints.card import CheckpointError
 from flowprox.files import atomic_write, first_line
 
-__all__ = ["load_training_state", "save_training_state"]
-
 _READ_ERRORS = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
 
 

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 from flowprox.commands.calibrate import CalibrateOptions, calibrate
 from flowprox.commands.catalog import app, demo, export, methods, models, problems, push, recipes, sample
-from flowprox.commands.evaluate import EvaluateOptions, ShowOptions, evaluate, report
+from flowprox.commands.evaluate import ShowOptions, evaluate, report
 from flowprox.commands.reconstruct import ReconstructOptions, reconstruct
 from flowprox.commands.sweep import sweep
-from flowprox.options import TrainingOptions
+from flowprox.options import EvaluationOptions, TrainingOptions
 from flowprox.training import train_denoiser, train_flow, train_gan, train_unfolded
 
 __all__ = ["COMMANDS", "Command"]
@@ -105,7 +105,7 @@ COMMANDS: dict[str, Command] = {
         n_positional="1",
         several={"parameters": "KEY=VALUE"},
     ),
-    "evaluate": Command(evaluate, EvaluateOptions, has_recipe=True),
+    "evaluate": Command(evaluate, EvaluationOptions, has_recipe=True),
     "report": Command(report, ShowOptions, positional="folders", n_positional="+", several={"parts": "PART"}),
     "sample": Command(sample),
     "export": Command(

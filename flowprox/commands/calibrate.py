@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from flowprox.uncertainty import Intervals
     from flowprox.unfolding import Unfolded
 
-__all__ = ["CalibrateOptions", "calibrate"]
-
 _FEWEST = 20  # test images from which figures are worth writing down
 _FEWEST_FOR_ALARM = 598  # half of them are the reference: three p-values, of which one in a hundred raises the alarm
 _APART = 10**6  # from the seeds of other noise

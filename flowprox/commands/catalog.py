@@ -21,8 +21,6 @@ from flowprox.commands.terminal import (
 if TYPE_CHECKING:
     from flowprox.checkpoints import Card
 
-__all__ = ["app", "demo", "export", "methods", "models", "problems", "push", "recipes", "sample"]
-
 
 def demo(out: str = "flowprox-demo", device: str = "cpu", seed: int = 0, overwrite: bool = False) -> None:
     """Reconstruct the bundled pictures for three problems and write a report. Needs no download.

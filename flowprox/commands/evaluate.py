@@ -6,67 +6,26 @@ import os
 import sys
 import webbrowser
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from flowprox.commands.terminal import check_device, check_inputs
-from flowprox.evaluation_options import EvaluatedMethod, EvaluatedProblem, EvaluationOptions, ImageOptions, ScaleOptions
 from flowprox.naming import printable
-
-__all__ = ["EvaluateOptions", "ShowOptions", "evaluate", "report"]
-
-
-@dataclass
-class EvaluateOptions:
-    """What to compare, and how.
-
-    Arguments:
-        images: the test images.
-        problems: list of measurement problems.
-        methods: list of reconstruction methods.
-        tune_images: the images that options are tuned on.
-        scales: name of a scale and what it replaces in the recipe.
-        out: folder of the results; the same command continues an earlier run in it.
-        scale: "smoke" (seconds, on the pictures that ship), "small" (the recipe as written) or one of the recipe's own.
-        limit: use only the first so many images.
-        seed: of the noise, which is the same for every method.
-        device: cpu, cuda or mps.
-        devices: how many of them, or processes on the CPU.
-        n_pictures: write the pictures of so many images.
-        name: of the recipe, for the records.
-    """
-
-    images: ImageOptions
-    problems: list[EvaluatedProblem]
-    methods: list[EvaluatedMethod]
-    tune_images: ImageOptions | None = None
-    scales: dict[str, ScaleOptions] = field(default_factory=dict)
-    out: str = "runs/evaluation"
-    scale: str = "small"
-    limit: int | None = None
-    seed: int = 0
-    device: str = "cpu"
-    devices: int = 1
-    n_pictures: int = 4
-    name: str = "evaluation"
+from flowprox.options import EvaluationOptions
 
 
-def evaluate(options: EvaluateOptions) -> int:
+def evaluate(options: EvaluationOptions) -> int:
     """Compare methods on problems and images; an interrupted run continues where it was."""
     check_device(options.device)
-    recipe = EvaluationOptions(
-        options.images, options.problems, options.methods, options.tune_images, options.scales, options.name
-    )
     from rich.console import Console
 
     from flowprox.evaluation.plan import published_figures
-    from flowprox.evaluation.run import RunOptions, evaluate
+    from flowprox.evaluation.run import evaluate
     from flowprox.files import atomic_write
     from flowprox.summary import summary_markdown, summary_rows, terminal_table
 
-    run = RunOptions(options.scale, options.limit, options.seed, options.device, options.devices, options.n_pictures)
-    records = evaluate(recipe, options.out, run)
-    rows = summary_rows(records, {} if run.scale == "smoke" else published_figures(recipe, run.scale))
+    records = evaluate(options)
+    rows = summary_rows(records, {} if options.scale == "smoke" else published_figures(options, options.scale))
     with atomic_write(os.path.join(options.out, "summary.md"), "w") as file:
         file.write(summary_markdown(rows))
     console = Console()

@@ -16,8 +16,6 @@ from flowprox.commands.terminal import (
     print_table,
 )
 
-__all__ = ["ReconstructOptions", "reconstruct"]
-
 _RARE = 1e-3  # of a residual's p-value: an honest estimate has a larger one almost always
 _N_NAMED = 5
 

@@ -13,8 +13,6 @@ from typing import Any
 
 from flowprox.commands.terminal import check_yaml, find_recipe, print_table
 
-__all__ = ["sweep"]
-
 _KEYS = {"command": str, "config": str, "options": dict, "grid": dict}
 
 

@@ -17,20 +17,6 @@ from flowprox.checkpoints import find_model
 from flowprox.checkpoints.hub import HUB
 from flowprox.naming import nearest, printable
 
-__all__ = [
-    "check_device",
-    "check_inputs",
-    "check_models",
-    "check_picture",
-    "check_yaml",
-    "digits",
-    "find_recipe",
-    "key_values",
-    "list_recipes",
-    "mean",
-    "print_table",
-]
-
 _MAX_BYTES, _MAX_NODES = 1 << 20, 100_000  # of a recipe; those that ship have 8 kB and 800 nodes
 
 Value = bool | int | float | str | list | dict | None

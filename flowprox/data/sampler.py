@@ -7,8 +7,6 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Sampler
 
-__all__ = ["ResumableSampler"]
-
 
 class ResumableSampler(Sampler[list[int]]):
     """Batches of indices in an order that depends only on (seed, epoch), to be continued at any step.

@@ -27,7 +27,12 @@ from torch import Tensor
 from flowprox.checkpoints import CheckpointError, load_card
 from flowprox.data.datasets import entries_of_split
 from flowprox.data.files import as_float, fitted
-from flowprox.evaluation_options import (
+from flowprox.files import atomic_write
+from flowprox.methods import METHODS, check_options
+from flowprox.naming import Values, nearest
+from flowprox.noise import NOISES
+from flowprox.operators import Problem
+from flowprox.options import (
     SAMPLES,
     EvaluatedMethod,
     EvaluatedProblem,
@@ -36,30 +41,7 @@ from flowprox.evaluation_options import (
     ImageOptions,
     ScaleOptions,
 )
-from flowprox.files import atomic_write
-from flowprox.methods import METHODS, check_options
-from flowprox.naming import Values, nearest
-from flowprox.noise import NOISES
-from flowprox.operators import Problem
 from flowprox.samples import PORTRAITS, SAMPLES_FOLDER
-
-__all__ = [
-    "AS_WRITTEN",
-    "SMOKE",
-    "Case",
-    "EvaluatedImage",
-    "PlannedProblem",
-    "Published",
-    "at_scale",
-    "combinations",
-    "image_seed",
-    "load_images",
-    "planned",
-    "planned_problems",
-    "published_figures",
-    "read_published",
-    "write_recipe",
-]
 
 SMOKE = "smoke"
 AS_WRITTEN = "small"
@@ -141,7 +123,7 @@ def _used_at(recipe: EvaluationOptions, scale: str) -> EvaluationOptions:
 
 
 def _restricted(
-    recipe: EvaluationOptions, problems: Sequence[EvaluatedProblem], methods: Sequence[EvaluatedMethod]
+    recipe: EvaluationOptions, problems: list[EvaluatedProblem], methods: list[EvaluatedMethod]
 ) -> EvaluationOptions:
     """The recipe with fewer problems and methods; what names a problem that has gone goes with it."""
     gone = _names(recipe.problems) - _names(problems)
@@ -411,10 +393,14 @@ class Published(NamedTuple):
     sources: Mapping[str, str]
 
 
+_OF_A_RUN = ("out", "scale", "limit", "seed", "device", "devices", "n_pictures")
+
+
 def write_recipe(recipe: EvaluationOptions, path: Path) -> None:
     """Write a recipe that ``flowprox evaluate --config`` reads; what is empty by default, and is, is left out."""
     with atomic_write(path, "w") as file:
-        yaml.safe_dump(_plain(recipe), file, sort_keys=False, allow_unicode=True, width=120)
+        plain = {key: value for key, value in _plain(recipe).items() if key not in _OF_A_RUN}  # type: ignore[union-attr]
+        yaml.safe_dump(plain, file, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _plain(record: object) -> object:

@@ -25,7 +25,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import deepinv
@@ -42,7 +42,6 @@ from flowprox.checkpoints import CheckpointError, load_card, load_model
 from flowprox.data import save_image
 from flowprox.estimates import Estimate, estimate
 from flowprox.evaluation.plan import (
-    AS_WRITTEN,
     Case,
     EvaluatedImage,
     at_scale,
@@ -52,61 +51,25 @@ from flowprox.evaluation.plan import (
     write_recipe,
 )
 from flowprox.evaluation.report.pictures import HALF_WIDTHS, picture_path, truth_path
-from flowprox.evaluation_options import SAMPLES, EvaluationOptions, ImageOptions
 from flowprox.files import refuse_foreign, remove_temporaries, sole_writer
 from flowprox.methods import make_method
 from flowprox.naming import Values, require_device
 from flowprox.operators import PROBLEMS, make_physics, measure_each, measurement_shape
+from flowprox.options import SAMPLES, EvaluationOptions, ImageOptions
 from flowprox.records import NOT_RUN, UNFINISHED, Record, RecordWriter, read_records, write_records
 from flowprox.uncertainty import Intervals, calibration_records
-
-__all__ = ["EvaluationInterrupted", "RunOptions", "evaluate", "hashed"]
-
-
-@dataclass
-class RunOptions:
-    """How an evaluation is run.
-
-    Arguments:
-        scale: "smoke" (seconds, on the pictures that ship), "small" (the recipe as written) or a scale of the recipe.
-        limit: use only the first so many images; None leaves it to the recipe.
-        seed: of the noise.
-        device: where the methods run: "cpu", "cuda" or "mps".
-        devices: how many of them, or processes on the CPU; each takes whole cases of a problem and a method.
-        n_pictures: of so many images pictures are written.
-        console: for the progress; None is standard error.
-    """
-
-    scale: str = AS_WRITTEN
-    limit: int | None = None
-    seed: int = 0
-    device: str = "cpu"
-    devices: int = 1
-    n_pictures: int = 4
-    console: Console | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit must be positive, got {self.limit}")
-        if self.n_pictures < 0:
-            raise ValueError(f"n_pictures must be 0 or more, got {self.n_pictures}")
-        if self.devices < 1:
-            raise ValueError(f"devices must be positive, got {self.devices}")
-        if self.devices > 1 and ":" in self.device:
-            raise ValueError(f"device {self.device!r} is a single one; with devices={self.devices} give its kind only")
 
 
 class EvaluationInterrupted(KeyboardInterrupt):
     """The run was interrupted; what is finished is recorded."""
 
 
-def evaluate(recipe: EvaluationOptions, out: str | Path, run: RunOptions | None = None) -> list[Record]:
+def evaluate(options: EvaluationOptions, console: Console | None = None) -> list[Record]:
     """Run an evaluation, or what is left of it.
 
     Arguments:
-        recipe: images, problems, methods.
-        out: folder of the results; one that holds an earlier run of the same recipe is continued.
-        run: scale, seed, devices.
+        options: images, problems, methods, and how they are run; the folder ``out`` may hold an earlier run.
+        console: for the progress; None is standard error.
 
     Returns:
         the records of this recipe, in its order, those of earlier runs included. A method that failed on an image has
@@ -117,45 +80,35 @@ def evaluate(recipe: EvaluationOptions, out: str | Path, run: RunOptions | None 
             process is writing to ``out``.
         EvaluationInterrupted: on Ctrl-C; the message says how far it came.
     """
-    run, out = run or RunOptions(), Path(out)
-    scaled = at_scale(recipe, run.scale)
-    _check_apart(scaled, out)
-    require_device(run.device)
-    evaluation = _Evaluation(scaled, planned(scaled), out, run)
-    with sole_writer(out):
-        evaluation.begin(recipe)
+    scaled = at_scale(options, options.scale)
+    _check_apart(scaled)
+    require_device(options.device)
+    evaluation = _Evaluation(scaled, planned(scaled), console or Console(stderr=True))
+    with sole_writer(options.out):
+        evaluation.begin(options)
         try:
             evaluation.run_all()
         except KeyboardInterrupt as error:
-            ids = set(evaluation.ids())
-            n_done = len(ids & {r["id"] for r in read_records(out / "records.jsonl") if _is_success(r)})
+            n, n_done = evaluation.progress()
             raise EvaluationInterrupted(
-                f"{n_done} of {len(ids)} reconstructions are recorded in {out}; the same command continues the run"
+                f"{n_done} of {n} reconstructions are recorded in {options.out}; the same command continues the run"
             ) from error
         return evaluation.end()
 
 
 class _Evaluation:
-    """One run: what it has loaded, where it writes, how far it is.
+    """One run of a recipe at its scale: what it has loaded, where it writes, how far it is."""
 
-    Arguments:
-        recipe: at the scale of the run.
-        cases: what is run of it.
-        out: folder of the results.
-        run: scale, seed, device.
-    """
-
-    def __init__(self, recipe: EvaluationOptions, cases: Sequence[Case], out: Path, run: RunOptions) -> None:
-        self.recipe, self.cases, self.out, self.options = recipe, cases, out, run
-        self.console = run.console or Console(stderr=True)
+    def __init__(self, recipe: EvaluationOptions, cases: Sequence[Case], console: Console) -> None:
+        self.recipe, self.cases, self.console, self.out = recipe, cases, console, Path(recipe.out)
         self.models: dict[str, nn.Module] = {}
         self.methods: dict[str, Reconstructor] = {}
         self.hashes: dict[str, str] = {}
         self._last: tuple[str, tuple[int, ...], Physics] | None = None
-        self.images = _images_of("images", recipe.images, run.seed, run.limit)
+        self.images = _images_of("images", recipe.images, recipe.seed, recipe.limit)
         self.tune_images: list[EvaluatedImage] = []
         if recipe.tune_images and any(case.method.tune for case in cases):
-            self.tune_images = _images_of("tune_images", recipe.tune_images, run.seed, None)
+            self.tune_images = _images_of("tune_images", recipe.tune_images, recipe.seed, None)
         # every method and operator is made once, so that a mistake is found before the first hour of work
         self.not_run = [self._why_not(case) for case in cases]
         self.identities = [self._identity(case) for case in cases]
@@ -173,9 +126,7 @@ class _Evaluation:
         try:
             method = self._method(case, combinations({key: values[:1] for key, values in case.method.tune.items()})[0])
         except (ImportError, FileNotFoundError) as error:
-            if (
-                getattr(error, "name", None) is not None
-            ):  # not an optional package, for which our message names the remedy
+            if getattr(error, "name", None) is not None:  # no optional package, for which our message names the remedy
                 raise
             return _one_line(error)
         self._as_given(case, method, self.images[0])
@@ -197,7 +148,7 @@ class _Evaluation:
         RecordWriter(self.out / "records.jsonl", resume=True, keep=_is_success).close()
         write_recipe(as_written, self.out / "recipe.yaml")
         (self.out / UNFINISHED).touch()
-        for image in self.images[: self.options.n_pictures]:
+        for image in filter(self._is_pictured, self.images):
             save_image(image.x, truth_path(self.out, image.name))
 
     def _check_earlier(self, records: Iterator[Record]) -> None:
@@ -214,6 +165,14 @@ class _Evaluation:
                     "images, models or another seed; choose another out, or give the method another label"
                 )
 
+    def _is_pictured(self, image: EvaluatedImage) -> bool:
+        return image.name in {one.name for one in self.images[: self.recipe.n_pictures]}
+
+    def progress(self) -> tuple[int, int]:
+        """How many reconstructions there are, and how many of them are recorded."""
+        ids = set(self.ids())
+        return len(ids), len(ids & self._done())
+
     def ids(self) -> Iterator[str]:
         """Of every reconstruction, in the recipe's order."""
         return (_id(identity, image) for identity in self.identities for image in self.images)
@@ -223,7 +182,7 @@ class _Evaluation:
         path = self.out / "records.jsonl"
         left = {record["id"]: record for record in read_records(path)}
         ordered = [left.pop(i) for i in dict.fromkeys(self.ids())]
-        if self.options.devices > 1:
+        if self.recipe.devices > 1:
             write_records(path, [*ordered, *left.values()])
         (self.out / UNFINISHED).unlink()
         for case, reason in zip(self.cases, self.not_run, strict=True):
@@ -244,10 +203,11 @@ class _Evaluation:
             for case, identity in zip(self.cases, self.identities, strict=True)
             if any(_id(identity, image) not in done for image in self.images)
         ]
-        n = min(self.options.devices, len(left))
+        n = min(self.recipe.devices, len(left))
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True) as progress:
-            task = progress.add_task("", total=len(set(self.ids())), completed=len(done & {*self.ids()}))
+            n_all, n_done = self.progress()
+            task = progress.add_task("", total=n_all, completed=n_done)
             if n <= 1:
                 self.run_cases(lambda label, n: progress.update(task, description=label, advance=n))
             else:
@@ -255,8 +215,7 @@ class _Evaluation:
 
     def _run_shares(self, shares: Sequence[Sequence[Case]], show: Callable[[int], None]) -> None:
         """A process for each share; all append to one file."""
-        run = replace(self.options, devices=1, console=None)  # which would not go to another process
-        context = spawn(_run_share, (self.recipe, shares, self.out, run), len(shares), join=False, daemon=True)
+        context = spawn(_run_share, (self.recipe, shares), len(shares), join=False, daemon=True)
         assert context is not None
         try:
             while not context.join(timeout=1):
@@ -295,10 +254,9 @@ class _Evaluation:
         if method is None:
             yield from (self._record(case, identity, image, {}) | failure for image in images)
             return
-        pictured = {image.name for image in self.images[: self.options.n_pictures]}
         for batch in _batches(images, case.method.batch_size):
             for image, (x_hat, facts) in zip(batch, self._attempt(case, method, batch), strict=True):
-                if x_hat is not None and image.name in pictured:
+                if x_hat is not None and self._is_pictured(image):
                     save_image(x_hat, picture_path(self.out, case.problem.label, image.name, case.label))
                 yield self._record(case, identity, image, chosen) | facts
 
@@ -306,7 +264,7 @@ class _Evaluation:
         self, case: Case, method: Reconstructor, batch: Sequence[EvaluatedImage]
     ) -> list[tuple[Tensor | None, Record]]:
         """The estimates and their figures, of images of one size; a batch that fails is repeated image by image."""
-        x = torch.stack([image.x for image in batch]).to(self.options.device)
+        x = torch.stack([image.x for image in batch]).to(self.recipe.device)
         try:
             physics = self._physics(case, batch[0])
             y = measure_each(x, physics, [image.seed for image in batch])
@@ -338,9 +296,8 @@ class _Evaluation:
         network = self.models[case.models["model"]]
         assert isinstance(network, Reconstructor)
         facts = calibration_records(intervals, network, x, x_hat, y, physics)
-        pictured = {image.name for image in self.images[: self.options.n_pictures]}
         for image, half_width in zip(batch, intervals(x_hat, y, physics).cpu(), strict=True):
-            if image.name in pictured:
+            if self._is_pictured(image):
                 path = picture_path(self.out, case.problem.label, image.name, case.label + HALF_WIDTHS)
                 save_image(half_width / half_width.max(), path)
         return [
@@ -353,7 +310,7 @@ class _Evaluation:
         if name is None:
             return None
         if name not in self.models:
-            self.models[name] = load_model(name, device=self.options.device)
+            self.models[name] = load_model(name, device=self.recipe.device)
         intervals = self.models[name]
         if not isinstance(intervals, Intervals) or case.method.name != "unfolded":
             raise ValueError(f"intervals {name} of {case.label} must be intervals, of method unfolded")
@@ -411,14 +368,14 @@ class _Evaluation:
         """The operator of a problem for an image's size; the last one is kept, for a sensing matrix takes seconds to draw."""
         shape = (image.x.shape[0], image.x.shape[1], image.x.shape[2])
         if self._last is None or self._last[:2] != (case.problem.label, shape):
-            physics = make_physics(case.problem.problem, shape, seed=case.problem.seed, device=self.options.device)
+            physics = make_physics(case.problem.problem, shape, seed=case.problem.seed, device=self.recipe.device)
             self._last = (case.problem.label, shape, physics)
         return self._last[2]
 
     def _as_given(self, case: Case, method: Reconstructor, image: EvaluatedImage) -> Reconstructor:
         """The method, with the operators of the case in place of the measuring one."""
         shape = (image.x.shape[0], image.x.shape[1], image.x.shape[2])
-        operators = [make_physics(p, shape, seed=case.problem.seed, device=self.options.device) for p in case.operators]
+        operators = [make_physics(p, shape, seed=case.problem.seed, device=self.recipe.device) for p in case.operators]
         return _WithOperators(method, operators) if operators else method
 
     def _method(self, case: Case, chosen: Values) -> Reconstructor:
@@ -427,17 +384,17 @@ class _Evaluation:
         if method.noise is not None:
             channels, height, width = self.images[0].x.shape
             physics = self._physics(case, self.images[0])
-            shape = tuple(measurement_shape(physics, (channels, height, width), device=self.options.device))
+            shape = tuple(measurement_shape(physics, (channels, height, width), device=self.recipe.device))
         options = {**case.options, **chosen}
         problem = case.problem.problem
         key = hashed({"name": method.name, "problem": problem.name, "shape": shape, **case.parts, "options": options})
         if key not in self.methods:
             for name in case.models.values():
                 if name not in self.models:
-                    self.models[name] = load_model(name, device=self.options.device)
+                    self.models[name] = load_model(name, device=self.recipe.device)
             parts = case.parts | {part: self.models[name] for part, name in case.models.items()}
             self.methods[key] = make_method(
-                method.name, problem, **parts, shape=shape, device=self.options.device, **options
+                method.name, problem, **parts, shape=shape, device=self.recipe.device, **options
             )
         return self.methods[key]
 
@@ -476,9 +433,9 @@ class _Evaluation:
             "height": image.x.shape[1],
             "width": image.x.shape[2],
             "seed": image.seed,
-            "run_seed": self.options.seed,
+            "run_seed": self.recipe.seed,
             "recipe": self.recipe.name,
-            "scale": self.options.scale,
+            "scale": self.recipe.scale,
             "version": __version__,
             "versions": {
                 "flowprox": __version__,
@@ -501,27 +458,24 @@ class _WithOperators(Reconstructor):
         return self.method(y, self.operators if len(self.operators) > 1 else self.operators[0])
 
 
-def _run_share(
-    rank: int, recipe: EvaluationOptions, shares: Sequence[Sequence[Case]], out: Path, run: RunOptions
-) -> None:
+def _run_share(rank: int, recipe: EvaluationOptions, shares: Sequence[Sequence[Case]]) -> None:
     """What one process of several runs."""
-    if run.device == "cuda":
-        run = replace(run, device=f"cuda:{rank}")
+    if recipe.device == "cuda":
+        recipe = replace(recipe, device=f"cuda:{rank}", devices=1)
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // len(shares)))
-    _Evaluation(recipe, shares[rank], out, replace(run, console=Console(quiet=True))).run_cases()
+    _Evaluation(recipe, shares[rank], Console(quiet=True)).run_cases()
 
 
-def _check_apart(recipe: EvaluationOptions, out: Path) -> None:
+def _check_apart(recipe: EvaluationOptions) -> None:
     """Refuse to write pictures where a later run would read them as test images."""
+    out = Path(recipe.out).resolve()
     for images in (recipe.images, recipe.tune_images):
         sources = [] if images is None or images.source == SAMPLES else images.source
         for source in [sources] if isinstance(sources, str) else sources:
             folder = Path(source).resolve()
-            if folder.is_dir() and (folder == out.resolve() or folder in out.resolve().parents):
-                raise ValueError(
-                    f"out {str(out)!r} lies in the images' own folder {source!r}; choose one outside of it"
-                )
+            if folder.is_dir() and (folder == out or folder in out.parents):
+                raise ValueError(f"out {recipe.out!r} lies in the images' own folder {source!r}; choose another")
 
 
 def _images_of(part: str, options: ImageOptions, seed: int, limit: int | None) -> list[EvaluatedImage]:

@@ -25,8 +25,6 @@ from flowprox.flows.bijection import Bijection, Sequential, check_finite
 from flowprox.flows.layers import PixelNorm
 from flowprox.naming import Specified
 
-__all__ = ["Flow", "FlowDistribution", "PixelwiseFlow", "require_flow"]
-
 
 class Flow(Pretrained, Bijection):
     """A bijection with a standard normal base density.

@@ -21,8 +21,6 @@ from torch.nn.utils import parametrize
 
 from flowprox.flows.fast import GlowSteps, all_modules
 
-__all__ = ["frozen"]
-
 _LOCK = threading.RLock()
 _HELD: WeakKeyDictionary[nn.Module, tuple[int, ExitStack | None]] = WeakKeyDictionary()
 

@@ -23,8 +23,6 @@ from flowprox.flows.flow import Flow
 from flowprox.flows.layers import GlowStep, HaarSqueeze, Split, Squeeze, Unsqueeze
 from flowprox.naming import Specified
 
-__all__ = ["Glow"]
-
 BACKWARD = (*GlowSteps.MODES, "fast")
 FAST_WIDTH = 128
 """Widest coupling nets for which ``backward`` "auto" and "fast" are plain autograd, which trains faster there."""

@@ -16,8 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["PackedConvolution"]
-
 _DTYPES = (torch.float32, torch.bfloat16)
 
 

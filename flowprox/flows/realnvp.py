@@ -30,8 +30,6 @@ from flowprox.flows.layers import ActNorm, AffineCoupling, Split, Squeeze, Unsqu
 from flowprox.flows.reversible import Reversible
 from flowprox.naming import Specified
 
-__all__ = ["ChannelFlip", "CheckerboardCoupling", "RealNVP", "ResidualConditioner"]
-
 
 class ResidualConditioner(nn.Module):
     """Residual net with weight normalization; the last convolution is zero at the start and has a learned output scale.

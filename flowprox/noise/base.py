@@ -18,8 +18,6 @@ import torch
 from deepinv.physics import NoiseModel
 from torch import Tensor
 
-__all__ = ["Density", "Generators", "Noise", "at_least_zero", "finite_number", "generator_each", "standard_normal"]
-
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 """One generator for the batch, one per image, or torch's global one."""
 

@@ -19,8 +19,6 @@ from torch import Tensor
 
 from flowprox.noise.base import Generators, Noise, at_least_zero, generator_each, standard_normal
 
-__all__ = ["MNISTNoise"]
-
 
 class MNISTNoise(Noise):
     """MNIST digits on top of an image. It can be drawn; for its density train a flow on it.

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from flowprox.naming import Specified
 from flowprox.noise.base import Generators, Noise, standard_normal
 
-__all__ = ["FlowNoise"]
-
 
 class FlowNoise(Specified, Noise):
     """Noise with the density of a flow that was trained on noise images.

@@ -25,19 +25,6 @@ from flowprox.naming import nearest
 from flowprox.noise.base import Density, Generators, Noise, at_least_zero, finite_number, standard_normal
 from flowprox.noise.digits import MNISTNoise
 
-__all__ = [
-    "NOISES",
-    "GaussianNoise",
-    "HeteroscedasticNoise",
-    "as_noise",
-    "is_exact",
-    "make_noise",
-    "noise_density",
-    "noise_level",
-    "radial_noise",
-    "sinusoidal_noise",
-]
-
 
 class _Normal(Noise):
     """Independent normal entries."""

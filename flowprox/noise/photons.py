@@ -11,8 +11,6 @@ import torch
 from deepinv.physics import LogPoissonNoise
 from torch import Tensor
 
-__all__ = ["PhotonNoise"]
-
 
 class PhotonNoise(LogPoissonNoise):
     """deepinv's ``LogPoissonNoise``, finite where no photon arrives.

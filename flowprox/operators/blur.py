@@ -18,17 +18,6 @@ from flowprox.noise import GaussianNoise
 from flowprox.noise.base import at_least_zero
 from flowprox.operators.measurements import ExactProx
 
-__all__ = [
-    "BOUNDARIES",
-    "CircularBlur",
-    "CircularConvolution",
-    "LearnedBlur",
-    "PaddedBlur",
-    "WindowedBlur",
-    "checked_kernel",
-    "gaussian_kernel",
-]
-
 BOUNDARIES = ("circular", "reflect", "replicate", "zeros", "valid")
 """What a blur sees outside the image: the image repeated, mirrored, its last pixel, black; or it keeps to the pixels whose
 whole neighborhood is known, "valid", so that the measurement is smaller by the kernel's sides less one."""

@@ -36,8 +36,6 @@ from flowprox.operators.masks import center_mask, checked_mask, random_mask, var
 from flowprox.operators.sensing import DenseSensing, OneBitSensing, StructuredSensing
 from flowprox.operators.sizes import Fitted, fit_to_divisor
 
-__all__ = ["PROBLEMS", "ImageShape", "Parameter", "ProblemKind"]
-
 ImageShape = tuple[int, int, int]
 Device = torch.device | str
 Array = Tensor | np.ndarray | Sequence[Sequence[float]] | str | Path

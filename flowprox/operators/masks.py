@@ -9,8 +9,6 @@ import torch
 from deepinv.physics import Inpainting, LinearPhysics
 from torch import Tensor
 
-__all__ = ["center_mask", "checked_mask", "random_mask", "varied_masks"]
-
 
 def center_mask(height: int, width: int, size: int | tuple[int, int] = 19) -> Tensor:
     """Mask (H, W) that hides a rectangle in the middle: 0 inside, 1 outside.

@@ -20,18 +20,6 @@ from torch import Tensor
 
 from flowprox.noise import Noise
 
-__all__ = [
-    "ExactProx",
-    "check_adjoint",
-    "check_measurement",
-    "data_gradient",
-    "data_prox",
-    "measure",
-    "measure_each",
-    "measured_entries",
-    "measurement_shape",
-]
-
 ImageShape = tuple[int, int, int]
 
 

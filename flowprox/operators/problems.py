@@ -22,8 +22,6 @@ from flowprox.noise.photons import PhotonNoise
 from flowprox.operators.kinds import PROBLEMS, ImageShape
 from flowprox.operators.measurements import measurement_shape
 
-__all__ = ["Problem", "VariedProblem", "make_physics", "noise_of"]
-
 _NOISE = ("sigma", "noise_norm", "noise", "noise_parameters")
 _PHOTONS = ("photons", "attenuation")
 _OF_ONES_OWN = {

@@ -23,8 +23,6 @@ from torch.nn import functional
 from flowprox.noise import GaussianNoise
 from flowprox.operators.measurements import ExactProx
 
-__all__ = ["DenseSensing", "OneBitSensing", "StructuredSensing", "check_free", "check_memory"]
-
 ImageShape = tuple[int, int, int]
 
 

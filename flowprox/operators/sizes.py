@@ -26,8 +26,6 @@ from flowprox.noise import noise_level
 from flowprox.operators.blur import CircularBlur, CircularConvolution, PaddedBlur, WindowedBlur
 from flowprox.operators.imaging import SuperResolution
 
-__all__ = ["Fitted", "fit_to_divisor", "mirrored"]
-
 
 class Fitted(NamedTuple):
     """A measurement whose sides a model can take: y (B, C, H', W'), its operator, and where the image stands."""

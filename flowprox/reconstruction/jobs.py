@@ -50,8 +50,6 @@ from flowprox.records import Record
 from flowprox.uncertainty import Intervals
 from flowprox.unfolding import ConditionalDensity, Unfolded
 
-__all__ = ["ReconstructionInterrupted", "ReconstructionJob", "reconstruct_files"]
-
 DEFAULT_FLOW = "glow-faces64"
 _HELD = 2**27  # pixels that are held between their check and their turn
 

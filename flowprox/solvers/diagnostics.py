@@ -19,8 +19,6 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["effective_sample_size", "split_r_hat"]
-
 
 def split_r_hat(draws: Tensor) -> Tensor:
     """Rank-normalized split R-hat: 1 for chains that sample the same distribution, more for others.

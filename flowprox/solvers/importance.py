@@ -29,8 +29,6 @@ from flowprox.flows import Flow, frozen
 from flowprox.noise import noise_density
 from flowprox.solvers.problem import LatentProblem
 
-__all__ = ["RELIABLE_BELOW", "Proposal", "WeightedSamples", "importance_samples"]
-
 RELIABLE_BELOW = 0.7
 """Weights whose k-hat is smaller give means with finite error at usual numbers of samples (Vehtari et al., Sec. 3.2)."""
 

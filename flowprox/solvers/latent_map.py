@@ -27,8 +27,6 @@ from flowprox.solvers.objective import SPACES, Callback, Objective, squared_erro
 from flowprox.solvers.optimizers import LBFGS, Optimizer, Trace
 from flowprox.solvers.problem import LatentProblem, Solution, Start
 
-__all__ = ["Discrepancy", "LatentMAP", "noise_energy"]
-
 NORMS = ("unsquared", "squared")
 FORMS = ("latent", "image")
 

@@ -27,8 +27,6 @@ from flowprox.solvers.objective import SPACES, Callback, Objective, squared_erro
 from flowprox.solvers.optimizers import LBFGS, Adam, Optimizer
 from flowprox.solvers.problem import LatentProblem, Solution, Start
 
-__all__ = ["GANPrior", "NoiseMAP"]
-
 
 class NoiseMAP(Reconstructor):
     r"""The most likely image under a flow prior and a noise density (Whang et al. 2021, Eqs. 3 to 5).

@@ -27,8 +27,6 @@ from flowprox.graphs import Replayed
 from flowprox.solvers.optimizers import Optimizer, Trace
 from flowprox.solvers.problem import LatentProblem, Solution, SolverInterrupted, Start
 
-__all__ = ["SPACES", "Callback", "Objective", "squared_error"]
-
 SPACES = ("latent", "image")
 
 Callback = Callable[[int, int], object]

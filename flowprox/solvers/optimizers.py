@@ -26,8 +26,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["LBFGS", "OPTIMIZERS", "Adam", "Evaluate", "Optimizer", "TorchLBFGS", "Trace"]
-
 Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
 """z (B, D) to (F (B,), grad F (B, D)); image i of the result depends on image i of z only. If it has a method
 ``select(images)``, which gives the same function for some images of the batch or None, ``LBFGS`` lets stopped ones leave."""

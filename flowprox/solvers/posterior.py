@@ -37,8 +37,6 @@ from flowprox.solvers.objective import Callback
 from flowprox.solvers.problem import LatentProblem, Solution, Start
 from flowprox.solvers.sampling import KERNELS, Chains, Kernel, Moments, Position, Randomness
 
-__all__ = ["MIXED_BELOW", "TRACES", "PosteriorSampling", "PosteriorSolution", "SamplerOptions"]
-
 MIXED_BELOW = 1.05
 """Chains whose R-hat is smaller count as mixed."""
 

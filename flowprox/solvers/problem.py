@@ -21,14 +21,6 @@ from torch import Tensor
 from flowprox.flows import Flow
 from flowprox.operators import check_adjoint, check_measurement
 
-__all__ = [
-    "LatentProblem",
-    "Solution",
-    "SolverInterrupted",
-    "Start",
-    "null_space_perturbed",
-]
-
 Start = str | float | Tensor | Reconstructor
 """Where a solver begins: "zero", "adjoint" (A^T y through the flow), the standard deviation of random latents, images
 (B, C, H, W), which go through the flow, or a method that makes them of y, such as a Lasso."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+from flowprox.naming import Values
 from flowprox.options import (
     DataOptions,
     DenoiserOptions,
     GANOptions,
     LikelihoodOptions,
     NoiseOptions,
-    Parameters,
     ProblemOptions,
     TrainingOptions,
     TrainingResult,
@@ -29,7 +29,7 @@ _NO_DATA, _NO_NOISE = DataOptions(train=""), NoiseOptions(name="")
 
 
 def train_flow(
-    flow: str | Parameters,
+    flow: str | Values,
     training: TrainingOptions,
     data: DataOptions = _NO_DATA,
     noise: NoiseOptions = _NO_NOISE,

@@ -11,14 +11,12 @@ from torch import Tensor, nn
 
 from flowprox.checkpoints import load_model
 from flowprox.flows import Flow, Glow
-from flowprox.naming import build
+from flowprox.naming import Values, build
 from flowprox.noise import FlowNoise
 from flowprox.operators import LearnedBlur
-from flowprox.options import DataOptions, NoiseOptions, Parameters, ProblemOptions, UnfoldedOptions
+from flowprox.options import DataOptions, NoiseOptions, ProblemOptions, UnfoldedOptions
 from flowprox.prox import FlowProx, ResNetProx, UNetProx, at_level
 from flowprox.unfolding import Unfolded, UnfoldedHQS, UnfoldedPGD
-
-__all__ = ["image_shape", "make_flow", "make_net_prox", "make_unfolded"]
 
 
 def image_shape(data: DataOptions | NoiseOptions) -> tuple[int, int, int]:
@@ -26,7 +24,7 @@ def image_shape(data: DataOptions | NoiseOptions) -> tuple[int, int, int]:
     return data.channels, data.image_size, data.image_size
 
 
-def make_flow(flow: str | Parameters, data: DataOptions | NoiseOptions) -> Flow:
+def make_flow(flow: str | Values, data: DataOptions | NoiseOptions) -> Flow:
     """A flow for the images or noise of ``data``: a preset, a specification or a pretrained one (see ``train_flow``).
 
     Raises:
@@ -54,7 +52,7 @@ def make_flow(flow: str | Parameters, data: DataOptions | NoiseOptions) -> Flow:
     return made
 
 
-def make_net_prox(kind: str, arguments: Parameters, data: DataOptions) -> nn.Module:
+def make_net_prox(kind: str, arguments: Values, data: DataOptions) -> nn.Module:
     """A ResNet or U-Net prox, untrained, for images of ``data``; ``kind`` is "resnet" or "unet"."""
     prox = {"resnet": "ResNetProx", "unet": "UNetProx"}[kind]
     return build({"kind": prox, "arguments": {"n_channels": data.channels, **arguments}})
@@ -86,7 +84,7 @@ def make_unfolded(options: UnfoldedOptions, problem: ProblemOptions, data: DataO
     shared = options.tied or options.prox == "plug-and-play"
     proxes = [first if shared or k == 0 else copy.deepcopy(first) for k in range(options.n_folds)]
     alike = ("shrinkage", "shrink_last", "final_data_step", "levels", "adaptation_rank")
-    arguments: Parameters = {
+    arguments: Values = {
         **{name: getattr(options, name) for name in alike},
         "start": options.start or ("flow" if isinstance(first, FlowProx) else "adjoint"),
         "operator": _learned_blur(problem) if options.learn_operator else None,

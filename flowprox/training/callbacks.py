@@ -10,8 +10,6 @@ from flowprox.options import TrainingResult
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["Callback"]
-
 
 class Callback:
     """What is told how a run goes, in its first process.

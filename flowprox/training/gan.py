@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from flowprox.baselines import GANPrior
 from flowprox.metrics import psnr
+from flowprox.naming import Values
 from flowprox.networks import DCGANDiscriminator, DCGANGenerator
-from flowprox.options import DataOptions, GANOptions, Parameters, TrainingOptions
+from flowprox.options import DataOptions, GANOptions, TrainingOptions
 from flowprox.training.tasks import Task
-
-__all__ = ["GANTask", "gan_task"]
 
 _SETTLING = 8  # batches of 64 latents
 _STEEPEST = 20.0  # exp(-l) is bounded there: such an image gives no gradient to speak of
@@ -70,7 +69,7 @@ class GANTask(Task):
     def evaluate(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         return {self.figure: psnr(self._project(model, x), x, clip=False)}
 
-    def parameter_groups(self, options: TrainingOptions) -> list[Parameters]:
+    def parameter_groups(self, options: TrainingOptions) -> list[Values]:
         (group,) = super().parameter_groups(options)
         return [{**group, "betas": (self.options.betas[0], self.options.betas[1])}]
 

@@ -12,8 +12,6 @@ from torch import Tensor
 from flowprox.data import ImageDataset, ResumableSampler
 from flowprox.options import DataOptions, NoiseOptions, TrainingOptions
 
-__all__ = ["TrainingImages", "mixed_seed", "seed_global_generators"]
-
 _ON_DEVICE = 4 * 2**30  # bytes of training images up to which they are kept on the accelerator
 
 

@@ -21,10 +21,9 @@ from torch import Tensor
 
 from flowprox.data import save_image
 from flowprox.files import atomic_write
-from flowprox.options import Parameters, TrainingOptions
+from flowprox.naming import Values
+from flowprox.options import TrainingOptions
 from flowprox.training.loggers import make_logger
-
-__all__ = ["RunLog"]
 
 
 class RunLog:
@@ -37,7 +36,7 @@ class RunLog:
         options: of the run: its batch size, for the speed, whether it shows progress, its loggers.
     """
 
-    def __init__(self, folder: Path, recipe: Parameters, step: int, options: TrainingOptions) -> None:
+    def __init__(self, folder: Path, recipe: Values, step: int, options: TrainingOptions) -> None:
         self.folder, self.batch_size, self.show = folder, options.batch_size, options.progress
         folder.mkdir(parents=True, exist_ok=True)
         self.rows = [row for row in _read_rows(folder / "metrics.jsonl") if row["step"] <= step]
@@ -125,7 +124,7 @@ class RunLog:
             logger.close()
 
 
-def _read_rows(path: Path) -> list[Parameters]:
+def _read_rows(path: Path) -> list[Values]:
     """The rows of a metrics.jsonl; a last line that a kill cut short is left out.
 
     Raises:

@@ -16,9 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flowprox.options import Parameters
-
-__all__ = ["Logger", "check_loggers", "make_logger"]
+from flowprox.naming import Values
 
 
 class Logger:
@@ -35,7 +33,7 @@ class Logger:
 
 
 class _TensorBoard(Logger):
-    def __init__(self, folder: Path, recipe: Parameters, rows: Sequence[Parameters]) -> None:
+    def __init__(self, folder: Path, recipe: Values, rows: Sequence[Values]) -> None:
         from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
         purge_step = rows[-1]["step"] + 1 if rows else None  # what a killed predecessor wrote beyond its state
@@ -52,7 +50,7 @@ class _TensorBoard(Logger):
 
 
 class _CSV(Logger):
-    def __init__(self, folder: Path, recipe: Parameters, rows: Sequence[Parameters]) -> None:
+    def __init__(self, folder: Path, recipe: Values, rows: Sequence[Values]) -> None:
         from lightning_fabric.loggers.csv_logs import CSVLogger
 
         (folder / "csv" / "metrics.csv").unlink(missing_ok=True)  # the earlier rows are written again
@@ -68,7 +66,7 @@ class _CSV(Logger):
 
 
 class _WandB(Logger):
-    def __init__(self, folder: Path, recipe: Parameters, rows: Sequence[Parameters]) -> None:
+    def __init__(self, folder: Path, recipe: Values, rows: Sequence[Values]) -> None:
         self.module: Any = importlib.import_module("wandb")
         mode = os.environ.get("WANDB_MODE", "offline")
         self.run: Any = self.module.init(dir=folder, mode=mode, name=recipe.get("name"), config=recipe)
@@ -84,7 +82,7 @@ class _WandB(Logger):
 
 
 class _MLflow(Logger):
-    def __init__(self, folder: Path, recipe: Parameters, rows: Sequence[Parameters]) -> None:
+    def __init__(self, folder: Path, recipe: Values, rows: Sequence[Values]) -> None:
         module: Any = importlib.import_module("mlflow")
         place = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlflow").resolve().as_uri()
         self.client: Any = module.MlflowClient(place)
@@ -115,7 +113,7 @@ def check_loggers(names: Sequence[str]) -> None:
             raise ImportError(f"logger {name} needs the package {package}: pip install {package}")
 
 
-def make_logger(name: str, folder: Path, recipe: Parameters, rows: Sequence[Parameters]) -> Logger:
+def make_logger(name: str, folder: Path, recipe: Values, rows: Sequence[Values]) -> Logger:
     """The logger of that name, for a run that goes on after ``rows``.
 
     Arguments:

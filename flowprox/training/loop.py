@@ -42,8 +42,9 @@ from flowprox.checkpoints import save_model, save_training_state
 from flowprox.files import first_line, refuse_foreign, sole_writer
 from flowprox.flows import FiniteChecks, NonFiniteError, gathered_checks
 from flowprox.graphs import HostReads, compile_regions
+from flowprox.naming import Values
 from flowprox.operators import VariedProblem
-from flowprox.options import DataOptions, NoiseOptions, Parameters, TrainingOptions, TrainingResult, parse_duration
+from flowprox.options import DataOptions, NoiseOptions, TrainingOptions, TrainingResult, parse_duration
 from flowprox.training.callbacks import Callback
 from flowprox.training.images import TrainingImages, mixed_seed, seed_global_generators
 from flowprox.training.log import RunLog
@@ -51,8 +52,6 @@ from flowprox.training.loggers import check_loggers
 from flowprox.training.optimizers import WeightAverage, apply_if, make_optimizer, schedule_factor
 from flowprox.training.state import Counts, check_optimizer, check_tensors, read_state, run_identity
 from flowprox.training.tasks import Task
-
-__all__ = ["Callback", "fit"]
 
 _LOG_EVERY = 20  # steps between two readings of the loss and of what was skipped, each of which waits for the device
 _MOST_SKIPPED = 20  # in a row
@@ -67,7 +66,7 @@ class _Job:
     data: DataOptions | NoiseOptions
     training: TrainingOptions
     out: Path
-    recipe: Parameters
+    recipe: Values
     resume: bool
     name: str
     callbacks: tuple[Callback, ...]
@@ -78,7 +77,7 @@ def fit(
     data: DataOptions | NoiseOptions,
     training: TrainingOptions,
     out: str | Path,
-    recipe: Parameters | None = None,
+    recipe: Values | None = None,
     resume: bool = False,
     name: str = "model",
     callbacks: Sequence[Callback] = (),
@@ -155,7 +154,7 @@ def _strategy(training: TrainingOptions) -> DDPStrategy | str:
     start = "spawn" if training.strategy == "ddp_spawn" else "popen"
     # buffers are not broadcast in every step: only batch normalization's change, and they are before a validation
     known = inspect.signature(DistributedDataParallel).parameters
-    quiet: Parameters = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    quiet: Values = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
     return DDPStrategy(start_method=start, gradient_as_bucket_view=True, **quiet)
 
 
@@ -352,7 +351,7 @@ class _Run:
         by_epochs = math.inf if epochs is None else max(1, round(epochs * len(self.images.sampler)))
         return min(self.options.max_steps or math.inf, by_epochs)
 
-    def _initialize_model(self, state: Parameters | None) -> None:
+    def _initialize_model(self, state: Values | None) -> None:
         model = self.task.model
         if state is None:  # from the same images in every process; the data-parallel wrapper then sends process 0's
             with torch.no_grad():
@@ -681,7 +680,7 @@ class _Run:
         }
         save_training_state(self.job.out / "state.pt", state)
 
-    def _restore(self, state: Parameters) -> None:
+    def _restore(self, state: Values) -> None:
         where, model = self.job.out / "state.pt", self.task.model.state_dict()
         self.counts = Counts.of_state(state["counters"], where)
         self.kept = {name: state["kept"].get(name) for name in ("model", "average")}

@@ -22,17 +22,13 @@ from pytorch_optimizer import Muon
 from torch import Tensor, nn
 
 from flowprox.flows.layers import on_cpu
-from flowprox.options import Parameters
-
-__all__ = ["WeightAverage", "apply_if", "make_optimizer", "schedule_factor"]
+from flowprox.naming import Values
 
 _WITHOUT_DECAY = ("scalars", "start")
 _ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 
-def make_optimizer(
-    kind: str, groups: list[Parameters], fused: bool, weight_decay: float = 0.0
-) -> torch.optim.Optimizer:
+def make_optimizer(kind: str, groups: list[Values], fused: bool, weight_decay: float = 0.0) -> torch.optim.Optimizer:
     """Adam or Muon over the parameters that ask for gradients.
 
     Arguments:
@@ -69,7 +65,7 @@ def apply_if(is_good: Tensor, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
 
 
-def _split(group: Parameters) -> tuple[Parameters, Parameters]:
+def _split(group: Values) -> tuple[Values, Values]:
     """Muon's share of a group, convolutions' weights of more than one row and column, and Adam's."""
     matrices: list[Tensor] = []
     others: list[Tensor] = []

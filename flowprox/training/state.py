@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from flowprox.checkpoints import load_training_state
-from flowprox.options import Parameters, require
-
-__all__ = ["Counts", "check_optimizer", "check_tensors", "read_state", "run_identity"]
+from flowprox.naming import Values
+from flowprox.options import require
 
 _FIXED = ("seed", "batch_size", "optimizer", "n_validation_images")  # the training options that may not change
 _PATHS = ("train", "validation", "skip_corrupt", "terms")  # the images themselves are compared
@@ -37,7 +36,7 @@ class Counts:
     best: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of_state(cls, values: Parameters, where: Path) -> Counts:
+    def of_state(cls, values: Values, where: Path) -> Counts:
         """Counts as a state holds them; ValueError where a value cannot be one."""
         counts = cls(**{one.name: values[one.name] for one in fields(cls) if one.name in values})
         for name, default in asdict(cls()).items():
@@ -55,7 +54,7 @@ def _is_like(value: object, default: object) -> bool:
     return sound and not isinstance(value, bool) and 0 <= value < math.inf  # type: ignore[operator]
 
 
-def run_identity(recipe: Parameters, fingerprint: Mapping[str, str]) -> Parameters:
+def run_identity(recipe: Values, fingerprint: Mapping[str, str]) -> Values:
     """What a run is: all of its recipe but limits, rates, logging and devices, and the images themselves.
 
     Arguments:
@@ -63,7 +62,7 @@ def run_identity(recipe: Parameters, fingerprint: Mapping[str, str]) -> Paramete
         fingerprint: of the images.
     """
     parts = {name: part for name, part in recipe.items() if name not in ("out", "name")}
-    identity: Parameters = {"recipe": sorted(parts), **fingerprint}
+    identity: Values = {"recipe": sorted(parts), **fingerprint}
     for name, part in parts.items():
         if not isinstance(part, dict) or "kind" in part:  # a specification is one value
             identity[name] = part
@@ -74,7 +73,7 @@ def run_identity(recipe: Parameters, fingerprint: Mapping[str, str]) -> Paramete
     return json.loads(json.dumps(identity, default=str))
 
 
-def read_state(path: Path, identity: Parameters) -> Parameters | None:
+def read_state(path: Path, identity: Values) -> Values | None:
     """The state that a run of this identity left; None if there is none.
 
     Raises:
@@ -113,7 +112,7 @@ def _form(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {tensor.dtype} {tensor.layout}".replace("torch.", "").removesuffix(" strided")
 
 
-def check_optimizer(given: Parameters, optimizer: torch.optim.Optimizer, where: str) -> Parameters:
+def check_optimizer(given: Values, optimizer: torch.optim.Optimizer, where: str) -> Values:
     """The state that an optimizer can load: moments of the right shapes and counters of steps, its own rates and decays.
 
     Moments of other shapes would be written beyond the ends of memory.
@@ -148,7 +147,7 @@ def _is_group(group: object) -> bool:
     return isinstance(indices, list) and all(type(index) is int for index in indices)
 
 
-def _moments(parameter: Tensor, group: Parameters) -> dict[str, Tensor]:
+def _moments(parameter: Tensor, group: Values) -> dict[str, Tensor]:
     """Tensors of the names and shapes that the optimizers of ``make_optimizer`` keep for a parameter."""
     if group.get("use_muon"):
         return {"momentum_buffer": parameter}

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from flowprox.checkpoints import load_model
 from flowprox.flows import Flow
 from flowprox.metrics import psnr
+from flowprox.naming import Values
 from flowprox.noise import FlowNoise, Noise, is_exact, make_noise
 from flowprox.operators import VariedProblem, make_physics, measure
 from flowprox.options import (
@@ -31,7 +32,6 @@ from flowprox.options import (
     DenoiserOptions,
     LikelihoodOptions,
     NoiseOptions,
-    Parameters,
     ProblemOptions,
     TrainingOptions,
     UnfoldedOptions,
@@ -39,19 +39,6 @@ from flowprox.options import (
 from flowprox.prox import FlowProx
 from flowprox.training.building import image_shape, make_flow, make_net_prox, make_unfolded
 from flowprox.unfolding import Unfolded
-
-__all__ = [
-    "DenoisingTask",
-    "LikelihoodTask",
-    "NoiseTask",
-    "ReconstructionTask",
-    "Task",
-    "denoising_task",
-    "dequantize",
-    "likelihood_task",
-    "noise_task",
-    "reconstruction_task",
-]
 
 
 class Task(nn.Module):
@@ -89,7 +76,7 @@ class Task(nn.Module):
     def initialize(self, x: Tensor) -> None:
         """Data-dependent initialization from clean images x (B, C, H, W), before the first step."""
 
-    def parameter_groups(self, options: TrainingOptions) -> list[Parameters]:
+    def parameter_groups(self, options: TrainingOptions) -> list[Values]:
         """Adam's parameter groups, each with its learning rate ``lr``."""
         return [{"params": list(self.model.parameters()), "lr": options.learning_rate}]
 
@@ -309,7 +296,7 @@ class ReconstructionTask(Task):
         if any(fresh) and start is not None:
             start.copy_(flows[0].decode(start.new_zeros(1, start[0].numel()), start.shape[-2:]))
 
-    def parameter_groups(self, options: TrainingOptions) -> list[Parameters]:
+    def parameter_groups(self, options: TrainingOptions) -> list[Values]:
         rates = options.learning_rate, options.scalar_learning_rate
         return self.model.parameter_groups(*rates)  # type: ignore[operator]
 
@@ -402,12 +389,12 @@ def _initialize_flow(flow: nn.Module, x: Tensor) -> bool:
     return fresh
 
 
-def likelihood_task(flow: str | Parameters, data: DataOptions, options: LikelihoodOptions) -> LikelihoodTask:
+def likelihood_task(flow: str | Values, data: DataOptions, options: LikelihoodOptions) -> LikelihoodTask:
     """The task of ``train_flow``."""
     return LikelihoodTask(make_flow(flow, data), options)
 
 
-def noise_task(flow: str | Parameters, options: NoiseOptions) -> NoiseTask:
+def noise_task(flow: str | Values, options: NoiseOptions) -> NoiseTask:
     """The task of ``train_flow`` with noise."""
     shape = image_shape(options)
     noise = make_noise(options.name, shape, **options.parameters)

@@ -31,8 +31,6 @@ from torch import Tensor, nn
 from flowprox.flows import Flow
 from flowprox.naming import Specified
 
-__all__ = ["SCORES", "Alarm", "alarm_features", "fit_alarm", "residual_p_value"]
-
 SCORES = ("residual", "latents", "density")
 """What is compared with the reference, a p-value each."""
 

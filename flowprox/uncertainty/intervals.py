@@ -35,17 +35,6 @@ from flowprox.uncertainty.alarm import Alarm
 from flowprox.uncertainty.checks import coverage, ranks, required
 from flowprox.unfolding import ConditionalDensity, LatentScale, Unfolded
 
-__all__ = [
-    "Intervals",
-    "ScaleNet",
-    "calibration_records",
-    "conformal_factor",
-    "fit_intervals",
-    "interval_statistics",
-    "measured_estimates",
-    "measured_intervals",
-]
-
 _N_RANKED = 15  # samples of an image among which the truth is ranked
 _SMALLEST = 1e-4  # in units of the image: a half-width of zero could not be scaled up
 

@@ -38,8 +38,6 @@ from flowprox.flows.layers import AffineCoupling
 from flowprox.naming import Specified
 from flowprox.prox import FlowProx, checked_levels
 
-__all__ = ["Conditioning", "LatentMeanNet", "adapt", "assembled", "separated"]
-
 
 class Conditioning(Specified):
     """What an ``Unfolded`` network is told beside the image, and what its folds share; without arguments nothing.

@@ -29,8 +29,6 @@ from flowprox.naming import Specified
 from flowprox.unfolding.conditioning import LatentMeanNet, assembled, separated
 from flowprox.unfolding.networks import Unfolded
 
-__all__ = ["BoundDensity", "ConditionalDensity", "LatentScale", "fit_density"]
-
 _SMALLEST = 1e-4  # of a deviation, so that what the measurement tells without noise keeps a density
 _LARGEST_FACTOR = 3.0  # of log s beside that of its channel
 

@@ -23,8 +23,6 @@ from flowprox.flows import frozen
 from flowprox.naming import nearest
 from flowprox.unfolding.networks import Unfolded
 
-__all__ = ["export_program"]
-
 
 class _Reconstruction(nn.Module):
     """y -> x_hat for one operator, whose tensors become constants."""

@@ -33,8 +33,6 @@ from flowprox.operators import PROBLEMS, Problem, data_gradient, data_prox, fit_
 from flowprox.prox import FlowProx, at_level
 from flowprox.unfolding.conditioning import Conditioning
 
-__all__ = ["GradientStep", "ProximalStep", "Unfolded", "UnfoldedHQS", "UnfoldedPGD", "latent_statistics"]
-
 
 class GradientStep(Specified):
     """D(x, y) = x + mu A^T (y - A x), a step down 1/2 ||y - A x||^2.

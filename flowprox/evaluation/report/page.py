@@ -24,8 +24,6 @@ from flowprox.naming import nearest
 from flowprox.records import Record
 from flowprox.summary import METRICS
 
-__all__ = ["PARTS", "ReportOptions", "Results", "Tile", "read_results", "write_page", "write_report", "write_tables"]
-
 PARTS = ("overview", "curves", "comparisons", "cost", "spread", "calibration", "cases", "images", "tuning", "figures")
 """What a report may show besides the table of each problem."""
 

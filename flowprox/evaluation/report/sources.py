@@ -18,8 +18,6 @@ from flowprox.evaluation.plan import Published, read_published
 from flowprox.records import UNFINISHED, Record, read_records
 from flowprox.summary import NUMBERS, figures_of
 
-__all__ = ["Chapter", "Illustration", "ordered", "read_chapters"]
-
 _NOTHING_PUBLISHED = Published({}, {})
 SMOKE = "smoke"
 

@@ -22,8 +22,6 @@ from flowprox.summary import (
     summary_rows,
 )
 
-__all__ = ["Contents", "Table", "make_table", "number", "to_csv", "to_latex", "to_markdown"]
-
 MINUS, NOTHING = "−", "–"
 TIME = "time"
 """Format of a column of seconds."""
