@@ -1,8 +1,12 @@
 """The documentation site, built by ``sphinx-build -W docs build/site``.
 
-FLOWPROX_DOCS_ONLINE=1      link to the reference of deepinv and torch, whose inventories come from the network
-FLOWPROX_DOCS_REPOSITORY    ORG/NAME on GitHub: the gallery's notebooks begin by installing from there; without it they do not
--D plot_gallery=0           leave the gallery's scripts unexecuted, which takes half a minute less
+FLOWPROX_DOCS_REPOSITORY    ORG/NAME on GitHub, by default GITHUB_REPOSITORY, which GitHub's runners set: the gallery's
+                            notebooks begin by installing from there, and their pages have a button that opens them in
+                            Colab, from the branch gh-pages with the built site; without it they have neither
+-D plot_gallery=0           leave the gallery's scripts unexecuted, which takes 45 seconds less
+
+Links into the reference of deepinv, Python and torch need their inventories, from the network; a site that does not answer
+is left out.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import inspect
 import os
 import pkgutil
 import re
+import urllib.request
 
 from sphinx.ext import autosummary
 
@@ -22,23 +27,17 @@ project = "flowprox"
 author = "The flowprox developers"
 copyright = author
 version = release = flowprox.__version__
-repository = os.environ.get("FLOWPROX_DOCS_REPOSITORY", "")
+repository = os.environ.get("FLOWPROX_DOCS_REPOSITORY") or os.environ.get("GITHUB_REPOSITORY", "")
 
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
 ]
-if os.environ.get("FLOWPROX_DOCS_ONLINE"):
-    extensions.append("sphinx.ext.intersphinx")
-    intersphinx_mapping = {
-        "deepinv": ("https://deepinv.github.io/deepinv", None),
-        "python": ("https://docs.python.org/3", None),
-        "torch": ("https://docs.pytorch.org/docs/stable", None),
-    }
 templates_path = ["_templates"]
 exclude_patterns = ["gallery"]
 myst_heading_anchors = 3
@@ -58,7 +57,26 @@ html_theme_options = {
     "footer_end": [],
     "secondary_sidebar_items": ["page-toc"],
 }
-html_sidebars = {"index": []}
+html_sidebars = {"index": [], "try": []}
+
+# Others' references ---------------------------------------------------------------------------------------------------
+
+_OTHERS = {
+    "deepinv": "https://deepinv.github.io/deepinv",
+    "python": "https://docs.python.org/3",
+    "torch": "https://docs.pytorch.org/docs/stable",
+}
+
+
+def _answers(site: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{site}/objects.inv", timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+intersphinx_mapping = {name: (site, None) for name, site in _OTHERS.items() if _answers(site)}
 
 # Reference ------------------------------------------------------------------------------------------------------------
 
@@ -156,5 +174,15 @@ sphinx_gallery_conf = {
 suppress_warnings = ["config.cache"]
 
 
+def _add_colab(app: object, page: str, template: str, context: dict, doctree: object) -> None:
+    """The button on a page of the gallery that opens its notebook in Colab."""
+    notebook = re.search(r'href="[./]*(_downloads/\w+/[\w.]+\.ipynb)"', context.get("body", ""))
+    if notebook and repository:
+        link = f"https://colab.research.google.com/github/{repository}/blob/gh-pages/{notebook[1]}"
+        button = f'</h1>\n<p><a class="colab" href="{link}">Open in Colab</a></p>'
+        context["body"] = context["body"].replace("</h1>", button, 1)
+
+
 def setup(app) -> None:
+    app.connect("html-page-context", _add_colab)
     app.connect("autodoc-process-docstring", _as_rst, priority=400)  # before napoleon

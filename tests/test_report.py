@@ -5,10 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import hashlib
-import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -214,46 +211,6 @@ def test_pictures_can_be_limited(results: Path) -> None:
     tags = read(write_report(results, ReportOptions(n_images=1, parts=["images"])))
     assert len(tags.all("img")) == 2 * (1 + 3 + 3)
     assert "Pictures of 1 of 3 images" in tags.text
-
-
-ACTIONS = """
-const found = [];
-const stage = document.querySelector(".stage");
-const press = (key) => stage.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
-press("ArrowRight");
-press("+");
-found.push(stage.getAttribute("aria-valuenow"), getComputedStyle(stage.querySelector(".over")).clipPath);
-const pictures = [...document.querySelector(".image").querySelectorAll(".picture img")];
-found.push(pictures.every((each) => each.style.transform === "scale(2)"));
-const at = stage.getBoundingClientRect();
-stage.setPointerCapture = () => {};
-stage.dispatchEvent(new PointerEvent("pointerdown", { clientX: at.left + at.width / 4, clientY: at.top + 5, bubbles: true }));
-found.push(stage.getAttribute("aria-valuenow"));
-const box = [...document.querySelectorAll("#filter input")].find((each) => each.value === "bm3d");
-box.click();
-const shown = (name) => [...document.querySelectorAll("[data-method]")].filter((e) => e.dataset.method === name)
-  .some((e) => getComputedStyle(e).display !== "none");
-found.push(shown("bm3d"), shown("flow"));
-document.querySelector("table.sortable th button").click();
-found.push(document.querySelector("th[aria-sort]").getAttribute("aria-sort"));
-document.title = JSON.stringify(found);
-"""
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
-def test_in_a_browser_pictures_are_compared_and_methods_hidden(page: str, tmp_path: Path) -> None:
-    allowed = re.sub(
-        '<meta http-equiv="Content-Security-Policy"[^>]*>', "", page
-    )  # the actions are a script of their own
-    (tmp_path / "page.html").write_text(
-        allowed.replace("</body>", f"<script>{ACTIONS}</script></body>"), encoding="utf-8"
-    )
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
-    command = [str(BROWSER), *options, (tmp_path / "page.html").as_uri()]
-    printed = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    (title,) = re.findall("<title>(.*?)</title>", printed.partition("<body")[0])
-    assert json.loads(title) == ["52", "inset(0px 0px 0px 52%)", True, "25", False, True, "ascending"]
 
 
 # What is missing or wrong ---------------------------------------------------------------------------------------------

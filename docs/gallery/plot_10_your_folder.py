@@ -37,7 +37,8 @@ for load in (astronaut, chelsea, coffee, rocket):
 
 words = "--config unfolded-denoising-faces64 --model.pretrained unfolded-denoising-faces64 --data.image_size 32"
 words += " --training.max_steps 24 --training.validate_every 6 --training.batch_size 8 --training.precision 32"
-main(["train-unfolded", *words.split(), "--data.train", str(folder / "pictures"), "--out", str(folder / "run")])
+words += f" --data.train {folder}/pictures --out {folder}/run"
+assert main(["train-unfolded", *words.split()]) == 0
 
 # %%
 # The folder of the run holds the model, its card, the loss and pictures. The card makes the model usable by its path
@@ -45,9 +46,9 @@ main(["train-unfolded", *words.split(), "--data.train", str(folder / "pictures")
 
 model = flowprox.load_model(folder / "run" / "model")
 print(model.card.problem)
-records = [record for record in read_records(folder / "run" / "metrics.jsonl") if "psnr" in record]
+records = [record for record in read_records(folder / "run" / "metrics.jsonl") if "validation_psnr" in record]
 plt.figure(figsize=(5, 3))
-plt.plot([record["step"] for record in records], [record["psnr"] for record in records], "o-")
+plt.plot([record["step"] for record in records], [record["validation_psnr"] for record in records], "o-")
 plt.xlabel("step")
 plt.ylabel("PSNR on other pictures (dB)")
 plt.tight_layout()

@@ -1,6 +1,6 @@
-"""A browser without a window, for what is a page: ``.ci/site`` runs these tests, or ``pytest -m browser tests/browser``.
+"""A browser without a window, for what is a page; where Chromium or Playwright is missing, these tests are skipped with a word.
 
-They are skipped, with a word, elsewhere and where Chromium or Playwright is missing.
+``.ci/run`` has the report and the app, ``.ci/site`` the documentation too, which it builds first.
 """
 
 from __future__ import annotations
@@ -18,17 +18,15 @@ import pytest
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
-            item.add_marker("browser")
-            if "browser" not in config.option.markexpr:
-                item.add_marker(pytest.mark.skip(reason="in a browser: .ci/site, or pytest -m browser tests/browser"))
+            item.add_marker(pytest.mark.xdist_group("browser"))  # one Chromium
 
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra docs")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra test")
     if CHROMIUM is None:
         pytest.skip("no Chromium here: apt-get install chromium")
     with playwright.sync_playwright() as engine:
@@ -39,11 +37,12 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page_at(browser: Any) -> Iterator[Callable[..., Any]]:
-    """``page_at(width, scheme)`` opens a tab; that it met no error and left no host behind is checked at the end."""
+    """``page_at(width, scheme, has_touch=...)`` opens a tab; at the end it must have met no error and asked no other host."""
     contexts, faults = [], []
 
-    def open_tab(width: int = 1280, scheme: str = "light") -> Any:
-        contexts.append(browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme))
+    def open_tab(width: int = 1280, scheme: str = "light", **options: bool) -> Any:
+        viewport = {"width": width, "height": 900}
+        contexts.append(browser.new_context(viewport=viewport, color_scheme=scheme, **options))
         page = contexts[-1].new_page()
         page.set_default_timeout(120_000)
         page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)

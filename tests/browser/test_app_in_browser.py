@@ -37,9 +37,7 @@ def test_a_picture_is_restored(app: str, page_at: Callable[..., Any]) -> None:
     page = page_at()
     page.goto(app)
     page.get_by_role("button", name="Restore").click()
-    note = page.get_by_text("dB").first
-    note.wait_for()
-    assert "denoising" in note.text_content()
+    page.locator("p", has_text="dB").filter(has_text="denoising").wait_for()
     assert page.locator("text=--model unfolded-denoising-natural").count()
     page.get_by_label("latent-map", exact=True).check()
     page.get_by_role("button", name="Restore").click()
