@@ -231,12 +231,13 @@ class UnfoldedOptions:
         log_determinant: let the prox follow the determinant of the flow too, which Eq. (7) of Wei et al. leaves out; for flows
             of ``backward`` "plain".
         iteration: "pgd" (proximal gradient) or "hqs" (half-quadratic splitting, exact data step).
-        start: x_0: "flow" (the most likely latent of the flow, decoded) or "adjoint" (A^T y). null takes the flow where
-            there is one.
+        start: x_0: "flow" (the most likely latent of the flow, decoded), "adjoint" (A^T y) or "fbp" (filtered backprojection,
+            of tomography). null takes the flow where there is one.
         levels: rising noise levels, such as [0.01, 0.05, 0.2], at which the scalars are learned; the network is then told the
             level of a measurement and interpolates. null learns one set for all.
         latent_mean: widths and depths of a network that predicts from the measurement what the latents are shrunk towards,
-            {hidden_channels: [64, 128, 128], n_blocks: 1} with one width per level of the flow. null shrinks towards 0.
+            {hidden_channels: [64, 128, 128], n_blocks: 1} with one width per level of the flow; every_fold: true predicts it in
+            every fold from what the fold's data step gives. null shrinks towards 0.
         loss: "mse", or "log-mse": the logarithm of each image's error, for problems drawn from ``ranges``, where the hardest
             images make up most of a mean squared error. Its gradients are larger by 1 / error, 300 times at 25 dB and 5,000 at
             40: give gradient_clip and skip_above room.
@@ -265,7 +266,7 @@ class UnfoldedOptions:
     channelwise: bool = False
     log_determinant: bool = False
     iteration: Literal["pgd", "hqs"] = "pgd"
-    start: Literal["flow", "adjoint"] | None = None
+    start: Literal["flow", "adjoint", "fbp"] | None = None
     levels: list[float] | None = None
     latent_mean: Values | None = None
     loss: Literal["mse", "log-mse"] = "mse"

@@ -26,6 +26,7 @@ from flowprox.operators.imaging import (
     RealMRI,
     SuperResolution,
     coil_sensitivities,
+    filtered_backprojection,
     kspace_mask,
 )
 from flowprox.operators.kinds import PROBLEMS, Parameter, ProblemKind
@@ -68,6 +69,7 @@ __all__ = [
     "VariedProblem",
     "WindowedBlur",
     "coil_sensitivities",
+    "filtered_backprojection",
     "kspace_mask",
     "center_mask",
     "check_adjoint",

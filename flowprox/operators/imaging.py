@@ -16,7 +16,7 @@ import math
 from typing import Any
 
 import torch
-from deepinv.physics import MRI, MultiCoilMRI, NoiseModel, Tomography, adjoint_function
+from deepinv.physics import MRI, LinearPhysics, MultiCoilMRI, NoiseModel, Tomography, adjoint_function
 from deepinv.physics.functional import Radon
 from deepinv.physics.generator import EquispacedMaskGenerator, GaussianMaskGenerator, RandomMaskGenerator
 from torch import Tensor
@@ -35,6 +35,7 @@ __all__ = [
     "RealMRI",
     "SuperResolution",
     "coil_sensitivities",
+    "filtered_backprojection",
     "kspace_mask",
 ]
 
@@ -444,6 +445,19 @@ def _radon_matrix(width: int, angles: Tensor, **fan: Any) -> Tensor:
     shape = (n_cells * len(angles), width * width)
     entries = torch.cat(values).float()
     return torch.sparse_coo_tensor(torch.cat(indices, 1), entries, shape, check_invariants=False).coalesce()
+
+
+def filtered_backprojection(y: Tensor, physics: LinearPhysics) -> Tensor:
+    """(B, C, W, W) from y of a tomography, with the ramp filter: deepinv's ``Tomography.fbp``.
+
+    A fan's beams are not weighted by their distance to the source there, which costs accuracy.
+
+    Raises:
+        ValueError: the physics is no tomography.
+    """
+    if not isinstance(physics, Tomography):
+        raise ValueError("filtered backprojection needs a tomography (problem ct): this physics is none")
+    return physics.fbp(y)
 
 
 def kspace_mask(

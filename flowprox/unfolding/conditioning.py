@@ -105,6 +105,7 @@ class LatentMeanNet(Specified, nn.Module):
         n_folds: how many means it predicts, one for each prox of an unfolded network.
         hidden_channels: one width per level, finest first.
         n_blocks: residual blocks per scale and direction, one number or one per level.
+        every_fold: predict anew in every fold from its own v, not once from the first fold's.
 
     Raises:
         ValueError: no widths, numbers that are not whole or below 1, or lists of different lengths.
@@ -123,8 +124,10 @@ class LatentMeanNet(Specified, nn.Module):
         n_folds: int,
         hidden_channels: Sequence[int],
         n_blocks: int | Sequence[int] = 1,
+        every_fold: bool = False,
     ) -> None:
         super().__init__()
+        self.every_fold = every_fold
         widths = _whole_numbers("hidden_channels", hidden_channels)
         depths = _whole_numbers("n_blocks", [n_blocks] * len(widths) if isinstance(n_blocks, int) else n_blocks)
         if len(depths) != len(widths):
@@ -152,7 +155,7 @@ class LatentMeanNet(Specified, nn.Module):
         return len(self.means)
 
     def of_measurement(self, v: Tensor, physics: LinearPhysics, sigma: Tensor | None) -> list[Tensor]:
-        """mu(y) of each fold (B, C, H, W), from the first fold's v (B, C, H, W), the operator and, if told, the level (B,)."""
+        """Each fold's mean (B, C, H, W), from a fold's v (B, C, H, W), the operator and, if told, the level (B,)."""
         with torch.no_grad():
             seen = physics.A_adjoint(physics.A(torch.ones_like(v[:1]))).mean(dim=1, keepdim=True)
         inputs = [v - 0.5, seen.expand(v.shape[0], -1, -1, -1)]

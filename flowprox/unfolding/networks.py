@@ -29,7 +29,7 @@ from flowprox.checkpoints import Pretrained
 from flowprox.flows import Flow, frozen
 from flowprox.naming import Specified
 from flowprox.noise import noise_level
-from flowprox.operators import PROBLEMS, Problem, data_gradient, data_prox, fit_to_divisor
+from flowprox.operators import PROBLEMS, Problem, data_gradient, data_prox, filtered_backprojection, fit_to_divisor
 from flowprox.prox import FlowProx, at_level
 from flowprox.unfolding.conditioning import Conditioning
 
@@ -75,7 +75,7 @@ class Unfolded(Pretrained, Specified, Reconstructor):
         proxes: one per fold; the same object K times ties the folds.
         data_step: what a fold does with the measurement.
         shrinkage: lambda at the start, > 0, one number or one per fold; large values throw a pretrained flow off the map.
-        start: "flow" (g(0), kept as a learned image) or "adjoint" (A^T y).
+        start: "flow" (g(0), kept as a learned image), "adjoint" (A^T y) or "fbp" (filtered backprojection, of tomography).
         shrink_last: shrink in the last fold too.
         final_data_step: one more data step after the last prox, with a weight of its own. With an exact measurement it
             returns the measured pixels, so that the last prox is free to change them.
@@ -113,8 +113,8 @@ class Unfolded(Pretrained, Specified, Reconstructor):
         super().__init__()
         if not proxes:
             raise ValueError("proxes is empty; pass one prox per fold")
-        if start not in ("flow", "adjoint"):
-            raise ValueError(f"start must be 'flow' or 'adjoint', got {start!r}")
+        if start not in ("flow", "adjoint", "fbp"):
+            raise ValueError(f"start must be 'flow', 'adjoint' or 'fbp', got {start!r}")
         conditioning = conditioning or Conditioning()
         conditioning.fit(proxes)
         if conditioning.latent_mean is not None and not shrink_last:
@@ -131,6 +131,7 @@ class Unfolded(Pretrained, Specified, Reconstructor):
         self.shrink_last = shrink_last
         self.operator = operator
         self.latent_mean = conditioning.latent_mean
+        self.starts_with_fbp = start == "fbp"
         self.start_image = None
         if start == "flow":
             if not isinstance(proxes[0], FlowProx):
@@ -180,7 +181,7 @@ class Unfolded(Pretrained, Specified, Reconstructor):
 
     def _folds(self, y: Tensor, operators: Sequence[LinearPhysics], adjoint: Tensor) -> list[Tensor]:
         """``iterates`` for sides that ``divisor`` divides."""
-        x = self._start(adjoint)
+        x = filtered_backprojection(y, operators[0]) if self.starts_with_fbp else self._start(adjoint)
         images = [x]
         sigma = None if self.levels is None else noise_level(operators[0], x).clamp(max=self.levels[-1])
         weights, steps = self._scalars(self.log_data_weight, sigma), self._scalars(self.log_shrinkage, sigma)
@@ -188,7 +189,7 @@ class Unfolded(Pretrained, Specified, Reconstructor):
         for k, prox in enumerate(self.proxes):
             # Eq. (8) with the sign of descent
             v = self.data_step(x, y, operators[k], weights[k])
-            if k == 0 and self.latent_mean is not None:
+            if self.latent_mean is not None and (k == 0 or self.latent_mean.every_fold):
                 means = self.latent_mean.of_measurement(v, operators[0], sigma)
             last = k == len(self.proxes) - 1
             step = steps[k] if self.shrink_last or not last else torch.zeros_like(steps[k])
