@@ -1,6 +1,6 @@
-"""Random phantoms to train on where no medical images may be had: nested ellipses with soft edges and smooth texture, gray PNGs.
+"""Random phantoms to train on where no medical images may be had: nested ellipses with texture, gray PNGs.
 
-    python recipes/medical/phantoms.py runs/phantoms --n 400 --size 256 --seed 0
+python recipes/medical/phantoms.py runs/phantoms --n 400 --size 256 --seed 0
 """
 
 from __future__ import annotations
