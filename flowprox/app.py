@@ -21,6 +21,7 @@ from torch import Tensor
 from flowprox.checkpoints import load_model
 from flowprox.data import load_image
 from flowprox.methods import make_method
+from flowprox.naming import require_package
 from flowprox.operators import Problem, make_physics
 from flowprox.restoration import Restored, restore
 from flowprox.samples import SAMPLES_FOLDER
@@ -165,10 +166,7 @@ def make_page() -> Any:
     Raises:
         ImportError: gradio is not installed.
     """
-    try:
-        import gradio as gr  # pyright: ignore[reportMissingImports]
-    except ModuleNotFoundError as error:
-        raise ImportError("flowprox app needs gradio: pip install gradio, or flowprox with its extra app") from error
+    gr: Any = require_package("gradio", "gradio", "flowprox app", extra="app")
     sample = Image.fromarray(_pixels(load_image(SAMPLES_FOLDER / "chelsea.png", channels=3)))
     with gr.Blocks(title="flowprox", analytics_enabled=False) as page, gr.Row():
         with gr.Column():

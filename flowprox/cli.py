@@ -29,7 +29,7 @@ from jsonargparse import ArgumentParser
 from flowprox import __version__
 from flowprox.commands import COMMANDS, Command
 from flowprox.commands.terminal import check_yaml, find_recipe
-from flowprox.naming import nearest, printable
+from flowprox.naming import nearest, printable, require_package
 from flowprox.options import EvaluatedMethod, EvaluatedProblem, ImageOptions, ScaleOptions
 
 __all__ = ["main"]
@@ -154,10 +154,7 @@ def _show_warning(message: Warning | str, *place: object) -> None:
 
 
 def _print_completion(shell: str) -> int:
-    try:
-        import shtab
-    except ModuleNotFoundError as error:
-        raise ImportError("--print-completion needs the package shtab: pip install shtab") from error
+    shtab = require_package("shtab", "shtab", "--print-completion", extra="completion")
     if shell not in shtab.SUPPORTED_SHELLS:
         raise ValueError(f"unknown shell {shell!r}; {nearest(shell, shtab.SUPPORTED_SHELLS)}")
     print(shtab.complete(make_parser(), shell))

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
 import inspect
 import math
 from collections.abc import Iterable, Mapping
+from importlib.metadata import requires
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flowprox.files import first_line
@@ -55,6 +58,21 @@ def printable(text: str) -> str:
         'a\\x1b[31m b'
     """
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+
+
+def require_package(module: str, package: str, needed_for: str, extra: str | None = None) -> ModuleType:
+    """Import ``module``, or raise ``ImportError`` with one line that names the package, and the extra that has it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+            raise
+        wanted = [
+            r.partition(";")[0].strip() for r in requires("flowprox") or () if extra and f"extra == '{extra}'" in r
+        ]
+        install = " ".join(f"'{one}'" for one in wanted) or package  # works in a clone and outside of one
+        install += f" (the extra {extra})" if extra else ""
+        raise ImportError(f"{needed_for} needs the package {package}: pip install {install}") from error
 
 
 def require_device(device: str | torch.device) -> torch.device:

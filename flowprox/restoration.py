@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowprox.checkpoints import load_model
-from flowprox.data import load_image, picture_form
+from flowprox.data import ARRAY_SUFFIXES, load_image, load_measurement, picture_form, suffix_of
 from flowprox.data.files import as_pil, form_of_pil, from_pil
 from flowprox.estimates import calibration_of, doubts_of, estimate
 from flowprox.flows import Flow
@@ -45,7 +45,8 @@ class Restored:
     """A restored picture; notebooks show it.
 
     Arguments:
-        image: of the kind that was given (a path gives a PIL image), whole numbers rounded, floats not clipped.
+        image: of the kind that was given, whole numbers rounded, floats not clipped; a path gives a PIL image, that
+            of an array a tensor.
         x_hat: the same as a tensor (C, H, W), not clipped.
         y: what was given, likewise.
         x: the truth, if it was given.
@@ -216,6 +217,8 @@ def _method(network: Any, trained: dict[str, Any], operator: Problem, device: st
 def _as_tensor(picture: Picture, name: str) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """A picture as (C, H, W) in [0, 1], and the way back for a result (C, H, W) on the CPU."""
     if isinstance(picture, str | os.PathLike):
+        if suffix_of(picture) in ARRAY_SUFFIXES:
+            return _as_tensor(load_measurement(picture), name)
         return load_image(Path(picture)), partial(as_pil, form=picture_form(Path(picture)))
     if isinstance(picture, Image.Image):
         return from_pil(picture, name), partial(as_pil, form=form_of_pil(picture))

@@ -24,7 +24,8 @@ import torch
 from deepinv.physics import Inpainting, LinearPhysics
 from torch import Tensor, nn
 
-from flowprox.baselines.shared import Baseline, require_package
+from flowprox.baselines.shared import Baseline
+from flowprox.naming import require_package
 from flowprox.noise import noise_level
 from flowprox.operators import filtered_backprojection
 

@@ -1,10 +1,6 @@
-"""What the methods share: checks of what they are given, the norm of an operator, optional packages."""
+"""What the methods share: checks of what they are given, the norm of an operator."""
 
 from __future__ import annotations
-
-import importlib
-from importlib.metadata import requires
-from types import ModuleType
 
 import torch
 from deepinv.models import Reconstructor
@@ -56,17 +52,3 @@ def require_count(name: str, value: int) -> None:
     """Raise ``ValueError`` unless a number of iterations or the like is at least 1."""
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def require_package(module: str, package: str, needed_for: str, extra: str | None = None) -> ModuleType:
-    """Import ``module``, or raise ``ImportError`` with one line that names the package, and the extra that has it."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
-            raise
-        wanted = [
-            r.partition(";")[0].strip() for r in requires("flowprox") or () if extra and f"extra == '{extra}'" in r
-        ]
-        install = " ".join(f"'{one}'" for one in wanted) or package  # works in a clone and outside of one
-        raise ImportError(f"{needed_for} needs the package {package}: pip install {install}") from error

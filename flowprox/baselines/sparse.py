@@ -24,13 +24,8 @@ from deepinv.physics import LinearPhysics
 from scipy.fft import dct
 from torch import Tensor
 
-from flowprox.baselines.shared import (
-    Baseline,
-    require_count,
-    require_package,
-    require_weight,
-    squared_norm,
-)
+from flowprox.baselines.shared import Baseline, require_count, require_weight, squared_norm
+from flowprox.naming import require_package
 from flowprox.prox import soft_threshold
 
 _ON_THE_WAY = 0.3  # tolerance of the weights before the last one; a tighter one wastes iterations

@@ -17,6 +17,7 @@ from flowprox.commands.terminal import (
     list_recipes,
     print_table,
 )
+from flowprox.naming import require_package
 
 if TYPE_CHECKING:
     from flowprox.checkpoints import Card
@@ -155,14 +156,11 @@ def _onnx(program: Any, names: list[str]) -> bytes:
     """The program as one file for onnxruntime, weights inside."""
     import torch
 
-    try:
-        from onnxscript.optimizer import optimize  # pyright: ignore[reportMissingImports]
-    except ModuleNotFoundError as error:
-        raise ImportError("export to .onnx needs the package onnxscript: pip install onnxscript") from error
+    optimizer: Any = require_package("onnxscript.optimizer", "onnxscript", "export to .onnx", extra="onnx")
     exported = torch.onnx.export(program, input_names=names, dynamo=True, verbose=False)
     assert exported is not None
     large = 2**20  # entries: maps of whole numbers are folded too, for which a browser has no kernels
-    return optimize(exported.model_proto, input_size_limit=large, output_size_limit=large).SerializeToString()
+    return optimizer.optimize(exported.model_proto, input_size_limit=large, output_size_limit=large).SerializeToString()
 
 
 def push(model: str, repository: str, private: bool = True, revision: str | None = None) -> None:

@@ -25,7 +25,8 @@ class ReconstructOptions:
     """What to reconstruct, with what, from what.
 
     Arguments:
-        inputs: image files, measured arrays (.npy), folders of either; before an option of several words, or after "--".
+        inputs: image files, slices (.dcm, .nii, TIFF), measured arrays (.npy, .mat, .h5), folders of these; before an option
+            of several words, or after "--".
         out: folder to fill: images, measurements, records.jsonl with the figures, and from posterior the deviations.
         model: the trained network: a shipped model (see "flowprox models"), a folder, or hf:ORG/NAME. Alone it means
             method unfolded.

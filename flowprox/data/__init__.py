@@ -5,18 +5,35 @@ never waits for files; an image that cannot be read stops it with the file's nam
 """
 
 from flowprox.data.datasets import IMAGE_SUFFIXES, ImageDataset, split_indices
-from flowprox.data.files import PictureForm, load_array, load_image, load_measurement, picture_form, save_image
+from flowprox.data.files import (
+    ARRAY_SUFFIXES,
+    SCAN_SUFFIXES,
+    PictureForm,
+    Stack,
+    load_array,
+    load_image,
+    load_measurement,
+    load_stack,
+    picture_form,
+    save_image,
+    suffix_of,
+)
 from flowprox.data.sampler import ResumableSampler
 
 __all__ = [
+    "ARRAY_SUFFIXES",
     "IMAGE_SUFFIXES",
+    "SCAN_SUFFIXES",
     "ImageDataset",
     "PictureForm",
     "ResumableSampler",
+    "Stack",
     "load_array",
     "load_image",
     "load_measurement",
+    "load_stack",
     "picture_form",
     "save_image",
     "split_indices",
+    "suffix_of",
 ]

@@ -8,42 +8,60 @@ array larger than the free memory, a pipe or a device is refused before it is re
 from __future__ import annotations
 
 import io
+import math
 import os
 import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import tifffile
 import torch
+from deepinv.utils.io import load_dicom, load_ismrmrd_raw, load_mat
 from PIL import ExifTags, Image, ImageCms, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_png
 
-from flowprox.files import atomic_write
+from flowprox.files import atomic_write, first_line
+from flowprox.naming import require_package
 from flowprox.operators.sensing import check_free
 
+if TYPE_CHECKING:
+    import h5py
+
 __all__ = [
+    "ARRAY_SUFFIXES",
+    "SCAN_SUFFIXES",
     "PictureForm",
+    "Stack",
     "StrPath",
     "as_float",
     "fitted",
     "load_array",
     "load_image",
     "load_measurement",
+    "load_stack",
     "picture_form",
     "read_file",
     "save_image",
+    "suffix_of",
 ]
 
 StrPath = str | PathLike[str]
 
+ARRAY_SUFFIXES = (".npy", ".mat", ".h5", ".hdf5", ".mrd")
+SCAN_SUFFIXES = (".dcm", ".nii", ".nii.gz")
+
 _MAX_PIXELS = 89_478_485
+_NO_IMAGE = (
+    "its content is of no image format; what scanners write is read under its own suffix, with the extra files: "
+    f"{' '.join(SCAN_SUFFIXES)} {' '.join(ARRAY_SUFFIXES[1:])}"
+)
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
 _ORIENTATION, _DEPTH = ExifTags.Base.Orientation, 258  # tags of EXIF and of TIFF
 
@@ -53,7 +71,8 @@ def load_image(path: StrPath, channels: int | None = None) -> Tensor:
 
     It is turned upright (EXIF) and converted to sRGB if it carries another color profile. Transparent pixels are put on white.
     Files of 16 bits keep their precision, color ones only where they need no turning and no conversion; a TIFF of floats
-    must hold values in [0, 1]. Of several pages the first is read, with a warning.
+    must hold values in [0, 1]. Of several pages the first is read, with a warning. DICOM and NIfTI of one slice are read as
+    ``load_stack`` does.
 
     Arguments:
         path: image file.
@@ -61,10 +80,13 @@ def load_image(path: StrPath, channels: int | None = None) -> Tensor:
 
     Raises:
         FileNotFoundError: no such file.
+        ImportError: DICOM or NIfTI without the package that reads it.
         ValueError: not an image, damaged, too large, or values outside [0, 1]; the message names the file.
     """
     if channels not in (None, 1, 3):
         raise ValueError(f"channels must be 1 (gray), 3 (color) or None (as in the file), got {channels}")
+    if suffix_of(path) in SCAN_SUFFIXES:
+        return _only_slice(path, channels)
     content = read_file(Path(path))
     image, deep = _open(content, str(path)), _deep_color(content)
     x = from_pil(image, str(path)) if deep is None else deep
@@ -91,6 +113,8 @@ class PictureForm(NamedTuple):
 
 def picture_form(path: StrPath) -> PictureForm:
     """How the picture in a file is stored, for one that takes its place; errors as in ``load_image``."""
+    if suffix_of(path) in SCAN_SUFFIXES:
+        return PictureForm(16)
     content = read_file(Path(path))
     form = form_of_pil(_open(content, str(path)))
     return form if _deep_color(content) is None else form._replace(bits=16)
@@ -154,7 +178,8 @@ def load_measurement(path: StrPath, channels: int | None = None) -> Tensor:
     """Read a measurement as float32 (B, C, H, W), in the units of images in [0, 1].
 
     Arguments:
-        path: .npy array of floats, (H, W), (C, H, W) or (B, C, H, W), or an image file. Noise may leave [0, 1].
+        path: an array of floats, (H, W), (C, H, W) or (B, C, H, W), in an .npy, .mat or HDF5 file, or an image file. Noise may
+            leave [0, 1]. Of the latter two (B, H, W) will do; MATLAB has colors and slices last.
         channels: the number of channels that the model takes; None accepts 1 or 3.
 
     Raises:
@@ -162,7 +187,9 @@ def load_measurement(path: StrPath, channels: int | None = None) -> Tensor:
         ValueError: not an array, of objects or whole numbers, NaN, wrong dimensions or channels, values beyond 10.
     """
     file, name = Path(path), str(path)
-    y = torch.from_numpy(_read_array(file)) if file.suffix.lower() == ".npy" else load_image(file)
+    y = torch.from_numpy(_read_array(file, "f")) if suffix_of(file) in ARRAY_SUFFIXES else load_image(file)
+    if y.ndim == 3 and y.shape[0] not in (1, 3) and suffix_of(file) != ".npy":
+        y = y[:, None]
     if y.ndim == 2:
         y = y[None]
     if y.ndim == 3 and y.shape[0] not in (1, 3) and y.shape[-1] in (1, 3):
@@ -186,15 +213,16 @@ def load_array(path: StrPath, shape: Sequence[int]) -> Tensor:
     """Read measurements that are no pictures, such as those of compressed sensing or k-space, as float32 (B, *shape).
 
     Arguments:
-        path: .npy array of floats, of ``shape`` or (B, *shape).
+        path: an array of floats, of ``shape`` or (B, *shape), in an .npy, .mat or HDF5 file; complex numbers, as of k-space,
+            become two channels. Of ISMRMRD the lines of k-space are put on their grid, slice by slice.
         shape: of one measurement.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not an array, of objects or whole numbers, NaN, another shape.
     """
-    y = torch.from_numpy(_read_array(Path(path)))
-    wanted = tuple(shape)
+    y, wanted = torch.from_numpy(_read_array(Path(path), "fc")), tuple(shape)
+    y = torch.view_as_real(y).movedim(-1, -len(wanted)) if y.is_complex() else y
     y = y[None] if tuple(y.shape) == wanted else y
     if tuple(y.shape[1:]) != wanted or len(y) == 0:
         raise ValueError(
@@ -269,7 +297,7 @@ def _open(content: bytes, name: str) -> Image.Image:
         return _in_srgb(ImageOps.exif_transpose(image), name)
     # Pillow's decoders raise all of these for damaged files
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = "its content is of no image format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        reason = _NO_IMAGE if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise ValueError(f"{name} cannot be read as an image ({reason})") from error
 
 
@@ -369,14 +397,113 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
+# What scanners write --------------------------------------------------------------------------------------------------
+
+
+class Stack(NamedTuple):
+    """The pictures of one file, and what they are in it.
+
+    Arguments:
+        slices: (N, C, H, W) in [0, 1].
+        low, high: the values in the file that 0 and 1 stand for.
+        affine: (4, 4), from voxels to millimetres, of NIfTI; None of other files.
+    """
+
+    slices: Tensor
+    low: float
+    high: float
+    affine: np.ndarray | None = None
+
+
+def load_stack(path: StrPath) -> Stack | None:
+    """Read the slices of a DICOM or NIfTI file, or the pages of a TIFF that has several; None of any other file.
+
+    Values that do not lie in [0, 1] are brought there: whole numbers of a TIFF by the largest of their type, all others by the
+    range of the file's values. DICOM is rescaled to its units first. Slices of NIfTI lie along its third axis.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ImportError: the package that reads it is not installed; the message names it and the extra.
+        ValueError: damaged, or NaN; the message names the file.
+    """
+    file, suffix = Path(path), suffix_of(path)
+    if suffix not in (*SCAN_SUFFIXES, ".tif", ".tiff"):
+        return None
+    content, affine, largest = io.BytesIO(read_file(file)), None, None
+    if suffix == ".dcm":
+        require_package("pydicom", "pydicom", file.name, extra="files")
+        x = np.asarray(_told(file, "DICOM", lambda: load_dicom(str(file), as_tensor=False, apply_rescale=True)))
+        is_color = x.ndim > 2 and x.shape[-1] == 3
+    elif suffix in SCAN_SUFFIXES:
+        nibabel = require_package("nibabel", "nibabel", file.name, extra="files")
+        image = _told(file, "NIfTI", lambda: nibabel.load(file))
+        x = _told(file, "NIfTI", lambda: image.get_fdata(dtype=np.float32))
+        x, affine, is_color = np.moveaxis(x.reshape(*x.shape[:2], -1), -1, 0), image.affine, False
+    else:
+        with tifffile.TiffFile(content) as pages:
+            if len(pages.series[0].pages) == 1:
+                return None
+            x, is_color = pages.asarray(), pages.series[0].axes.endswith("S")
+        largest = np.iinfo(x.dtype).max if x.dtype.kind in "iu" else None
+    x = np.moveaxis(x[..., :3], -1, -3) if is_color else x[..., None, :, :]
+    slices = torch.from_numpy(x.reshape(-1, *x.shape[-3:]).astype(np.float32))
+    _check_finite(slices, str(path))
+    low, high = (0.0, float(largest)) if largest else (float(slices.min()), float(slices.max()))
+    low, high = (0.0, 1.0) if 0 <= low and high <= 1 else (low, high)
+    return Stack((slices - low) / ((high - low) or 1.0), low, high, affine)
+
+
+def _only_slice(path: StrPath, channels: int | None) -> Tensor:
+    stack = load_stack(path)
+    assert stack is not None
+    x = stack.slices
+    if len(x) > 1:
+        raise ValueError(f"{path} holds {len(x)} slices; flowprox reconstruct takes them all, load_stack reads them")
+    if channels == 1 and x.shape[1] == 3:
+        return (x[0] * torch.tensor(_LUMA).view(3, 1, 1)).sum(0, keepdim=True)
+    return x[0].expand(channels or x.shape[1], -1, -1)
+
+
+def suffix_of(path: StrPath) -> str:
+    """The suffix in small letters, that of a packed NIfTI whole."""
+    name = Path(path).name.lower()
+    return ".nii.gz" if name.endswith(".nii.gz") else Path(name).suffix
+
+
+_Content = TypeVar("_Content")
+
+
+def _told(path: Path, form: str, read: Callable[[], _Content]) -> _Content:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of what deepinv calls in pydicom
+            return read()
+    except MemoryError:
+        raise
+    except Exception as error:  # each of these readers raises its own for damaged files, many of them a plain Exception
+        raise ValueError(f"{path} cannot be read as {form} ({first_line(error)})") from error
+
+
 # Arrays --------------------------------------------------------------------------------------------------------------
 
 
-def _read_array(path: Path) -> np.ndarray:
+def _read_array(path: Path, kinds: str) -> np.ndarray:
+    """The array of floats ("f") or complex numbers ("c") in a file."""
     if not path.exists():
         raise FileNotFoundError(f"no file {str(path)!r}; check the path")
     if not path.is_file():
         raise ValueError(f"{path} is no regular file; give an .npy file")
+    array = _read_npy(path) if suffix_of(path) == ".npy" else _read_named(path)
+    if array.dtype.kind not in kinds:
+        raise ValueError(
+            f"{path} holds {array.dtype}; a measurement holds floats in the units of images in [0, 1]: "
+            "divide 8-bit values by 255 and save as float32"
+        )
+    check_free(4 * array.size, str(path))
+    return np.array(array, dtype=np.complex64 if array.dtype.kind == "c" else np.float32, order="C")
+
+
+def _read_npy(path: Path) -> np.ndarray:
     try:
         array = np.load(
             path, mmap_mode="r", allow_pickle=False
@@ -387,13 +514,45 @@ def _read_array(path: Path) -> np.ndarray:
         ) from error
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{path} is an .npz archive; give one array written with numpy.save")
-    if array.dtype.kind != "f":
-        raise ValueError(
-            f"{path} holds {array.dtype}; a measurement holds floats in the units of images in [0, 1]: "
-            "divide 8-bit values by 255 and save as float32"
-        )
-    check_free(4 * array.size, str(path))
-    return np.array(array, dtype=np.float32, order="C")
+    return array
+
+
+def _read_named(path: Path) -> np.ndarray:
+    """The array of a MAT or HDF5 file: its only one, or the one called kspace; slices first."""
+    import h5py
+
+    if not h5py.is_hdf5(path):
+        return _slices_first(_one_of(_told(path, "MAT", lambda: load_mat(str(path))), path))
+    if suffix_of(path) == ".mat":  # of MATLAB 7.3
+        require_package("mat73", "mat73", path.name, extra="files")
+        return _slices_first(_one_of(_told(path, "MAT", lambda: load_mat(str(path), mat73=True)), path))
+    with h5py.File(path) as file:
+        if "dataset/xml" not in file:
+            arrays: dict[str, h5py.Dataset] = {}
+            file.visititems(lambda name, item: arrays.update({name: item}) if isinstance(item, h5py.Dataset) else None)
+            array = _one_of(arrays, path)
+            check_free(math.prod(array.shape) * array.dtype.itemsize, str(path))
+            return array[()]
+    require_package("ismrmrd", "ismrmrd", path.name, extra="files")
+    lines = _told(path, "ISMRMRD", lambda: load_ismrmrd_raw(str(path), ifft_slice_dim=True))
+    y = lines[0].movedim(2, 0)  # (D, 2, n_coils, H, W)
+    return (y[:, :, 0] if y.shape[2] == 1 else y).numpy()
+
+
+def _one_of(arrays: Mapping[str, h5py.Dataset] | Mapping[str, np.ndarray], path: Path) -> h5py.Dataset | np.ndarray:
+    found = {name: a for name, a in arrays.items() if hasattr(a, "dtype")}  # MATLAB files also hold text
+    numbers = {name: a for name, a in found.items() if a.dtype.kind in "fciu" and math.prod(a.shape) > 1}
+    if "kspace" in numbers:
+        return numbers["kspace"]
+    if len(numbers) != 1:
+        listed = ", ".join(f"{name} {a.shape}" for name, a in numbers.items()) or "none"
+        raise ValueError(f"{path} must hold one array, or one called kspace; it holds {listed}")
+    return next(iter(numbers.values()))
+
+
+def _slices_first(array: h5py.Dataset | np.ndarray) -> np.ndarray:
+    """MATLAB has them last, as it has colors."""
+    return np.asarray(array if array.ndim < 3 else np.moveaxis(np.asarray(array), -1, 0))
 
 
 def _check_shape(x: Tensor, name: str, n_dims: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,17 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from flowprox.data import IMAGE_SUFFIXES, PictureForm, picture_form, save_image
+from flowprox.data import (
+    ARRAY_SUFFIXES,
+    IMAGE_SUFFIXES,
+    SCAN_SUFFIXES,
+    PictureForm,
+    Stack,
+    load_stack,
+    picture_form,
+    save_image,
+    suffix_of,
+)
 from flowprox.files import atomic_write, remove_temporaries
 from flowprox.records import UNFINISHED, Record, RecordWriter, read_records, write_records
 
@@ -25,10 +36,11 @@ __all__ = [
     "write_array",
     "write_deviation",
     "write_picture",
+    "write_volumes",
 ]
 
 _USUAL = PictureForm()
-ARRAY = ".npy"
+ARRAY, VOLUME = ".npy", ".nii.gz"
 RECORDS = "records.jsonl"
 _FOLDERS = ("", "measurements", "deviations", "lower", "upper", "half-widths")
 
@@ -41,11 +53,19 @@ class Input(NamedTuple):
     is_measurement: bool
     index: int | None = None  # within a batch of measurements, of which
     part: Tensor | None = None  # this is the one
+    stack: Stack | None = None  # or of slices
+
+    @property
+    def is_picture(self) -> bool:
+        """Whether it is a picture or a slice, not an array."""
+        return self.part is None or self.stack is not None
 
     @property
     def form(self) -> PictureForm:
         """How the file's picture is stored; of an array, the usual."""
-        return PictureForm() if self.part is not None else picture_form(self.path)
+        if self.part is None:
+            return picture_form(self.path)
+        return PictureForm(8 if self.stack is None else 16)
 
     @property
     def label(self) -> str:
@@ -59,7 +79,7 @@ def list_inputs(
     """The images of all inputs, each with a name of its own.
 
     Arguments:
-        inputs: image files, arrays (.npy) and folders of either.
+        inputs: image files, stacks of slices, arrays and folders of these.
         measured: image files are measurements.
         load_batch: reads an array of measurements, (B, ...).
         names: label of an input -> the name it has already.
@@ -67,12 +87,14 @@ def list_inputs(
     images: dict[str, Input] = {}
     taken = {name.casefold() for name in names.values()}
     for path in (file for given in inputs for file in _files(Path(given))):
-        is_array = path.suffix.lower() == ARRAY
-        batch = load_batch(path) if is_array else None
+        is_array = suffix_of(path) in ARRAY_SUFFIXES
+        stack = None if is_array else load_stack(path)
+        batch = load_batch(path) if is_array else None if stack is None else stack.slices
+        stem = path.name[: -len(suffix_of(path)) or None]
         for i in range(1 if batch is None else len(batch)):
-            image = Input(path, path.stem, is_array or measured, part=batch)
+            image = Input(path, stem, is_array or measured, part=batch, stack=stack)
             if batch is not None and len(batch) > 1:
-                image = image._replace(name=f"{path.stem}-{i}", index=i, part=batch[i : i + 1])
+                image = image._replace(name=f"{stem}-{i}", index=i, part=batch[i : i + 1])
             if image.label not in images:
                 images[image.label] = image._replace(name=names.get(image.label) or _free_name(image.name, taken))
     if not images:
@@ -83,8 +105,8 @@ def list_inputs(
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    suffixes = IMAGE_SUFFIXES | {ARRAY}
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
+    suffixes = {*IMAGE_SUFFIXES, *ARRAY_SUFFIXES, *SCAN_SUFFIXES}
+    files = sorted(p for p in path.iterdir() if suffix_of(p) in suffixes and not p.name.startswith("."))
     if not files:
         raise ValueError(f"{path} holds no images; expected files ending in {' '.join(sorted(suffixes))}")
     return files
@@ -134,6 +156,8 @@ def results_folder(out: Path, overwrite: bool) -> Iterator[RecordWriter]:
     if overwrite:
         for record in earlier_records(out):
             remove_image(out, str(record["image"]))
+        for volume in out.glob(f"*{VOLUME}"):
+            volume.unlink()
         write_records(out / RECORDS, [])
     for name in _FOLDERS:
         remove_temporaries(out / name)
@@ -173,6 +197,25 @@ def write_deviation(std: Tensor, folder: Path, name: str) -> None:
     """Standard deviations or half-widths (C, H, W) as ``name.npy``, and as ``name.png``, where white is the highest."""
     save_image(std / std.max().clamp(min=1e-12), folder / f"{name}.png")
     write_array(std, folder, name)
+
+
+def write_volumes(images: Sequence[Input], out: Path) -> None:
+    """What was made of each NIfTI file as one again: in its units, and where its affine places it."""
+    for first in images:
+        stack = first.stack
+        if stack is None or stack.affine is None or first.index not in (None, 0):
+            continue
+        import nibabel  # pyright: ignore[reportMissingImports]
+
+        names = [image.name for image in images if image.path == first.path]
+        values = np.stack([np.load(out / f"{name}{ARRAY}").mean(0) for name in names], -1)
+        factors = [a / b for a, b in zip(stack.slices.shape[-2:], values.shape, strict=False)]  # of super-resolution
+        zoom = np.diag([*factors, 1.0, 1.0])
+        zoom[:2, 3] = [(factor - 1) / 2 for factor in factors]
+        values = values * (stack.high - stack.low) + stack.low
+        content = nibabel.Nifti1Image(values.astype(np.float32), stack.affine @ zoom).to_bytes()
+        with atomic_write(out / f"{first.name.removesuffix('-0')}{VOLUME}", "wb") as file:
+            file.write(gzip.compress(content))
 
 
 def write_array(x: Tensor, folder: Path, name: str) -> None:

@@ -45,6 +45,7 @@ from flowprox.reconstruction.files import (
     write_array,
     write_deviation,
     write_picture,
+    write_volumes,
 )
 from flowprox.records import Record
 from flowprox.uncertainty import Intervals
@@ -118,8 +119,8 @@ def reconstruct_files(
 
     Arguments:
         job: method, problem and settings.
-        inputs: image files, measured arrays (.npy; see ``flowprox.data.load_measurement``) and folders of either, whose
-            subfolders are not entered.
+        inputs: image files, stacks of slices (``flowprox.data.load_stack``), measured arrays
+            (``flowprox.data.load_measurement``, ``load_array``) and folders of these, whose subfolders are not entered.
         out: folder for the results, empty, or that of an earlier run of the same job, which is continued.
         overwrite: remove the images of an earlier job from it and begin anew.
         console: for the progress; None shows none.
@@ -183,6 +184,7 @@ def reconstruct_files(
                 raise _explained(
                     error, images[len(finished)].label, _progress(finished, images, out) if finished else ""
                 ) from error
+            write_volumes(images, out)
     return list(finished.values())
 
 
@@ -345,7 +347,9 @@ class _Task:
         if measured:
             self._check_operator_is_known()
             self._check_level_is_known()
-        self._assume(pictures=[image for image in images if image.part is None], measured=measured)
+        self._assume(pictures=[image for image in images if image.is_picture], measured=measured)
+        ranges = {image.path: image.stack for image in images if image.stack is not None and image.stack.high != 1}
+        self.assumed += [f"{path.name}: 0 is {s.low:g} in the file, 1 is {s.high:g}" for path, s in ranges.items()]
         for image in images:
             content, shape = self._read(image)
             if math.prod(content.shape) + sum(one.numel() for one in self._held.values()) < _HELD:
@@ -423,10 +427,12 @@ class _Task:
 
     def _read(self, image: Input) -> tuple[Tensor, tuple[int, ...]]:
         """The input (1, ...), and the shape (C, H, W) of the image that is to be found."""
-        if image.part is not None and not self.kind.measures_pictures:
+        if not image.is_picture and image.part is not None and not self.kind.measures_pictures:
             return image.part, self._hidden_shape(image.label)
         if image.is_measurement and not self.kind.measures_pictures:
-            raise ValueError(f"{image.path}: measurements of {self.problem.name} are arrays; give an .npy file")
+            raise ValueError(
+                f"{image.path}: measurements of {self.problem.name} are arrays; give an .npy, .mat or .h5 file"
+            )
         content = image.part if image.part is not None else self._held.pop(image.label, None)
         content = load_image(image.path)[None] if content is None else content
         n_channels, height, width = content.shape[1:]

@@ -26,6 +26,7 @@ from deepinv.physics import Physics
 from torch import Tensor
 
 from flowprox.flows import Flow, frozen
+from flowprox.naming import require_package
 from flowprox.noise import noise_density
 from flowprox.solvers.problem import LatentProblem
 
@@ -163,15 +164,10 @@ def importance_samples(
 
 def _smoothed(log_ratios: Tensor) -> tuple[Tensor, Tensor]:
     """Pareto-smoothed weights (n, B) of sum 1, and k-hat (B,)."""
-    try:
-        from arviz_stats.base.array import array_stats
-    except ImportError as error:
-        raise ImportError(
-            "Pareto-smoothed weights need arviz-stats: pip install 'flowprox[posterior]'", name=error.name
-        ) from error
+    module = require_package("arviz_stats.base.array", "arviz-stats", "Pareto smoothing of weights", extra="posterior")
     if not torch.isfinite(log_ratios).all():
         raise ValueError("a weight is not finite: the proposal has samples of which the posterior knows no density")
     # it takes log-likelihoods that are left out, whose weights are the inverse
-    smoothed, k_hat = array_stats.psislw(-log_ratios.T.cpu().numpy())
+    smoothed, k_hat = module.array_stats.psislw(-log_ratios.T.cpu().numpy())
     log_weights = torch.as_tensor(smoothed).T.to(log_ratios)
     return torch.softmax(log_weights, 0), torch.as_tensor(k_hat).reshape(-1).to(log_ratios)
