@@ -994,7 +994,7 @@ class _Client(ModuleType):
         super().__init__("client")
         self.__spec__ = ModuleSpec("client", None)
         self.calls: list[tuple[str, Any]] = []
-        self.Image = list
+        self.Image = lambda pixels: pixels
         self.info = SimpleNamespace(run_id="id")
 
     def __getattr__(self, name: str) -> Any:
@@ -1018,6 +1018,9 @@ def test_loggers_by_name_get_figures_and_samples_and_go_on(
     for client in (wandb, mlflow):
         names = [name for name, _ in client.calls]
         assert {"finish", "set_terminated"} & {*names} and len(names) >= 8
+    pictures = [given[0]["samples"] for name, given in wandb.calls if name == "log" and "samples" in given[0]]
+    pictures += [given[1] for name, given in mlflow.calls if name == "log_image"]
+    assert len(pictures) == 4 and all(picture.dtype == "uint8" and picture.max() > 1 for picture in pictures)
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match="logger wandb needs the package wandb: pip install wandb"):
         fit(partial(_Scripted, {}), data(images), options(max_steps=1, loggers=["wandb"]), tmp_path / "other")

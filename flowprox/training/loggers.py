@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from flowprox.naming import Values
@@ -75,7 +76,7 @@ class _WandB(Logger):
         self.run.log(dict(values), step=step)
 
     def picture(self, x: Tensor, step: int) -> None:
-        self.run.log({"samples": self.module.Image(x.permute(1, 2, 0).numpy())}, step=step)
+        self.run.log({"samples": self.module.Image(_pixels(x))}, step=step)
 
     def close(self) -> None:
         self.run.finish()
@@ -83,6 +84,7 @@ class _WandB(Logger):
 
 class _MLflow(Logger):
     def __init__(self, folder: Path, recipe: Values, rows: Sequence[Values]) -> None:
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # a folder; MLflow would rather have a database
         module: Any = importlib.import_module("mlflow")
         place = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlflow").resolve().as_uri()
         self.client: Any = module.MlflowClient(place)
@@ -93,10 +95,15 @@ class _MLflow(Logger):
             self.client.log_metric(self.run, name, value, step=step)
 
     def picture(self, x: Tensor, step: int) -> None:
-        self.client.log_image(self.run, x.permute(1, 2, 0).numpy(), key="samples", step=step)
+        self.client.log_image(self.run, _pixels(x), key="samples", step=step)
 
     def close(self) -> None:
         self.client.set_terminated(self.run)
+
+
+def _pixels(x: Tensor) -> np.ndarray:
+    """Whole numbers (H, W, C): Weights & Biases takes floats for those."""
+    return (x * 255).round().byte().permute(1, 2, 0).numpy()
 
 
 _LOGGERS: dict[str, type[Logger]] = {"tensorboard": _TensorBoard, "csv": _CSV, "wandb": _WandB, "mlflow": _MLflow}
