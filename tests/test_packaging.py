@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from flowprox import __version__, list_models
+from flowprox.cli import main
+from flowprox.data import save_image
+from flowprox.samples import SAMPLES_FOLDER
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,3 +33,28 @@ def test_the_project_says_what_it_is() -> None:
 def test_the_weights_have_their_terms() -> None:
     terms = (ROOT / "LICENSES" / "LicenseRef-flowprox-weights.txt").read_text(encoding="utf-8")
     assert list_models() and all(name in terms for name in ("CelebA", "BSDS500", "MNIST"))
+
+
+SMOKE = {
+    "evaluate": '--scale smoke --n_pictures 0 --problems [{"name":"inpainting"}]',
+    "train-flow": "--training.max_steps 1 --training.batch_size 2 --training.precision 32 --data.image_size 32",
+}
+"""Command -> what makes it short; the demo is one of ``.ci/run``."""
+
+
+def test_every_command_of_the_readme_runs_in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FOLDER").mkdir()
+    (tmp_path / "photo.jpg").write_bytes((SAMPLES_FOLDER / "coffee.png").read_bytes())
+    for i in range(24):  # some of them validate
+        save_image(torch.rand(3, 64, 64), tmp_path / "FOLDER" / f"{i}.png")
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    commands = [
+        line.partition(" #")[0] for block in blocks for line in block.splitlines() if line.startswith("flowprox ")
+    ]
+    names = [command.split()[1] for command in commands]
+    assert names == ["reconstruct", "evaluate", "report", "train-flow"]
+    for name, command in zip(names, commands, strict=True):
+        head, inputs, files = command.partition(" -- ")
+        assert main(f"{head} {SMOKE.get(name, '')}{inputs}{files}".split()[1:]) == 0, command
+    assert (tmp_path / "clean" / "photo.png").exists() and (tmp_path / "runs" / "table1" / "report.html").exists()
