@@ -36,7 +36,7 @@ def test_the_weights_have_their_terms() -> None:
 
 
 SMOKE = {
-    "evaluate": '--scale smoke --n_pictures 0 --problems [{"name":"inpainting"}]',
+    "evaluate": "--scale smoke --n_pictures 0",
     "train-flow": "--training.max_steps 1 --training.batch_size 2 --training.precision 32 --data.image_size 32",
 }
 """Command -> what makes it short; the demo is one of ``.ci/run``."""
