@@ -181,6 +181,13 @@ def test_ct_has_norm_one_and_its_adjoint_for_every_dtype_and_batch() -> None:
     assert x.norm() == pytest.approx(1.0, rel=0.01)
 
 
+def test_ct_is_not_rounded_where_training_rounds() -> None:
+    physics, x = make_physics("ct", (1, 8, 8), n_angles=6), torch.rand(2, 1, 8, 8, requires_grad=True)
+    exact = physics.A_adjoint(physics.A(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(physics.A_adjoint(physics.A(x)), exact, rtol=0, atol=0)
+
+
 def test_ct_sees_the_mass_of_the_image_at_every_angle() -> None:
     x = torch.zeros(1, 1, 16, 16)
     x[..., 6:11, 5:12] = torch.rand(5, 7)

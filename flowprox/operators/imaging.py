@@ -414,7 +414,8 @@ class _SparseProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, matrix: Tensor, transpose: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return (matrix @ x.flatten(0, -2).t().contiguous()).t().reshape(*x.shape[:-1], -1)
+        with torch.autocast(x.device.type, enabled=False):
+            return (matrix @ x.flatten(0, -2).t().contiguous()).t().reshape(*x.shape[:-1], -1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

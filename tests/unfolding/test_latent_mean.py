@@ -110,16 +110,19 @@ def test_the_mean_depends_on_the_measurement_alone_image_by_image(problem: str) 
     torch.testing.assert_close(model(changed, physics)[1:], both[1:], rtol=1e-4, atol=1e-5)
 
 
-def test_every_fold_shrinks_towards_its_own_mean() -> None:
+@pytest.mark.parametrize("every_fold", [False, True])
+def test_every_fold_shrinks_towards_its_own_mean(every_fold: bool) -> None:
     physics = make_physics("denoising", SHAPE)
     proxes = [glow_prox(), glow_prox()]
-    model = UnfoldedPGD(proxes, latent_mean=mean_net(n_folds=2), start="adjoint", shrinkage=0.5).eval()
-    with_means(model.latent_mean)
+    net = with_means(mean_net(n_folds=2, every_fold=every_fold))
+    model = UnfoldedPGD(proxes, latent_mean=net, start="adjoint", shrinkage=0.5).eval()
     y = physics(torch.rand(2, *SHAPE))
-    given = torch.cat([y - 0.5, torch.ones(2, 1, 16, 16)], dim=1)  # v of the first fold is y
-    first, second = model.latent_mean(given)  # type: ignore[misc]
+    first, second = net.of_measurement(y, physics, None)  # v of the first fold is y
     x = proxes[0](y, model.shrinkages[0], mean=first)
-    x = proxes[1](model.data_step(x, y, physics, model.step_sizes[1]), model.shrinkages[1], mean=second)
+    v = model.data_step(x, y, physics, model.step_sizes[1])
+    if every_fold:
+        _, second = net.of_measurement(v, physics, None)
+    x = proxes[1](v, model.shrinkages[1], mean=second)
     assert not torch.allclose(first, second)
     torch.testing.assert_close(model(y, physics), x, rtol=1e-4, atol=1e-5)
 

@@ -121,6 +121,15 @@ def test_hqs_with_a_small_penalty_is_the_inverse_of_the_operator() -> None:
     torch.testing.assert_close(model(physics.A(x), physics), x, rtol=0, atol=1e-4)
 
 
+def test_starts_at_filtered_backprojection_where_there_is_one() -> None:
+    physics = make_physics("ct", (1, 8, 8), n_angles=6)
+    y = physics(torch.rand(2, 1, 8, 8))
+    model = UnfoldedPGD([ResNetProx(n_channels=1, hidden_channels=4)], start="fbp").eval()
+    torch.testing.assert_close(model.iterates(y, physics)[0], physics.fbp(y))
+    with pytest.raises(ValueError, match="needs a tomography"):
+        model(torch.rand(1, 1, 8, 8), make_physics("denoising", (1, 8, 8)))
+
+
 def test_starts_at_the_most_likely_image_or_at_the_adjoint() -> None:
     physics = make_physics("inpainting", SHAPE, mask_size=3)
     prox = glow_prox()
