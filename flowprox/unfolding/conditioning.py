@@ -201,7 +201,7 @@ class _Residual(nn.Module):
 
 def _whole_numbers(name: str, values: object) -> list[int]:
     numbers = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else []
-    if not numbers or not all(isinstance(number, int) and number >= 1 for number in numbers):
+    if not numbers or not all(type(number) is int and number >= 1 for number in numbers):
         raise ValueError(f"{name} must be whole numbers, at least 1; got {values}")
     return numbers
 

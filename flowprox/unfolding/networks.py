@@ -115,6 +115,8 @@ class Unfolded(Pretrained, Specified, Reconstructor):
             raise ValueError("proxes is empty; pass one prox per fold")
         if start not in ("flow", "adjoint", "fbp"):
             raise ValueError(f"start must be 'flow', 'adjoint' or 'fbp', got {start!r}")
+        if not isinstance(operator, LinearPhysics | None):
+            raise ValueError(f"operator must be a linear physics or None, got {type(operator).__name__}")
         conditioning = conditioning or Conditioning()
         conditioning.fit(proxes)
         if conditioning.latent_mean is not None and not shrink_last:
@@ -123,7 +125,7 @@ class Unfolded(Pretrained, Specified, Reconstructor):
         self.data_step = data_step
         self.levels = conditioning.levels
         self.register_buffer("_levels", torch.tensor(self.levels or ()), persistent=False)
-        n_data_steps = len(proxes) + int(final_data_step)
+        n_data_steps = len(proxes) + bool(final_data_step)
         self.log_data_weight = _log_parameter(data_step.weight, n_data_steps, data_step.name, self.levels, power=0)
         self.log_shrinkage = _log_parameter(shrinkage, len(proxes), "shrinkage", self.levels, power=2)
         if not any(getattr(prox, "uses_step", True) for prox in proxes):

@@ -121,6 +121,11 @@ def test_hqs_with_a_small_penalty_is_the_inverse_of_the_operator() -> None:
     torch.testing.assert_close(model(physics.A(x), physics), x, rtol=0, atol=1e-4)
 
 
+def test_an_operator_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="operator must be a linear physics or None, got int"):
+        UnfoldedPGD([ResNetProx(hidden_channels=4)], start="adjoint", operator=3)  # type: ignore[arg-type]
+
+
 def test_starts_at_filtered_backprojection_where_there_is_one() -> None:
     physics = make_physics("ct", (1, 8, 8), n_angles=6)
     y = physics(torch.rand(2, 1, 8, 8))
