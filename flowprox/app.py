@@ -130,17 +130,26 @@ def _pixels(x: Tensor) -> np.ndarray:
     return (x.clamp(0, 1).movedim(0, -1) * 255).round().to(torch.uint8).numpy()
 
 
+def _shell(command: str) -> str:
+    lines = command.replace(" --", " \\\n    --")
+    return f"The same on the command line:\n```bash\n{lines}\n```"
+
+
 def _answers(drawn: Mapping[str, Any] | None, *choices: Any) -> Iterator[tuple[Any, ...]]:
     """What the page shows: again and again the loss while a solver works, at the end the result."""
     import gradio as gr  # pyright: ignore[reportMissingImports]
 
     task = Request(*choices)
     if drawn is None or drawn.get("background") is None:
-        raise gr.Error("give a picture first: a file, the clipboard or the webcam")
+        raise gr.Error("give a picture first: a file, the clipboard or the webcam", print_exception=False)
     picture, mask = _read(drawn, SIDES[task.method])
     if task.problem == "inpainting" and mask.all():
-        raise gr.Error("paint over what is to be filled in: choose the brush on the left of the picture")
+        raise gr.Error("paint over what is to be filled in, with the brush on the left", print_exception=False)
     losses: list[float] = []
+
+    def shown(value: object) -> Any:
+        return gr.update(value=value, visible=value is not None)
+
     started, curve = time.perf_counter(), None
     with ThreadPoolExecutor(1) as pool:
         job = pool.submit(task.run, picture, mask, losses)
@@ -148,16 +157,19 @@ def _answers(drawn: Mapping[str, Any] | None, *choices: Any) -> Iterator[tuple[A
             wait([job], timeout=0.5)
             if losses:
                 curve = pd.DataFrame({"evaluation": range(1, len(losses) + 1), "objective": losses})
-            yield gr.skip(), curve, gr.skip(), f"{time.perf_counter() - started:.0f} s", task.command
+            yield gr.skip(), shown(curve), shown(None), f"{time.perf_counter() - started:.0f} s", _shell(task.command)
         try:
             result = job.result()
         except (ArithmeticError, OSError, RuntimeError, ValueError) as error:
-            raise gr.Error(str(error)) from error
+            raise gr.Error(str(error), print_exception=False) from error
     notes = [result.problem, f"{picture.shape[1]}x{picture.shape[2]} pixels", f"{time.perf_counter() - started:.1f} s"]
     notes += [f"**{result.psnr:.2f} dB**"] if result.psnr is not None else []
     notes += [result.reason] if result.reason else []
     deviation = None if result.deviation is None else _pixels(result.deviation / result.deviation.max())
-    yield (_pixels(result.y), _pixels(result.x_hat)), curve, deviation, "; ".join(notes), task.command
+    if deviation is not None:
+        deviation = deviation.repeat(4, 0).repeat(4, 1)  # of 64 pixels
+    pictures = _pixels(result.y), _pixels(result.x_hat)
+    yield pictures, shown(curve), shown(deviation), "; ".join(notes), _shell(task.command)
 
 
 def make_page() -> Any:
@@ -170,14 +182,17 @@ def make_page() -> Any:
     sample = Image.fromarray(_pixels(load_image(SAMPLES_FOLDER / "chelsea.png", channels=3)))
     with gr.Blocks(title="flowprox", analytics_enabled=False) as page, gr.Row():
         with gr.Column():
-            gr.Markdown("# flowprox\nA picture, what happened to it, and what is behind it. It stays on this machine.")
+            gr.Markdown(
+                "# flowprox\nA picture, what happened to it, and what is behind it. It stays on this machine.\n\n"
+                "For inpainting paint over what is to be filled in."
+            )
             picture = gr.ImageEditor(
                 {"background": sample, "layers": [], "composite": sample},
                 type="pil",
                 sources=("upload", "webcam", "clipboard"),
                 brush=gr.Brush(colors=["#ff2d55"], default_size=6),
                 layers=False,
-                label="picture; for inpainting paint over what is to be filled in",
+                label="picture",
             )
             choices = [
                 gr.Radio(PROBLEMS, value="denoising", label="problem"),
@@ -191,10 +206,10 @@ def make_page() -> Any:
         with gr.Column():
             answers = [
                 gr.ImageSlider(label="before and after", interactive=False),
-                gr.LinePlot(x="evaluation", y="objective", label="objective of latent-map", height=200),
-                gr.Image(label="posterior: standard deviation, white is the largest", height=200, interactive=False),
+                gr.LinePlot(x="evaluation", y="objective", label="objective", height=200, visible=False),
+                gr.Image(label="deviation", height=260, interactive=False, visible=False),
                 gr.Markdown(),
-                gr.Code(Request().command, language="shell", label="the same on the command line", wrap_lines=True),
+                gr.Markdown(_shell(Request().command)),
             ]
         button.click(_answers, [picture, *choices], answers)
     return page
