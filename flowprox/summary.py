@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 from scipy import stats
@@ -192,15 +193,15 @@ def _mean(images: pd.DataFrame, key: str) -> float | None:
 
 def terminal_table(rows: Sequence[Row]) -> Table:
     """What is known of every row, a section per problem; a column appears where a row has something in it."""
-    groups = {name: "PSNR, " + name for row in rows for name in row.psnr_of_group} if rows else {}
+    groups = dict.fromkeys(name for row in rows for name in row.psnr_of_group)
     lines = [
         {
-            "method": "  " + row.method,
+            "method": " " + row.method,
             "PSNR (dB)": _figure(row.psnr) + ("" if row.psnr_interval is None else f" ± {row.psnr_interval:.2f}"),
             "published": "" if row.published is None else _figure(row.published),
-            **({head: _figure(row.psnr_of_group[name]) for name, head in groups.items()} if len(groups) > 1 else {}),
+            **({name: _figure(row.psnr_of_group[name]) for name in groups} if len(groups) > 1 else {}),
             "SSIM": _figure(row.ssim, 3),
-            "s / image": _figure(row.seconds, 3),
+            "seconds": _figure(row.seconds, 3),
             "images": str(row.n_images),
             "failed": row.failures,
             "tuned": ", ".join(f"{key} {value}" for key, value in row.tuned.items()),
@@ -208,9 +209,16 @@ def terminal_table(rows: Sequence[Row]) -> Table:
         for row in rows
     ]
     heads = [head for head in (lines[0] if lines else ()) if any(line[head] for line in lines)]
-    table = Table(caption="PSNR clipped to [0, 1], mean over images ± 95 % confidence", caption_justify="left")
+    counts, n_images = {line["images"] for line in lines}, "images"
+    if len(counts) == 1:
+        heads.remove("images")
+        n_images = f"{min(counts)} image" + "s" * (counts != {"1"})
+    caption = f"PSNR clipped to [0, 1], mean over {n_images} ± 95 % confidence"
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, min_width=len(caption))
+    table.caption, table.caption_justify = caption, "left"
     for head in heads:
-        table.add_column(head, justify="left" if head == "method" else "right", overflow="fold")
+        whole = head == "PSNR (dB)" or (head == "method" and all(len(line[head]) < 40 for line in lines))
+        table.add_column(head, justify="left" if head == "method" else "right", overflow="fold", no_wrap=whole)
     before = None
     for row, line in zip(rows, lines, strict=True):
         if row.problem != before:
