@@ -110,7 +110,7 @@ class Specified:
         super().__init_subclass__(**kwargs)
         _REGISTRY[cls.__name__] = cls
         if "__init__" in cls.__dict__:
-            cls.__init__ = _recording(cls.__init__)  # type: ignore[method-assign]
+            type.__setattr__(cls, "__init__", _recording(cls.__init__))
 
     def __repr__(self) -> str:
         card = self.__dict__.get("card")
