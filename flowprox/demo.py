@@ -57,12 +57,7 @@ def _has_bm3d() -> bool:
 
 
 def run_demo(
-    out: str | Path,
-    device: str = "cpu",
-    *,
-    seed: int = 0,
-    overwrite: bool = False,
-    console: Console | None = None,
+    out: str | Path, device: str = "cpu", *, seed: int = 0, overwrite: bool = False, console: Console | None = None
 ) -> Path:
     """Reconstruct the bundled pictures and write records, pictures and ``report.html``.
 

@@ -290,11 +290,7 @@ class WaveletPrior(Baseline):
     """
 
     def __init__(
-        self,
-        regularization: float = 0.01,
-        wavelet: str = "db4",
-        n_levels: int = 3,
-        n_iterations: int = 200,
+        self, regularization: float = 0.01, wavelet: str = "db4", n_levels: int = 3, n_iterations: int = 200
     ) -> None:
         super().__init__()
         require_weight(regularization)

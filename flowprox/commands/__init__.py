@@ -99,11 +99,7 @@ COMMANDS: dict[str, Command] = {
         several={"options": "KEY=VALUE", "parameters": "KEY=VALUE", "noise": "NAME", "size": "N"},
     ),
     "calibrate": Command(
-        calibrate,
-        CalibrateOptions,
-        positional="model data",
-        n_positional="1",
-        several={"parameters": "KEY=VALUE"},
+        calibrate, CalibrateOptions, positional="model data", n_positional="1", several={"parameters": "KEY=VALUE"}
     ),
     "evaluate": Command(evaluate, EvaluationOptions, has_recipe=True),
     "report": Command(report, ShowOptions, positional="folders", n_positional="+", several={"parts": "PART"}),

@@ -6,15 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flowprox.commands.terminal import (
-    check_device,
-    check_inputs,
-    check_models,
-    digits,
-    key_values,
-    mean,
-    print_table,
-)
+from flowprox.commands.terminal import check_device, check_inputs, check_models, digits, key_values, mean, print_table
 
 _RARE = 1e-3  # of a residual's p-value: an honest estimate has a larger one almost always
 _N_NAMED = 5

@@ -41,15 +41,7 @@ from flowprox import __version__
 from flowprox.checkpoints import CheckpointError, load_card, load_model
 from flowprox.data import save_image
 from flowprox.estimates import Estimate, estimate
-from flowprox.evaluation.plan import (
-    Case,
-    EvaluatedImage,
-    at_scale,
-    combinations,
-    load_images,
-    planned,
-    write_recipe,
-)
+from flowprox.evaluation.plan import Case, EvaluatedImage, at_scale, combinations, load_images, planned, write_recipe
 from flowprox.evaluation.report.pictures import HALF_WIDTHS, picture_path, truth_path
 from flowprox.files import refuse_foreign, remove_temporaries, sole_writer
 from flowprox.methods import make_method

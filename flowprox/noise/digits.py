@@ -129,12 +129,7 @@ def _read_idx(path: Path) -> Tensor:
 
 def _of_split(digits: Tensor, split: str) -> Tensor:
     remainder = torch.arange(len(digits)) % 10
-    chosen = {
-        "train": remainder < 8,
-        "validation": remainder == 8,
-        "test": remainder == 9,
-        "all": remainder >= 0,
-    }
+    chosen = {"train": remainder < 8, "validation": remainder == 8, "test": remainder == 9, "all": remainder >= 0}
     if split not in chosen:
         raise ValueError(f"split must be one of {', '.join(chosen)}; got {split!r}")
     return digits[chosen[split]]

@@ -11,16 +11,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from flowprox.evaluation.report.sources import Chapter, ordered
-from flowprox.summary import (
-    METRICS,
-    Metric,
-    Row,
-    confidence,
-    figures_of,
-    paired_comparisons,
-    per_image,
-    summary_rows,
-)
+from flowprox.summary import METRICS, Metric, Row, confidence, figures_of, paired_comparisons, per_image, summary_rows
 
 MINUS, NOTHING = "−", "–"
 TIME = "time"
