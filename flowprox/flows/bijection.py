@@ -7,18 +7,9 @@ so that the change of variables reads log p(x) = log p_base(f(x)) + log|det Df(x
 z latent, B batch. Both directions always return value and log-determinant; ``encode`` and ``decode`` are the value
 alone, for callers (every prox) that have no use for the determinant.
 
-Values that are not finite are reported by ``NonFiniteError``. On an accelerator a look at a value makes the host wait, so there
-are two ways. A call by itself (``flow.log_prob(x)``) looks before it returns. A loop gathers flags on the device and looks when
-it reads its own results:
-
-    with gathered_checks() as checks:
-        for i in range(n):
-            loss = -flow.log_prob(x).mean()                 no host read here
-            ...
-            if i % 50 == 0:
-                checks.report()                             one host read; raises
-                print(float(loss))
-                                                            the end of the block reports too
+Values that are not finite are reported by ``NonFiniteError``. On an accelerator a look at a value makes the host wait: a call
+by itself (``flow.log_prob(x)``) looks before it returns, a loop gathers flags on the device and looks when it reads its own
+results (``gathered_checks``).
 """
 
 from __future__ import annotations
@@ -175,13 +166,11 @@ def check_finite(value: Tensor, block: str, direction: str) -> Tensor:
     It is raised at once, at the price of one host read, or within ``gathered_checks`` later. Nothing is read, nor reported,
     in a program that is compiled or captured as a CUDA graph outside of such a block.
     """
-    checks = current_checks()
-    if torch.compiler.is_compiling() or (checks is None and value.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return value
-    if checks is None:
-        checks = FiniteChecks()
+    gathered = current_checks()
+    is_captured = gathered is None and value.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not (torch.compiler.is_compiling() or is_captured):
+        checks = FiniteChecks() if gathered is None else gathered
         checks.add(value, block, direction)
-        checks.report()
-    else:
-        checks.add(value, block, direction)
+        if gathered is None:
+            checks.report()
     return value

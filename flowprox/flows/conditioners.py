@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from flowprox.flows.layers import ActNorm, on_cpu
 
@@ -195,25 +196,32 @@ def folded_together(nets: Sequence[CouplingNet], dtype: torch.dtype) -> list[lis
 
 
 class CouplingResNet(nn.Module):
-    """Conditioner of residual blocks: 3x3, then x + 3x3(relu(3x3(relu(x)))) n_blocks times, relu, 3x3.
+    """Conditioner of residual blocks: 3x3, then x + 3x3(relu(3x3(relu(x)))) n_blocks times, relu, and a last convolution.
 
     References:
         Dinh et al. 2017, Density estimation using Real NVP, https://arxiv.org/abs/1605.08803, Sec. 3.7 (residual conditioners)
 
     Arguments:
-        in_channels, out_channels: channels of the conditioning half, and of (log-scale, shift) together.
+        in_channels, out_channels: channels of the conditioning input, and of (log-scale, shift) together.
         hidden_channels: width.
         n_blocks: residual blocks.
+        normalize: RealNVP's form: weight normalization, and a last convolution of 1x1 with a learned scale.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, hidden_channels: int, n_blocks: int = 1) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, hidden_channels: int, n_blocks: int = 1, normalize: bool = False
+    ) -> None:
         super().__init__()
-        self.first = nn.Conv2d(in_channels, hidden_channels, 3, padding=1)
+
+        def convolution(n_channels: int) -> nn.Module:
+            made = nn.Conv2d(n_channels, hidden_channels, 3, padding=1)
+            return weight_norm(made) if normalize else made
+
+        self.first = convolution(in_channels)
         self.blocks = nn.ModuleList(
-            nn.ModuleList(nn.Conv2d(hidden_channels, hidden_channels, 3, padding=1) for _ in range(2))
-            for _ in range(n_blocks)
+            nn.ModuleList(convolution(hidden_channels) for _ in range(2)) for _ in range(n_blocks)
         )
-        self.last = ZeroConv2d(hidden_channels, out_channels, 3)
+        self.last = ZeroConv2d(hidden_channels, out_channels, 1 if normalize else 3, learn_scale=normalize)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x)

@@ -191,10 +191,8 @@ class Flow(Pretrained, Bijection):
                 side = math.isqrt(z.shape[1] // self.n_channels)
                 image_size = (side, side)
         if z.ndim != 2 or image_size is None or z.shape[1] != self.n_channels * math.prod(image_size):
-            raise ValueError(
-                f"z has shape {tuple(z.shape)}, which does not fit {self.n_channels} channels at {image_size}; "
-                "pass a flat latent (B, D) and its image_size"
-            )
+            expected = f"{self.n_channels} channels at {image_size}"
+            raise ValueError(f"z {tuple(z.shape)} does not fit {expected}; pass a flat latent (B, D) and its image_size")
         self._check_size(*image_size, "image_size")
         return z.view(z.shape[0], self.n_channels, *image_size)
 

@@ -47,6 +47,12 @@ def _per_sample(value: Tensor, x: Tensor) -> Tensor:
 class _FromData(Bijection):
     """Scale and shift that are initialized from the first training batch; the flag that says so is read until it is set."""
 
+    averaged: tuple[int, ...]
+    """Dimensions of a batch over which mean and deviation are taken."""
+
+    CONSTANT = 0.0
+    """Standard deviation up to which values count as constant and keep scale 1."""
+
     initialized: Tensor
 
     def __init__(self, *shape: int) -> None:
@@ -56,9 +62,13 @@ class _FromData(Bijection):
         self.register_buffer("initialized", torch.tensor(False))
         self._initialization_pending = True
 
+    @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """Set scale and shift from x (B, C, H, W)."""
-        raise NotImplementedError
+        std, mean = torch.std_mean(x.float(), dim=self.averaged, correction=0)
+        self.log_scale.copy_(torch.where(std > self.CONSTANT, -torch.log(std + 1e-6), 0.0))
+        self.bias.copy_(-mean * torch.exp(self.log_scale))
+        self.initialized.fill_(True)
 
     def initialize_once(self, x: Tensor) -> None:
         """Initialize from x in train mode unless that has happened."""
@@ -91,16 +101,8 @@ class ActNorm(_FromData):
         (1.0, torch.Size([64]))
     """
 
-    CONSTANT = 1e-4
-    """Standard deviation below which a channel counts as constant; one of 256 gray levels, dequantized, has 1e-3."""
-
-    @torch.no_grad()
-    def initialize(self, x: Tensor) -> None:
-        """Set scale and shift from x (B, C, H, W)."""
-        std, mean = torch.std_mean(x.float(), dim=(0, 2, 3), correction=0)
-        self.log_scale.copy_(torch.where(std > self.CONSTANT, -torch.log(std + 1e-6), 0.0))
-        self.bias.copy_(-mean * torch.exp(self.log_scale))
-        self.initialized.fill_(True)
+    averaged = (0, 2, 3)
+    CONSTANT = 1e-4  # one of 256 gray levels, dequantized, has 1e-3
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self.initialize_once(x)
@@ -133,16 +135,10 @@ class PixelNorm(_FromData):
         tensor([1., 1., 1., 1.])
     """
 
+    averaged = (0,)
+
     def __init__(self, image_shape: Sequence[int]) -> None:
         super().__init__(*image_shape)
-
-    @torch.no_grad()
-    def initialize(self, x: Tensor) -> None:
-        """Set scale and shift from x (B, C, H, W); of one image only the shift."""
-        std, mean = torch.std_mean(x.float(), dim=0, correction=0)
-        self.log_scale.copy_(torch.where(std > 0, -torch.log(std + 1e-6), 0.0))
-        self.bias.copy_(-mean * torch.exp(self.log_scale))
-        self.initialized.fill_(True)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """z and log|det|.
@@ -161,10 +157,8 @@ class PixelNorm(_FromData):
 
     def _check(self, x: Tensor) -> None:
         if x.shape[1:] != self.log_scale.shape:
-            raise ValueError(
-                f"the flow has a scale for each pixel of images of shape {tuple(self.log_scale.shape)} and takes no other "
-                f"size, got {tuple(x.shape[1:])}; train one for that size"
-            )
+            own, other = tuple(self.log_scale.shape), tuple(x.shape[1:])
+            raise ValueError(f"the flow has a scale for each pixel of images of shape {own}; train one for {other}")
 
 
 def mixing_matrix(permutation: Tensor, lu: Tensor, sign: Tensor) -> Tensor:
@@ -314,32 +308,36 @@ class AffineCoupling(Bijection):
         return self.scale_bound, self.shift_bound
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = halves(x)
-        log_scale, shift = self.scale_and_shift(b)
-        return torch.cat([a * torch.exp(log_scale) + shift, b], dim=1), log_scale.sum(dim=(1, 2, 3))
+        z, log_scale = self._map(x)
+        return z, log_scale.sum(dim=(1, 2, 3))
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = halves(z)
-        log_scale, shift = self.scale_and_shift(b)
-        return torch.cat([(a - shift) * torch.exp(-log_scale), b], dim=1), -log_scale.sum(dim=(1, 2, 3))
+        x, log_scale = self._unmap(z)
+        return x, -log_scale.sum(dim=(1, 2, 3))
 
     def encode(self, x: Tensor) -> Tensor:
-        a, b = halves(x)
-        log_scale, shift = self.scale_and_shift(b)
-        return torch.cat([a * torch.exp(log_scale) + shift, b], dim=1)
+        return self._map(x)[0]
 
     def decode(self, z: Tensor) -> Tensor:
+        return self._unmap(z)[0]
+
+    def _map(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """z and the log-scale."""
+        a, b = halves(x)
+        log_scale, shift = self.scale_and_shift(b)
+        return torch.cat([a * torch.exp(log_scale) + shift, b], dim=1), log_scale
+
+    def _unmap(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """x and the log-scale."""
         a, b = halves(z)
         log_scale, shift = self.scale_and_shift(b)
-        return torch.cat([(a - shift) * torch.exp(-log_scale), b], dim=1)
+        return torch.cat([(a - shift) * torch.exp(-log_scale), b], dim=1), log_scale
 
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:
     """The first C//2 channels and the others."""
     half = x.shape[1] // 2
-    first, others = x.split(
-        [half, x.shape[1] - half], dim=1
-    )  # one kernel in the backward pass, where slices take three
+    first, others = x.split([half, x.shape[1] - half], dim=1)  # one kernel in backward, where slices take three
     return first, others
 
 
@@ -446,6 +444,8 @@ def _stacked(steps: Sequence[GlowStep]) -> tuple[Tensor, ...]:
 
 def _unshuffled(x: Tensor) -> Tensor:
     n, c, h, w = x.shape
+    if h % 2 or w % 2:
+        raise ValueError(f"x has odd height or width {(h, w)}; pad or crop it to even numbers")
     return (
         F.pixel_unshuffle(x, 2) if n else x.reshape(0, 4 * c, h // 2, w // 2)
     )  # torch leaves empty batches as they are
@@ -453,6 +453,8 @@ def _unshuffled(x: Tensor) -> Tensor:
 
 def _shuffled(z: Tensor) -> Tensor:
     n, c, h, w = z.shape
+    if c % 4:
+        raise ValueError(f"z has {c} channels, which is not a multiple of 4")
     return F.pixel_shuffle(z, 2) if n else z.reshape(0, c // 4, 2 * h, 2 * w)
 
 
@@ -466,22 +468,10 @@ class Squeeze(Bijection):
         return self.decode(z), z.new_zeros(z.shape[0])
 
     def encode(self, x: Tensor) -> Tensor:
-        self._check_even(x)
         return _unshuffled(x)
 
     def decode(self, z: Tensor) -> Tensor:
-        self._check_channels(z)
         return _shuffled(z)
-
-    @staticmethod
-    def _check_even(x: Tensor) -> None:
-        if x.shape[-2] % 2 or x.shape[-1] % 2:
-            raise ValueError(f"x has odd height or width {tuple(x.shape[-2:])}; pad or crop it to even numbers")
-
-    @staticmethod
-    def _check_channels(z: Tensor) -> None:
-        if z.shape[1] % 4:
-            raise ValueError(f"z has {z.shape[1]} channels, which is not a multiple of 4")
 
 
 class Unsqueeze(Squeeze):
@@ -513,12 +503,10 @@ class HaarSqueeze(Squeeze):
         return torch.einsum("ip,cd->icdp", self.haar.to(x.dtype).flatten(1), identity).reshape(4 * n_channels, -1)
 
     def encode(self, x: Tensor) -> Tensor:
-        self._check_even(x)
         with full_precision(x):
             return pixelwise(_unshuffled(x), self._matrix(x, x.shape[1]))
 
     def decode(self, z: Tensor) -> Tensor:
-        self._check_channels(z)
         with full_precision(z):
             return _shuffled(pixelwise(z, self._matrix(z, z.shape[1] // 4).T))
 

@@ -18,55 +18,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
 
 from flowprox.flows.bijection import Bijection, Sequential
-from flowprox.flows.conditioners import ZeroConv2d
+from flowprox.flows.conditioners import CouplingResNet
 from flowprox.flows.flow import Flow
 from flowprox.flows.glow import _check_choice, _per_level
 from flowprox.flows.layers import ActNorm, AffineCoupling, Split, Squeeze, Unsqueeze
 from flowprox.flows.reversible import Reversible
 from flowprox.naming import Specified
-
-
-class ResidualConditioner(nn.Module):
-    """Residual net with weight normalization; the last convolution is zero at the start and has a learned output scale.
-
-    Arguments:
-        in_channels, out_channels: channels of the conditioning input, and of (log-scale, shift) together.
-        hidden_channels: width.
-        n_blocks: residual blocks of two 3x3 convolutions.
-
-    Example:
-        >>> ResidualConditioner(3, 6, 8, n_blocks=1)(torch.rand(2, 3, 8, 8)).abs().max().item()
-        0.0
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, hidden_channels: int, n_blocks: int) -> None:
-        super().__init__()
-        self.first = _convolution(in_channels, hidden_channels)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.ReLU(),
-                _convolution(hidden_channels, hidden_channels),
-                nn.ReLU(),
-                _convolution(hidden_channels, hidden_channels),
-            )
-            for _ in range(n_blocks)
-        )
-        self.last = ZeroConv2d(hidden_channels, out_channels, 1, learn_scale=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.first(x)
-        for block in self.blocks:
-            h = h + block(h)
-        return self.last(F.relu(h))
-
-
-def _convolution(in_channels: int, out_channels: int) -> nn.Module:
-    return weight_norm(nn.Conv2d(in_channels, out_channels, 3, padding=1))
 
 
 class CheckerboardCoupling(AffineCoupling):
@@ -82,21 +42,13 @@ class CheckerboardCoupling(AffineCoupling):
         super().__init__(net, scale_bound)
         self.parity = parity % 2
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _map(self, x: Tensor) -> tuple[Tensor, Tensor]:
         black, log_scale, shift = self._masked(x)
-        return torch.where(black, x, x * torch.exp(log_scale) + shift), log_scale.sum(dim=(1, 2, 3))
+        return torch.where(black, x, x * torch.exp(log_scale) + shift), log_scale
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _unmap(self, z: Tensor) -> tuple[Tensor, Tensor]:
         black, log_scale, shift = self._masked(z)
-        return torch.where(black, z, (z - shift) * torch.exp(-log_scale)), -log_scale.sum(dim=(1, 2, 3))
-
-    def encode(self, x: Tensor) -> Tensor:
-        black, log_scale, shift = self._masked(x)
-        return torch.where(black, x, x * torch.exp(log_scale) + shift)
-
-    def decode(self, z: Tensor) -> Tensor:
-        black, log_scale, shift = self._masked(z)
-        return torch.where(black, z, (z - shift) * torch.exp(-log_scale))
+        return torch.where(black, z, (z - shift) * torch.exp(-log_scale)), log_scale
 
     def _masked(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(mask of what passes (H, W), s with zeros there, t) from the squares that pass."""
@@ -159,17 +111,17 @@ class RealNVP(Specified, Flow):
         _check_choice("backward", backward, ("plain", "inputs", "invert"))
         if n_couplings < 2:
             raise ValueError(
-                f"n_couplings must be at least 2, got {n_couplings}: each coupling leaves half of the image alone"
+                f"n_couplings must be at least 2, for each leaves half of the image alone; got {n_couplings}"
             )
         if n_blocks < 0:
             raise ValueError(f"n_blocks must be at least 0, got {n_blocks}")
 
         def checkerboard_step(channels: int, width: int, parity: int) -> Bijection:
-            net = ResidualConditioner(channels, 2 * channels, width, n_blocks)
+            net = CouplingResNet(channels, 2 * channels, width, n_blocks, normalize=True)
             return Sequential([ActNorm(channels), CheckerboardCoupling(net, parity, scale_bound)])
 
         def channel_step(channels: int, width: int) -> Bijection:
-            net = ResidualConditioner(channels - channels // 2, 2 * (channels // 2), width, n_blocks)
+            net = CouplingResNet(channels - channels // 2, 2 * (channels // 2), width, n_blocks, normalize=True)
             return Sequential([ActNorm(channels), AffineCoupling(net, scale_bound), ChannelFlip()])
 
         def chain(steps: list[Bijection]) -> Bijection:

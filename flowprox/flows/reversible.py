@@ -284,9 +284,8 @@ class StepChain:
         for i in reversed(range(len(self.steps))):
             y = self.undo(i, y)
             if not _is_finite(y):
-                raise NonFiniteError(
-                    f"{self._name(i)} gave a non-finite value when its {self._direction} was undone; {REMEDY}"
-                )
+                undone = f"gave a non-finite value when its {self._direction} was undone"
+                raise NonFiniteError(f"{self._name(i)} {undone}; {REMEDY}")
 
     def _name_drift(self, x: Tensor, y: Tensor) -> None:
         """Go forward and back once more to find the step, and raise."""

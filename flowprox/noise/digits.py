@@ -2,9 +2,7 @@ r"""Handwritten digits at random places and in random color channels, over a lit
 
     n = sum_j digit_j placed at (row_j, column_j) in channel_j  +  sigma u,    u ~ N(0, I)
 
-The digits have 256 gray levels and most pixels hold none, so that digits alone have no density; the white noise gives
-the sum one, for which a flow can be trained without dequantization. Digits are read from MNIST's own file, which does
-not ship with flowprox.
+Digits alone have no density; with the white noise the sum has one, which a flow can learn. MNIST's file does not ship.
 """
 
 from __future__ import annotations
@@ -94,26 +92,21 @@ class MNISTNoise(Noise):
             ValueError: always; it tells what to use.
         """
         raise ValueError(
-            'digit noise has no closed-form density; use a flow trained on it, such as load_model("noise-mnist64"), or '
-            "train one with: flowprox train-flow --config recipes/noise-mnist64.yaml"
+            'digit noise has no closed-form density; use a flow trained on it: load_model("noise-mnist64")'
         )
 
     def _draw(self, y: Tensor, generator: torch.Generator) -> Tensor:
         """Digit, row, column and channel of each digit of one image, (n_digits, 4) integers."""
         n_digits, height, width = self.digits.shape
         limits = (n_digits, y.shape[-2] - height + 1, y.shape[-1] - width + 1, y.shape[1])
-        columns = [
-            torch.randint(limit, (self.n_digits,), generator=generator, device=generator.device) for limit in limits
-        ]
-        return torch.stack(columns, dim=1).cpu()
+        size, device = (self.n_digits,), generator.device
+        return torch.stack([torch.randint(n, size, generator=generator, device=device) for n in limits], 1).cpu()
 
 
 def _read_idx(path: Path) -> Tensor:
     """The images of an idx file, uint8 (N, H, W)."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"path: no file {str(path)!r}; give MNIST's image file, such as t10k-images-idx3-ubyte.gz"
-        )
+        raise FileNotFoundError(f"path: no file {str(path)!r}; give MNIST's images, such as t10k-images-idx3-ubyte.gz")
     content = path.read_bytes()
     if content[:2] == b"\x1f\x8b":
         try:

@@ -92,7 +92,7 @@ class FlowNoise(Specified, Noise):
         channels, height, width = self.image_shape
         fits = y.ndim == 4 and y.shape[1] == channels and y.shape[2] % self.divisor == y.shape[3] % self.divisor == 0
         if not fits:
-            raise ValueError(
-                f"{name} has shape {tuple(y.shape)}, but the noise flow was made for (B, {channels}, {height}, {width}) and "
-                f"takes {channels} channels and sides divisible by {self.divisor}; train one on noise of that shape"
+            made_for = (
+                f"the noise flow was made for (B, {channels}, {height}, {width}) and sides divisible by {self.divisor}"
             )
+            raise ValueError(f"{name} has shape {tuple(y.shape)}, but {made_for}; train one on noise of that shape")

@@ -244,14 +244,11 @@ def noise_density(noise: object, physics: nn.Module | None = None) -> Density:
     model = as_noise(physics if noise is None else noise)
     if is_exact(model):
         raise ValueError(
-            "the noise has standard deviation 0, for which the posterior has no density; "
-            "pass noise=... with the smallest noise you believe in"
+            "noise of standard deviation 0 has no density: pass noise=... with the smallest you believe in"
         )
     if not callable(getattr(model, "log_prob", None)) or not getattr(model, "has_density", True):
-        raise ValueError(
-            f"the noise, {type(model).__name__}, has no density: noise must have log_prob(residual) -> (B,), such as one of "
-            "flowprox.noise or a trained noise flow"
-        )
+        kind = type(model).__name__
+        raise ValueError(f"the noise, {kind}, has no density log_prob(residual) -> (B,); take one of flowprox.noise")
     return model  # type: ignore[return-value]
 
 
@@ -278,8 +275,7 @@ def noise_level(physics: nn.Module, like: Tensor, *, allow_rms: bool = False) ->
         sigma = noise.scale.double().square().mean().sqrt()  # broadcasting repeats every entry equally often
     if sigma is None:
         raise ValueError(
-            f"the noise, {type(noise).__name__}, has no level sigma; give the physics a GaussianNoise(sigma), or the level "
-            "to the method where it takes one"
+            f"the noise, {type(noise).__name__}, has no level sigma; give the physics a GaussianNoise(sigma)"
         )
     sigma = torch.as_tensor(sigma, dtype=like.dtype.to_real(), device=like.device).flatten()
     n = like.shape[0]  # not len(like), which would fix the batch size of an exported program
@@ -298,30 +294,13 @@ def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
 # By name --------------------------------------------------------------------------------------------------------------
 
 
-def _gaussian(shape: Sequence[int], sigma: float = 0.1, mean: float = 0.0) -> Noise:
-    return GaussianNoise(sigma, mean)
-
-
-def _mnist(
-    shape: Sequence[int],
-    path: str | None = None,
-    n_digits: int = 3,
-    amplitude: float = 1.0,
-    sigma: float = 0.05,
-    split: str = "test",
-) -> Noise:
-    if path is None:
-        raise ValueError("mnist noise needs path: MNIST's image file, such as t10k-images-idx3-ubyte.gz")
-    return MNISTNoise(path, n_digits, amplitude, sigma, split)  # type: ignore[arg-type]
-
-
 NOISES: Mapping[str, Callable[..., Noise]] = {
-    "gaussian": _gaussian,
+    "gaussian": GaussianNoise,
     "sinusoidal": sinusoidal_noise,
     "radial": radial_noise,
-    "mnist": _mnist,
+    "mnist": MNISTNoise,
 }
-"""Noise name -> what makes it from a shape and parameters; ``sigma`` is a standard deviation in each."""
+"""Noise name -> what makes it from its parameters, and a shape if it takes one; ``sigma`` is a standard deviation in each."""
 
 
 def make_noise(name: str, shape: Sequence[int], **parameters: object) -> Noise:
@@ -344,8 +323,11 @@ def make_noise(name: str, shape: Sequence[int], **parameters: object) -> Noise:
     """
     if name not in NOISES:
         raise ValueError(f"unknown noise {name!r}; {nearest(name, NOISES)}")
-    known = [key for key in inspect.signature(NOISES[name]).parameters if key != "shape"]
+    known = dict(inspect.signature(NOISES[name]).parameters)
+    given = {"shape": shape, **parameters} if known.pop("shape", None) else parameters
     for key in parameters:
         if key not in known:
             raise ValueError(f"{name} noise has no parameter {key!r}; {nearest(key, known)}")
-    return NOISES[name](shape, **parameters)
+    if missing := [key for key, one in known.items() if one.default is one.empty and parameters.get(key) is None]:
+        raise ValueError(f"{name} noise needs {missing[0]}")
+    return NOISES[name](**given)

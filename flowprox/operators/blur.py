@@ -1,15 +1,9 @@
-"""Blur by a given or a learned kernel.
-
-    A x = F^-1 (h F x),    A^T y = F^-1 (conj(h) F y),    h = F(kernel)
-
-F is the discrete Fourier transform, h the kernel's transfer function, A^T the adjoint of A: this is the circular boundary,
-which sees the image repeated. ``PaddedBlur`` has the others.
-"""
+"""Blur by a given or a learned kernel: ``CircularBlur`` sees the image repeated, ``PaddedBlur`` has the other boundaries."""
 
 from __future__ import annotations
 
 import torch
-from deepinv.physics import Blur, LinearPhysics, NoiseModel
+from deepinv.physics import Blur, LinearPhysics
 from deepinv.physics.functional import conv2d, conv_transpose2d, filter_fft, gaussian_blur
 from torch import Tensor, nn
 
@@ -81,7 +75,6 @@ class CircularBlur(CircularConvolution):
 
     Arguments:
         kernel: (h, w) with h and w odd, used as it stands: a sum of 1 keeps the brightness.
-        noise_model: noise added to the blurred image; none by default.
         image_shape: (C, H, W) the operator is made for; any size that holds the kernel can be passed.
         device: where the kernel is kept.
 
@@ -96,15 +89,10 @@ class CircularBlur(CircularConvolution):
     """
 
     def __init__(
-        self,
-        kernel: Tensor,
-        *,
-        noise_model: NoiseModel | None = None,
-        image_shape: tuple[int, int, int] | None = None,
-        device: torch.device | str = "cpu",
+        self, kernel: Tensor, *, image_shape: tuple[int, int, int] | None = None, device: torch.device | str = "cpu"
     ) -> None:
         super().__init__(img_size=image_shape)
-        self.set_noise_model(noise_model or GaussianNoise(0.0))
+        self.set_noise_model(GaussianNoise(0.0))
         self.register_buffer("filter", checked_kernel(kernel, image_shape)[None, None])
         self.to(device)
 
@@ -216,8 +204,7 @@ def gaussian_kernel(kernel_size: int, sigma_blur: float) -> Tensor:
     """Gaussian (kernel_size, kernel_size) of sum 1 with a standard deviation of sigma_blur pixels."""
     if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(
-            f"kernel_size must be a positive odd number of pixels, got {kernel_size!r} "
-            "(an even kernel has no center and would shift the image by half a pixel)"
+            f"kernel_size must be a positive odd number of pixels, got {kernel_size!r}: an even one shifts"
         )
     if at_least_zero("sigma_blur", sigma_blur) == 0:
         raise ValueError("sigma_blur must be positive; for no blur use the problem denoising")
@@ -227,10 +214,7 @@ def gaussian_kernel(kernel_size: int, sigma_blur: float) -> Tensor:
 def checked_kernel(kernel: Tensor, image_shape: tuple[int, int, int] | None) -> Tensor:
     """The kernel in float32, or an error if it is no kernel (h, w) with odd sides that fits the image."""
     if kernel.ndim != 2 or any(side % 2 == 0 for side in kernel.shape):
-        raise ValueError(
-            f"kernel must be a matrix (h, w) with odd sides, got shape {tuple(kernel.shape)}; "
-            "pad it with a row or column of zeros"
-        )
+        raise ValueError(f"kernel must be a matrix (h, w) with odd sides, got {tuple(kernel.shape)}; pad it with zeros")
     if not torch.isfinite(kernel).all() or not kernel.any():
         raise ValueError("kernel must hold finite numbers that are not all zero")
     if image_shape is not None:
@@ -241,7 +225,4 @@ def checked_kernel(kernel: Tensor, image_shape: tuple[int, int, int] | None) -> 
 def _check_fits(kernel: Tensor, height: int, width: int) -> None:
     h, w = kernel.shape[-2:]
     if h > height or w > width:
-        raise ValueError(
-            f"the blur kernel of {h}x{w} is larger than the image of {height}x{width}; "
-            "use a smaller kernel_size (or kernel) or larger images"
-        )
+        raise ValueError(f"the blur kernel of {h}x{w} is larger than the image of {height}x{width}; use a smaller one")

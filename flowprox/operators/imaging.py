@@ -5,9 +5,7 @@
     coils:  y_n = M F S_n x          S_n the sensitivity of coil n, x complex
     CT:     y = R x / ||R||          R line integrals along beams at n_angles angles
 
-x image (B, C, H, W), real, or with real and imaginary part as two channels; y measurement. MRI and CT are deepinv's
-operators; its single-coil MRI takes complex images, its tomography rotates the image for every angle, and its downsampling
-has another grid for every filter and factor.
+x image (B, C, H, W), real, or with real and imaginary part as two channels; y measurement. MRI and CT are deepinv's operators.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import warnings
 from typing import Any
 
 import torch
-from deepinv.physics import MRI, LinearPhysics, MultiCoilMRI, NoiseModel, Tomography, adjoint_function
+from deepinv.physics import MRI, LinearPhysics, LogPoissonNoise, MultiCoilMRI, Tomography, adjoint_function
 from deepinv.physics.functional import Radon
 from deepinv.physics.generator import EquispacedMaskGenerator, GaussianMaskGenerator, RandomMaskGenerator
 from torch import Tensor
@@ -64,7 +62,6 @@ class RealMRI(ExactProx):
         mask: (H, W) of ones (measured) and zeros, the zero frequency in the middle.
         image_shape: (C, H, W); every channel is measured alone, so that y is (B, 2 C, H, W): for each channel its real
             part, then its imaginary part.
-        noise_model: noise added to the real and imaginary part of what is measured; none by default.
         device: where the mask is kept.
 
     Raises:
@@ -76,16 +73,9 @@ class RealMRI(ExactProx):
         torch.Size([3, 2, 16, 16])
     """
 
-    def __init__(
-        self,
-        mask: Tensor,
-        image_shape: ImageShape,
-        *,
-        noise_model: NoiseModel | None = None,
-        device: torch.device | str = "cpu",
-    ) -> None:
+    def __init__(self, mask: Tensor, image_shape: ImageShape, *, device: torch.device | str = "cpu") -> None:
         super().__init__(img_size=tuple(image_shape))
-        self.set_noise_model(noise_model or GaussianNoise(0.0))
+        self.set_noise_model(GaussianNoise(0.0))
         mask = checked_mask(mask, image_shape).float()
         self.register_buffer("mask", mask)
         self.mri = MRI(mask=mask)
@@ -133,8 +123,7 @@ class RealMRI(ExactProx):
         expected = (factor * self._channels, height, width)
         if tuple(x.shape[1:]) != expected:
             raise ValueError(
-                f"{name} of shape {tuple(x.shape[1:])} do not fit the MRI operator, which takes {expected}; "
-                "build it with the image_shape of the images"
+                f"{name} of shape {tuple(x.shape[1:])} do not fit the MRI operator, which takes {expected}"
             )
 
 
@@ -161,10 +150,8 @@ class CoilMRI(MultiCoilMRI):
         self, mask: Tensor, coil_maps: Tensor, image_shape: ImageShape, *, device: torch.device | str = "cpu"
     ) -> None:
         if not coil_maps.is_complex() or coil_maps.ndim != 3 or coil_maps.shape[1:] != torch.Size(image_shape[1:]):
-            raise ValueError(
-                f"coil_maps must be complex (N, {image_shape[1]}, {image_shape[2]}), got {tuple(coil_maps.shape)} of "
-                f"{coil_maps.dtype}"
-            )
+            got = f"{tuple(coil_maps.shape)} of {coil_maps.dtype}"
+            raise ValueError(f"coil_maps must be complex (N, {image_shape[1]}, {image_shape[2]}), got {got}")
         super().__init__(checked_mask(mask, image_shape).float(), coil_maps, tuple(image_shape), device=device)
         self.is_complex = image_shape[0] == 2
 
@@ -222,7 +209,6 @@ class SuperResolution(ExactProx):
         factor: f, divides H and W.
         image_shape: (C, H, W).
         filter: h, one of ``FILTERS``; None for bare subsampling.
-        noise_model: noise added to the small image; none by default.
         device: where the weights are kept.
 
     Raises:
@@ -240,7 +226,6 @@ class SuperResolution(ExactProx):
         image_shape: ImageShape,
         *,
         filter: str | None = "bicubic",
-        noise_model: NoiseModel | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         height, width = image_shape[1:]
@@ -248,7 +233,7 @@ class SuperResolution(ExactProx):
         if filter is not None and filter not in FILTERS:
             raise ValueError(f"unknown filter {filter!r}; known: {', '.join(FILTERS)}, None")
         super().__init__(img_size=tuple(image_shape))
-        self.set_noise_model(noise_model or GaussianNoise(0.0))
+        self.set_noise_model(GaussianNoise(0.0))
         self.register_buffer("rows", _sampling(height, factor, filter), persistent=False)
         self.register_buffer("columns", _sampling(width, factor, filter), persistent=False)
         self._spectra: tuple[Tensor, ...] = ()
@@ -258,10 +243,8 @@ class SuperResolution(ExactProx):
         """R x C^T: (B, C, H/f, W/f) from images (B, C, H, W)."""
         rows, columns = self._weights(x)
         if x.shape[-2:] != (rows.shape[1], columns.shape[1]):
-            raise ValueError(
-                f"images of {x.shape[-2]}x{x.shape[-1]} do not fit the operator, which was made for {rows.shape[1]}x"
-                f"{columns.shape[1]}; build it with the image_shape of the images"
-            )
+            own = f"{rows.shape[1]}x{columns.shape[1]}"
+            raise ValueError(f"images of {x.shape[-2]}x{x.shape[-1]} do not fit the operator, which was made for {own}")
         return rows @ x @ columns.T
 
     def A_adjoint(self, y: Tensor, **kwargs: object) -> Tensor:
@@ -292,7 +275,7 @@ def checked_factor(factor: object, height: int = 0, width: int = 0) -> int:
     if not isinstance(factor, int) or isinstance(factor, bool) or factor < 1 or height % factor or width % factor:
         size = f", {height}x{width}" if height else ""
         raise ValueError(
-            f"factor must be a positive whole number that divides the height and width of the image{size}, got {factor!r}"
+            f"factor must be a positive whole number that divides the sides of the image{size}, got {factor!r}"
         )
     return factor
 
@@ -339,7 +322,6 @@ class CT(Tomography):
         n_angles: number of angles, evenly spaced over 180 degrees, of a fan over 360.
         image_shape: (C, H, W) with H = W; every channel is measured alone.
         fan_beam: whether the beams come from one point.
-        noise_model: noise added to the measurement; none by default.
         device: where the operator's tensors are kept.
 
     Raises:
@@ -352,26 +334,18 @@ class CT(Tomography):
     """
 
     def __init__(
-        self,
-        n_angles: int,
-        image_shape: ImageShape,
-        *,
-        fan_beam: bool = False,
-        noise_model: NoiseModel | None = None,
-        device: torch.device | str = "cpu",
+        self, n_angles: int, image_shape: ImageShape, *, fan_beam: bool = False, device: torch.device | str = "cpu"
     ) -> None:
         if not isinstance(n_angles, int) or isinstance(n_angles, bool) or n_angles < 1:
             raise ValueError(f"n_angles must be a positive whole number, got {n_angles!r}")
         if image_shape[1] != image_shape[2]:
-            raise ValueError(
-                f"computed tomography takes square images, got {image_shape[1]}x{image_shape[2]}; crop or pad them"
-            )
+            raise ValueError(f"tomography takes square images, got {image_shape[1]}x{image_shape[2]}; crop or pad them")
         # made on the CPU, so that its norm is the same on every device
         width = image_shape[1]
         fan = {"fan_beam": fan_beam, "fan_parameters": _fan(width) if fan_beam else None}
         angles = torch.linspace(0, 360 if fan_beam else 180, n_angles + 1)[:-1]
         super().__init__(angles.tolist(), width, normalize=False, img_size=tuple(image_shape), **fan)
-        self.set_noise_model(noise_model or GaussianNoise(0.0))
+        self.set_noise_model(GaussianNoise(0.0))
         matrix = _radon_matrix(width, angles, **fan) if 4 * width**2 * n_angles <= MATRIX_LIMIT else None
         self.register_buffer("matrix", None if matrix is None else _compressed(matrix), persistent=False)
         self.register_buffer("transpose", None if matrix is None else _compressed(matrix.t()), persistent=False)
@@ -401,6 +375,24 @@ class CT(Tomography):
             return adjoint_function(self.A, shape, device=y.device, dtype=y.dtype)(y).to(dtype)  # pyright: ignore
         x = _SparseProduct.apply(y.flatten(-2), self.transpose, self.matrix).view(shape)  # pyright: ignore
         return (x / norm if self.normalize else x).to(dtype)
+
+
+class PhotonNoise(LogPoissonNoise):
+    """The noise of counted photons in transmission: deepinv's ``LogPoissonNoise``, finite where no photon arrives.
+
+        y = -log(max(n, 1/2) / N_0) / mu,    n ~ Poisson(N_0 exp(-mu x))         x measurement without noise
+
+    Arguments:
+        N0: photons of a beam that meets nothing.
+        mu: attenuation, natural logarithm, of a measurement of one.
+    """
+
+    def forward(self, x: Tensor, seed: int | None = None, **kwargs: object) -> Tensor:  # pyright: ignore
+        """y of the measurements x without noise, of any shape."""
+        self.rng_manual_seed(seed)  # pyright: ignore[reportArgumentType]  # None leaves it
+        n, mu = self.get_buffer("N0"), self.get_buffer("mu")
+        counts = torch.poisson(n * torch.exp(-mu * x), generator=self.rng).clamp_min(0.5)
+        return (n / counts).log() / mu
 
 
 def _fan(width: int) -> dict[str, float]:
@@ -449,9 +441,8 @@ def _radon_matrix(width: int, angles: Tensor, **fan: Any) -> Tensor:
             weight = (1 - (position - corner).abs()).prod(-1)
             pixel = corner.long() - before
             inside = ((pixel >= 0) & (pixel < width)).all(-1)
-            indices.append(
-                torch.stack([column[inside] * len(angles) + a, pixel[inside][:, 1] * width + pixel[inside][:, 0]])
-            )
+            place = pixel[inside][:, 1] * width + pixel[inside][:, 0]
+            indices.append(torch.stack([column[inside] * len(angles) + a, place]))
             values.append(weight[inside])
     shape = (n_cells * len(angles), width * width)
     entries = torch.cat(values).float()
@@ -485,8 +476,7 @@ def kspace_mask(
     generators. Radial lines are evenly spaced in angle, and as few as reach 1/acceleration.
 
     Arguments:
-        height: of the image, in pixels.
-        width: of the image, in pixels.
+        height, width: of the image, in pixels.
         acceleration: one in so many columns is measured.
         center_fraction: of the columns; by default 0.08, and 0.04 from an acceleration of 8.
         seed: of the columns.
@@ -511,10 +501,8 @@ def kspace_mask(
     if center_fraction is None:
         center_fraction = 0.08 if acceleration < 8 else 0.04
     if not isinstance(center_fraction, int | float) or not 0 <= int(center_fraction * width) <= width // acceleration:
-        raise ValueError(
-            f"center_fraction must be a fraction of the {width} columns and at most 1/acceleration = {1 / acceleration:g}, "
-            f"got {center_fraction!r}"
-        )
+        limit = f"a fraction of the {width} columns and at most 1/acceleration = {1 / acceleration:g}"
+        raise ValueError(f"center_fraction must be {limit}, got {center_fraction!r}")
     if int(center_fraction * width) == width // acceleration:  # deepinv warns that it draws none beside the center
         mask = torch.zeros(height, width)
         start = width // 2 - int(center_fraction * width) // 2

@@ -368,9 +368,7 @@ def _array(name: str, value: Array, dtype: torch.dtype = torch.float32) -> Tenso
             raise FileNotFoundError(f"{name}: no file {str(value)!r}; give the path of an .npy array or a picture")
         try:
             if path.suffix.lower() == ".npy":
-                value = np.array(
-                    np.load(path, mmap_mode="r", allow_pickle=False)
-                )  # a header that asks for too much fails
+                value = np.array(np.load(path, mmap_mode="r", allow_pickle=False))  # a header of too much fails
             else:
                 with Image.open(path) as picture:
                     gray = np.asarray(picture.convert("L"), dtype=np.float64)

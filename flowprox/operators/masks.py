@@ -16,8 +16,7 @@ def center_mask(height: int, width: int, size: int | tuple[int, int] = 19) -> Te
     The rectangle starts at ((H - h) // 2, (W - w) // 2): when it cannot be centered, it stands half a pixel up and left.
 
     Arguments:
-        height: of the image, in pixels.
-        width: of the image, in pixels.
+        height, width: of the image, in pixels.
         size: side of the hidden square, or (h, w), in pixels.
 
     Raises:
@@ -32,9 +31,7 @@ def center_mask(height: int, width: int, size: int | tuple[int, int] = 19) -> Te
         raise ValueError(f"mask_size must be a positive number of pixels or a pair (h, w) of them, got {size!r}")
     h, w = pair
     if h > height or w > width or (h, w) == (height, width):
-        raise ValueError(
-            f"mask_size {h}x{w} does not fit in an image of {height}x{width}; choose a mask_size smaller than the image"
-        )
+        raise ValueError(f"mask_size {h}x{w} does not fit in an image of {height}x{width}; choose a smaller one")
     top, left = (height - h) // 2, (width - w) // 2
     mask = torch.ones(height, width)
     mask[top : top + h, left : left + w] = 0.0
@@ -64,10 +61,7 @@ def random_mask(height: int, width: int, keep: float = 0.5, seed: int = 0) -> Te
 def checked_mask(mask: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
     """The mask, or an error if it is no mask of ones and zeros for images of that shape."""
     if tuple(mask.shape) != image_shape[1:]:
-        raise ValueError(
-            f"mask has shape {tuple(mask.shape)} but the images are {image_shape[1]}x{image_shape[2]}; "
-            f"give a mask of shape {image_shape[1:]}"
-        )
+        raise ValueError(f"mask has shape {tuple(mask.shape)} but the images are {image_shape[1]}x{image_shape[2]}")
     if not torch.isin(mask, torch.tensor([0.0, 1.0])).all():
         raise ValueError("mask must hold only 1 (kept) and 0 (hidden); threshold it first")
     if not mask.any():
@@ -97,9 +91,8 @@ def varied_masks(
     if "mask_size" in ranges:
         low, high = ranges["mask_size"]
         if not 1 <= low <= high < min(height, width):
-            raise ValueError(
-                f"the range of mask_size must lie between 1 and the image's sides {height, width}; got {low:g} to {high:g}"
-            )
+            between = f"between 1 and the image's sides {height, width}"
+            raise ValueError(f"the range of mask_size must lie {between}; got {low:g} to {high:g}")
         spans = []
         for length in (height, width):
             side = (low + (high - low) * random(n)).round()

@@ -95,8 +95,7 @@ def _check_image(x: Tensor, physics: Physics) -> None:
     (h, w), (mask_h, mask_w) = x.shape[-2:], physics.get_buffer("mask").shape[-2:]
     if (h, w) != (mask_h, mask_w):
         raise ValueError(
-            f"images of {h}x{w} do not fit the operator's mask of {mask_h}x{mask_w}; "
-            f"build the operator with image_shape (C, {h}, {w})"
+            f"images of {h}x{w} do not fit the operator's mask of {mask_h}x{mask_w}; make it for that size"
         )
 
 
@@ -116,8 +115,6 @@ def measurement_shape(
 
 def measured_entries(y: Tensor, physics: Physics, image_shape: ImageShape) -> Tensor:
     """Which entries of y (B, ...) a linear operator measures: those where positive pixels do not give exactly 0; bool, like y.
-
-    Hidden pixels, lines of k-space that are left out and rays that miss the image tell nothing of it, whatever stands there.
 
     Example:
         >>> from flowprox.operators import make_physics
@@ -202,10 +199,8 @@ def check_adjoint(
     Arguments:
         physics: the operator; only a ``deepinv.physics.LinearPhysics`` is looked at.
         image_shape: (C, H, W).
-        device: of the operator.
-        dtype: of the images.
-        tol: allowed |<A x, w> - <x, A^T w>| relative to ||A x|| ||w||, for random x and w that are drawn on the CPU
-            with a fixed seed.
+        device, dtype: of the operator, and of the images.
+        tol: allowed |<A x, w> - <x, A^T w>| relative to ||A x|| ||w||, for random x and w of a fixed seed.
         n_images: how many random images; an operator with parameters per image, such as masks (B, 1, H, W), takes B.
 
     Raises:
@@ -231,15 +226,13 @@ def check_adjoint(
         w = Ax + random * Ax.norm() / max(1.0, Ax.numel() ** 0.5)
         back = physics.A_adjoint(w)
         if back.shape != x.shape:
-            raise ValueError(
-                f"A_adjoint gives shape {tuple(back.shape)} for an image of shape {tuple(x.shape)}: it is not the adjoint "
-                "of A; pass the transpose of A as A_adjoint"
-            )
+            shapes = f"{tuple(back.shape)} for an image of shape {tuple(x.shape)}"
+            raise ValueError(f"A_adjoint gives shape {shapes}: it is not the adjoint of A; pass the transpose of A")
         left, right = (Ax * w).double().sum(), (x * back).double().sum()
         if not abs(left - right) <= tol * Ax.double().norm() * w.double().norm():
             raise ValueError(
                 f"A_adjoint is not the adjoint of A: <A x, w> = {left:.4g} but <x, A^T w> = {right:.4g} for random x and w; "
-                "pass the transpose of A as A_adjoint, or let deepinv.physics.adjoint_function derive it"
+                "pass the transpose of A, or let deepinv.physics.adjoint_function derive it"
             )
 
 
@@ -268,14 +261,10 @@ class ExactProx(LinearPhysics):
 def data_gradient(x: Tensor, y: Tensor, physics: LinearPhysics) -> Tensor:
     """A^T (y - A x): the direction in which 1/2 ||y - A x||^2 falls, so that x + mu * data_gradient is a gradient step.
 
-    References:
-        Wei, van Gorp, Gonzalez-Carabarin, Freedman, Eldar, van Sloun (2022), Deep unfolding with normalizing flow
-        priors for inverse problems, https://arxiv.org/abs/2107.02848, Eq. (8), whose sign is that of ascent.
+    x are images (B, C, H, W), y measurements (B, ...) of a linear operator.
 
-    Arguments:
-        x: images (B, C, H, W).
-        y: measurements.
-        physics: linear operator.
+    References:
+        Wei et al. 2022, https://arxiv.org/abs/2107.02848, Eq. (8), whose sign is that of ascent.
     """
     return physics.A_adjoint(y - physics.A(x))
 
@@ -313,10 +302,7 @@ def data_prox(
     elif not (math.isfinite(rho) and rho > 0):
         raise ValueError(f"rho must be a positive number, got {rho}")
     if not isinstance(physics, LinearPhysics):
-        raise ValueError(
-            f"data_prox takes a linear operator and {type(physics).__name__} is none; use a solver that takes any operator, "
-            "such as NoiseMAP"
-        )
+        raise ValueError(f"data_prox takes a linear operator and {type(physics).__name__} is none; NoiseMAP takes any")
     if isinstance(physics, ExactProx):
         return physics.regularized_inverse(v, y, rho)
     if isinstance(physics, DecomposablePhysics):

@@ -18,7 +18,7 @@ from torch import Tensor
 from flowprox.naming import Values, nearest, require_device
 from flowprox.noise import NOISES, GaussianNoise, Noise, make_noise
 from flowprox.noise.base import at_least_zero
-from flowprox.noise.photons import PhotonNoise
+from flowprox.operators.imaging import PhotonNoise
 from flowprox.operators.kinds import PROBLEMS, ImageShape
 from flowprox.operators.measurements import measurement_shape
 
@@ -98,10 +98,8 @@ class Problem:
         try:
             return json.dumps({"name": self.name, "parameters": self.parameters}, sort_keys=True)
         except TypeError as error:
-            raise ValueError(
-                f"a parameter of {self.name} cannot be written as JSON ({error}); "
-                "save the array as .npy and give its path; name a noise instead of passing an object"
-            ) from error
+            remedy = "save an array as .npy and give its path, name a noise"
+            raise ValueError(f"a parameter of {self.name} cannot be written as JSON ({error}): {remedy}") from error
 
     @classmethod
     def from_json(cls, text: str) -> Problem:
@@ -112,9 +110,7 @@ class Problem:
         """
         content = json.loads(text)
         if not isinstance(content, dict) or set(content) - {"name", "parameters"} or "name" not in content:
-            raise ValueError(
-                f'a problem in JSON has the form {{"name": ..., "parameters": {{...}}}}, got {text[:80]!r}'
-            )
+            raise ValueError(f'a problem in JSON is {{"name": ..., "parameters": {{...}}}}, got {text[:80]!r}')
         return cls(content["name"], content.get("parameters", {}))
 
 
@@ -133,13 +129,10 @@ def make_physics(
         image_shape: (C, H, W) of the images. Masks and sensing matrices are made for this size.
         seed: of whatever in the operator is random (masks, sensing matrices).
         device: where the operator's tensors are kept.
-        parameters: of the problem, see ``PROBLEMS[name].defaults`` ("one-bit" gives a ``OneBitSensing``, which is not
-            linear); they override those of a ``Problem``. ``mask``
-            (H, W; 1 kept, 0 hidden) and ``kernel`` (h, w; odd sides) may be an array or the path of an .npy file.
-            The noise is white and Gaussian with standard deviation ``sigma`` in every measurement, or, for compressed
-            sensing, sigma = ``noise_norm`` / sqrt(m), which is sqrt(E||noise||^2) = noise_norm; or ``noise``, a name
-            from ``flowprox.noise.NOISES`` with its ``noise_parameters`` (and sigma, if given), or a
-            ``flowprox.noise.Noise``, for which sigma must be left out. A noise replaces the level that is default.
+        parameters: of the problem, see ``PROBLEMS[name].parameters``; they override those of a ``Problem``. The noise is white
+            and Gaussian with standard deviation ``sigma`` in every measurement (for compressed sensing ``noise_norm`` /
+            sqrt(m)), or ``noise``: a name from ``flowprox.noise.NOISES`` with its ``noise_parameters``, or a
+            ``flowprox.noise.Noise``. A noise replaces the level that is default.
 
     Raises:
         ValueError: unknown problem, noise or parameter, or a value that does not fit; the message names it.
@@ -267,9 +260,8 @@ class VariedProblem:
         if self._level is not None:
             low, high = self._level
             noise = GaussianNoise(0.0).to(generator.device)
-            noise.update_parameters(
-                sigma=low + (high - low) * torch.rand(n, generator=generator, device=generator.device)
-            )
+            share = torch.rand(n, generator=generator, device=generator.device)
+            noise.update_parameters(sigma=low + (high - low) * share)
             physics.set_noise_model(noise)
         return physics
 

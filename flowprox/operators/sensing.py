@@ -15,7 +15,7 @@ import math
 from pathlib import Path
 
 import torch
-from deepinv.physics import LinearPhysics, NoiseModel, Physics
+from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional
@@ -29,17 +29,9 @@ ImageShape = tuple[int, int, int]
 class _Sensing(LinearPhysics):
     """What the two sensing matrices share: sizes, checks, flat measurements."""
 
-    def __init__(
-        self,
-        m: int,
-        image_shape: ImageShape,
-        *,
-        noise_model: NoiseModel | None = None,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-    ) -> None:
+    def __init__(self, m: int, image_shape: ImageShape, *, seed: int = 0, device: torch.device | str = "cpu") -> None:
         super().__init__(img_size=tuple(image_shape))
-        self.set_noise_model(noise_model or GaussianNoise(0.0))
+        self.set_noise_model(GaussianNoise(0.0))
         if not isinstance(m, int) or isinstance(m, bool) or m < 1:
             raise ValueError(f"m is the number of measurements and must be a positive whole number, got {m!r}")
         self.m, self.n = m, math.prod(image_shape)
@@ -52,9 +44,9 @@ class _Sensing(LinearPhysics):
 
     def _vector(self, x: Tensor) -> Tensor:
         if tuple(x.shape[1:]) != self.img_size:
+            shape = tuple(x.shape[1:])
             raise ValueError(
-                f"images of shape {tuple(x.shape[1:])} do not fit the sensing matrix, which was drawn for "
-                f"{self.img_size}; build the operator with image_shape {tuple(x.shape[1:])}"
+                f"images of shape {shape} do not fit the sensing matrix, which was drawn for {self.img_size}"
             )
         return x.reshape(len(x), -1)
 
@@ -80,7 +72,6 @@ class DenseSensing(_Sensing):
     Arguments:
         m: number of measurements; may exceed the number of pixels.
         image_shape: (C, H, W); the matrix is drawn for it.
-        noise_model: noise added to the measurements; none by default.
         seed: of the matrix.
         device: where the matrix is kept; it is drawn on the CPU.
 
@@ -124,7 +115,6 @@ class StructuredSensing(_Sensing, ExactProx):
     Arguments:
         m: number of measurements, at most the number of pixels n.
         image_shape: (C, H, W).
-        noise_model: noise added to the measurements; none by default.
         seed: of the signs and the rows.
         device: where the signs and the rows are kept.
 
@@ -140,9 +130,9 @@ class StructuredSensing(_Sensing, ExactProx):
 
     def _draw(self, generator: torch.Generator, device: torch.device | str) -> None:
         if self.m > self.n:
+            more = f"m={self.m} is more than the {self.n} pixels of an image"
             raise ValueError(
-                f"m={self.m} is more than the {self.n} pixels of an image of shape {self.img_size}, and structured "
-                "sensing has one row per pixel; use structured=False or a smaller m"
+                f"{more}, and structured sensing has one row per pixel; use structured=False or a smaller m"
             )
         signs = torch.randint(0, 2, (self.n,), generator=generator) * 2.0 - 1.0
         self.register_buffer("signs", signs, persistent=False)
@@ -179,9 +169,6 @@ class OneBitSensing(Physics):
     residual y - A(x_hat) is the noise itself in the first form, so that its log-density is the exact likelihood; in the
     second it counts flipped signs (-2, 0 or 2), and a density of additive noise is only a surrogate.
 
-    The text of the paper at hand gives y = f(x) + noise for every problem (Eq. 1) and calls y "the (noisy) sign of the
-    measurements"; hence the default.
-
     References:
         Whang, Lei, Dimakis (2021), Solving inverse problems with a flow-based noise model,
         https://arxiv.org/abs/2003.08089, Section 5.1.4.
@@ -190,7 +177,6 @@ class OneBitSensing(Physics):
 
     Arguments:
         linear: the measurement before the sign, ``DenseSensing`` or ``StructuredSensing``.
-        noise_model: noise; none by default.
         noise_first: whether the noise comes before the sign.
 
     Example:
@@ -199,10 +185,8 @@ class OneBitSensing(Physics):
         [-1.0, 1.0]
     """
 
-    def __init__(
-        self, linear: LinearPhysics, *, noise_model: NoiseModel | None = None, noise_first: bool = False
-    ) -> None:
-        super().__init__(noise_model=noise_model or GaussianNoise(0.0))
+    def __init__(self, linear: LinearPhysics, *, noise_first: bool = False) -> None:
+        super().__init__(noise_model=GaussianNoise(0.0))
         self.linear = linear
         self.noise_first = noise_first
         self.img_size = linear.img_size

@@ -28,7 +28,7 @@ from flowprox.flows import (
     Unsqueeze,
 )
 from flowprox.flows.conditioners import CouplingAttention, CouplingNet, CouplingResNet, CouplingUNet, ZeroConv2d
-from flowprox.flows.realnvp import ChannelFlip, CheckerboardCoupling, ResidualConditioner
+from flowprox.flows.realnvp import ChannelFlip, CheckerboardCoupling
 
 SMALL = (3, 4, 4)
 
@@ -48,8 +48,8 @@ CASES: dict[str, tuple[Callable[[], Bijection], tuple[int, ...]]] = {
     "coupling, U-Net": (lambda: AffineCoupling(CouplingUNet(2, 4, [4, 6])), (4, 5, 3)),
     "coupling, residual": (lambda: AffineCoupling(CouplingResNet(2, 4, 5, 2)), (4, 3, 4)),
     "coupling, attention": (lambda: AffineCoupling(CouplingAttention(2, 4, 4, 2)), (4, 3, 4)),
-    "checkerboard, even": (lambda: CheckerboardCoupling(ResidualConditioner(2, 4, 4, 1), 0), (2, 4, 3)),
-    "checkerboard, odd": (lambda: CheckerboardCoupling(ResidualConditioner(2, 4, 4, 1), 1), (2, 3, 4)),
+    "checkerboard, even": (lambda: CheckerboardCoupling(CouplingResNet(2, 4, 4, 1, True), 0), (2, 4, 3)),
+    "checkerboard, odd": (lambda: CheckerboardCoupling(CouplingResNet(2, 4, 4, 1, True), 1), (2, 3, 4)),
     "flip": (lambda: ChannelFlip(), SMALL),
     "step": (lambda: steps()[0], (4, 4, 4)),
     "step, actnorm in the net": (lambda: GlowStep(4, CouplingNet(2, 4, 5, actnorm=True)), (4, 4, 4)),
