@@ -81,7 +81,7 @@ def _command_parser(command: Command, summary: str) -> ArgumentParser:
         parser.add_argument(f"--{name}", nargs="+", metavar=word, type=kind, help=_help(command.source, name))
     if "n" in own:
         parser.add_argument("-n", "--n", type=int, default=16, help=_help(command.source, "n"))
-    parser.add_function_arguments(command.source, as_positional=False, skip={*own, *command.of_python})
+    parser.add_function_arguments(command.source, as_positional=False, skip=own)
     if command.trains:
         parser.set_defaults({"resume": False})
     return parser

@@ -59,7 +59,7 @@ def _has_bm3d() -> bool:
 def run_demo(
     out: str | Path, device: str = "cpu", *, seed: int = 0, overwrite: bool = False, console: Console | None = None
 ) -> Path:
-    """Reconstruct the bundled pictures and write records, pictures and ``report.html``.
+    """Reconstruct the bundled pictures and write records, pictures and ``report.html``, whose path is returned.
 
     An interrupted demo is continued by the same call. About half a minute on two processor cores.
 
@@ -69,9 +69,6 @@ def run_demo(
         seed: of the noise, which is the same for every method.
         overwrite: begin anew if an earlier demo is in ``out``.
         console: where progress and table go; standard error and output by default.
-
-    Returns:
-        path of the report.
 
     Raises:
         FileExistsError: ``out`` holds files no demo wrote.

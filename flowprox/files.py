@@ -96,9 +96,8 @@ def sole_writer(folder: str | os.PathLike[str]) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise ValueError(
-            f"another process is writing to {os.fspath(folder)}; wait for it, stop it, or choose another out"
-        ) from error
+        remedy = "wait for it, stop it, or choose another out"
+        raise ValueError(f"another process is writing to {os.fspath(folder)}; {remedy}") from error
     try:
         yield
     finally:

@@ -58,17 +58,7 @@ class HostReads(TorchDispatchMode):
     """
 
     READS = frozenset(
-        (
-            "_local_scalar_dense",
-            "item",
-            "is_nonzero",
-            "equal",
-            "nonzero",
-            "masked_select",
-            "unique",
-            "_unique2",
-            "bincount",
-        )
+        "_local_scalar_dense item is_nonzero equal nonzero masked_select unique _unique2 bincount".split()
     )
 
     def __init__(self) -> None:

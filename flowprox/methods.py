@@ -16,7 +16,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from deepinv.models import Reconstructor
@@ -123,10 +123,11 @@ class SelfEnsemble(Reconstructor):
 def network(model: Reconstructor, tile: int = 1024, overlap: int = 64) -> Reconstructor:
     """A network trained to reconstruct; large pictures in tiles, see ``Tiled``."""
     if not isinstance(model, Reconstructor):
-        raise ValueError(
-            f"model is a {type(model).__name__}, which does not reconstruct by itself; give an unfolded network "
-            "(flowprox train-unfolded makes one of it), or a method that uses it, such as latent-map with flow"
+        kind, remedy = (
+            type(model).__name__,
+            "give an unfolded network, or a method that uses it, such as latent-map with flow",
         )
+        raise ValueError(f"model is a {kind}, which does not reconstruct by itself; {remedy}")
     return Tiled(model, tile, overlap)
 
 
@@ -147,20 +148,12 @@ def gan(
 
 
 def plug_and_play(
-    model: nn.Module | None = None,
-    flow: Flow | None = None,
-    sigma: float | None = None,
-    n_iterations: int = 8,
-    sigma_start: float = 49 / 255,
-    weight: float = 0.23,
-    iteration: str = "hqs",
-    start: str = "adjoint",
-    tile: int = 1024,
+    model: nn.Module | None = None, flow: Flow | None = None, tile: int = 1024, **options: Any
 ) -> PlugAndPlay:
     """``PlugAndPlay`` with a trained denoiser, large pictures in tiles (``Tiled``), or a flow."""
     if isinstance(model, Reconstructor) and getattr(model, "levels", None) is not None:
         model = Tiled(model, tile)
-    return PlugAndPlay(model, flow, sigma, n_iterations, sigma_start, weight, iteration, start)  # type: ignore[arg-type]
+    return PlugAndPlay(model, flow, **options)
 
 
 def _flat(make: Callable[..., Reconstructor], argument: str, **choices: Settings) -> Callable[..., Reconstructor]:
@@ -200,7 +193,8 @@ class Method(NamedTuple):
     """One line of the registry.
 
     Arguments:
-        make: makes the method; its arguments flow, model and noise are what it uses, the others its options.
+        make: makes the method; its arguments flow, model and noise are what it uses, the others its options; ``**options`` are
+            those of the first class of ``explained_in``, whose first argument the method gives.
         description: one line.
         problems: names of the problems it applies to; None: all.
         needs_linear: whether it applies to linear operators only.
@@ -220,16 +214,22 @@ class Method(NamedTuple):
     explained_in: tuple[type, ...] = ()
 
     @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """The arguments of ``make``."""
+        own = dict(inspect.signature(self.make).parameters)
+        others = [*inspect.signature(self.explained_in[0]).parameters.items()][1:] if own.pop("options", None) else []
+        return {**dict(others), **own}
+
+    @property
     def parts(self) -> dict[str, bool]:
         """Which of flow, model and noise it takes -> whether it must be given."""
-        parameters = inspect.signature(self.make).parameters
+        parameters = self.parameters
         return {part: parameters[part].default is inspect.Parameter.empty for part in _PARTS if part in parameters}
 
     @property
     def options(self) -> Values:
         """Its options with their defaults."""
-        parameters = inspect.signature(self.make).parameters
-        return {name: one.default for name, one in parameters.items() if name not in (*_PARTS, "device")}
+        return {name: one.default for name, one in self.parameters.items() if name not in _PARTS}
 
     def missing(self, parts: Mapping[str, object]) -> str | None:
         """What it needs and is None in ``parts``, which has the keys flow and model."""
@@ -339,8 +339,6 @@ METHODS: dict[str, Method] = {
         "a flow, or a network trained as a denoiser, in the place of the prox",
         needs_linear=True,
         needs="flow or model",
-        # a denoiser takes black holes for content
-        defaults={problem: {"n_iterations": 24, "start": "biharmonic", "sigma_start": 0.1} for problem in _MASKED},
         quick={"n_iterations": 2},
         explained_in=(PlugAndPlay, Tiled),
     ),
@@ -386,13 +384,7 @@ def check_options(name: str, options: Iterable[str]) -> None:
             raise ValueError(f"method {name} has no option {option!r}; {nearest(option, sorted(known))}")
 
 
-_PLAIN: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (int, float),
-    "bool": (bool,),
-    "str": (str,),
-    "None": (type(None),),
-}
+_PLAIN = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "None": (type(None),)}
 
 
 def _check_type(what: str, value: object, annotation: object) -> None:
@@ -448,7 +440,7 @@ def make_method(
         raise ValueError(f"method {name} is not for {problem_name}; it is for {', '.join(method.applicable)}")
     check_options(name, options)
     for option, value in options.items():
-        _check_type(f"option {option} of {name}", value, inspect.signature(method.make).parameters[option].annotation)
+        _check_type(f"option {option} of {name}", value, method.parameters[option].annotation)
     loaded = {
         key: _noise(part, shape, device) if key == "noise" else _loaded(part, device)
         for key, part in parts.items()

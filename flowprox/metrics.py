@@ -24,8 +24,7 @@ def psnr(x_hat: Tensor, x: Tensor, *, clip: bool = True) -> Tensor:
     Arguments:
         x_hat: estimate (B, C, H, W).
         x: truth (B, C, H, W) in [0, 1].
-        clip: clip the estimate to [0, 1] first, as an image that is shown or saved would be: the figure of every table and
-            of training. Without it values outside count as errors, as in papers that do not clip.
+        clip: clip the estimate to [0, 1] first, as an image that is shown would be: the figure of every table.
 
     Returns:
         (B,) in dB; infinite where both are equal, so that a mean over images needs a limit (``.clamp(max=...)``).
@@ -44,24 +43,17 @@ def psnr(x_hat: Tensor, x: Tensor, *, clip: bool = True) -> Tensor:
 
 
 def ssim(x_hat: Tensor, x: Tensor, *, clip: bool = True) -> Tensor:
-    """Structural similarity with a Gaussian window of 11x11, sigma 1.5, mean over windows inside the image and
-    channels.
+    """Structural similarity (B,), at most 1: Gaussian window of 11x11, sigma 1.5, mean over windows inside and channels.
 
-    Arguments:
-        x_hat: estimate (B, C, H, W), H and W at least 11.
-        x: truth (B, C, H, W) in [0, 1].
-        clip: clip the estimate to [0, 1] first.
-
-    Returns:
-        (B,), at most 1.
+    Equal to ``skimage.metrics.structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)``; arguments
+    as in ``psnr``.
 
     Raises:
         ValueError: shapes differ, are not (B, C, H, W), or the images are smaller than the window.
 
     References:
-        Wang, Bovik, Sheikh, Simoncelli (2004), Image quality assessment: from error visibility to structural
-        similarity, https://doi.org/10.1109/TIP.2003.819861, Eq. (13). Equal to
-        ``skimage.metrics.structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)``.
+        Wang, Bovik, Sheikh, Simoncelli 2004, Image quality assessment: from error visibility to structural similarity,
+        https://doi.org/10.1109/TIP.2003.819861, Eq. (13)
 
     Example:
         >>> import torch
@@ -112,11 +104,7 @@ def _window_means(x: Tensor, weights: list[float]) -> Tensor:
 def best_scaled(x_hat: Tensor, x: Tensor) -> Tensor:
     """s x_hat with the positive number s per image that brings it closest to x: <x_hat, x> / ||x_hat||^2.
 
-    For measurements that do not tell the scale of the image, such as signs.
-
-    Arguments:
-        x_hat: estimate (B, C, H, W).
-        x: truth (B, C, H, W).
+    For measurements that do not tell the scale of the image, such as signs; both (B, C, H, W).
 
     Example:
         >>> import torch

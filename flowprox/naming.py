@@ -30,12 +30,7 @@ _MOST_NAMES = 30  # in one message
 
 
 def nearest(name: object, known: Iterable[str], prefix: str = "") -> str:
-    """What to say of a name that is not known: the names that look like it, or all of them.
-
-    Arguments:
-        name: as the user wrote it.
-        known: the names that exist, in the order in which they are to be listed.
-        prefix: stands before each name in the answer, such as "--".
+    """What to say of a name that is not known: the names that look like it, or all of them, each behind ``prefix``.
 
     Example:
         >>> nearest("denoise", ["denoising", "inpainting"])

@@ -20,8 +20,7 @@ class ResNet(nn.Module):
     """Residual network of Mardani et al. 2018 as Wei et al. 2022, Sec. V-C, describe it.
 
     Residual blocks of two 3x3 convolutions with batch normalization and ReLU, then three 1x1 convolutions; the output is
-    added to the input, a skip that the papers do not mention. Width 128 gives 0.63 M parameters in all; the paper counts
-    0.16 M, which width 64 gives.
+    added to the input, a skip that the papers do not mention. Width 64 gives the 0.16 M parameters that the paper counts.
 
     References:
         Mardani et al. 2018, Neural proximal gradient descent for compressive imaging, https://arxiv.org/abs/1806.03963
@@ -111,12 +110,10 @@ class DCGANGenerator(Specified, nn.Module):
 
         z (B, latent_size)  ->  x (B, C, H, W) in [0, 1]
 
-    Transposed 4x4 convolutions with batch normalization and ReLU; a sigmoid at the end, which is the paper's tanh moved to
-    [0, 1]. With the defaults 3,576,707 parameters.
+    Transposed 4x4 convolutions with batch normalization and ReLU; a sigmoid at the end, which is the paper's tanh moved.
 
     References:
-        Radford, Metz, Chintala (2015), Unsupervised Representation Learning with Deep Convolutional Generative Adversarial
-        Networks, https://arxiv.org/abs/1511.06434, Sec. 3 and Fig. 1.
+        Radford, Metz, Chintala 2015, Unsupervised representation learning with DCGANs, https://arxiv.org/abs/1511.06434, Sec. 3
 
     Arguments:
         image_shape: (C, H, W); H and W divisible by 2 ** n_scales.
@@ -172,8 +169,7 @@ class DCGANDiscriminator(nn.Module):
     It maps x (B, C, H, W) in [0, 1] to one logit per image (B,), above zero for "real". No layer mixes images.
 
     References:
-        Radford et al. (2015), see ``DCGANGenerator``; Miyato et al. (2018), Spectral Normalization for Generative Adversarial
-        Networks, https://arxiv.org/abs/1802.05957, Sec. 2.1.
+        Miyato et al. 2018, Spectral normalization for generative adversarial networks, https://arxiv.org/abs/1802.05957, Sec. 2
 
     Arguments:
         image_shape: (C, H, W); H and W divisible by 2 ** n_scales.

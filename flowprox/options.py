@@ -398,16 +398,8 @@ class TrainingOptions:
         for name in positive:
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be positive; got {value}")
-        not_negative = (
-            "scalar_learning_rate",
-            "weight_decay",
-            "warmup_steps",
-            "gradient_clip",
-            "skip_above",
-            "n_rollbacks",
-            "patience",
-        )
-        for name in (*not_negative, "checkpoint_every"):
+        not_negative = ("scalar_learning_rate", "weight_decay", "warmup_steps", "gradient_clip", "skip_above")
+        for name in (*not_negative, "n_rollbacks", "patience", "checkpoint_every"):
             require(getattr(self, name) >= 0, f"{name} must not be negative; got {getattr(self, name)}")
         require(0.0 <= self.ema_decay < 1.0, f"ema_decay must be at least 0 and below 1; got {self.ema_decay}")
         require(
@@ -583,10 +575,8 @@ class ScaleOptions:
 
     Arguments:
         limit: how many images are used.
-        tune_limit: how many images the options are tuned on.
         source: of the images.
-        tune_source: of the images that options are tuned on.
-        image_size: of both.
+        image_size: of these and of those for tuning.
         flow: in the place of every method's flow.
         noise: in the place of every method's noise flow.
         models: a flow, network or noise flow by the name it has in the recipe -> what is in its place.
@@ -594,9 +584,7 @@ class ScaleOptions:
     """
 
     limit: int | None = None
-    tune_limit: int | None = None
     source: str | list[str] | None = None
-    tune_source: str | list[str] | None = None
     image_size: int | None = None
     flow: str | None = None
     noise: str | None = None

@@ -7,9 +7,8 @@ r"""Flows as deepinv's terms: a prior, a denoiser, and a noise as a data fidelit
 Symbols: x, v images (B, C, H, W); y measurement (B, ...), A operator; f flow from image to latent z, g = f^-1; gamma >= 0
 step; sigma noise standard deviation, one number or one per image (B,).
 
-The prox of ``FlowPrior`` is taken in latent space: it shrinks the latent. It is **not** the prox of -log p, which would keep x
-close to v in image space; only for a flow that is a rotation are the two the same. ``n_prox_steps`` gives the prox in image
-space of the latent norm, argmin_x 1/2 ||x - v||^2 + gamma R_z(f(x)), which is what ``FlowDenoiser`` computes.
+The prox of ``FlowPrior`` shrinks the latent. It is **not** the prox of -log p, which would keep x close to v in image space;
+``n_prox_steps`` gives that of the latent norm, argmin_x 1/2 ||x - v||^2 + gamma R_z(f(x)), as ``FlowDenoiser`` computes it.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class FlowPrior(Prior):
         prox(v)   = g(P(f(v))), P the shrinkage of ``FlowProx`` by gamma = lambda_reg * stepsize
 
     deepinv's defaults lambda_reg = stepsize = 1 would halve the latent, which throws the image off the map: start from
-    ``FlowPrior.unfolding``. deepinv's parameter ``g_param`` (``sigma_denoiser``) is accepted and not used.
+    ``FlowPrior.unfolding``. deepinv's parameter ``g_param`` is not used.
 
     References:
         Wei et al. 2022, Deep unfolding with normalizing flow priors for inverse problems, https://arxiv.org/abs/2107.02848
@@ -53,10 +52,9 @@ class FlowPrior(Prior):
         base: density of the latent: "gaussian" (its prox divides) or "laplace" (its prox thresholds).
         form: what fn and grad are: "density" (-log p) or "latent" (R_z(f(x)), which is 1/2 ||z||^2 or ||z||_1: without the
             determinant, Asim et al. 2020).
-        explicit: let deepinv evaluate fn at every iterate (``explicit_prior``), for its cost criterion and backtracking. It
-            costs one more pass through the flow per iteration, so it is off.
-        n_prox_steps: 0 is the prox in latent space, two passes; more is the prox in image space of the latent norm by so
-            many steps of Adam in z (2 passes each, carries no gradient, "gaussian" only).
+        explicit: let deepinv evaluate fn at every iterate (``explicit_prior``), for its cost criterion and backtracking.
+        n_prox_steps: 0 is the prox in latent space; more is the prox in image space of the latent norm by so many steps of
+            Adam in z (carries no gradient, "gaussian" only).
 
     Raises:
         ValueError: an unknown base or form, or steps with a Laplace base; on call: a size that is not divisible by
@@ -98,17 +96,9 @@ class FlowPrior(Prior):
 
     @staticmethod
     def unfolding(n_folds: int = 4, step_size: float = 0.5, shrinkage: float = 0.05) -> Values:
-        """Keyword arguments that make deepinv's PGD, HQS or ADMM the unfolded network of Wei et al.: K trainable folds.
-
-        ``trainable_params`` is given because deepinv's own default fails without a ``g_param``. For untied folds pass a
-        list of K priors, each with a flow of its own.
-
-        Arguments:
-            n_folds: K.
-            step_size: mu at the start, one trained number per fold.
-            shrinkage: gamma = lambda_reg * mu at the start.
-        """
-        return {
+        """Keyword arguments that make deepinv's PGD, HQS or ADMM the unfolded network of Wei et al.: K = ``n_folds`` folds with
+        a trained ``step_size`` mu and ``shrinkage`` gamma = lambda_reg * mu. For untied folds pass a list of K priors."""
+        return {  # deepinv's own trainable_params fail without a g_param
             "stepsize": [step_size] * n_folds,
             "lambda_reg": [shrinkage / step_size] * n_folds,
             "trainable_params": ["stepsize", "lambda"],
@@ -149,11 +139,8 @@ class FlowDenoiser(Denoiser):
         D(v, sigma) = g(z),  z = argmin_z 1/(2 sigma^2) ||g(z) - v||^2 + 1/2 ||z||^2
 
     by ``n_steps`` of Adam, whose step falls to zero, from f(w), w a Wiener filter of v with the power spectrum of images drawn
-    from the flow (no data needed). Each image keeps its best iterate and does not depend on the others in its batch. sigma 0
-    returns v. The result carries no gradient, and the flow's weights and mode are left as they are.
-
-    Shrinking the latent of v itself, g(f(v) / (1 + w)), is far cheaper and no denoiser: noise lies so far out in the latent
-    space of a flow trained on clean images that no w gains anything (``docs/guide/deepinv.md`` has the figures).
+    from the flow. Each image keeps its best iterate and does not depend on the others in its batch. sigma 0 returns v. The
+    result carries no gradient. (Shrinking the latent of v itself is no denoiser: ``docs/guide/deepinv.md`` has the figures.)
 
     References:
         Asim et al. 2020, Invertible generative models for inverse problems, https://arxiv.org/abs/1905.11672, Eq. (4), squared.
@@ -181,15 +168,10 @@ class FlowDenoiser(Denoiser):
     def __init__(self, flow: Flow, n_steps: int = 40, step_size: float = 0.05, n_samples: int = 64) -> None:
         super().__init__()
         if n_steps < 0 or n_samples < 2 or not 0 < step_size < math.inf:
-            raise ValueError(
-                f"n_steps must be at least 0, n_samples at least 2 and step_size positive, got {n_steps}, {n_samples} and "
-                f"{step_size}"
-            )
+            got = f"{n_steps}, {n_samples} and {step_size}"
+            raise ValueError(f"n_steps must be at least 0, n_samples at least 2 and step_size positive, got {got}")
         require_flow(flow)
-        self.flow = flow
-        self.n_steps = n_steps
-        self.step_size = step_size
-        self.n_samples = n_samples
+        self.flow, self.n_steps, self.step_size, self.n_samples = flow, n_steps, step_size, n_samples
         self._spectra: dict[object, tuple[Tensor, Tensor, Tensor]] = {}
 
     def forward(self, x: Tensor, sigma: float | Tensor, **kwargs: object) -> Tensor:
@@ -251,7 +233,7 @@ class FlowDenoiser(Denoiser):
 class ReconstructorDenoiser(Denoiser):
     """A network that reconstructs from noisy images at the level it is told, as a ``deepinv.models.Denoiser``: D(x, sigma).
 
-    Images are mirrored to a size that the network takes (``flowprox.operators.fit_to_divisor``), and the result is cropped.
+    Images are mirrored to a size that the network takes, and the result is cropped.
 
     Arguments:
         network: x_hat = network(y, physics), which reads the level in ``physics.noise_model.sigma``, such as an ``Unfolded``
@@ -261,10 +243,8 @@ class ReconstructorDenoiser(Denoiser):
         ValueError: the network is for one level.
 
     Example:
-        >>> from flowprox import UnfoldedPGD, FlowProx
-        >>> from flowprox.flows import Glow
-        >>> flow = Glow((3, 8, 8), n_levels=1, n_steps=1, hidden_channels=4)
-        >>> levels = [0.05, 0.2]
+        >>> from flowprox import FlowProx, Glow, UnfoldedPGD
+        >>> flow, levels = Glow((3, 8, 8), n_levels=1, n_steps=1, hidden_channels=4), [0.05, 0.2]
         >>> network = UnfoldedPGD([FlowProx(flow, channelwise=True, levels=levels)], start="adjoint", levels=levels)
         >>> ReconstructorDenoiser(network)(torch.rand(2, 3, 9, 7), 0.1).shape
         torch.Size([2, 3, 9, 7])
@@ -273,10 +253,8 @@ class ReconstructorDenoiser(Denoiser):
     def __init__(self, network: Reconstructor) -> None:
         super().__init__()
         if getattr(network, "levels", None) is None:
-            raise ValueError(
-                f"{type(network).__name__} is not told a noise level and is no denoiser for many; "
-                "train one with levels and ranges of sigma"
-            )
+            kind = type(network).__name__
+            raise ValueError(f"{kind} is not told a noise level and is no denoiser for many; train one with levels")
         self.network = network
 
     def forward(  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -292,8 +270,8 @@ class ReconstructorDenoiser(Denoiser):
 class NoiseFidelity(DataFidelity):
     """The density of a noise as a ``deepinv.optim.DataFidelity``: d(x, y) = -log p_noise(y - A(x)), (B,) in nats.
 
-    The gradient of a linear operator is its adjoint's; any other, such as 1-bit sensing, is differentiated by autograd. The
-    prox (HQS, ADMM) is found per image by L-BFGS.
+    The gradient of a linear operator is its adjoint's, any other is differentiated by autograd. The prox (HQS, ADMM) is found
+    per image by L-BFGS.
 
     References:
         Whang et al. 2021, Solving inverse problems with a flow-based noise model, https://arxiv.org/abs/2003.08089, Eq. (3)
@@ -309,18 +287,14 @@ class NoiseFidelity(DataFidelity):
         >>> from flowprox.noise import make_noise
         >>> from flowprox.operators import make_physics
         >>> fidelity = NoiseFidelity(make_noise("gaussian", (3, 8, 8), sigma=0.1))
-        >>> physics = make_physics("inpainting", (3, 8, 8), mask_size=2)
-        >>> x = torch.rand(2, 3, 8, 8)
-        >>> y = physics.A(x)
-        >>> fidelity(x, y, physics).shape, fidelity.grad(x, y, physics).abs().max().item()
-        (torch.Size([2]), 0.0)
+        >>> x, physics = torch.rand(2, 3, 8, 8), make_physics("inpainting", (3, 8, 8), mask_size=2)
+        >>> fidelity.grad(x, physics.A(x), physics).abs().max().item()
+        0.0
     """
 
     def __init__(self, noise: Density) -> None:
         if not callable(getattr(noise, "log_prob", None)):
-            raise ValueError(
-                f"noise needs a log_prob(residual) -> (B,), and {type(noise).__name__} has none; see flowprox.noise"
-            )
+            raise ValueError(f"noise needs a log_prob(residual) -> (B,), and {type(noise).__name__} has none")
         super().__init__(d=self._negative_log_likelihood)
         self.noise = noise
 

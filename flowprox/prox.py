@@ -8,14 +8,8 @@ For a flow f with inverse g, Wei et al. 2022 take the prox in the latent space, 
                                  P(z) = sign(z) max(|z| - s w, 0)    Laplace base,  R = sum w |z|
 
 Symbols: v image after the data step (B, C, H, W), x image of the same shape, s >= 0 the step (the fold's shrinkage lambda_k),
-w > 0 weights: 1, or one learned number per latent channel, which may depend on the measurement's noise level sigma. A base
-density with mean mu(y) (``flowprox.unfolding.LatentMeanNet``) shrinks towards it: mu + P(z - mu).
-
-Learned numbers that depend on the noise level are learned at levels sigma_1 < ... < sigma_J and interpolated:
-
-    c(sigma) = exp(sum_j h_j(log sigma) v_j)      piecewise linear in log sigma, constant beyond the levels
-
-v_j the learned logarithms at the levels, h_j the hat function that is 1 at log sigma_j and 0 at its neighbors.
+w > 0 weights: 1, or one learned number per latent channel. A base density with mean mu(y) shrinks towards it: mu + P(z - mu).
+Numbers that depend on the noise level sigma are learned at levels, as logarithms, and interpolated linearly in log sigma.
 """
 
 from __future__ import annotations
@@ -77,8 +71,7 @@ class FlowProx(Specified, Prox):
     """Shrinkage in the latent space of a flow (Wei et al. 2022, Eqs. 9 to 11).
 
     A round trip through an exact inverse: with step 0 it is the identity. One number per fold shrinks all latents alike, as
-    in the paper; with ``channelwise`` the base density has a learned precision w for every (level, channel) of the latent, so
-    that training can send latents that carry noise to zero and leave the others alone.
+    in the paper; with ``channelwise`` the base density has a learned precision w for every (level, channel) of the latent.
 
     References:
         Wei et al. 2022, Deep unfolding with normalizing flow priors for inverse problems, https://arxiv.org/abs/2107.02848

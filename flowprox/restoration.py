@@ -47,13 +47,10 @@ class Restored:
     Arguments:
         image: of the kind that was given, whole numbers rounded, floats not clipped; a path gives a PIL image, that
             of an array a tensor.
-        x_hat: the same as a tensor (C, H, W), not clipped.
-        y: what was given, likewise.
-        x: the truth, if it was given.
+        x_hat, y, x: the same, what was given, and the truth if it was given, as tensors (C, H, W), not clipped.
         psnr: in dB, both clipped to [0, 1]; None where the truth is not known.
         problem: name and parameters of the operator.
-        alarm: of a calibrated network, whether the result is not to be trusted (``raised``), and the p-values of its residual,
-            its latents and its density; None of others.
+        alarm: of a calibrated network, whether the result is not to be trusted (``raised``), and its p-values; None of others.
         deviation: standard deviation of each pixel (C, H, W), of a method that samples the posterior; else None.
         reason: why a solver stopped, or that its chains have not mixed; else "".
     """
@@ -74,9 +71,8 @@ class Restored:
         shown = [x for x in (self.y, self.x_hat, self.x) if x is not None]
         sheet = Image.new("RGB", (len(shown) * width + 4 * (len(shown) - 1), height), "white")
         for i, x in enumerate(shown):
-            sheet.paste(
-                as_pil(x).convert("RGB").resize((width, height), Image.Resampling.NEAREST), (i * (width + 4), 0)
-            )
+            shown_x = as_pil(x).convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(shown_x, (i * (width + 4), 0))
         return sheet
 
     def _repr_png_(self) -> bytes:
@@ -129,11 +125,7 @@ def restore(
     """
     require_device(device)
     name = problem or ("inpainting" if mask is not None else "deblurring" if kernel is not None else "denoising")
-    network = (
-        load_model(DENOISER if model is None else model, device=device)
-        if not isinstance(model, torch.nn.Module)
-        else model
-    )
+    network = model if isinstance(model, torch.nn.Module) else load_model(model or DENOISER, device=device)
     trained = getattr(getattr(network, "card", None), "problem", None) or {}
     own = mask is not None or kernel is not None
     known = trained.get("parameters", {}) if trained.get("name") == name and not own else {}
@@ -160,11 +152,9 @@ def restore(
     x_hat, facts, deviation = estimate(method, wide, physics, kind, doubts=doubts)[0]
     alarm = facts.get("alarm")
     if alarm is not None and alarm["raised"]:
-        warnings.warn(
-            "the result is not to be trusted: it is unlike those of the images on which the model was calibrated "
-            f"({', '.join(f'{key} p {value:.2g}' for key, value in alarm.items() if key != 'raised')})",
-            stacklevel=2,
-        )
+        p_values = ", ".join(f"{key} p {value:.2g}" for key, value in alarm.items() if key != "raised")
+        reason = "it is unlike those of the images on which the model was calibrated"
+        warnings.warn(f"the result is not to be trusted: {reason} ({p_values})", stacklevel=2)
     if name.endswith("inpainting") and not operator.parameters["sigma"] and operator.parameters["noise"] is None:
         kept = physics.get_buffer("mask").reshape(-1, *x_hat.shape[-2:]).cpu() > 0
         x_hat = torch.where(kept, wide[0].cpu(), x_hat)  # what is known without noise stays
@@ -225,11 +215,8 @@ def _as_tensor(picture: Picture, name: str) -> tuple[Tensor, Callable[[Tensor], 
     if isinstance(picture, np.ndarray):
         if picture.ndim not in (2, 3):
             raise ValueError(f"{name} must have shape (H, W) or (H, W, C), got {picture.shape}")
-        x, back = _as_tensor(torch.from_numpy(_native(picture)), name) if picture.ndim == 2 else (None, None)
-        if x is None:
-            x, back = _as_tensor(torch.from_numpy(_native(np.moveaxis(picture, -1, 0))), name)
         flat, dtype = picture.ndim == 2, picture.dtype
-        assert back is not None
+        x, back = _from_tensor(torch.from_numpy(_native(picture if flat else np.moveaxis(picture, -1, 0))), name)
         return x, lambda x_hat: (back(x_hat).numpy() if flat else np.moveaxis(back(x_hat).numpy(), 0, -1)).astype(dtype)
     if not isinstance(picture, Tensor) or picture.ndim not in (2, 3, 4) or (picture.ndim == 4 and len(picture) != 1):
         shape = tuple(picture.shape) if isinstance(picture, Tensor) else type(picture).__name__

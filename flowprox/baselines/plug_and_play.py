@@ -34,13 +34,13 @@ _SMALLEST_SIGMA = 0.01  # the floor of Zhang et al., below which the schedule wo
 class PlugAndPlay(Baseline):
     """Any denoiser as the prior of a linear problem, by deepinv's half-quadratic splitting or proximal gradient.
 
-    A fixed number of iterations is run, and nothing is written to the physics. An image's estimate does not
-    depend on the others in its batch, but for the tolerance (1e-6) of the conjugate gradient that "hqs" runs on operators
-    without a closed form. Several noise levels in one batch are each treated by their own.
+    A fixed number of iterations is run, and nothing is written to the physics. An image's estimate does not depend on the
+    others in its batch, but for the tolerance (1e-6) of the conjugate gradient that "hqs" runs where there is no closed form.
+    Several noise levels in one batch are each treated by their own.
 
     References:
-        Zhang, Li, Zuo, Zhang, Van Gool, Timofte (2021), Plug-and-play image restoration with deep denoiser prior,
-        https://arxiv.org/abs/2008.13751, Eqs. 6 and 7 and Sec. 4.2 (schedule, ``weight``, ``sigma_start``).
+        Zhang, Li, Zuo, Zhang, Van Gool, Timofte 2021, Plug-and-play image restoration with deep denoiser prior,
+        https://arxiv.org/abs/2008.13751, Eqs. (6), (7) and Sec. 4.2 (schedule, ``weight``, ``sigma_start``).
 
     Arguments:
         denoiser: x_hat = denoiser(x, s), images (B, C, H, W), s a noise level per image (B,): a ``deepinv.models.Denoiser``,
@@ -65,8 +65,7 @@ class PlugAndPlay(Baseline):
         >>> from flowprox.operators import make_physics
         >>> physics = make_physics("inpainting", (3, 16, 16), mask_size=4)
         >>> x = torch.linspace(0, 1, 16).expand(1, 3, 16, 16)
-        >>> y = physics(x)
-        >>> bool((PlugAndPlay(MedianFilter())(y, physics) - x).norm() < 0.5 * (y - x).norm())
+        >>> bool((PlugAndPlay(MedianFilter())(physics(x), physics) - x).norm() < 0.5 * (physics(x) - x).norm())
         True
     """
 
@@ -95,12 +94,8 @@ class PlugAndPlay(Baseline):
         if start not in (None, "adjoint", "biharmonic"):
             raise ValueError(f"start must be 'adjoint' or 'biharmonic', got {start!r}")
         self.denoiser = _as_denoiser(flow if denoiser is None else denoiser)
-        self.sigma = sigma
-        self.n_iterations = n_iterations
-        self.sigma_start = sigma_start
-        self.weight = weight
-        self.iteration = iteration
-        self.start = start
+        self.sigma, self.n_iterations, self.sigma_start = sigma, n_iterations, sigma_start
+        self.weight, self.iteration, self.start = weight, iteration, start
 
     def forward(self, y: Tensor, physics: Physics, callback: Callable[[int, int], None] | None = None) -> Tensor:  # type: ignore[override]
         """As every baseline's; ``callback`` is called after every denoising with their number so far and in all."""

@@ -4,10 +4,8 @@
     WaveletPrior:   x_hat = argmin_x  1/2 ||A x - y||^2 + regularization ||Psi x||_1
 
 Symbols: x image (B, C, H, W), y measurement, A linear operator, Phi an orthonormal basis of each channel (cosines, or
-wavelets on the periodic image), c coefficients (B, C, H, W), Psi x the image's wavelet details (what remains of it at the
-coarsest level is not penalized). The squared norm of the Lasso is a sum and has no factor 1/2. That is the convention of
-Asim et al. (2020); scikit-learn minimizes ||A Phi c - y||^2 / (2 m) + alpha ||c||_1 with m measurements, so
-regularization = 2 m alpha.
+wavelets on the periodic image), c coefficients (B, C, H, W), Psi x the image's wavelet details. The Lasso's squared norm is a
+sum without factor 1/2, as in Asim et al. (2020): scikit-learn's alpha is regularization / (2 m) for m measurements.
 """
 
 from __future__ import annotations
@@ -32,12 +30,8 @@ _ON_THE_WAY = 0.3  # tolerance of the weights before the last one; a tighter one
 
 
 class Basis(NamedTuple):
-    """Orthonormal separable bases, one after the other on an ever smaller corner of the image.
-
-    Arguments:
-        stages: pairs of orthogonal matrices (h, h) and (w, w); each acts on the rows and columns of the upper left (h, w)
-            coefficients of the stage before.
-    """
+    """Orthonormal separable bases, one after the other on an ever smaller corner of the image: ``stages`` holds pairs of
+    orthogonal matrices (h, h) and (w, w) for the rows and columns of the upper left (h, w) coefficients."""
 
     stages: list[tuple[Tensor, Tensor]]
 
@@ -73,13 +67,9 @@ def cosine_basis(height: int, width: int, like: Tensor) -> Basis:
 
 
 def wavelet_basis(height: int, width: int, like: Tensor, wavelet: str = "db1", n_levels: int | None = None) -> Basis:
-    """The orthonormal wavelet transform of the periodic image, PyWavelets' mode "periodization".
+    """The orthonormal wavelet transform of the periodic image, PyWavelets' mode "periodization", in the dtype of ``like``.
 
-    Arguments:
-        height, width: sides of the image.
-        like: gives dtype and device.
-        wavelet: name of an orthogonal wavelet in PyWavelets.
-        n_levels: number of halvings; None takes as many as both sides allow.
+    ``n_levels`` is the number of halvings; None takes as many as both sides allow.
 
     Raises:
         ImportError: PyWavelets is not installed.
@@ -115,29 +105,23 @@ class Lasso(Baseline):
         c_{k+1} = S( u_k - s Phi^T A^T (A Phi u_k - y) ),      s = 1 / ||A||^2,  S shrinks by s regularization / 2
         u_{k+1} = c_{k+1} + (t_k - 1) / t_{k+1} (c_{k+1} - c_k)
 
-    The momentum of an image starts anew (t = 1) when it points uphill. The regularization first falls by decades from the
-    value at which c = 0 would be optimal, each a start for the next, which saves iterations where it is small. An image
-    whose coefficients have settled stops; its estimate does not depend on the others in its batch. A is used through its
-    products only. x_hat is not clipped.
+    The momentum of an image starts anew (t = 1) when it points uphill. The regularization first falls by decades from where
+    c = 0 would be optimal. An image whose coefficients have settled stops; it does not depend on the others of its batch.
 
-    The published figures of Asim et al. are another point: scikit-learn's coordinate descent stopped at its default
-    tolerance, far from the minimum where measurements are few, and with an intercept that is then dropped. The solver
-    "coordinate-descent" computes it, with the matrix A Phi in memory (8 m D bytes for D pixels and channels): m = 500, the
-    12 faces of the paper, 15.37 dB (published 15.70) where the minimum has 14.40.
+    The figures of Asim et al. are another point: scikit-learn's coordinate descent stopped at its default tolerance, far from
+    the minimum where measurements are few. The solver "coordinate-descent" computes it, with the matrix A Phi in memory.
 
     References:
-        Tibshirani (1996), Regression shrinkage and selection via the lasso; Beck, Teboulle (2009), A fast iterative
-        shrinkage-thresholding algorithm, https://doi.org/10.1137/080716542, Eq. (4.1) to (4.3); restarts: O'Donoghue, Candès
-        (2015), https://arxiv.org/abs/1204.3982, Sec. 3.2; as a baseline: Asim et al. (2020),
-        https://arxiv.org/abs/1905.11672, footnote 1, where regularization is 0.01.
+        Beck, Teboulle 2009, A fast iterative shrinkage-thresholding algorithm, https://doi.org/10.1137/080716542, Eq. (4.1)
+        O'Donoghue, Candès 2015, Adaptive restart, https://arxiv.org/abs/1204.3982, Sec. 3.2
+        Asim et al. 2020, https://arxiv.org/abs/1905.11672, footnote 1 (as a baseline, with regularization 0.01)
 
     Arguments:
         basis: "dct" or "wavelet".
-        regularization: weight of ||c||_1, >= 0, in the convention of the formula above (2 m alpha of scikit-learn).
+        regularization: weight of ||c||_1, >= 0.
         n_iterations: at most so many iterations.
         tolerance: an image has settled when every coefficient fulfils its optimality condition up to this fraction of the
-            regularization (float32 allows about 1e-3 of 0.01). For "coordinate-descent" scikit-learn's ``tol``, the duality
-            gap as a fraction of ||y||^2. None takes 1e-2 and scikit-learn's 1e-4.
+            regularization; for "coordinate-descent" scikit-learn's ``tol``. None takes 1e-2 and scikit-learn's 1e-4.
         wavelet: an orthogonal wavelet of PyWavelets ("db1" is Haar's); unused by "dct".
         n_levels: halvings of the image; None takes as many as its sides allow; unused by "dct".
         solver: "fista", or "coordinate-descent" for the published figures; for one operator for all images.
@@ -180,13 +164,8 @@ class Lasso(Baseline):
             require_package("sklearn", "scikit-learn", "the Lasso by coordinate descent")
         if basis == "wavelet":
             _require_wavelet(wavelet)
-        self.basis = basis
-        self.regularization = regularization
-        self.n_iterations = n_iterations
-        self.tolerance = tolerance
-        self.wavelet = wavelet
-        self.n_levels = n_levels
-        self.solver = solver
+        self.basis, self.wavelet, self.n_levels, self.solver = basis, wavelet, n_levels, solver
+        self.regularization, self.n_iterations, self.tolerance = regularization, n_iterations, tolerance
 
     def make_basis(self, x: Tensor) -> Basis:
         """Phi for images of x's size, dtype and device."""
@@ -258,16 +237,12 @@ class _Details(_Prior):
 
 
 class WaveletPrior(Baseline):
-    """Sparse wavelet details for any linear operator.
+    """Sparse wavelet details for any linear operator, as deepinv's users know them, by a fixed number of FISTA's iterations.
 
-    Beside ``Lasso(basis="wavelet")`` this is the form that deepinv's users know: the coarsest level is free and the image
-    is mirrored at its border, not taken as periodic. A fixed number of iterations is run, so that an image's estimate
-    does not depend on the others in its batch. (deepinv's prior with several wavelets at once is not offered: its inner
-    iteration stops by the whole batch.) x_hat is not clipped.
+    Beside ``Lasso(basis="wavelet")`` the coarsest level is free and the image is mirrored at its border.
 
     References:
-        Chambolle, DeVore, Lee, Lucier (1998), Nonlinear wavelet image processing: variational problems, compression, and
-        noise removal through wavelet shrinkage, https://doi.org/10.1109/83.661182, Sec. III; deepinv's ``WaveletPrior``.
+        Chambolle, DeVore, Lee, Lucier 1998, Nonlinear wavelet image processing, https://doi.org/10.1109/83.661182, Sec. III
 
     Arguments:
         regularization: weight of the details' absolute values, >= 0.
@@ -281,11 +256,9 @@ class WaveletPrior(Baseline):
 
     Example:
         >>> from deepinv.physics import Denoising, GaussianNoise
-        >>> physics = Denoising(GaussianNoise(0.1))
-        >>> x = torch.full((1, 3, 16, 16), 0.5)
+        >>> physics, x = Denoising(GaussianNoise(0.1)), torch.full((1, 3, 16, 16), 0.5)
         >>> y = physics(x)
-        >>> x_hat = WaveletPrior(regularization=0.3, n_levels=2)(y, physics)
-        >>> bool((x_hat - x).norm() < 0.5 * (y - x).norm())
+        >>> bool((WaveletPrior(regularization=0.3, n_levels=2)(y, physics) - x).norm() < 0.5 * (y - x).norm())
         True
     """
 
@@ -298,10 +271,8 @@ class WaveletPrior(Baseline):
         require_count("n_iterations", n_iterations)
         require_package("ptwt", "ptwt", "WaveletPrior", extra="wavelets")
         _require_wavelet(wavelet)
-        self.wavelet = wavelet
-        self.regularization = regularization
-        self.n_levels = n_levels
-        self.n_iterations = n_iterations
+        self.wavelet, self.n_levels = wavelet, n_levels
+        self.regularization, self.n_iterations = regularization, n_iterations
 
     @torch.no_grad()
     def _estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:

@@ -4,12 +4,8 @@
     NAME/model.safetensors    its tensors; the card holds their SHA-256
 
 A model is rebuilt from the constructor call written in its card (see ``flowprox.naming``), never from a pickle, and gives
-bitwise the outputs it gave when it was saved. Files appear whole or not at all: they are written beside their target,
-forced to disk and renamed. The card is renamed last; until then the weights that belong to the old card are kept, so a
-full disk or a kill at any moment leaves either the old model or the new one.
-
-A trainer's state (``save_training_state``) is one file of tensors and plain values, read without unpickling objects.
-Nothing here imports torch before a model is needed.
+bitwise the outputs it gave when it was saved. Files appear whole or not at all, the card last: a full disk or a kill at any
+moment leaves either the old model or the new one. Nothing here imports torch before a model is needed.
 """
 
 from flowprox.checkpoints.card import CARD, PREVIOUS, WEIGHTS, Card, CheckpointError

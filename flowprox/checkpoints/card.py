@@ -31,22 +31,6 @@ INTENDED_USE = (
 _SHORT_LIST = re.compile(r"\[\n[^\[\]{}\"]{1,200}\n\s*\]")  # of numbers; JSON text has no line breaks inside strings
 
 _MAX_BYTES = 1 << 24  # of a card; those that ship have 5 kB
-_FORMS: dict[
-    tuple[str, str], tuple[str, Callable[[Any], bool]]
-] = {  # what other modules read from a card, where present
-    ("model", "arguments"): ("an object", lambda value: isinstance(value, Mapping)),
-    ("problem", "name"): ("text", lambda value: isinstance(value, str)),
-    ("problem", "parameters"): ("an object", lambda value: isinstance(value, Mapping)),
-    ("problem", "ranges"): ("an object", lambda value: isinstance(value, Mapping)),
-    ("preprocessing", "channels"): ("a whole number", lambda value: value is None or _is_count(value)),
-    ("preprocessing", "divisor"): ("a whole number to 4096", lambda value: value is None or _is_count(value, 4096)),
-    ("preprocessing", "image_shape"): (
-        "three whole numbers",
-        lambda value: (
-            value is None or (isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_count, value)))
-        ),
-    ),
-}
 
 PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin", ".th", ".tar"}
 
@@ -114,8 +98,8 @@ class Card:
             expected = {"str": str, "int": int}.get(str(known[key].type), Mapping)
             if not isinstance(value, expected) and not (key == "problem" and value is None):
                 raise CheckpointError(f"the card's {key!r} must be {known[key].type}, got {type(value).__name__}")
-        for (part, key), (form, holds) in _FORMS.items():
-            if key in (values.get(part) or {}) and not holds(values[part][key]):
+        for (part, key), form in _FORMS.items():
+            if key in (values.get(part) or {}) and not _HOLDS[form](values[part][key]):
                 raise CheckpointError(f"the card's {key!r} of {part!r} must be {form}, got {values[part][key]!r:.60}")
         return cls(**values)
 
@@ -152,8 +136,32 @@ class Card:
         return _SHORT_LIST.sub(lambda found: f"[{' '.join(found[0][1:-1].split())}]", text) + "\n"
 
 
-def _is_count(value: Any, largest: int = 1 << 20) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= largest
+def _is_count(value: object, largest: int = 1 << 20) -> bool:
+    return value is None or (type(value) is int and 1 <= value <= largest)
+
+
+def _is_shape(value: object) -> bool:
+    return value is None or (isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_count, value)))
+
+
+_FORMS = {
+    ("model", "arguments"): "an object",
+    ("problem", "name"): "text",
+    ("problem", "parameters"): "an object",
+    ("problem", "ranges"): "an object",
+    ("preprocessing", "channels"): "a whole number",
+    ("preprocessing", "divisor"): "a whole number to 4096",
+    ("preprocessing", "image_shape"): "three whole numbers",
+}
+"""What other modules read from a card, where present."""
+
+_HOLDS: dict[str, Callable[[object], bool]] = {
+    "an object": lambda value: isinstance(value, Mapping),
+    "text": lambda value: isinstance(value, str),
+    "a whole number": _is_count,
+    "a whole number to 4096": lambda value: _is_count(value, 4096),
+    "three whole numbers": _is_shape,
+}
 
 
 def read_card(path: Path) -> Card:
@@ -166,9 +174,7 @@ def read_card(path: Path) -> Card:
         for other in sorted(path.parent.glob("*")):
             if other.suffix in PICKLE_SUFFIXES:
                 refuse_pickle(other)
-        raise CheckpointError(
-            f"{path} does not exist: {path.parent} is not a flowprox model; write one with flowprox.save_model"
-        )
+        raise CheckpointError(f"{path} does not exist: {path.parent} is not a flowprox model, as save_model writes one")
     if path.stat().st_size > _MAX_BYTES:
         raise CheckpointError(f"{path} is not a card: it has more than {_MAX_BYTES >> 20} MB; save the model again")
     try:
@@ -176,14 +182,9 @@ def read_card(path: Path) -> Card:
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
         raise CheckpointError(f"{path} is not JSON ({error}); restore the file or save the model again") from error
     if not isinstance(values, dict):
-        raise CheckpointError(
-            f"{path} is not a card: it holds a {type(values).__name__}, not an object; save the model again"
-        )
-    if values.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {values['format_version']!r}, this flowprox reads {FORMAT_VERSION}; "
-            "update flowprox"
-        )
+        raise CheckpointError(f"{path} is not a card: it holds a {type(values).__name__}; save the model again")
+    if (version := values.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
+        raise CheckpointError(f"{path} has format version {version!r}, this flowprox reads 1; update flowprox")
     missing = [key for key in ("format_version", "name", "model", "sha256", "weights_dtype") if not values.get(key)]
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}; restore the file or save the model again")
@@ -226,10 +227,8 @@ def refuse_pickle(path: Path) -> None:
     looks_like_one = start.startswith((b"PK\x03\x04", b"\x80")) and start[8:] != b"{"
     if path.suffix in PICKLE_SUFFIXES or looks_like_one:
         raise CheckpointError(
-            f"{path} is a pickle or zip archive (.pt, .pth, .ckpt): pickles are never read as models, since they can "
-            "run code. To convert: construct the model, "
-            "model.load_state_dict(torch.load(file, weights_only=True)), then "
-            "flowprox.save_model(model, folder)"
+            f"{path} is a pickle or zip archive: pickles are never read as models, since they can run code. To convert: make the "
+            "model, model.load_state_dict(torch.load(file, weights_only=True)), then flowprox.save_model(model, folder)"
         )
 
 
@@ -246,7 +245,4 @@ def read_weights(folder: Path, card: Card) -> bytes:
             return data
     size = path.stat().st_size if path.is_file() else 0
     state = f"has {size} of {card.n_bytes} bytes" if size != card.n_bytes else "was altered"
-    raise CheckpointError(
-        f"{path} {state} and does not match the SHA-256 in {CARD}; copy or download the folder again (a file that "
-        "git-lfs left as a pointer has about 130 bytes)"
-    )
+    raise CheckpointError(f"{path} {state} and does not match the SHA-256 in {CARD}; copy or download the folder again")

@@ -38,7 +38,7 @@ def push_to_hub(
         token: access token; by default the one stored by ``hf auth login``.
 
     Returns:
-        The address of the commit.
+        the address of the commit.
 
     Raises:
         CheckpointError: the folder is not a whole model, or the hub refused.
@@ -61,9 +61,8 @@ def push_to_hub(
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.create_commit(repo_id, operations, commit_message=f"{card.name} (flowprox)", revision=revision)
     except _hub_errors() as error:
-        raise CheckpointError(
-            f"could not upload {folder} to {repo_id!r}: {first_line(error)}; check the id and run `hf auth login`"
-        ) from error
+        reason = f"{first_line(error)}; check the id and run `hf auth login`"
+        raise CheckpointError(f"could not upload {folder} to {repo_id!r}: {reason}") from error
     return str(commit.commit_url)
 
 
@@ -79,10 +78,8 @@ def download(name: str, files: tuple[str, ...], revision: str | None) -> Path:
     try:
         folder = huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=[CONFIG, *files])
     except _hub_errors() as error:
-        raise CheckpointError(
-            f"the hub could not be asked for {name!r} ({first_line(error)}); check the name, the revision, the "
-            "connection, and for a private model run `hf auth login`"
-        ) from error
+        remedy = "check name, revision and connection, and for a private model run `hf auth login`"
+        raise CheckpointError(f"the hub could not be asked for {name!r} ({first_line(error)}); {remedy}") from error
     missing = [file for file in files if not (Path(folder) / file).is_file()]
     if missing:
         raise CheckpointError(f"{name!r} on the hub has no {missing[0]}: it is not a flowprox model")
@@ -110,9 +107,8 @@ def _readme(card: Card, repo_id: str) -> str:
 
     images = str(card.training.get("data") or "unknown")
     figures = {key: value for key, value in card.metrics.items() if isinstance(value, float)}
-    results = [
-        huggingface_hub.EvalResult("image-to-image", "images", images, key, value) for key, value in figures.items()
-    ]
+    result = huggingface_hub.EvalResult
+    results = [result("image-to-image", "images", images, key, value) for key, value in figures.items()]
     data = huggingface_hub.ModelCardData(
         library_name="flowprox",
         license="other",

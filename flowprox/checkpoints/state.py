@@ -20,19 +20,11 @@ def save_training_state(path: str | os.PathLike[str], state: Mapping[str, Any]) 
 
     Arguments:
         path: file to write; its folder must exist.
-        state: nested dictionaries, lists and tuples of tensors, numbers, text, bytes and None; random states of torch
-            are tensors, those of Python's ``random`` are tuples of numbers. numpy arrays must be made tensors.
+        state: nested dictionaries, lists and tuples of tensors, numbers, text, bytes and None.
 
     Raises:
         TypeError: a value could not be read back without unpickling objects; the message names the place.
         OSError: the file cannot be written; one that was there is still whole.
-
-    Example:
-        >>> import tempfile, torch
-        >>> path = Path(tempfile.mkdtemp()) / "last.state"
-        >>> save_training_state(path, {"step": 3, "rng": torch.get_rng_state()})
-        >>> load_training_state(path)["step"]
-        3
     """
     import torch
 
@@ -57,9 +49,9 @@ def _check_state(value: Any, where: str) -> None:
         for i, item in enumerate(value):
             _check_state(item, f"{where}[{i}]")
     else:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise TypeError(
-            f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be read back without "
-            "unpickling objects; store tensors, numbers, text, or lists and dictionaries of these"
+            f"{where} is a {kind}, which cannot be read back without unpickling objects; store tensors or text"
         )
 
 
@@ -76,9 +68,7 @@ def load_training_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     import torch
 
     if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"no training state {os.fspath(path)}; check the path, or start training without resuming"
-        )
+        raise FileNotFoundError(f"no training state {os.fspath(path)}; check the path, or start without resuming")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):  # may expand without end
@@ -88,9 +78,8 @@ def load_training_state(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise zipfile.BadZipFile(f"{damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (*_READ_ERRORS, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            f"{os.fspath(path)} is not a whole training state ({first_line(error)}); resume from an earlier one"
-        ) from error
+        reason = f"is not a whole training state ({first_line(error)})"
+        raise CheckpointError(f"{os.fspath(path)} {reason}; resume from an earlier one") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{os.fspath(path)} holds a {type(state).__name__}, not a training state")
     return state

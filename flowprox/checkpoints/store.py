@@ -143,8 +143,7 @@ def find_model(
     near = difflib.get_close_matches(text, list_models(), n=3, cutoff=0.4) or list_models()
     hint = f"nearest shipped models: {', '.join(near)}" if near else "no models are shipped with this installation"
     raise CheckpointError(
-        f"no model {text!r}: neither a folder here nor a shipped model; {hint}; "
-        f"a model of the Hugging Face hub is written {HUB}ORG/NAME"
+        f"no model {text!r}: neither a folder here nor a shipped model; {hint}; one of the hub is written {HUB}ORG/NAME"
     )
 
 
@@ -174,9 +173,7 @@ def _unpack(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]
         raise CheckpointError(f"{path} is not a safetensors file ({error}); copy or download it again") from error
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-            raise CheckpointError(
-                f"{path}: {name} holds NaN or infinity, the model is of no use; train or save it again"
-            )
+            raise CheckpointError(f"{path}: {name} holds NaN or infinity, the model is of no use; train it again")
     return tensors, names
 
 
@@ -304,19 +301,16 @@ def save_model(
 ) -> Card:
     """Write a model to a folder, replacing a model that is there only once the new one is complete.
 
-    Before anything is written the model is rebuilt once from its constructor arguments, so that what is saved can be
-    loaded. torch's random number generator is left as it was.
+    Before anything is written the model is rebuilt once from its constructor arguments, so that what is saved can be loaded.
 
     Arguments:
-        model: a flowprox model (anything that derives from ``Specified``); a compiled or data-parallel wrapper is
-            unwrapped.
+        model: a flowprox model (anything that derives from ``Specified``); compiled and data-parallel wrappers are taken off.
         folder: where to; created if needed. Its name is the model's name unless the card has one.
         card: what to record besides what the model tells; a ``Card`` or a dictionary with its fields. Not changed.
-        half: store large tensors in half precision: "float16" (True means the same; finer) or "bfloat16" (wider range).
-            They are rounded, so outputs of the loaded model differ slightly from those of ``model``.
+        half: store large tensors rounded to half precision: "float16" (True means the same) or "bfloat16" (wider range).
 
     Returns:
-        The complete card, as written.
+        the complete card, as written.
 
     Raises:
         TypeError: ``model`` or a value in the card cannot be written down.
@@ -369,10 +363,8 @@ def _unwrapped(model: Any) -> tuple[nn.Module, dict[str, Any]]:
     while not isinstance(model, Specified):
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)  # torch.compile; data parallel
         if inner is None:
-            raise TypeError(
-                f"cannot save a {type(model).__name__}: models are saved with their constructor arguments, so the class "
-                "must derive from flowprox.naming.Specified first: class Mine(Specified, nn.Module)"
-            )
+            needed = "its class must derive from flowprox.naming.Specified first: class Mine(Specified, nn.Module)"
+            raise TypeError(f"cannot save a {type(model).__name__} without its constructor arguments: {needed}")
         model = inner
     return model, model.spec()  # type: ignore[return-value]
 
@@ -385,10 +377,8 @@ def _check_rebuild(model: nn.Module, spec: Mapping[str, Any]) -> None:
     tied, wanted = distinct_tensors(rebuilt)[1], distinct_tensors(model)[1]
     problems += [f"{name} is no longer shared with {kept}" for name, kept in tied.items() if wanted.get(name) != kept]
     if problems:
-        raise CheckpointError(
-            f"cannot save this {kind}: built again from its constructor arguments it differs ({_few(problems)}); "
-            "construct the model with the parts it is to have instead of exchanging them later"
-        )
+        differs = f"built again from its constructor arguments it differs ({_few(problems)})"
+        raise CheckpointError(f"cannot save this {kind}: {differs}; construct it with the parts it is to have")
 
 
 def distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -504,7 +494,7 @@ class Pretrained:
         model = load_model(name, device, dtype, revision=revision)
         if not isinstance(model, cls):
             raise CheckpointError(
-                f"{os.fspath(name)!r} is a {type(model).__name__}, not a {cls.__name__}; flowprox.load_model loads any"
+                f"{os.fspath(name)!r} is a {type(model).__name__}, not a {cls.__name__}; see load_model"
             )
         return model
 

@@ -33,7 +33,7 @@ class Command(NamedTuple):
         positional: the argument that is no option; several with blanks between them.
         n_positional: "1" for one, "?" for at most one, "+" for at least one.
         several: options of several words, and what a word is called.
-        trains: whether the function starts a training run; its argument ``callbacks`` is for Python alone.
+        trains: whether the function starts a training run.
     """
 
     function: Callable[..., Any]
@@ -43,11 +43,6 @@ class Command(NamedTuple):
     n_positional: str = "?"
     several: Mapping[str, str] = MappingProxyType({})
     trains: bool = False
-
-    @property
-    def of_python(self) -> set[str | int]:
-        """Arguments that are no options."""
-        return {"callbacks"} if self.trains else set()
 
     @property
     def source(self) -> Callable[..., Any]:

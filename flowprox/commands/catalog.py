@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from flowprox.commands.terminal import (
     check_device,
@@ -21,6 +22,14 @@ from flowprox.naming import require_package
 
 if TYPE_CHECKING:
     from flowprox.checkpoints import Card
+
+
+class _Described(Protocol):
+    @property
+    def description(self) -> str: ...
+
+
+_Kind = TypeVar("_Kind", bound=_Described)
 
 
 def demo(out: str = "flowprox-demo", device: str = "cpu", seed: int = 0, overwrite: bool = False) -> None:
@@ -226,31 +235,33 @@ def problems(name: str | None = None) -> None:
     Arguments:
         name: the problem.
     """
-    from flowprox.naming import nearest
     from flowprox.operators import PROBLEMS
 
-    if name is None:
-        print_table(
-            ["problem", "what is measured"], [[key, kind.description] for key, kind in PROBLEMS.items()], "left"
-        )
-        print("flowprox problems NAME lists the parameters of one")
+    kind = _one_of("problem", "what is measured", "parameters", PROBLEMS, name)
+    if kind is None:
         return
-    if name not in PROBLEMS:
-        raise ValueError(f"unknown problem {name!r}; {nearest(name, PROBLEMS)}")
-    kind = PROBLEMS[name]
-    print(f"{name}: {kind.description}")
-    rows = [
-        [key, _word(kind.defaults[key]), parameter.unit, parameter.meaning]
-        for key, parameter in kind.parameters.items()
-    ]
+    rows = [[key, _word(one.default), one.unit, one.meaning] for key, one in kind.parameters.items()]
     rows += [
         ["noise", "null", "", "another noise, by name: gaussian, sinusoidal, radial"],
         ["noise_parameters", "null", "", "of that noise"],
     ]
     print_table(["parameter", "default", "unit", "meaning"], rows, "left")
-    print(
-        f"as in --problem {name} --parameters {rows[0][0]}=VALUE; a VALUE is a number, true, false, null, [list] or text"
-    )
+    value = "a VALUE is a number, true, false, null, [list] or text"
+    print(f"as in --problem {name} --parameters {rows[0][0]}=VALUE; {value}")
+
+
+def _one_of(what: str, about: str, of_it: str, known: Mapping[str, _Kind], name: str | None) -> _Kind | None:
+    """The entry of that name, whose description is printed; without a name the table of all, and None."""
+    from flowprox.naming import nearest
+
+    if name is None:
+        print_table([what, about], [[key, kind.description] for key, kind in known.items()], "left")
+        print(f"flowprox {what}s NAME lists the {of_it} of one")
+        return None
+    if name not in known:
+        raise ValueError(f"unknown {what} {name!r}; {nearest(name, known)}")
+    print(f"{name}: {known[name].description}")
+    return known[name]
 
 
 def _word(value: object) -> str:
@@ -283,21 +294,14 @@ def methods(name: str | None = None) -> None:
         name: the method.
     """
     from flowprox.methods import METHODS, method_options
-    from flowprox.naming import nearest
 
-    if name is None:
-        print_table(["method", "what it is"], [[key, kind.description] for key, kind in METHODS.items()], "left")
-        print("flowprox methods NAME lists the options of one")
+    kind = _one_of("method", "what it is", "options", METHODS, name)
+    if kind is None or name is None:
         return
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; {nearest(name, METHODS)}")
-    kind = METHODS[name]
-    print(f"{name}: {kind.description}")
     print(f"for {', '.join(kind.applicable)}")
     if kind.parts:
-        print(
-            "uses " + ", ".join(f"--{part}" + ("" if needed else " (if given)") for part, needed in kind.parts.items())
-        )
+        used = (f"--{part}" + ("" if needed else " (if given)") for part, needed in kind.parts.items())
+        print(f"uses {', '.join(used)}")
     rows = [[key, _word(option.default), option.meaning] for key, option in method_options(name).items()]
     if not rows:
         return

@@ -36,17 +36,14 @@ _RECORDS = ("records.jsonl", "records.jsonl.partial", "metrics.jsonl")
 
 
 class ImageDataset(Dataset[dict[str, Tensor]]):
-    """Images of one size from folders, files, shards or globs of them; items are ``{"x": image}``.
+    """Images of one size from folders, files, shards or globs of them, in 8 bits; items are ``{"x": image}``.
 
     Every image is turned upright (EXIF), converted to sRGB, put on white where it is transparent, converted to gray or color,
-    cropped to its central square and resized with the Lanczos filter. It is kept in 8 bits.
+    cropped to its central square and resized with the Lanczos filter. A folder is searched recursively, linked folders too;
+    hidden files and folders and results of flowprox are left out, the last with a warning.
 
-    A folder is searched recursively, linked folders too; hidden files and folders and results of flowprox are left out, the
-    last with a warning.
-
-    Splits: an image of a folder belongs to the split that a hash of its name chooses (``split_indices``), so that
-    adding files moves none. Shards whose names begin with train, val or test carry their split in their name; in a
-    folder of shards exactly ``train-*.npz`` is the split train, so that an extra set must be named.
+    Splits: an image of a folder belongs to the split that a hash of its name chooses (``split_indices``). Shards whose names
+    begin with train, val or test carry their split in their name; in a folder exactly ``train-*.npz`` is the split train.
 
     Arguments:
         source: folder (searched recursively), image file, .npz shard, glob of files, or a list of these.
@@ -335,12 +332,7 @@ def split_indices(
 ) -> dict[str, list[int]]:
     """Which of the names belong to train, val and test, decided for each name alone by its hash.
 
-    Adding or removing names moves no other one; the parts have the fractions' sizes only on average.
-
-    Arguments:
-        names: one per image, as stable as possible (a path inside the data set's folder).
-        fractions: of train, val and test; they sum to 1.
-        seed: another seed gives another split.
+    Adding or removing names moves no other one; the parts have the sizes of ``fractions``, which sum to 1, only on average.
 
     Raises:
         ValueError: fractions that are negative or do not sum to 1.

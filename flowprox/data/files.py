@@ -225,10 +225,8 @@ def load_array(path: StrPath, shape: Sequence[int]) -> Tensor:
     y = torch.view_as_real(y).movedim(-1, -len(wanted)) if y.is_complex() else y
     y = y[None] if tuple(y.shape) == wanted else y
     if tuple(y.shape[1:]) != wanted or len(y) == 0:
-        raise ValueError(
-            f"{path} has shape {tuple(y.shape)} but the operator measures {wanted}, or (B, ...) of these; "
-            "check the problem's parameters and the size of the image"
-        )
+        shape = tuple(y.shape)
+        raise ValueError(f"{path} has shape {shape} but the operator measures {wanted}, or (B, ...) of these")
     _check_finite(y, str(path))
     return y
 
@@ -285,13 +283,10 @@ def _open(content: bytes, name: str) -> Image.Image:
         n = image.width * image.height
         if n > limit:
             raise ValueError(f"{n:,} pixels, more than {limit:,}; FLOWPROX_MAX_PIXELS={n} in the environment allows it")
-        if (
-            image.format != "MPO" and getattr(image, "n_frames", 1) > 1
-        ):  # the second picture of a camera's MPO is a preview
-            warnings.warn(
-                f"{name} holds {image.n_frames} pages, of which the first is read; save each to a file of its own",  # type: ignore[attr-defined]
-                stacklevel=4,
-            )
+        n_pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a camera's MPO holds a preview too
+        if n_pages > 1:
+            remedy = "save each to a file of its own"
+            warnings.warn(f"{name} holds {n_pages} pages, of which the first is read; {remedy}", stacklevel=4)
             image.seek(0)
         image.load()
         return _in_srgb(ImageOps.exif_transpose(image), name)
@@ -307,9 +302,8 @@ def _in_srgb(image: Image.Image, name: str) -> Image.Image:
     if not profile or image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK", "P"):
         return image
     alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
-    colors = (
-        image.convert("RGB") if image.mode in ("P", "RGBA") else image.convert("L") if image.mode == "LA" else image
-    )
+    mode = {"P": "RGB", "RGBA": "RGB", "LA": "L"}.get(image.mode)
+    colors = image if mode is None else image.convert(mode)
     try:
         transform = ImageCms.buildTransform(
             ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), colors.mode, "RGB"

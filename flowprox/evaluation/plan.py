@@ -17,7 +17,7 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -98,7 +98,7 @@ class Case(NamedTuple):
 
 
 def at_scale(recipe: EvaluationOptions, scale: str) -> EvaluationOptions:
-    """The recipe at another scale.
+    """The recipe at another scale: the problems and methods that are for it, with what the scale replaces.
 
     Raises:
         ValueError: the recipe has no such scale.
@@ -106,27 +106,26 @@ def at_scale(recipe: EvaluationOptions, scale: str) -> EvaluationOptions:
     known = {SMOKE, AS_WRITTEN, *recipe.scales}
     if scale not in known:
         raise ValueError(f"the recipe has no scale {scale!r}; {nearest(scale, known)}")
-    used = _used_at(recipe, scale)
+    wanted = {scale, AS_WRITTEN} if scale == SMOKE else {scale}  # "smoke" takes those of "small" too
+
+    def is_used(one: EvaluatedProblem | EvaluatedMethod) -> bool:
+        return one.scales is None or not wanted.isdisjoint(one.scales)
+
+    used = _restricted(recipe, list(filter(is_used, recipe.problems)), list(filter(is_used, recipe.methods)))
     if scale in recipe.scales:
         return _replaced(used, recipe.scales[scale])
     return _smoke(used) if scale == SMOKE else used
-
-
-def _used_at(recipe: EvaluationOptions, scale: str) -> EvaluationOptions:
-    """The recipe without the problems and methods that are for other scales; "smoke" takes those of "small" too."""
-    wanted = {scale, AS_WRITTEN} if scale == SMOKE else {scale}
-
-    def used(one: EvaluatedProblem | EvaluatedMethod) -> bool:
-        return one.scales is None or bool(wanted & set(one.scales))
-
-    return _restricted(recipe, list(filter(used, recipe.problems)), list(filter(used, recipe.methods)))
 
 
 def _restricted(
     recipe: EvaluationOptions, problems: list[EvaluatedProblem], methods: list[EvaluatedMethod]
 ) -> EvaluationOptions:
     """The recipe with fewer problems and methods; what names a problem that has gone goes with it."""
-    gone = _names(recipe.problems) - _names(problems)
+
+    def names(problems: Sequence[EvaluatedProblem]) -> set[str]:
+        return {name for one in planned_problems(problems) for name in (one.label, one.problem.name)}
+
+    gone = names(recipe.problems) - names(problems)
     methods = [
         dataclasses.replace(
             method,
@@ -139,14 +138,10 @@ def _restricted(
     return dataclasses.replace(recipe, problems=problems, methods=methods)
 
 
-def _names(problems: Sequence[EvaluatedProblem]) -> set[str]:
-    return {name for problem in problems for one in _problems(problem) for name in (one.label, problem.name)}
-
-
 def _smoke(recipe: EvaluationOptions) -> EvaluationOptions:
-    """What runs anywhere within seconds: a flow that is not trained yet is replaced."""
+    """What runs anywhere within seconds: the pictures that ship, first places of series, a flow that ships."""
     quick = {method.name: dict(METHODS[method.name].quick) for method in recipe.methods if method.name in METHODS}
-    small = _replaced(recipe, ScaleOptions(limit=1, tune_limit=1, source=SAMPLES, tune_source=SAMPLES, options=quick))
+    small = _replaced(recipe, ScaleOptions(limit=1, source=SAMPLES, options=quick))
     methods = [
         dataclasses.replace(
             method,
@@ -156,17 +151,17 @@ def _smoke(recipe: EvaluationOptions) -> EvaluationOptions:
         )
         for method in small.methods
     ]
-    problems = [_first_place(problem) for problem in small.problems if _has_its_files(problem)]
-    return _restricted(small, problems, methods)
+    problems = [
+        dataclasses.replace(problem, series=_first(problem.series), published=_first(problem.published))
+        for problem in small.problems
+        if _has_its_files(problem)
+    ]
+    tuning = small.tune_images and dataclasses.replace(small.tune_images, source=SAMPLES, limit=1, split="all")
+    return _restricted(dataclasses.replace(small, tune_images=tuning), problems, methods)
 
 
-def _first(series: Grid) -> Grid:
-    return {key: values[:1] for key, values in series.items()}
-
-
-def _first_place(problem: EvaluatedProblem) -> EvaluatedProblem:
-    published = {k: figures[:1] if isinstance(figures, list) else figures for k, figures in problem.published.items()}
-    return dataclasses.replace(problem, series=_first(problem.series), published=published)
+def _first(series: Values) -> Values:
+    return {key: values[:1] if isinstance(values, list) else values for key, values in series.items()}
 
 
 def _has_its_files(problem: EvaluatedProblem) -> bool:
@@ -184,38 +179,32 @@ def _is_at_hand(name: str) -> bool:
 
 
 def _replaced(recipe: EvaluationOptions, scale: ScaleOptions) -> EvaluationOptions:
-    def images(options: ImageOptions, source: str | list[str] | None, limit: int | None) -> ImageOptions:
-        split = options.split if source is None else "all"
+    def images(options: ImageOptions, **changes: Any) -> ImageOptions:
+        return dataclasses.replace(options, **{key: value for key, value in changes.items() if value is not None})
+
+    def method_at(method: EvaluatedMethod) -> EvaluatedMethod:
+        differing = scale.options.get(method.name, {})
+        named = method.noise if isinstance(method.noise, str) else ""
         return dataclasses.replace(
-            options,
-            source=source or options.source,
-            image_size=scale.image_size or options.image_size,
-            split=split,
-            limit=limit if limit is not None else options.limit,
+            method,
+            flow=method.flow and (scale.models.get(method.flow) or scale.flow or method.flow),
+            model=method.model and scale.models.get(method.model, method.model),
+            noise=method.noise and (scale.models.get(named) or scale.noise or method.noise),
+            options={k: v for k, v in {**method.options, **differing}.items() if k not in method.tune},
+            options_for={
+                problem: {k: v for k, v in options.items() if k not in differing}
+                for problem, options in method.options_for.items()
+            },
+            series={k: v for k, v in method.series.items() if k not in differing},
         )
 
-    methods = []
-    for method in recipe.methods:
-        differing = scale.options.get(method.name, {})
-        methods.append(
-            dataclasses.replace(
-                method,
-                flow=scale.models.get(method.flow) or scale.flow or method.flow if method.flow else None,
-                model=scale.models.get(method.model, method.model) if method.model else None,
-                noise=(isinstance(method.noise, str) and scale.models.get(method.noise)) or scale.noise or method.noise
-                if method.noise
-                else None,
-                options={k: v for k, v in {**method.options, **differing}.items() if k not in method.tune},
-                options_for={
-                    problem: {k: v for k, v in options.items() if k not in differing}
-                    for problem, options in method.options_for.items()
-                },
-                series={k: v for k, v in method.series.items() if k not in differing},
-            )
-        )
-    test = images(recipe.images, scale.source, scale.limit)
-    tuning = recipe.tune_images and images(recipe.tune_images, scale.tune_source, scale.tune_limit)
-    return dataclasses.replace(recipe, images=test, tune_images=tuning, methods=methods)
+    size, split = scale.image_size, None if scale.source is None else "all"
+    return dataclasses.replace(
+        recipe,
+        images=images(recipe.images, source=scale.source, limit=scale.limit, split=split, image_size=size),
+        tune_images=recipe.tune_images and images(recipe.tune_images, image_size=size),
+        methods=[method_at(method) for method in recipe.methods],
+    )
 
 
 def planned(recipe: EvaluationOptions) -> list[Case]:
@@ -258,12 +247,16 @@ def _is_used(method: EvaluatedMethod, problem: PlannedProblem) -> bool:
 
 
 def planned_problems(problems: Sequence[EvaluatedProblem]) -> list[PlannedProblem]:
-    """Every problem, those of a series one by one.
-
-    Raises:
-        ValueError: an unknown problem or parameter.
-    """
-    return [one for problem in problems for one in _problems(problem)]
+    """Every problem, those of a series one by one; ``ValueError`` for an unknown one or an unknown parameter."""
+    planned = []
+    for one in problems:
+        for i, values in enumerate(_places(one.series)):
+            figures = {key: each[i] if isinstance(each, list) else each for key, each in one.published.items()}
+            published = {key: float(figure) for key, figure in figures.items() if figure is not None}
+            problem = Problem(one.name, {**one.parameters, **values})
+            label = _labelled(one.label, values) if one.label else problem.label
+            planned.append(PlannedProblem(problem, one.seed, published, label, one.published_in))
+    return planned
 
 
 def published_figures(recipe: EvaluationOptions, scale: str = AS_WRITTEN) -> dict[tuple[str, str], float]:
@@ -272,44 +265,28 @@ def published_figures(recipe: EvaluationOptions, scale: str = AS_WRITTEN) -> dic
     return {(p.label, label): figure for p, _ in cases for label, figure in p.published.items()}
 
 
-def _problems(problem: EvaluatedProblem) -> Iterator[PlannedProblem]:
-    for i, values in enumerate(_places(problem.series)):
-        published = {
-            label: float(figures[i] if isinstance(figures, list) else figures)
-            for label, figures in problem.published.items()
-            if (figures[i] if isinstance(figures, list) else figures) is not None
-        }
-        planned = Problem(problem.name, {**problem.parameters, **values})
-        named = " ".join([problem.label or "", *(f"{key}={value}" for key, value in values.items())])
-        label = named if problem.label else planned.label
-        yield PlannedProblem(planned, problem.seed, published, label, problem.published_in)
-
-
 def _methods(method: EvaluatedMethod) -> Iterator[EvaluatedMethod]:
     """The variants of a method, each with a label."""
-    used = {
-        *method.options,
-        *method.series,
-        *method.tune,
-        *(key for each in method.options_for.values() for key in each),
-    }
-    check_options(method.name, used)
-    missing = METHODS[method.name].missing({"flow": method.flow, "model": method.model})
-    if missing is not None:
-        raise ValueError(
-            f"method {method.label or method.name} needs {missing}: the name, folder or hf:ORG/NAME of one"
-        )
+    name = method.label or method.name
+    check_options(method.name, {**method.options, **method.series, **method.tune}.keys() | _keys(method.options_for))
+    if missing := METHODS[method.name].missing({"flow": method.flow, "model": method.model}):
+        raise ValueError(f"method {name} needs {missing}: the name, folder or hf:ORG/NAME of one")
     for values in _places(method.series):
-        label = " ".join([method.label or method.name, *(f"{key}={value}" for key, value in values.items())])
-        yield dataclasses.replace(method, label=label, options={**method.options, **values}, series={})
+        options = {**method.options, **values}
+        yield dataclasses.replace(method, label=_labelled(name, values), options=options, series={})
 
 
-def _places(series: Grid) -> Iterator[Values]:
+def _keys(options_for: Mapping[str, Values]) -> set[str]:
+    return {key for options in options_for.values() for key in options}
+
+
+def _labelled(name: str, values: Values) -> str:
+    return " ".join([name, *(f"{key}={value}" for key, value in values.items())])
+
+
+def _places(series: Grid) -> list[Values]:
     """The values at each place of lists of equal length; one empty place for no list."""
-    if not series:
-        yield {}
-    for values in zip(*series.values(), strict=True):
-        yield dict(zip(series, values, strict=True))
+    return [dict(zip(series, values, strict=True)) for values in zip(*series.values(), strict=True)] or [{}]
 
 
 def combinations(grid: Grid) -> list[Values]:
@@ -323,8 +300,7 @@ def combinations(grid: Grid) -> list[Values]:
 
 
 def _check_distinct(what: str, labels: Sequence[str]) -> None:
-    twice = sorted({label for label in labels if labels.count(label) > 1})
-    if twice:
+    if twice := sorted(label for label, n in Counter(labels).items() if n > 1):
         raise ValueError(f"{what}: {twice[0]} stands there twice; give one of them another label or other values")
 
 
@@ -393,13 +369,15 @@ class Published(NamedTuple):
     sources: Mapping[str, str]
 
 
-_OF_A_RUN = ("out", "scale", "limit", "seed", "device", "devices", "n_pictures")
+_OF_A_RUN = {"out", "scale", "limit", "seed", "device", "devices", "n_pictures"}
 
 
 def write_recipe(recipe: EvaluationOptions, path: Path) -> None:
     """Write a recipe that ``flowprox evaluate --config`` reads; what is empty by default, and is, is left out."""
+    values = _plain(recipe)
+    assert isinstance(values, dict)
     with atomic_write(path, "w") as file:
-        plain = {key: value for key, value in _plain(recipe).items() if key not in _OF_A_RUN}  # type: ignore[union-attr]
+        plain = {key: value for key, value in values.items() if key not in _OF_A_RUN}
         yaml.safe_dump(plain, file, sort_keys=False, allow_unicode=True, width=120)
 
 

@@ -11,11 +11,9 @@ r"""The fast path: the steps of a level as one autograd node whose backward pass
 Symbols: x (B, C, H, W) in, z out, index 1 and 2 the halves of the channels, M (C, C), V_j convolutions; sums run over images
 and pixels. The inverse direction is u_1 = (z_1 - t) / e^s, x = N u + n with N = M^-1, and its backward likewise.
 
-The reference is the plain path, autograd through the layers of a ``GlowStep``; both compute the same from the same parameters.
-This one is faster since tensors stay channels-last, the matrices of a level are inverted in one batched call, the hidden
-layers, wide as they are, are computed for a chunk of images that fits the cache, and weights and their gradients, which
-outweigh the images at coarse levels, are passed over few times. Under autocast the nets run in its precision, sums over pixels
-and the bijection itself in the dtype of x.
+The reference is the plain path, autograd through the layers of a ``GlowStep``. This one is faster since tensors stay
+channels-last, the matrices of a level are inverted in one batched call, and hidden layers are computed for a chunk of images
+that fits the cache. Under autocast the nets run in its precision, sums over pixels and the bijection in the dtype of x.
 """
 
 from __future__ import annotations

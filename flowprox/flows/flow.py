@@ -192,7 +192,9 @@ class Flow(Pretrained, Bijection):
                 image_size = (side, side)
         if z.ndim != 2 or image_size is None or z.shape[1] != self.n_channels * math.prod(image_size):
             expected = f"{self.n_channels} channels at {image_size}"
-            raise ValueError(f"z {tuple(z.shape)} does not fit {expected}; pass a flat latent (B, D) and its image_size")
+            raise ValueError(
+                f"z {tuple(z.shape)} does not fit {expected}; pass a flat latent (B, D) and its image_size"
+            )
         self._check_size(*image_size, "image_size")
         return z.view(z.shape[0], self.n_channels, *image_size)
 

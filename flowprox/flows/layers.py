@@ -121,9 +121,7 @@ class ActNorm(_FromData):
 class PixelNorm(_FromData):
     """Scale and shift per pixel, initialized so that the first training batch has mean 0 and variance 1 in each.
 
-    The other layers treat all places alike: ActNorm has one scale per channel, and a coupling net sees a place only through its
-    distance from the border. Noise whose level changes from row to row needs this layer at its end of the flow. The price is
-    that the flow then belongs to one image size.
+    Noise whose level changes from row to row needs this layer at its end of the flow: the others treat all places alike.
 
     Arguments:
         image_shape: (C, H, W); no other size is taken.
@@ -280,10 +278,8 @@ class AffineCoupling(Bijection):
 
     Arguments:
         net: maps x_b (B, C - C//2, H, W) to (s, t) stacked, (B, 2 (C//2), H, W).
-        scale_bound: bound m of the log-scale; exp(s) lies in [exp(-m), exp(m)]. DESIGN: 0.5 cost no likelihood and kept the
-            inverse exact on noisy images.
-        shift_bound: bound of the shift, None for none. ReLU nets grow with their input, so that a latent off the flow's map
-            may grow by a factor in every step of the inverse; with a bound it grows by at most exp(m) and a constant.
+        scale_bound: bound m of the log-scale; 0.5 cost no likelihood and kept the inverse exact on noisy images.
+        shift_bound: bound of the shift, None for none: without one a latent off the flow's map may grow in every inverse step.
     """
 
     def __init__(self, net: nn.Module, scale_bound: float = 0.5, shift_bound: float | None = None) -> None:

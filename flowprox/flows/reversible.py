@@ -10,10 +10,9 @@ r"""Backpropagation through a chain of bijections without keeping its activation
         a_{i-1} = (df_i/dx)^T a_i + (dlogdet_i/dx)^T b
         dL/dw_i = (df_i/dw)^T a_i + (dlogdet_i/dw)^T b
 
-Symbols: x_0 = x input, x_i output of step i, y = x_n, w_i parameters of step i, L loss. What autograd keeps inside a
-step (the hidden layers of its net) lives for one step only, so that memory grows with n by one small tensor per step
-or not at all. The inverse direction is the same with f_i^-1 for f_i and the order reversed. A pass costs one
-evaluation of the chain more than plain autograd in mode "inputs", two in mode "invert".
+Symbols: x_0 = x input, x_i output of step i, y = x_n, w_i parameters of step i, L loss. The inverse direction is the same with
+f_i^-1 for f_i and the order reversed. A pass costs one evaluation of the chain more than plain autograd in mode "inputs", two
+in mode "invert".
 
 References:
     Gomez et al. 2017, The reversible residual network: backpropagation without storing activations,
@@ -48,20 +47,13 @@ class DriftError(NonFiniteError):
 class Reversible(Sequential):
     """``Sequential`` with memory-saving backpropagation: the same values, gradients and parameter names.
 
-    Steps must be deterministic functions of their input and parameters (no dropout, no batch statistics); the exception is the
-    data-dependent initialization of ActNorm, which happens before the recorded pass. The recomputation runs under the autocast
-    state and with the parameters of the recorded pass; changing them in place in between raises the usual error of autograd.
-
-    With "inputs" each step is checkpointed, and can be differentiated again and again. With "invert" a call records a single
+    Steps must be deterministic functions of their input and parameters. The recomputation runs under the autocast state and
+    with the parameters of the recorded pass. With "inputs" each step is checkpointed; with "invert" a call records a single
     autograd node, whose backward is not differentiable itself (``once_differentiable``).
 
     Drift guard: in mode "invert" every ``check_drift``-th recorded pass, the first included, keeps the chain's input
-    and compares the recomputed one with it; they may differ by 1e-3 (1e-7 in float64, 0.1 under autocast, whose
-    rounding amplifies) of the largest magnitude. Values that are not finite are looked for in the guarded passes, and on the
-    CPU in every one; within ``gathered_checks`` a flag is raised in every pass and nothing is read but in the guarded ones.
-
-    References:
-        Gomez et al. 2017, The reversible residual network, https://arxiv.org/abs/1707.04585
+    and compares the recomputed one with it; they may differ by 1e-3 (1e-7 in float64, 0.1 under autocast) of the largest
+    magnitude. Values that are not finite are looked for in these passes, and on the CPU in every one.
 
     Arguments:
         layers: bijections, applied left to right in ``forward``.

@@ -339,7 +339,9 @@ class CT(Tomography):
         if not isinstance(n_angles, int) or isinstance(n_angles, bool) or n_angles < 1:
             raise ValueError(f"n_angles must be a positive whole number, got {n_angles!r}")
         if image_shape[1] != image_shape[2]:
-            raise ValueError(f"tomography takes square images, got {image_shape[1]}x{image_shape[2]}; crop or pad them")
+            raise ValueError(
+                f"computed tomography takes square images, got {image_shape[1]}x{image_shape[2]}; crop or pad them"
+            )
         # made on the CPU, so that its norm is the same on every device
         width = image_shape[1]
         fan = {"fan_beam": fan_beam, "fan_parameters": _fan(width) if fan_beam else None}

@@ -31,7 +31,9 @@ def center_mask(height: int, width: int, size: int | tuple[int, int] = 19) -> Te
         raise ValueError(f"mask_size must be a positive number of pixels or a pair (h, w) of them, got {size!r}")
     h, w = pair
     if h > height or w > width or (h, w) == (height, width):
-        raise ValueError(f"mask_size {h}x{w} does not fit in an image of {height}x{width}; choose a smaller one")
+        raise ValueError(
+            f"mask_size {h}x{w} does not fit in an image of {height}x{width}; choose one smaller than the image"
+        )
     top, left = (height - h) // 2, (width - w) // 2
     mask = torch.ones(height, width)
     mask[top : top + h, left : left + w] = 0.0

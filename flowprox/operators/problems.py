@@ -98,7 +98,7 @@ class Problem:
         try:
             return json.dumps({"name": self.name, "parameters": self.parameters}, sort_keys=True)
         except TypeError as error:
-            remedy = "save an array as .npy and give its path, name a noise"
+            remedy = "save the array as .npy and give its path, name a noise instead of passing an object"
             raise ValueError(f"a parameter of {self.name} cannot be written as JSON ({error}): {remedy}") from error
 
     @classmethod
@@ -110,7 +110,9 @@ class Problem:
         """
         content = json.loads(text)
         if not isinstance(content, dict) or set(content) - {"name", "parameters"} or "name" not in content:
-            raise ValueError(f'a problem in JSON is {{"name": ..., "parameters": {{...}}}}, got {text[:80]!r}')
+            raise ValueError(
+                f'a problem in JSON has the form {{"name": ..., "parameters": {{...}}}}, got {text[:80]!r}'
+            )
         return cls(content["name"], content.get("parameters", {}))
 
 

@@ -44,20 +44,17 @@ class Discrepancy:
 
         ||y - A g(z_gamma)||^2 = tau^2 E||noise||^2          gamma near the rule of Bayes
 
-    z_gamma is the minimizer with the weight gamma. The residual grows with gamma, slowly: near the best image by a fifth of
-    a power. The rule of Bayes, where the posterior has its mode if the flow is right, is gamma = sigma^2 for the squared norm
-    and 2 sigma^2 ||z|| for the unsquared one, with the ||z|| of the estimate itself. In stages, each of which begins where the
-    last one ended, gamma is moved, for every image by itself, along the secant of log residual against log gamma, but never
-    further than ``limit`` from that rule: where few measurements determine little, the residual of a good image is far below
-    the noise, and matching it would oversmooth; where the iterations are few, it is still above, and matching it would leave
-    the noise in.
+    z_gamma is the minimizer with the weight gamma. The rule of Bayes is gamma = sigma^2 for the squared norm and
+    2 sigma^2 ||z|| for the unsquared one, with the ||z|| of the estimate itself. In stages, each of which begins where the last
+    one ended, gamma is moved, for every image by itself, along the secant of log residual against log gamma, but never further
+    than ``limit`` from that rule: where few measurements determine little, the residual of a good image is far below the noise,
+    and where the iterations are few, it is still above.
 
     References:
         Morozov 1966, On the solution of functional equations by the method of regularization, Soviet Math. Dokl. 7, 414.
 
     Arguments:
-        tau: root of the wanted ratio of residual energy to noise energy; MAP estimates that are best in PSNR leave a
-            little less than all of the noise.
+        tau: root of the wanted ratio of residual energy to noise energy; the best in PSNR leave a little less than all noise.
         share: the middle gamma as a part of Bayes' rule: of 2 sigma^2 ||z||, of sigma^2 for the squared norm, and of
             0.7 sigma^2 for the image form, whose density is best trusted by a third (docs/evidence/log.md).
         limit: largest factor between the middle gamma and the last.
@@ -98,7 +95,7 @@ class Discrepancy:
         scale: Callable[[Tensor], Tensor],
         n_iterations: int,
     ) -> tuple[Trace, Tensor]:
-        """Run the stages.
+        """Run the stages: their traces, joined, and gamma (B,).
 
         Arguments:
             minimize: of one stage.
@@ -107,9 +104,6 @@ class Discrepancy:
             z: where the first stage begins, (B, D).
             scale: what ``share`` is a part of, (B,), for latents (B, D).
             n_iterations: of all stages together; the first has as many as two of the others.
-
-        Returns:
-            the trace of all stages, joined, and gamma (B,).
         """
         wanted = 2 * math.log(self.tau) + target.log()
         middle = (self.share * scale(z)).log()
@@ -139,10 +133,8 @@ def noise_energy(y: Tensor, physics: Physics, measured: Tensor) -> tuple[Tensor,
     """
     noise = as_noise(physics)
     if not isinstance(noise, Noise):
-        raise ValueError(
-            f"gamma='discrepancy' needs the level of the noise, which {type(noise).__name__} does not tell: give the operator "
-            "a GaussianNoise or a noise of flowprox.noise, or gamma as a number"
-        )
+        kind = type(noise).__name__
+        raise ValueError(f"gamma='discrepancy' needs the level of the noise, which {kind} does not tell: give a number")
     energy = (noise.energy_like(y) * measured).flatten(1).sum(dim=1)
     if not bool((energy > 0).all()):
         raise ValueError("gamma='discrepancy' needs noise: its level is 0, so that gamma=0 is what fits")
@@ -154,9 +146,8 @@ class LatentMAP(Reconstructor):
 
         x_hat = g(z_hat),   z_hat = argmin_z ||y - A g(z)||^2 + gamma ||z||
 
-    Any operator will do; its adjoint is not used. With gamma = 0 and the start z = 0 the descent itself regularizes: it
-    ends near the smallest latent that explains y (Asim et al., Sec. 4), which suits measurements with little noise. Every
-    image is optimized by itself, so that its result does not depend on its batch.
+    Any operator will do; its adjoint is not used. With gamma = 0 and the start z = 0 the descent itself regularizes (Asim et
+    al., Sec. 4), which suits measurements with little noise. An image's result does not depend on its batch.
 
     As published, the optimizer is ``TorchLBFGS(20, 1.0)`` for denoising and inpainting and ``TorchLBFGS(30, 0.1)`` for
     compressed sensing; Fig. 17 has ``Adam(2000, 0.01)`` beside it.
@@ -174,13 +165,11 @@ class LatentMAP(Reconstructor):
         start: "zero"; "adjoint" (A^T y); a number, the standard deviation of random latents; images (B, C, H, W); or a
             method that makes them from (y, physics), such as a Lasso or an unfolded network. Images go through the flow.
         optimizer: ``LBFGS``, ``Adam`` or ``TorchLBFGS``.
-        precondition: scale each latent channel by what it does to the measurement, found by a few random probes at the
-            start: several times fewer iterations where gamma > 0 fixes the solution. With gamma = 0 it changes which
-            solution the descent ends at, so None uses it exactly when gamma > 0. For the space "latent".
+        precondition: scale each latent channel by what it does to the measurement, found by a few random probes: several times
+            fewer iterations where gamma > 0 fixes the solution, and None uses it exactly there. For the space "latent".
         seed: of a random start and of the probes.
         space: minimize over the "latent" z, or over the "image" x (Asim et al., Eqs. 1 and 3), where the same function has
-            another landscape; not with the norm "unsquared", whose kink lies at a point that x does not show. With few
-            measurements x hardly moves within hundreds of iterations.
+            another landscape; not with the norm "unsquared", whose kink x does not show.
 
     Raises:
         ValueError: a negative gamma, an unknown norm, form, space or start; on call: y that does not fit the operator or is
@@ -191,8 +180,7 @@ class LatentMAP(Reconstructor):
         >>> from flowprox.flows import Flow, HaarSqueeze, Sequential, Unsqueeze
         >>> from flowprox.operators import make_physics
         >>> flow = Flow(Sequential([HaarSqueeze(), Unsqueeze()]), (1, 4, 4), n_levels=1)  # a Gaussian prior around 1/2
-        >>> physics = make_physics("denoising", (1, 4, 4))
-        >>> y = torch.ones(1, 1, 4, 4)
+        >>> y, physics = torch.ones(1, 1, 4, 4), make_physics("denoising", (1, 4, 4))
         >>> LatentMAP(flow, gamma=1.0, norm="squared")(y, physics).mean().item()  # half way from 1/2 to 1
         0.75
     """

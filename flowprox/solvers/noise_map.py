@@ -6,9 +6,7 @@ r"""MAP with any noise that has a density and any differentiable operator (Whang
 
 Symbols: y measurement, A any differentiable operator, p_noise density of the noise, g = f^-1 a flow from latent z (B, D)
 to image x = g(z) (B, C, H, W), beta the smoothing parameter. With Gaussian noise the MAP is Asim et al.'s image-space
-objective (gamma = 2 sigma^2 beta), the latent form theirs in latent space with the squared norm (gamma = sigma^2 beta),
-and so is the MAP where the determinant is constant; the MLE is the objective of Bora et al. ``flowprox.solvers.objective``
-has the formulas.
+objective (gamma = 2 sigma^2 beta), the latent form theirs with the squared norm (gamma = sigma^2 beta), the MLE Bora et al.'s.
 """
 
 from __future__ import annotations
@@ -87,13 +85,11 @@ class NoiseMAP(Reconstructor):
         if space not in (SPACES if has_density else SPACES[:1]):
             raise ValueError(f"space must be 'latent', or for a flow 'image'; got {space!r}")
         if not has_density and beta > 0 and form == "image":
-            raise ValueError(
-                f"{type(flow).__name__} has no density: set beta to 0 (the MLE form) or form to 'latent', or give a flow"
-            )
+            kind = type(flow).__name__
+            raise ValueError(f"{kind} has no density: set beta to 0 (the MLE form) or form to 'latent', or give a flow")
         if not has_density and not isinstance(getattr(flow, "latent_size", None), int):
-            raise ValueError(
-                f"flow must be a Flow, or a decoder with latent_size and image_shape; got {type(flow).__name__}"
-            )
+            kind = type(flow).__name__
+            raise ValueError(f"flow must be a Flow, or a decoder with latent_size and image_shape; got {kind}")
         if n_restarts < 1:
             raise ValueError(f"n_restarts must be at least 1, got {n_restarts}")
         if n_restarts > 1 and not (isinstance(start, int | float) and start > 0):
@@ -118,10 +114,8 @@ class NoiseMAP(Reconstructor):
                 return problem.nothing()
             if self.n_restarts > 1:  # restarts are further images
                 if not problem.is_separable(self._objective(problem, noise).misfit):
-                    raise ValueError(
-                        "n_restarts above 1 needs the same operator and noise for all images, and this one has a mask or "
-                        "the like for each; solve the images one by one, or set n_restarts to 1"
-                    )
+                    remedy = "solve the images one by one, or set n_restarts to 1"
+                    raise ValueError(f"n_restarts above 1 needs the same operator and noise for all images; {remedy}")
                 each = torch.arange(len(y), device=y.device)
                 problem = problem.select(each.repeat_interleave(self.n_restarts))
             objective = self._objective(problem, noise)
@@ -144,14 +138,12 @@ class GANPrior(NoiseMAP):
 
         x_hat = G(z_hat),   z_hat = argmin_z  ||y - A G(z)||^2 + regularization ||z||^2
 
-    That is ``NoiseMAP`` with beta = 1 and noise of variance ``regularization``, or beta = 0 for none. What G cannot make,
-    x_hat cannot show: more measurements do not lift that limit.
+    That is beta = 1 and noise of variance ``regularization``, or beta = 0 for none. What G cannot make, x_hat cannot show.
 
     References:
         Bora, Jalal, Price, Dimakis 2017, Compressed sensing using generative models, https://arxiv.org/abs/1703.03208,
-        Eq. (1) and Sec. 6; the start and three restarts are Asim et al.'s 2020, https://arxiv.org/abs/1905.11672, Appendix A.
-        They print the mean PSNR of the three: that of ``n_restarts=1`` with the seeds 0, 1 and 2, and ``LBFGS`` or
-        ``TorchLBFGS`` as the optimizer. Here the best objective wins.
+        Eq. (1) and Sec. 6. Start and three restarts: Asim et al. 2020, https://arxiv.org/abs/1905.11672, Appendix A, who print
+        the mean PSNR of the three (``n_restarts=1`` with the seeds 0, 1 and 2); here the best objective wins.
 
     Arguments:
         generator: maps z (N, k) to images (N, C, H, W) in [0, 1]; k is its ``latent_size``. It is left as it is.
@@ -186,9 +178,8 @@ class GANPrior(NoiseMAP):
         optimizer: Optimizer | None = None,
     ) -> None:
         if isinstance(generator, Flow) or not isinstance(getattr(generator, "latent_size", None), int):
-            raise ValueError(
-                f"generator must be a module with a latent_size, such as DCGANGenerator; got {type(generator).__name__}"
-            )
+            kind = type(generator).__name__
+            raise ValueError(f"generator must be a module with a latent_size, such as DCGANGenerator; got {kind}")
         if n_steps < 1:
             raise ValueError(f"n_steps must be at least 1, got {n_steps}")
         if not 0 <= regularization < float("inf"):

@@ -3,11 +3,10 @@
     z <- z - t H grad F(z)       L-BFGS: H from the last changes of z and grad F; t by a strong-Wolfe line search
     z <- z - t m / (sqrt(v)+e)   Adam:   m, v running averages of the gradient and its square
 
-Symbols: z latents (B, D), F objective (B,), t step. All images are evaluated in one batch; each is in a phase of its own
-line search, which is a small state machine in tensors (B,), so that the result for an image does not depend on what else
-is in its batch. The best iterate is returned. A trial step with a non-finite value is halved; where no step along a
-direction helps, the image restarts from its best point with an empty history. The host looks at the batch only now and
-then, to see which images have stopped; once half of them have, they leave it. ``TorchLBFGS`` is torch's, as published.
+Symbols: z latents (B, D), F objective (B,), t step. All images are evaluated in one batch; each is in a phase of its own line
+search, a small state machine in tensors (B,). The best iterate is returned. A trial step with a non-finite value is halved;
+where no step along a direction helps, the image restarts from its best point with an empty history. The host looks at the
+batch only now and then; once half of the images have stopped, they leave it. ``TorchLBFGS`` is torch's, as published.
 
 References:
     Nocedal, Wright 2006, Numerical optimization, 2nd ed., https://doi.org/10.1007/978-0-387-40065-5, Alg. 3.5, 3.6, 7.4
@@ -465,9 +464,8 @@ class Adam:
 class TorchLBFGS:
     """``torch.optim.LBFGS`` on the mean of F over the batch, as Asim et al. (2020) ran it: images share history and steps.
 
-    Every step without line search, so that it may diverge; of the points after each of the ``n_iterations`` calls of its
-    ``step`` an image keeps the best. The result for an image depends on its batch: use ``LBFGS`` for anything but
-    reproducing.
+    There is no line search, so that it may diverge; of the points after each call of its ``step`` an image keeps the best. The
+    result for an image depends on its batch: use ``LBFGS`` for anything but reproducing.
 
     Arguments:
         n_iterations: calls of ``step``, 20 for denoising and inpainting and 30 for compressed sensing there.
@@ -556,8 +554,7 @@ def _at_start(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(torch.isfinite(f).all()) or not bool(torch.isfinite(g).all()):
         bad = (~(torch.isfinite(f) & torch.isfinite(g).all(dim=1))).nonzero().flatten().tolist()
         raise ValueError(
-            f"the objective or its gradient is not finite at the start for image {bad}; choose another start, "
-            "such as start='zero', and check that measurement and operator are finite"
+            f"the objective or its gradient is not finite at the start for image {bad}; choose another start"
         )
     return f, g
 

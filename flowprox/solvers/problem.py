@@ -74,9 +74,9 @@ class LatentProblem:
 
     def __init__(self, flow: Any, y: Tensor, physics: Physics) -> None:
         if not isinstance(flow, Flow) and not isinstance(getattr(flow, "latent_size", None), int):
+            kind = type(flow).__name__
             raise ValueError(
-                f"flow must be a Flow, or a decoder with latent_size, got {type(flow).__name__}; "
-                "flowprox.load_model(name) gives one"
+                f"flow must be a Flow, or a decoder with latent_size, got {kind}; load_model(name) gives one"
             )
         self.is_empty = isinstance(y, Tensor) and y.ndim > 1 and not len(y)
         y = y.new_zeros(1, *y.shape[1:]) if self.is_empty else y
@@ -86,16 +86,13 @@ class LatentProblem:
         self.channels, self.size = shape[0], (shape[1], shape[2])
         channels = flow.image_shape[0]
         if self.channels != channels:
-            raise ValueError(
-                f"the operator takes images with {self.channels} channels and the flow has {channels}; "
-                "give a flow trained on such images"
-            )
+            raise ValueError(f"the operator takes images with {self.channels} channels and the flow has {channels}")
         if not self.has_density and shape != tuple(flow.image_shape):
             raise ValueError(f"the operator takes images {shape} and {type(flow).__name__} makes {flow.image_shape}")
         if self.has_density and any(side % flow.divisor for side in self.size):
+            size = "{}x{}".format(*self.size)
             raise ValueError(
-                f"the operator takes images of {self.size[0]}x{self.size[1]}, and the flow needs sides divisible by "
-                f"{flow.divisor}; pad or crop the measurement"
+                f"the operator takes images of {size}, and the flow needs sides divisible by {flow.divisor}"
             )
         self.image_shape = (shape[0], shape[1], shape[2])
         if self.y.dtype.to_real() != self._like.dtype:
@@ -132,7 +129,7 @@ class LatentProblem:
         residual = self.y - self.physics.A(x)
         if x.requires_grad and not residual.requires_grad:
             raise ValueError(
-                "physics.A cuts the graph (numpy, detach or no_grad inside): the solver needs its derivative; write it in torch"
+                "physics.A cuts the graph (numpy, detach or no_grad inside): the solver needs its derivative"
             )
         return residual
 
@@ -233,13 +230,9 @@ _APART = 2**40  # from the seeds of sensing matrices: noise that is a row of one
 
 
 def null_space_perturbed(x: Tensor, physics: LinearPhysics, scale: float = 1.0, seed: int = 0) -> Tensor:
-    """x + n with A n = 0: an image that explains the measurement as well as x does (Asim et al. 2020, Sec. 3.2).
+    """x + n with A n = 0 (B, C, H, W): an image that explains the measurement as well as x does (Asim et al. 2020, Sec. 3.2).
 
-    Arguments:
-        x: images (B, C, H, W).
-        physics: linear operator.
-        scale: standard deviation of the white noise whose part in the null space is added, in the units of x.
-        seed: of the noise.
+    n is the part in the null space of white noise of standard deviation ``scale``, in the units of x.
     """
     generator = torch.Generator().manual_seed(seed + _APART)
     noise = scale * torch.randn(x.shape[1:], generator=generator, dtype=x.dtype).to(x.device)

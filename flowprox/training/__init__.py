@@ -6,7 +6,6 @@ The command line is made from these functions, so nothing heavy is imported befo
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 from flowprox.naming import Values
 from flowprox.options import (
@@ -20,9 +19,17 @@ from flowprox.options import (
     TrainingResult,
     UnfoldedOptions,
 )
-from flowprox.training.callbacks import Callback
+from flowprox.training.callbacks import Callback, reporting_to
 
-__all__ = ["Callback", "TrainingResult", "train_denoiser", "train_flow", "train_gan", "train_unfolded"]
+__all__ = [
+    "Callback",
+    "TrainingResult",
+    "reporting_to",
+    "train_denoiser",
+    "train_flow",
+    "train_gan",
+    "train_unfolded",
+]
 
 _LIKELIHOOD = LikelihoodOptions()
 _NO_DATA, _NO_NOISE = DataOptions(train=""), NoiseOptions(name="")
@@ -37,7 +44,6 @@ def train_flow(
     out: str = "runs/flow",
     resume: bool = False,
     name: str = "flow",
-    callbacks: Sequence[Callback] = (),
 ) -> TrainingResult:
     """Train a normalizing flow on clean images, or on noise, by maximum likelihood.
 
@@ -52,11 +58,8 @@ def train_flow(
         out: folder of the run; the model is written to OUT/model.
         resume: continue the run in OUT, if there is one.
         name: the model's name in its card.
-        callbacks: told how the run goes; it stays the same to the bit.
 
-    Raises:
-        FileExistsError, ValueError, NonFiniteError: see ``flowprox.training.loop.fit``; and ValueError for a flow that
-            cannot be built.
+    Errors, of all four functions, are those of ``flowprox.training.loop.fit``, and ValueError for what cannot be built.
     """
     from flowprox.training.loop import fit
     from flowprox.training.tasks import likelihood_task, noise_task
@@ -68,11 +71,11 @@ def train_flow(
         raise ValueError("give data, the images that the flow is to learn, or noise, and not both")
     if not noise.name:
         task = functools.partial(likelihood_task, flow, data, likelihood)
-        return fit(task, data, training, out, {"flow": flow, "likelihood": likelihood}, resume, name, callbacks)
+        return fit(task, data, training, out, {"flow": flow, "likelihood": likelihood}, resume, name)
     if likelihood != _LIKELIHOOD:
         raise ValueError("likelihood tells how images become continuous; noise needs none: leave it out")
     task = functools.partial(noise_task, flow, noise)
-    return fit(task, noise, training, out, {"flow": flow}, resume, name, callbacks)
+    return fit(task, noise, training, out, {"flow": flow}, resume, name)
 
 
 def train_unfolded(
@@ -83,7 +86,6 @@ def train_unfolded(
     out: str = "runs/unfolded",
     resume: bool = False,
     name: str = "unfolded",
-    callbacks: Sequence[Callback] = (),
 ) -> TrainingResult:
     """Train an unfolded network, end to end, for one measurement problem.
 
@@ -95,17 +97,12 @@ def train_unfolded(
         out: folder of the run; the model is written to OUT/model.
         resume: continue the run in OUT, if there is one.
         name: the model's name in its card.
-        callbacks: told how the run goes; it stays the same to the bit.
-
-    Raises:
-        FileExistsError, ValueError, NonFiniteError: see ``flowprox.training.loop.fit``; ValueError also for what cannot
-            be built.
     """
     from flowprox.training.loop import fit
     from flowprox.training.tasks import reconstruction_task
 
     task = functools.partial(reconstruction_task, model, problem, data)
-    return fit(task, data, training, out, {"model": model, "problem": problem}, resume, name, callbacks)
+    return fit(task, data, training, out, {"model": model, "problem": problem}, resume, name)
 
 
 def train_denoiser(
@@ -115,7 +112,6 @@ def train_denoiser(
     out: str = "runs/denoiser",
     resume: bool = False,
     name: str = "denoiser",
-    callbacks: Sequence[Callback] = (),
 ) -> TrainingResult:
     """Pre-train a ResNet or U-Net to remove Gaussian noise; an unfolded network may start from it.
 
@@ -126,7 +122,6 @@ def train_denoiser(
         out: folder of the run; the network is written to OUT/model.
         resume: continue the run in OUT, if there is one.
         name: the model's name in its card.
-        callbacks: told how the run goes; it stays the same to the bit.
 
     Raises:
         FileExistsError, ValueError, NonFiniteError: see ``flowprox.training.loop.fit``.
@@ -135,7 +130,7 @@ def train_denoiser(
     from flowprox.training.tasks import denoising_task
 
     task = functools.partial(denoising_task, denoiser, data)
-    return fit(task, data, training, out, {"denoiser": denoiser}, resume, name, callbacks)
+    return fit(task, data, training, out, {"denoiser": denoiser}, resume, name)
 
 
 def train_gan(
@@ -145,7 +140,6 @@ def train_gan(
     out: str = "runs/gan",
     resume: bool = False,
     name: str = "gan",
-    callbacks: Sequence[Callback] = (),
 ) -> TrainingResult:
     """Train a DCGAN; its generator is the GAN prior that flow priors are compared with.
 
@@ -156,7 +150,6 @@ def train_gan(
         out: folder of the run; the generator is written to OUT/model.
         resume: continue the run in OUT, if there is one.
         name: the model's name in its card.
-        callbacks: told how the run goes; it stays the same to the bit.
 
     Raises:
         FileExistsError, ValueError, NonFiniteError: see ``flowprox.training.loop.fit``.
@@ -165,4 +158,4 @@ def train_gan(
     from flowprox.training.loop import fit
 
     task = functools.partial(gan_task, gan, data)
-    return fit(task, data, training, out, {"gan": gan}, resume, name, callbacks)
+    return fit(task, data, training, out, {"gan": gan}, resume, name)

@@ -36,12 +36,7 @@ class _Pair(nn.Module):
 
 
 class GANTask(Task):
-    """Generator against discriminator; validated by projection of images onto the generator's range.
-
-    Arguments:
-        generator, discriminator: the two networks.
-        options: Adam's betas and the number of projection steps.
-    """
+    """Generator against discriminator; validated by projection of images onto the generator's range."""
 
     figure = "projection_psnr"
 

@@ -31,13 +31,7 @@ def seed_global_generators(seed: int, device: torch.device) -> None:
 class TrainingImages:
     """Training and validation images of one process, uint8 (N, C, H, W), and its batches; there may be none to validate on.
 
-    Of noise, which the task draws, they are blank images that take no memory.
-
-    Arguments:
-        data: where they are; of noise, only the size is used.
-        options: batch size, seed, number of validation images, mirroring and memory format.
-        device: where batches are wanted.
-        rank, world_size: which of how many processes this is.
+    Of noise, which the task draws, they are blank images that take no memory. ``rank`` is one of ``world_size`` processes.
 
     Attributes:
         fingerprint: number and hash of the training and the validation images; empty for noise.

@@ -121,12 +121,5 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 def make_logger(name: str, folder: Path, recipe: Values, rows: Sequence[Values]) -> Logger:
-    """The logger of that name, for a run that goes on after ``rows``.
-
-    Arguments:
-        name: "tensorboard", "csv", "wandb" or "mlflow".
-        folder: of the run.
-        recipe: of the run.
-        rows: figures of an earlier part of the run, which this one continues.
-    """
+    """The logger of that name, for a run that goes on after ``rows``, the figures of an earlier part of it."""
     return _LOGGERS[name](folder, recipe, rows)  # type: ignore[call-arg]

@@ -6,13 +6,9 @@ continues exactly as if it had not been. A step whose loss or gradient is not fi
 whose gradient is far above its running average, is counted and not applied.
 
 The host does not wait for the device between two readings of the log: whether a step is applied is decided on the device, where
-skipped steps are counted too, and looked at every 20 steps and before validations. What still reads: "muon", which looks at
-every step; several processes, which vote; a callback that reads the loss.
-
-Other bits, though the same run but for rounding, come of another number of processes or threads, another device, memory
-layout, precision or version of torch; and of ``max_time``, when rates follow the clock.
-
-The loop is ours; devices and processes are Lightning Fabric's.
+skipped steps are counted too. What still reads: "muon" in every step; several processes, which vote; a callback that reads the
+loss. Other bits come of another number of processes or threads, device, memory layout, precision or version of torch; and of
+``max_time``, when rates follow the clock. The loop is ours; devices and processes are Lightning Fabric's.
 """
 
 from __future__ import annotations
@@ -24,7 +20,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, is_dataclass
 from fnmatch import fnmatch
@@ -45,7 +41,7 @@ from flowprox.graphs import HostReads, compile_regions
 from flowprox.naming import Values
 from flowprox.operators import VariedProblem
 from flowprox.options import DataOptions, NoiseOptions, TrainingOptions, TrainingResult, parse_duration
-from flowprox.training.callbacks import Callback
+from flowprox.training.callbacks import Callback, current_callbacks
 from flowprox.training.images import TrainingImages, mixed_seed, seed_global_generators
 from flowprox.training.log import RunLog
 from flowprox.training.loggers import check_loggers
@@ -80,7 +76,6 @@ def fit(
     recipe: Values | None = None,
     resume: bool = False,
     name: str = "model",
-    callbacks: Sequence[Callback] = (),
 ) -> TrainingResult:
     """Train a task; what ``train_flow``, ``train_unfolded``, ``train_denoiser`` and ``train_gan`` come down to.
 
@@ -94,7 +89,6 @@ def fit(
             model's card with these.
         resume: continue the run in ``out``, if there is one.
         name: the model's name in its card.
-        callbacks: told how the run goes, in its first process.
 
     Raises:
         FileExistsError: ``out`` holds a run and ``resume`` is false, or other files that the run would overwrite.
@@ -116,13 +110,9 @@ def fit(
     parts = {**(recipe or {}), "noise" if isinstance(data, NoiseOptions) else "data": data, "training": training}
     plain = {key: asdict(part) if is_dataclass(part) else part for key, part in parts.items()}  # type: ignore[arg-type]
     plain |= {"out": str(out), "name": name}
-    job = _Job(make_task, data, training, folder, plain, resume, name, tuple(callbacks))
-    fabric = Fabric(
-        accelerator=training.accelerator,
-        devices=training.devices,
-        num_nodes=training.num_nodes,
-        strategy=_strategy(training),
-    )
+    job = _Job(make_task, data, training, folder, plain, resume, name, current_callbacks())
+    places = {"accelerator": training.accelerator, "devices": training.devices, "num_nodes": training.num_nodes}
+    fabric = Fabric(**places, strategy=_strategy(training))
     try:
         return fabric.launch(functools.partial(_run, job=job))
     except ProcessExitedException as error:
@@ -358,9 +348,7 @@ class _Run:
                 self.task.initialize(self.images.first(256))
             for name, value in model.state_dict().items():
                 if value.is_floating_point() and not bool(value.isfinite().all()):
-                    raise ValueError(
-                        f"{name} of the model is not finite before the first step; start from other weights"
-                    )
+                    raise ValueError(f"{name} of the model is not finite before the first step; start from others")
         else:
             check_tensors(state["model"], model.state_dict(), f"the model in {self.job.out}/state.pt")
             model.load_state_dict(state["model"])
@@ -545,11 +533,10 @@ class _Run:
         if self.counts.skipped_in_a_row < _MOST_SKIPPED:
             return
         if self.counts.rollbacks >= self.options.n_rollbacks:
+            reason = f" ({self.error})" if self.error else ""
             raise NonFiniteError(
                 f"{self.counts.skipped_in_a_row} steps in a row, up to step {self.counts.step}, had an outlying or not finite "
-                "gradient"
-                + (f" ({self.error})" if self.error else "")
-                + "; lower learning_rate or gradient_clip, or tighten the flow's scale_bound"
+                f"gradient{reason}; lower learning_rate or gradient_clip, or tighten the flow's scale_bound"
             )
         self._go_back()
 

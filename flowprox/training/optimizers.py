@@ -29,13 +29,9 @@ _ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 
 def make_optimizer(kind: str, groups: list[Values], fused: bool, weight_decay: float = 0.0) -> torch.optim.Optimizer:
-    """Adam or Muon over the parameters that ask for gradients.
+    """Adam (one kernel, if ``fused``) or "muon" over the parameters that ask for gradients.
 
-    Arguments:
-        kind: "adam" or "muon".
-        groups: each with ``params`` and its learning rate ``lr``; Muon splits them in two, all rates stay theirs.
-        fused: run Adam as one kernel.
-        weight_decay: at least 0.
+    ``groups`` have ``params`` and their learning rate ``lr`` each; Muon splits them in two, all rates stay theirs.
     """
     groups = [
         {
@@ -105,9 +101,7 @@ class WeightAverage:
 
     def update(self, n: Tensor, is_good: Tensor) -> None:
         """Take the weights in after the n-th step, if that step was good; n and ``is_good`` are scalars on the device."""
-        if (
-            self.decay
-        ):  # not ``AveragedModel``, which reads its counter on the host and copies all buffers in every step
+        if self.decay:  # not ``AveragedModel``, which reads its counter on the host and copies all buffers every time
             share = torch.where(is_good, 1 - (n / (n + 10)).clamp(max=self.decay), 0.0)
             if on_cpu(share):
                 torch._foreach_lerp_(*self.pairs, float(share))  # type: ignore[attr-defined]

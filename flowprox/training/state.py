@@ -55,12 +55,8 @@ def _is_like(value: object, default: object) -> bool:
 
 
 def run_identity(recipe: Values, fingerprint: Mapping[str, str]) -> Values:
-    """What a run is: all of its recipe but limits, rates, logging and devices, and the images themselves.
-
-    Arguments:
-        recipe: name of every part -> its options as a dictionary, or a plain value.
-        fingerprint: of the images.
-    """
+    """What a run is: all of its recipe (name of every part -> its options) but limits, rates, logging and devices, and a
+    fingerprint of the images."""
     parts = {name: part for name, part in recipe.items() if name not in ("out", "name")}
     identity: Values = {"recipe": sorted(parts), **fingerprint}
     for name, part in parts.items():

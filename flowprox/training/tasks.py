@@ -90,12 +90,7 @@ class Task(nn.Module):
 
 
 class LikelihoodTask(Task):
-    """Maximum likelihood of dequantized images, in bits per dimension.
-
-    Arguments:
-        flow: the flow.
-        options: bit depth and added noise.
-    """
+    """Maximum likelihood of dequantized images, in bits per dimension."""
 
     figure = "bits_per_dimension"
     higher_is_better = False
@@ -132,15 +127,10 @@ class LikelihoodTask(Task):
 
 
 class NoiseTask(Task):
-    """Maximum likelihood of noise, in nats per dimension.
+    """Maximum likelihood of noise, in nats per dimension, by a ``FlowNoise``.
 
-    What is trained and saved is a ``FlowNoise``. Of a noise whose density is known in closed form a validation also gives
-    ``excess_nats``, the mean of log p(n) - log p_flow(n): the flow's divergence from it, in nats per image.
-
-    Arguments:
-        flow: the flow.
-        noise: what it learns.
-        validation: what it is validated on; by default the same.
+    Of a noise whose density is known in closed form a validation also gives ``excess_nats``, the mean of
+    log p(n) - log p_flow(n): the flow's divergence from it, in nats per image.
 
     Raises:
         ValueError: the noise has no density, since it takes discrete values.
@@ -200,14 +190,11 @@ class ReconstructionTask(Task):
     """Error of a reconstruction network on measurements made on the fly.
 
         "mse"       mean over the batch of e_i = ||x_hat_i - x_i||^2 / D
-        "log-mse"   mean over the batch of ln(e_i + 1e-4), which is what an average of PSNRs counts: images that are easy to
-                    restore weigh as much as hard ones, up to 40 dB, beyond which little is gained. Above e_i = 0.01, 20 dB, the
-                    tangent continues it: an image that has gone astray is not to lose its weight
+        "log-mse"   mean over the batch of ln(e_i + 1e-4), which is what an average of PSNRs counts: easy images weigh as
+                    much as hard ones. Above e_i = 0.01 the tangent continues it: an image gone astray keeps its weight
 
-    With a teacher x_i is replaced by (1 - w) x_i + w t_i in e_i, t_i = teacher(y_i) clipped to [0, 1]: its estimate lacks
-    what no network can know about the image, so that it is a target of less variance (distillation; Hinton et al. 2015,
-    https://arxiv.org/abs/1503.02531). With "mse" that is, up to a constant, (1 - w) of the error and w of the distance to
-    the teacher.
+    With a teacher x_i is replaced by (1 - w) x_i + w t_i in e_i, t_i = teacher(y_i) clipped to [0, 1], a target of less
+    variance (distillation; Hinton et al. 2015, https://arxiv.org/abs/1503.02531).
 
     The folds' latents z_k = f_k(v_k) can be drawn towards a standard normal distribution: the mean over folds and channels
     of KL(N(m, s^2) || N(0, 1)) = (m^2 + s^2 - 1 - ln s^2) / 2, m and s^2 their mean and variance over batch and pixels.
@@ -306,12 +293,8 @@ class ReconstructionTask(Task):
 
 
 class DenoisingTask(Task):
-    """Mean squared error of a prox network as a denoiser of Gaussian noise.
-
-    Arguments:
-        prox: ``x_hat = prox(v, step)``; the step is 1.
-        noise_range: lowest and highest standard deviation, drawn uniformly per image.
-    """
+    """Mean squared error of a prox network, at step 1, as a denoiser of Gaussian noise; the lowest and highest standard
+    deviation are ``noise_range``, drawn uniformly per image."""
 
     lost = 1.0  # dB
 

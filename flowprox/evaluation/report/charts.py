@@ -1,12 +1,10 @@
 """Charts as inline SVG, drawn by matplotlib, colored by the page; and what varies in an evaluation, for curves over it.
 
-Ink, grid lines and the colors of series are written as custom properties (``var(--ink)``, ``var(--line)``, ``var(--c0)``
-...), so that one drawing serves a light and a dark page. Text stays text. Series differ in marker and color; every mark has
-a title, and names its method, so that the page can hide what the reader is not looking for.
+Ink, grid lines and the colors of series are written as custom properties (``var(--ink)``, ``var(--c0)`` ...), so that one
+drawing serves a light and a dark page. Every mark has a title and names its method, so that the page can hide it.
 
-What varies is told by the records: among the parameters of a problem, or the options of a method, those numbers that are not
-the same everywhere. Where two vary together (a series with two lists) the first that tells all points apart is the axis;
-where they form a grid, each is an axis for every value of the others.
+What varies are those numbers among the parameters of a problem, or the options of a method, that are not the same everywhere.
+Where two vary together the first that tells all points apart is the axis; in a grid each is, for every value of the others.
 """
 
 from __future__ import annotations
@@ -85,11 +83,8 @@ class Chart(NamedTuple):
 
 
 class Series(NamedTuple):
-    """Figures of a method over a number, with half widths of intervals and published figures at some places.
-
-    ``method`` is what the page filters by; series of one chart whose ``color`` is the same, or unknown, are colored in their
-    order.
-    """
+    """Figures of a method over a number, with half widths of intervals and published figures at some places; ``method`` is what
+    the page filters by."""
 
     label: str
     x: Sequence[float]
@@ -123,9 +118,7 @@ class _Drawing:
         self.figure.savefig(file, format="svg", transparent=True, metadata=nothing)
         svg = file.getvalue().partition("<svg ")[2]
         svg = re.sub(r'^[^>]*(viewBox="[^"]*")[^>]*', r"<svg \1", svg)
-        svg = re.sub(
-            r"<defs>\s*<style.*?</defs>", "", svg, flags=re.DOTALL
-        )  # rules that would be those of the whole page
+        svg = re.sub(r"<defs>\s*<style.*?</defs>", "", svg, flags=re.DOTALL)  # rules would be those of the whole page
         svg = re.sub(r'<g id="mark (\d+)">', lambda found: self._marks[int(found[1])], svg)
         used = set(re.findall(r'(?:href="|url\()#([\w-]+)', svg))
         svg = re.sub(r'(<\w+) id="([^"]*)"', lambda f: f[1] + (f' id="{name}-{f[2]}"' if f[2] in used else ""), svg)
@@ -144,7 +137,7 @@ def line_chart(
     top: float | None = None,
     connected: bool = True,
 ) -> str:
-    """Figures over a number with their intervals; published ones hollow, chosen ones ringed.
+    """The ``svg`` of figures over a number with their intervals; published ones hollow, chosen ones ringed.
 
     Arguments:
         name: prefix of the identifiers in the drawing; another for every chart of a page.
@@ -153,9 +146,6 @@ def line_chart(
         form: format of the figures in the titles of the marks.
         top: where the axis of the figure ends; None lets the figures say it.
         connected: lines; otherwise points over a logarithmic axis.
-
-    Returns:
-        the ``svg`` element.
     """
     colors = [one.color % N_COLORS for one in series if one.color is not None]
     places = colors if not connected or len(set(colors)) == len(series) else range(len(series))
@@ -281,11 +271,7 @@ def flattened(values: Mapping[str, object], prefix: str = "") -> Record:
 
 
 def sweeps_of(variants: Mapping[str, Record], name: str) -> list[Sweep]:
-    """The sweeps among variants of one thing.
-
-    Arguments:
-        variants: label -> its values; only those that agree in everything but numbers are compared.
-        name: of the thing.
+    """The sweeps among variants of the thing of that name; only those that agree in everything but numbers are compared.
 
     Example:
         >>> sweeps_of({"a": {"sigma": 0.2, "noise": None}, "b": {"sigma": 0.1, "noise": None}}, "denoising")
@@ -358,9 +344,8 @@ def curves(contents: Contents, prefix: str) -> list[Chart]:
     """The figure over whatever varies: parameters of problems, a line per method; options of methods, a line per problem."""
     records, published = contents.chapter.records, contents.chapter.published.psnr if contents.key == "psnr" else {}
     of_methods = method_sweeps(records)
-    swept = {
-        label for sweeps in of_methods.values() for sweep in sweeps if len(sweep.points) > 2 for label in sweep.labels
-    }
+    long = (sweep for sweeps in of_methods.values() for sweep in sweeps if len(sweep.points) > 2)
+    swept = {label for sweep in long for label in sweep.labels}
     charts: list[Chart] = []
     for sweep in problem_sweeps(records):
         lines = []
@@ -499,10 +484,7 @@ def _rank_charts(facts: dict[str, list[Record]], colors: dict[str, int], name: s
             lines.append(Series(method, range(n + 1), shares, color=colors[method], method=method))
     if not lines:
         return []
-    caption = (
-        "How many samples lie below the truth, in four smooth directions, relative to honest samples, which are level at 1. "
-        "More at both ends: they are too sure."
-    )
+    caption = "How many samples lie below the truth; honest ones are level at 1. More at both ends: they are too sure."
     svg = line_chart(name, lines, ("rank of the truth", "share, 1 is honest"), form=".2f")
     return [Chart(svg, "Ranks of the truth", caption, f"Ranks of the truth. {_told(lines, 'rank')}")]
 

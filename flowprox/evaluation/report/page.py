@@ -34,16 +34,7 @@ _ABSENT, _DAMAGED = "is missing", "cannot be read"
 
 @dataclass
 class ReportOptions:
-    """What a report shows.
-
-    Arguments:
-        title: heading; None names the evaluations.
-        metric: the figure that tables, comparisons and charts are about, a key of ``METRICS``.
-        parts: which of ``PARTS`` to show; None shows all.
-        reference: method that the others are compared with; None takes the best of each problem.
-        n_images: show the pictures of so many images of each problem; None shows all there are.
-        recipe: names the published figures of folders without ``recipe.yaml``.
-    """
+    """What a report shows; fields as in ``flowprox.commands.evaluate.ShowOptions``."""
 
     title: str | None = None
     metric: str = "psnr"
@@ -91,12 +82,9 @@ class Tile(NamedTuple):
 def read_results(
     sources: Sequence[str | Path], out: str | Path | None = None, options: ReportOptions | None = None
 ) -> Results:
-    """Read everything a report is made from.
+    """Read everything a report is made from: results folders, or files of records.
 
-    Arguments:
-        sources: results folders, or files of records.
-        out: folder to write to, made if needed; by default the results folder, if it is one.
-        options: what is going to be shown.
+    ``out`` is the folder to write to, made if needed; by default the results folder, if it is one.
 
     Raises:
         FileNotFoundError: a source does not exist, or holds neither records nor figures.
@@ -105,9 +93,7 @@ def read_results(
     options = options or ReportOptions()
     chapters = read_chapters(sources, options.recipe)
     if out is None and (len(sources) > 1 or not Path(sources[0]).is_dir()):
-        raise ValueError(
-            "out is missing: the report of several sources, or of a file of records, needs a folder of its own"
-        )
+        raise ValueError("out is missing: the report of several sources, or of a file, needs a folder of its own")
     records = [record for chapter in chapters for record in chapter.records]
     if options.reference is not None:
         _check_known("reference", [options.reference], ordered(str(record["method"]) for record in records))

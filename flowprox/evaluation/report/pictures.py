@@ -13,7 +13,6 @@ import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -75,12 +74,8 @@ def truth_path(folder: Path, image: str) -> Path:
 
 
 def find_picture(folders: Sequence[Path], *parts: str) -> Path | None:
-    """The picture of an image, or of (problem, image, method), in the first folder that has it.
-
-    Folders of flowprox 0.1.0 have names in percent-encoding.
-    """
-    names = file_stem(*parts), "--".join(quote(part, safe="", errors="replace") for part in parts)
-    paths = (folder / "images" / f"{name}.png" for folder in folders for name in names)
+    """The picture of an image, or of (problem, image, method), in the first folder that has it."""
+    paths = (folder / "images" / f"{file_stem(*parts)}.png" for folder in folders)
     return next((path for path in paths if path.is_file()), None)
 
 
@@ -98,25 +93,13 @@ def read_picture(path: Path) -> Pixels:
 
 
 def error_white(errors: Sequence[Pixels]) -> float:
-    """The error shown white: the smallest round one that 99 % of the pixels of the median map stay below.
-
-    Raises:
-        ValueError: no map is given.
-    """
-    if not errors:
-        raise ValueError("errors is empty; give at least one error map")
+    """The error shown white: the smallest round one that 99 % of the pixels of the median map stay below."""
     highest = float(np.median([np.quantile(error, 0.99) for error in errors]))
     return next((white for white in _WHITES if highest <= white), _WHITES[-1])
 
 
 def error_map(x_hat: Pixels, x: Pixels) -> Pixels:
-    """Mean over channels of the absolute error, (H, W).
-
-    Raises:
-        ValueError: the pictures differ in size.
-    """
-    if x_hat.shape != x.shape:
-        raise ValueError(f"estimate and truth differ in size: {x_hat.shape[:2]} and {x.shape[:2]} pixels")
+    """Mean over channels of the absolute error, (H, W), of pictures (H, W, 3) of one size."""
     return np.abs(x_hat - x).mean(-1)
 
 

@@ -1,8 +1,7 @@
 """What a report is made from: records, tuning, published figures and drawn figures of results folders.
 
-Folders of one recipe are read as one chapter, so that a run that was split, or repeated with another seed, is one. Records
-of different recipes never share a mean: they are chapters apart, also where one file or one name holds both. What a reader
-should know before trusting the figures becomes a note; only what cannot be read is an error.
+Folders of one recipe are one chapter; records of different recipes never share a mean, also where one file or one name holds
+both. What a reader should know before trusting the figures becomes a note; only what cannot be read is an error.
 """
 
 from __future__ import annotations
@@ -33,17 +32,8 @@ class Illustration(NamedTuple):
 
 @dataclass
 class Chapter:
-    """One chapter of a report.
-
-    Arguments:
-        name: of the recipe, or of the folder.
-        folders: where the pictures stand.
-        records: of every folder, each measurement and method once.
-        tuning: a record per problem, method and combination of options that was tried.
-        published: PSNR in dB by label of the problem and of the method, and where it stands.
-        illustrations: drawn figures.
-        notes: what a reader should know before trusting the figures.
-    """
+    """One chapter of a report, named as its recipe or folder: folders with pictures, records (each measurement and method
+    once), a record of ``tuning`` per combination of options, and notes on what to know before trusting the figures."""
 
     name: str
     folders: list[Path]
@@ -55,11 +45,9 @@ class Chapter:
 
 
 def read_chapters(sources: Sequence[str | Path], recipe: str | Path | None = None) -> list[Chapter]:
-    """Everything the results folders hold, a chapter per recipe.
+    """Everything that results folders or files of records hold, a chapter per recipe.
 
-    Arguments:
-        sources: results folders, or files of records.
-        recipe: names the published figures of sources that have no ``recipe.yaml`` beside their records.
+    ``recipe`` names the published figures of sources that have no ``recipe.yaml`` beside their records.
 
     Raises:
         FileNotFoundError: a source does not exist, or has neither records nor figures.
@@ -154,7 +142,7 @@ def _check(record: Record, number: int, source: Path) -> None:
     missing = [key for key in ("problem", "method", "image") if key not in record]
     if missing:
         raise ValueError(
-            f"{source}: record {number} lacks {', '.join(missing)}; make the records with flowprox evaluate or the demo"
+            f"{source}: record {number} lacks {', '.join(missing)}; make the records with flowprox evaluate"
         )
     for key in NUMBERS:
         value = record.get(key)
@@ -201,9 +189,8 @@ def _captions(path: Path) -> dict[str, Record]:
     except ValueError:
         captions = None
     if not isinstance(captions, dict) or not all(isinstance(words, dict) for words in captions.values()):
-        raise ValueError(
-            f'{path} must read {{"figure.svg": {{"title": ..., "caption": ..., "alt": ...}}}}; mend it or remove it'
-        )
+        form = '{"figure.svg": {"title": ..., "caption": ..., "alt": ...}}'
+        raise ValueError(f"{path} must read {form}; mend it or remove it")
     return captions
 
 
@@ -261,16 +248,14 @@ def _doubts(chapter: Chapter) -> list[str]:
     figures = figures_of(records)
     n_measurements = figures.groupby(["problem", "image"], sort=False)["measurement"].nunique()
     if parts := ordered(str(place[0]) for place, n in n_measurements.items() if n > 1):  # type: ignore[index]
+        how = "it counts once, with its mean, and methods are compared where they share the measurement"
         notes.append(
-            f"an image was measured in several ways (noise seeds, operators or contents) in {_few(parts)}: it counts once, "
-            "with its mean, and methods are compared where they share the measurement"
+            f"an image was measured in several ways (noise seeds, operators or contents) in {_few(parts)}: {how}"
         )
     tested = set(figures["image"])
     if both := ordered(str(name) for record in chapter.tuning for name in record.get("images", ()) if name in tested):
-        notes.append(
-            f"images for tuning are called as images of the test ({_few(both)}): if they are the same, the figures of what "
-            "was tuned are too good"
-        )
+        caution = "if they are the same, the figures of what was tuned are too good"
+        notes.append(f"images for tuning are called as images of the test ({_few(both)}): {caution}")
     if n_failed := int(figures["failed"].notna().sum()):
         notes.append(f"{n_failed} of {len(records)} reconstructions failed; they are listed with their messages")
     if n_exact := int(figures["exact"].sum()):

@@ -36,11 +36,8 @@ def number(value: float | None, form: str = ".2f") -> str:
 
 
 class Table(NamedTuple):
-    """A data frame whose first column names the row, and how its cells are read.
-
-    ``values`` holds every digit, ``text`` what is read, ``best`` which cells are the best of their column; ``slug`` is the
-    name of its files, ``caption`` one sentence.
-    """
+    """A data frame whose first column names the row: ``values`` with every digit, ``text`` what is read, ``best`` which
+    cells are the best of their column; ``slug`` is the name of its files, ``caption`` one sentence."""
 
     slug: str
     caption: str
@@ -68,11 +65,8 @@ def make_table(
 ) -> Table:
     """A table without the columns that have nothing in them.
 
-    Arguments:
-        slug, caption: as in ``Table``.
-        columns: head -> values; None is unknown.
-        forms: head of a column of numbers -> their format as for ``number``, or the texts of all its cells.
-        best: head -> which cells are the best.
+    ``columns`` are head -> values (None is unknown), ``forms`` head of a column of numbers -> their format as for
+    ``number``, or the texts of all its cells, ``best`` head -> which cells are the best.
     """
     forms, best = forms or {}, best or {}
     values = pd.DataFrame(dict(columns))
@@ -152,13 +146,8 @@ def _tex(text: object) -> str:
 
 
 class Contents:
-    """A chapter seen through one figure of its records.
-
-    Arguments:
-        chapter: what was read.
-        key: of the figure, in ``METRICS``.
-        reference: the method that the others are compared with; None takes the best of each problem.
-    """
+    """A chapter seen through one figure of its records, whose ``key`` is in ``METRICS``; ``reference`` is the method that the
+    others are compared with, None the best of each problem."""
 
     def __init__(self, chapter: Chapter, key: str = "psnr", reference: str | None = None) -> None:
         self.chapter, self.key, self.reference = chapter, key, reference
@@ -237,8 +226,7 @@ class Contents:
             "published in": sources if len(set(sources)) > 1 else [""] * len(places),
         }
         caption = (
-            "PSNR in dB measured here beside the published figure; the difference is measured minus published. The interval "
-            "is that of the measured mean alone."
+            "PSNR in dB measured here beside the published figure; the interval is that of the measured mean alone."
         )
         if len(set(sources)) == 1 and sources[0]:
             caption += f" Published in: {sources[0]}."
