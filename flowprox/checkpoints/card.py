@@ -227,7 +227,7 @@ def refuse_pickle(path: Path) -> None:
     looks_like_one = start.startswith((b"PK\x03\x04", b"\x80")) and start[8:] != b"{"
     if path.suffix in PICKLE_SUFFIXES or looks_like_one:
         raise CheckpointError(
-            f"{path} is a pickle or zip archive: pickles are never read as models, since they can run code. To convert: make the "
+            f"{path} is a pickle or zip archive: pickles are never read as models, for they can run code. To convert: make the "
             "model, model.load_state_dict(torch.load(file, weights_only=True)), then flowprox.save_model(model, folder)"
         )
 

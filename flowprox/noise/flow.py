@@ -23,8 +23,7 @@ class FlowNoise(Specified, Noise):
     ``flowprox train-flow`` with a recipe that has ``noise`` writes one; ``flowprox.load_model`` reads it.
 
     References:
-        Whang et al. 2021, Solving inverse problems with a flow-based noise model, https://arxiv.org/abs/2003.08089,
-        Sec. 3 (p_delta, the noise distribution)
+        Whang et al. 2021, Solving inverse problems with a flow-based noise model, https://arxiv.org/abs/2003.08089, Sec. 3
 
     Arguments:
         flow: anything with ``log_prob(x)``, ``decode(z, image_size)`` and ``image_shape``, such as ``flowprox.Glow``.

@@ -59,9 +59,6 @@ class _Normal(Noise):
 class GaussianNoise(_Normal, deepinv.physics.GaussianNoise):
     """White Gaussian noise that is the same on every device and in every memory layout for the same generator.
 
-    deepinv's own noise draws in the memory order of its input and replaces a generator that was moved, so that the
-    caller's generator never advances. Here the values are drawn in (B, C, H, W) order on the generator's device.
-
     Arguments:
         sigma: noise standard deviation, at least 0, in the units of the measurement.
         mean: of every entry, in the same units.
@@ -149,18 +146,12 @@ def sinusoidal_noise(
 
         sigma_i = sigma exp(sin(2 pi i / period)) / e
 
+    ``shape`` is that of the measurement without its batch axis, (C, H, W) or (m,), ``period`` in rows or entries, ``mean``
+    that of every entry. sigma = 1 is the paper's normalization.
+
     References:
         Whang et al. 2021, Solving inverse problems with a flow-based noise model, https://arxiv.org/abs/2003.08089,
         Sec. 5.1.2 (vectors; their noise has a positive mean) and 5.1.3 (rows)
-
-    Arguments:
-        shape: of the measurement without its batch axis: (C, H, W), or (m,).
-        sigma: the largest standard deviation; 1 is the paper's normalization.
-        period: in rows or entries.
-        mean: of every entry.
-
-    Raises:
-        ValueError: a number out of range.
 
     Example:
         >>> sinusoidal_noise((3, 64, 64)).scale.shape, sinusoidal_noise((500,), mean=0.1).scale.shape
@@ -182,21 +173,11 @@ def radial_noise(
 
         sigma_d = sigma max(exp(-d / length), floor)
 
-    The central pixel is ((H - 1) // 2, (W - 1) // 2), (31, 31) for 64x64 as in the paper.
+    ``shape`` is (C, H, W), ``length`` the distance in pixels over which the level falls by a factor e, ``floor`` relative to
+    sigma. The central pixel is ((H - 1) // 2, (W - 1) // 2), (31, 31) for 64x64 as in the paper.
 
     References:
-        Whang et al. 2021, Solving inverse problems with a flow-based noise model, https://arxiv.org/abs/2003.08089,
-        App. B.2
-
-    Arguments:
-        shape: of the measurement without its batch axis, (C, H, W).
-        sigma: standard deviation in the center.
-        length: distance in pixels over which it falls by a factor e.
-        floor: smallest standard deviation, relative to sigma.
-        mean: of every entry.
-
-    Raises:
-        ValueError: a shape that is no image, or a number out of range.
+        Whang et al. 2021, Solving inverse problems with a flow-based noise model, https://arxiv.org/abs/2003.08089, App. B.2
 
     Example:
         >>> scale = radial_noise((3, 64, 64), sigma=0.5).scale
@@ -304,14 +285,8 @@ NOISES: Mapping[str, Callable[..., Noise]] = {
 
 
 def make_noise(name: str, shape: Sequence[int], **parameters: object) -> Noise:
-    """Build a noise.
-
-    Arguments:
-        name: "gaussian" (sigma, mean), "sinusoidal" (sigma, period, mean), "radial" (sigma, length, floor, mean) or
-            "mnist" (path, n_digits, amplitude, sigma, split). Every sigma is a standard deviation: of white noise; the
-            largest of all entries; that in the center; that of the white noise under the digits.
-        shape: of the measurement without its batch axis, (C, H, W) or (m,).
-        parameters: of the noise, see ``GaussianNoise``, ``sinusoidal_noise``, ``radial_noise`` and ``MNISTNoise``.
+    """Build a noise for measurements of a shape, (C, H, W) or (m,): "gaussian" (sigma, mean), "sinusoidal" (sigma, period,
+    mean), "radial" (sigma, length, floor, mean) or "mnist" (path, n_digits, amplitude, sigma, split), see ``NOISES``.
 
     Raises:
         ValueError: unknown name or parameter, or a value that does not fit; the message offers the nearest ones.

@@ -22,9 +22,8 @@ class CircularConvolution(ExactProx):
 
         A x = F^-1 (h F x),    A^T y = F^-1 (conj(h) F y),    h = F(kernel)
 
-    F is the discrete Fourier transform. Unlike deepinv's ``BlurFFT`` it takes images of any size that holds the kernel,
-    and ``prox_l2`` is exact and differentiable in every argument and in the kernel. Computed in float32 or, for float64
-    images, float64.
+    F is the discrete Fourier transform. Unlike deepinv's ``BlurFFT`` it takes images of any size that holds the kernel, and
+    ``prox_l2`` is exact and differentiable in every argument and in the kernel.
     """
 
     def kernel(self) -> Tensor:
@@ -82,8 +81,7 @@ class CircularBlur(CircularConvolution):
         ValueError: the kernel is not a finite, non-zero matrix with odd sides, or is larger than the image.
 
     Example:
-        >>> physics = CircularBlur(torch.full((3, 3), 1 / 9))
-        >>> y = physics.A(torch.ones(1, 3, 8, 8))
+        >>> y = CircularBlur(torch.full((3, 3), 1 / 9)).A(torch.ones(1, 3, 8, 8))
         >>> torch.allclose(y, torch.ones(1, 3, 8, 8))
         True
     """
@@ -104,18 +102,10 @@ class CircularBlur(CircularConvolution):
 class PaddedBlur(Blur):
     """Blur with another boundary than the circular one: deepinv's ``Blur``, for images of any floating-point type.
 
-    Arguments:
-        kernel: (h, w) with h and w odd.
-        boundary: one of ``BOUNDARIES`` but "circular".
-        image_shape: (C, H, W) the operator is made for; any size that holds the kernel can be passed.
-        device: where the kernel is kept.
-
-    Raises:
-        ValueError: the kernel is not a finite, non-zero matrix with odd sides, or is larger than the image.
+    ``boundary`` is one of ``BOUNDARIES``; the other arguments are those of ``CircularBlur``.
 
     Example:
-        >>> physics = PaddedBlur(torch.full((3, 3), 1 / 9), "valid")
-        >>> physics.A(torch.ones(1, 3, 8, 8)).shape
+        >>> PaddedBlur(torch.full((3, 3), 1 / 9), "valid").A(torch.ones(1, 3, 8, 8)).shape
         torch.Size([1, 3, 6, 6])
     """
 
@@ -141,13 +131,9 @@ class PaddedBlur(Blur):
 
 
 class WindowedBlur(LinearPhysics):
-    """A = M (k *): a blur of which only the pixels of M are measured.
+    """A = M (k *): a blur with a kernel (h, w) of which only the pixels of the mask M (H, W) are measured.
 
     Where M keeps the kernel's radius away from the border, the circular convolution inside equals any other.
-
-    Arguments:
-        kernel: (h, w) with odd sides.
-        mask: M (H, W), 1 where the blurred image is measured, 0 elsewhere.
     """
 
     def __init__(self, kernel: Tensor, mask: Tensor) -> None:

@@ -60,8 +60,7 @@ class RealMRI(ExactProx):
 
     Arguments:
         mask: (H, W) of ones (measured) and zeros, the zero frequency in the middle.
-        image_shape: (C, H, W); every channel is measured alone, so that y is (B, 2 C, H, W): for each channel its real
-            part, then its imaginary part.
+        image_shape: (C, H, W); every channel is measured alone, y is (B, 2 C, H, W).
         device: where the mask is kept.
 
     Raises:
@@ -313,10 +312,9 @@ def _filter_value(t: Tensor, factor: int, filter: str) -> Tensor:
 class CT(Tomography):
     """Computed tomography with parallel or fan beams, divided by its norm, with the exact adjoint: y (B, C, N, n_angles).
 
-    deepinv's ``Tomography``, computed with the sparse matrix of its Radon transform: the same values and the exact
-    adjoint in a fraction of the time. Images and angles too many for that (``MATRIX_LIMIT``) are rotated as deepinv does.
-    N is the diagonal of the image in pixels, and 1.52 of its sides for a fan: its source stands two sides from the middle, the
-    detector one, with cells that are a pixel wide in the middle of the image.
+    deepinv's ``Tomography``, computed with the sparse matrix of its Radon transform up to ``MATRIX_LIMIT`` entries. N is the
+    diagonal of the image in pixels, and 1.52 of its sides for a fan: its source stands two sides from the middle, the detector
+    one, with cells that are a pixel wide in the middle of the image.
 
     Arguments:
         n_angles: number of angles, evenly spaced over 180 degrees, of a fan over 360.

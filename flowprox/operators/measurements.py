@@ -24,14 +24,10 @@ ImageShape = tuple[int, int, int]
 
 
 def measure(x: Tensor, physics: Physics, generator: torch.Generator | None = None) -> Tensor:
-    """y = A x + noise, deterministic for a given generator, which advances.
+    """y = A x + noise of images x (B, C, H, W) in [0, 1], deterministic for a given generator, which advances.
 
-    Arguments:
-        x: images (B, C, H, W) in [0, 1].
-        physics: the operator with its noise model.
-        generator: source of the noise, on any device; torch's global one by default. With any
-            ``flowprox.noise.Noise``, which ``make_physics`` sets, it depends on neither the device nor the memory layout
-            of x.
+    The noise of a ``flowprox.noise.Noise``, as ``make_physics`` sets it, depends on neither the device nor the memory layout
+    of x.
 
     Raises:
         ValueError: x is not of the size of the operator's mask.
@@ -49,12 +45,7 @@ def measure(x: Tensor, physics: Physics, generator: torch.Generator | None = Non
 
 
 def measure_each(x: Tensor, physics: Physics, seeds: Sequence[int]) -> Tensor:
-    """y = A x + noise with one seed per image: an image gets the same noise in every batch, method and run.
-
-    Arguments:
-        x: images (B, C, H, W) in [0, 1].
-        physics: the operator with its noise model.
-        seeds: B whole numbers.
+    """y = A x + noise of images x (B, C, H, W) with one seed each: an image gets the same noise in every batch, method and run.
 
     Raises:
         ValueError: as many seeds as images are needed; x is not of the size of the operator's mask.
@@ -134,8 +125,7 @@ def check_measurement(y: Tensor, physics: Physics | None = None, image_shape: Im
 
     Arguments:
         y: measurements (B, ...), floating-point or complex; entries that are not measured may hold anything, NaN included.
-        physics: the operator that is said to have measured them; one or two applications of A tell the shape y must have
-            and which entries are measured. None checks only what y is by itself.
+        physics: the operator; one or two applications of A tell the shape of y. None checks only what y is by itself.
         image_shape: (C, H, W) of the images to reconstruct; None takes what the adjoint of a linear operator gives.
 
     Raises:

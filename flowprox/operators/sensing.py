@@ -66,8 +66,7 @@ class DenseSensing(_Sensing):
     """Gaussian compressed sensing with the matrix in memory: y = A x, A_ij ~ N(0, 1/m).
 
     References:
-        Asim, Daniels, Leong, Ahmed, Hand (2020), Invertible generative models for inverse problems: mitigating
-        representation error and dataset bias, https://arxiv.org/abs/1905.11672, Section 3.
+        Asim et al. 2020, Invertible generative models for inverse problems, https://arxiv.org/abs/1905.11672, Sec. 3
 
     Arguments:
         m: number of measurements; may exceed the number of pixels.
@@ -104,19 +103,11 @@ class DenseSensing(_Sensing):
 class StructuredSensing(_Sensing, ExactProx):
     """Compressed sensing without a matrix in memory: y = sqrt(n/m) S H D x in O(n log n) time and O(n) memory.
 
-    D are random signs, H is the orthogonal discrete Hartley transform, which is its own inverse, S picks m of n rows at
-    random. A A^T = (n/m) I, so the data step has a closed form. (deepinv's ``StructuredRandom`` keeps a rectangle
-    instead of m rows and does not scale them.)
+    D are random signs, H is the orthogonal discrete Hartley transform, its own inverse, S picks m of n rows at random.
+    A A^T = (n/m) I, so the data step has a closed form. Arguments as ``DenseSensing``; m is at most n.
 
     References:
-        Do, Gan, Nguyen, Tran (2012), Fast and efficient compressive sensing using structurally random matrices,
-        https://arxiv.org/abs/1106.5037.
-
-    Arguments:
-        m: number of measurements, at most the number of pixels n.
-        image_shape: (C, H, W).
-        seed: of the signs and the rows.
-        device: where the signs and the rows are kept.
+        Do, Gan, Nguyen, Tran 2012, Fast compressive sensing using structurally random matrices, https://arxiv.org/abs/1106.5037
 
     Raises:
         ValueError: m is not a whole number from 1 to n.
@@ -170,10 +161,8 @@ class OneBitSensing(Physics):
     second it counts flipped signs (-2, 0 or 2), and a density of additive noise is only a surrogate.
 
     References:
-        Whang, Lei, Dimakis (2021), Solving inverse problems with a flow-based noise model,
-        https://arxiv.org/abs/2003.08089, Section 5.1.4.
-        Bengio, Leonard, Courville (2013), Estimating or propagating gradients through stochastic neurons for
-        conditional computation, https://arxiv.org/abs/1308.3432.
+        Whang et al. 2021, Solving inverse problems with a flow-based noise model, https://arxiv.org/abs/2003.08089, Sec. 5.1.4
+        Bengio, Leonard, Courville 2013, Estimating gradients through stochastic neurons, https://arxiv.org/abs/1308.3432
 
     Arguments:
         linear: the measurement before the sign, ``DenseSensing`` or ``StructuredSensing``.

@@ -37,15 +37,9 @@ class Fitted(NamedTuple):
 
 
 def fit_to_divisor(y: Tensor, physics: LinearPhysics, divisor: int) -> Fitted:
-    """Extend a measurement and its operator to sides that ``divisor`` divides, by the rules at the top of this file.
+    """Extend a measurement (B, C, H, W) and its operator to sides that ``divisor`` divides, by the rules above.
 
-    Arguments:
-        y: measurement (B, C, H, W) of an operator that keeps the image's size.
-        physics: its operator, from ``flowprox.operators.make_physics``.
-        divisor: of the model.
-
-    Returns:
-        y and physics unchanged where the sides of y are multiples already and those of the image.
+    Both stay as they are where the sides of y are multiples already and those of the image.
 
     Raises:
         ValueError: the operator is none of denoising, inpainting and blur, or its noise belongs to one size.
@@ -140,11 +134,7 @@ def _continued(n: int, start: int, size: int, mode: str) -> Tensor:
 def mirrored(physics: LinearPhysics) -> LinearPhysics:
     """The operator of mirror images, left and right exchanged: M A M, with M the mirror, masks and kernels mirrored alike.
 
-    A hole that is not in the middle, as one of an odd side in an image of an even one never is, stands elsewhere in the mirror
-    image: a network that reconstructs both must be told so.
-
-    Arguments:
-        physics: of denoising, inpainting, deblurring or super-resolution; it is left as it is.
+    A hole that is not in the middle stands elsewhere in the mirror image: a network that reconstructs both must be told so.
 
     Raises:
         ValueError: the operator has no mirror image that is known.
