@@ -197,7 +197,7 @@ def as_on_a_gpu() -> Iterator[FakeTensorMode]:
     with ExitStack() as stack:
         for module in ("fast", "layers", "conditioners"):
             stack.enter_context(mock.patch(f"flowprox.flows.{module}.on_cpu", lambda _: False))
-        stack.enter_context(mock.patch("flowprox.flows.packed._can_pack", lambda _: False))
+        stack.enter_context(mock.patch("flowprox.flows.conditioners._can_pack", lambda _: False))
         stack.enter_context(mock.patch("flowprox.flows.flow.check_finite", lambda value, *_: value))
         yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
 

@@ -21,13 +21,13 @@ from torch.utils.data import DataLoader
 from flowprox.data import (
     ImageDataset,
     PictureForm,
-    ResumableSampler,
     load_image,
     load_measurement,
     picture_form,
     save_image,
     split_indices,
 )
+from flowprox.training.images import ResumableSampler
 
 
 def _pixels(height: int = 8, width: int = 8, seed: int = 0) -> np.ndarray:

@@ -15,7 +15,7 @@ from flowprox.data import save_image
 from flowprox.networks import DCGANDiscriminator, DCGANGenerator
 from flowprox.options import DataOptions, GANOptions, TrainingOptions
 from flowprox.training import train_gan
-from flowprox.training.gan import gan_task
+from flowprox.training.tasks import gan_task
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*:DeprecationWarning")
 SMALL = GANOptions(latent_size=6, hidden_channels=4, discriminator_channels=4, n_scales=2, projection_steps=3)

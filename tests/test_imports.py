@@ -30,7 +30,7 @@ FLOORS = """
 files naming metrics records summary
 options graphs checkpoints
 networks noise operators
-flows prox solvers priors tiles
+flows prox solvers priors
 unfolding baselines uncertainty
 data samples
 training methods estimates evaluation reconstruction demo
@@ -100,7 +100,7 @@ def test_what_a_card_may_name_is_registered_by_the_modules_of_models() -> None:
 
 def test_one_module_imports_lightning() -> None:
     users = [name for name, path in MODULES.items() if "lightning_fabric" in imported_roots(path)]
-    assert users == ["flowprox.training.loggers", "flowprox.training.loop"]
+    assert users == ["flowprox.training.log", "flowprox.training.loop"]
     assert not [name for name, path in MODULES.items() if "lightning" in imported_roots(path)]
 
 

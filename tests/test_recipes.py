@@ -21,8 +21,7 @@ from PIL import Image
 
 from flowprox import list_models
 from flowprox.cli import completed, main, make_parser
-from flowprox.training.gan import gan_task
-from flowprox.training.tasks import reconstruction_task
+from flowprox.training.tasks import gan_task, reconstruction_task
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from flowprox import FlowProx, Glow, UnfoldedPGD
-from flowprox.methods import make_method
+from flowprox.methods import Tiled, _places, _weights, make_method
 from flowprox.operators import make_physics
-from flowprox.tiles import Tiled, _places, _weights
 
 
 @pytest.fixture(scope="module")

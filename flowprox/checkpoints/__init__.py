@@ -10,8 +10,16 @@ moment leaves either the old model or the new one. Nothing here imports torch be
 
 from flowprox.checkpoints.card import CARD, PREVIOUS, WEIGHTS, Card, CheckpointError
 from flowprox.checkpoints.hub import push_to_hub
-from flowprox.checkpoints.state import load_training_state, save_training_state
-from flowprox.checkpoints.store import Pretrained, find_model, list_models, load_card, load_model, save_model
+from flowprox.checkpoints.store import (
+    Pretrained,
+    find_model,
+    list_models,
+    load_card,
+    load_model,
+    load_training_state,
+    save_model,
+    save_training_state,
+)
 
 __all__ = [
     "CARD",

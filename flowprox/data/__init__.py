@@ -18,7 +18,6 @@ from flowprox.data.files import (
     save_image,
     suffix_of,
 )
-from flowprox.data.sampler import ResumableSampler
 
 __all__ = [
     "ARRAY_SUFFIXES",
@@ -26,7 +25,6 @@ __all__ = [
     "SCAN_SUFFIXES",
     "ImageDataset",
     "PictureForm",
-    "ResumableSampler",
     "Stack",
     "load_array",
     "load_image",

@@ -4,7 +4,7 @@ from flowprox.flows.bijection import Bijection, FiniteChecks, NonFiniteError, Se
 from flowprox.flows.fast import GlowSteps
 from flowprox.flows.flow import Flow, PixelwiseFlow
 from flowprox.flows.frozen import frozen
-from flowprox.flows.glow import Glow
+from flowprox.flows.glow import Glow, RealNVP
 from flowprox.flows.layers import (
     ActNorm,
     AffineCoupling,
@@ -16,7 +16,6 @@ from flowprox.flows.layers import (
     Squeeze,
     Unsqueeze,
 )
-from flowprox.flows.realnvp import RealNVP
 from flowprox.flows.reversible import DriftError, Reversible
 
 __all__ = [

@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from flowprox.flows.bijection import Bijection, current_checks
-from flowprox.flows.conditioners import CouplingNet, convolved, folded, folded_together
+from flowprox.flows.conditioners import CouplingNet, PackedConvolution, convolved, folded, folded_together
 from flowprox.flows.layers import (
     AffineCoupling,
     Bounds,
@@ -43,7 +43,6 @@ from flowprox.flows.layers import (
     on_cpu,
     pixelwise,
 )
-from flowprox.flows.packed import PackedConvolution
 from flowprox.flows.reversible import (
     AutocastState,
     ParameterSlots,

@@ -154,8 +154,8 @@ def train_gan(
     Raises:
         FileExistsError, ValueError, NonFiniteError: see ``flowprox.training.loop.fit``.
     """
-    from flowprox.training.gan import gan_task
     from flowprox.training.loop import fit
+    from flowprox.training.tasks import gan_task
 
     task = functools.partial(gan_task, gan, data)
     return fit(task, data, training, out, {"gan": gan}, resume, name)

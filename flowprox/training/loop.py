@@ -43,8 +43,7 @@ from flowprox.operators import VariedProblem
 from flowprox.options import DataOptions, NoiseOptions, TrainingOptions, TrainingResult, parse_duration
 from flowprox.training.callbacks import Callback, current_callbacks
 from flowprox.training.images import TrainingImages, mixed_seed, seed_global_generators
-from flowprox.training.log import RunLog
-from flowprox.training.loggers import check_loggers
+from flowprox.training.log import RunLog, check_loggers
 from flowprox.training.optimizers import WeightAverage, apply_if, make_optimizer, schedule_factor
 from flowprox.training.state import Counts, check_optimizer, check_tensors, read_state, run_identity
 from flowprox.training.tasks import Task

@@ -28,7 +28,7 @@ from flowprox.flows import (
     Unsqueeze,
 )
 from flowprox.flows.conditioners import CouplingAttention, CouplingNet, CouplingResNet, CouplingUNet, ZeroConv2d
-from flowprox.flows.realnvp import ChannelFlip, CheckerboardCoupling
+from flowprox.flows.glow import ChannelFlip, CheckerboardCoupling
 
 SMALL = (3, 4, 4)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from flowprox.flows import Glow, frozen
-from flowprox.flows.packed import PackedConvolution
+from flowprox.flows.conditioners import PackedConvolution
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 every_dtype = pytest.mark.parametrize("dtype", BOUNDS, ids=str)
