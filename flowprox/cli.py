@@ -29,7 +29,7 @@ from jsonargparse import ArgumentParser
 from flowprox import __version__
 from flowprox.commands import COMMANDS, Command
 from flowprox.commands.terminal import check_yaml, find_recipe
-from flowprox.naming import nearest, printable, require_package
+from flowprox.naming import Values, nearest, printable, require_package
 from flowprox.options import EvaluatedMethod, EvaluatedProblem, ImageOptions, ScaleOptions
 
 __all__ = ["main"]
@@ -74,7 +74,7 @@ def _command_parser(command: Command, summary: str) -> ArgumentParser:
     own: set[str | int] = {*command.several, "n", *command.positional.split()}
     own &= set(inspect.signature(command.source).parameters)
     for name in command.positional.split():
-        n: dict[str, Any] = {} if command.n_positional == "1" else {"nargs": command.n_positional}
+        n: Values = {} if command.n_positional == "1" else {"nargs": command.n_positional}
         parser.add_argument(name, **n, help=_help(command.source, name))
     for name, word in command.several.items():
         kind = int if word == "N" else str
@@ -280,7 +280,7 @@ def _fields(name: str) -> list[str]:
     return [field.name for field in dataclasses.fields(record)] if record else []
 
 
-def _defaults(words: list[str]) -> dict[str, Any]:
+def _defaults(words: list[str]) -> Values:
     """Every option of the command in ``words``, with its default."""
     command = next((word for word in words if word in COMMANDS), None)
     return dict(_command_parser(COMMANDS[command], "").get_defaults().items()) if command else {}

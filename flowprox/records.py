@@ -13,11 +13,12 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 from flowprox.files import atomic_write
+from flowprox.naming import Values
 
-Record = dict[str, Any]
+Record: TypeAlias = Values
 
 NOT_RUN = "not run: "
 """What the message of a failure begins with where a package or a trained network is missing."""
@@ -59,7 +60,7 @@ class RecordWriter:
             write_records(self.path, self.records)
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
 
-    def write(self, record: Mapping[str, Any]) -> None:
+    def write(self, record: Mapping[str, object]) -> None:
         """Append one record; it is handed to the operating system before this returns."""
         line = _line(record)
         while line:  # a disk that is full takes a part, and says why at the next call
@@ -80,7 +81,7 @@ class RecordWriter:
         self.close()
 
 
-def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+def write_records(path: Path, records: Iterable[Mapping[str, object]]) -> None:
     """Put these records in the place of those of a file, whole or not at all; while no other process writes to it."""
     with atomic_write(path, "wb") as file:
         file.writelines(_line(record) for record in records)
@@ -117,7 +118,7 @@ def _is_whole(path: Path) -> bool:
     return not content or (content.endswith(b"\n") and _parse(content.splitlines()[-1]) is not None)
 
 
-def _line(record: Mapping[str, Any]) -> bytes:
+def _line(record: Mapping[str, object]) -> bytes:
     text = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n"
     return text.encode("utf-8", "backslashreplace")  # of a file name that is no UTF-8, as JSON escapes it
 
@@ -130,7 +131,7 @@ def _parse(line: bytes) -> Record | None:
     return value if isinstance(value, dict) else None
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):

@@ -28,7 +28,7 @@ from flowprox.estimates import calibration_of, doubts_of, estimate
 from flowprox.flows import Flow
 from flowprox.methods import make_method
 from flowprox.metrics import psnr
-from flowprox.naming import require_device
+from flowprox.naming import Values, require_device
 from flowprox.operators import PROBLEMS, Problem, make_physics
 from flowprox.records import Record
 
@@ -167,9 +167,9 @@ def restore(
     return Restored(back(x_hat), x_hat, y.float().cpu(), x, level, operator.label, alarm, deviation, reason)
 
 
-def _operator_parameters(name: str, mask: Picture | None, kernel: Any) -> dict[str, Any]:
+def _operator_parameters(name: str, mask: Picture | None, kernel: object) -> Values:
     """What a photograph's operator is told: its own mask or kernel, and that it goes on beyond its border."""
-    parameters: dict[str, Any] = {}
+    parameters: Values = {}
     for key, value in (("mask", mask), ("kernel", kernel)):
         if value is not None and key not in PROBLEMS.get(name, PROBLEMS["denoising"]).parameters:
             raise ValueError(f"problem {name} has no use for {key}; leave it out")
@@ -194,7 +194,7 @@ def _n_channels(network: torch.nn.Module) -> int | None:
     return known or next((part.n_channels for part in network.modules() if isinstance(part, Flow)), None)
 
 
-def _method(network: Any, trained: dict[str, Any], operator: Problem, device: str, tile: int) -> Reconstructor:
+def _method(network: Any, trained: Values, operator: Problem, device: str, tile: int) -> Reconstructor:
     if isinstance(network, Flow):
         return make_method("latent-map", operator, flow=network, device=device)
     if hasattr(network, "solve"):  # a solver as it is

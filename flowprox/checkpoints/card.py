@@ -15,6 +15,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from flowprox.naming import Values
+
 __all__ = ["CARD", "PREVIOUS", "WEIGHTS", "Card", "CheckpointError", "read_card", "read_weights"]
 
 FORMAT_VERSION = 1
@@ -66,12 +68,12 @@ class Card:
     """
 
     name: str
-    model: dict[str, Any] = field(default_factory=dict)
-    preprocessing: dict[str, Any] = field(default_factory=dict)
-    problem: dict[str, Any] | None = None
-    training: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
+    model: Values = field(default_factory=dict)
+    preprocessing: Values = field(default_factory=dict)
+    problem: Values | None = None
+    training: Values = field(default_factory=dict)
+    metrics: Values = field(default_factory=dict)
+    notes: Values = field(default_factory=dict)
     license: str = LICENSE
     intended_use: str = INTENDED_USE
     n_parameters: int = 0
@@ -97,7 +99,8 @@ class Card:
         for key, value in values.items():
             expected = {"str": str, "int": int}.get(str(known[key].type), Mapping)
             if not isinstance(value, expected) and not (key == "problem" and value is None):
-                raise CheckpointError(f"the card's {key!r} must be {known[key].type}, got {type(value).__name__}")
+                form = {str: "text", int: "a whole number"}.get(expected, "an object")
+                raise CheckpointError(f"the card's {key!r} must be {form}, got {type(value).__name__}")
         for (part, key), form in _FORMS.items():
             if key in (values.get(part) or {}) and not _HOLDS[form](values[part][key]):
                 raise CheckpointError(f"the card's {key!r} of {part!r} must be {form}, got {values[part][key]!r:.60}")
@@ -194,7 +197,7 @@ def read_card(path: Path) -> Card:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def plain(value: Any, where: str) -> Any:
+def plain(value: object, where: str) -> object:
     """``value`` as JSON: numpy and torch numbers, dataclasses, paths, dates included; NaN and infinity as text."""
     if value is None or isinstance(value, bool | int | str):
         return value

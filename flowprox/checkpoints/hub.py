@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from flowprox.checkpoints.card import CARD, WEIGHTS, Card, CheckpointError, read_card, read_weights
 from flowprox.files import first_line
@@ -144,7 +143,7 @@ def _readme(card: Card, repo_id: str) -> str:
     return str(huggingface_hub.ModelCard(content, ignore_metadata_errors=False))
 
 
-def _table(values: Mapping[str, Any]) -> str:
+def _table(values: Mapping[str, object]) -> str:
     cells = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
     rows = ["| {} | {} |".format(key, cell.replace("|", "\\|").replace("\n", " ")) for key, cell in cells.items()]
     return "\n".join(["| | |", "|---|---|", *rows])

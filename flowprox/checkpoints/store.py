@@ -38,7 +38,7 @@ from flowprox.checkpoints.card import (
 )
 from flowprox.checkpoints.hub import HUB, download, push_to_hub
 from flowprox.files import atomic_write, first_line, force_to_disk, sha256
-from flowprox.naming import Specified, build, registered_kinds, require_device
+from flowprox.naming import Specified, Values, build, registered_kinds, require_device
 
 if TYPE_CHECKING:
     import torch
@@ -179,7 +179,7 @@ def _unpack(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]
     return tensors, names
 
 
-def _rebuild(spec: Mapping[str, Any], where: str, tensors: Mapping[str, Tensor] | None = None) -> Any:
+def _rebuild(spec: Mapping[str, object], where: str, tensors: Mapping[str, Tensor] | None = None) -> Any:
     """``build(spec)`` on the CPU, with the classes it names imported and the random number generator left alone.
 
     With tensors, it stops as soon as the card asks for much more than these could fill.
@@ -202,7 +202,7 @@ def _rebuild(spec: Mapping[str, Any], where: str, tensors: Mapping[str, Tensor] 
 
 
 @contextmanager
-def _limited(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def _limited(spec: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Refuse a card that asks for a model far larger than its weights, before memory and time are gone."""
     import torch
     from torch.overrides import TorchFunctionMode
@@ -227,7 +227,7 @@ def _limited(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator
         yield
 
 
-def _kinds(value: Any) -> set[str]:
+def _kinds(value: object) -> set[str]:
     """All names of classes in a spec."""
     if isinstance(value, Mapping):
         own = {value["kind"]} if isinstance(value.get("kind"), str) else set()
@@ -235,7 +235,7 @@ def _kinds(value: Any) -> set[str]:
     return set().union(*(_kinds(item) for item in value)) if isinstance(value, list) else set()
 
 
-def _largest(value: Any) -> int:
+def _largest(value: object) -> int:
     """The largest whole number in a spec."""
     if isinstance(value, Mapping | list):
         items = value.values() if isinstance(value, Mapping) else value
@@ -297,7 +297,7 @@ def _few(problems: list[str], n: int = 4) -> str:
 def save_model(
     model: nn.Module,
     folder: str | os.PathLike[str],
-    card: Card | Mapping[str, Any] | None = None,
+    card: Card | Mapping[str, object] | None = None,
     *,
     half: bool | str = False,
 ) -> Card:
@@ -360,7 +360,7 @@ def save_model(
     return Card.from_dict(json.loads(text))
 
 
-def _unwrapped(model: Any) -> tuple[nn.Module, dict[str, Any]]:
+def _unwrapped(model: nn.Module) -> tuple[nn.Module, Values]:
     """The model inside its wrappers, and its constructor call."""
     while not isinstance(model, Specified):
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)  # torch.compile; data parallel
@@ -371,7 +371,7 @@ def _unwrapped(model: Any) -> tuple[nn.Module, dict[str, Any]]:
     return model, model.spec()  # type: ignore[return-value]
 
 
-def _check_rebuild(model: nn.Module, spec: Mapping[str, Any]) -> None:
+def _check_rebuild(model: nn.Module, spec: Mapping[str, object]) -> None:
     """Fail before writing if ``build(spec)`` gives other tensors than the model has."""
     kind = spec["kind"]
     rebuilt = _rebuild(spec, f"cannot save this {kind}")
@@ -443,7 +443,7 @@ def _settle_interrupted_save(folder: Path) -> None:
         previous.unlink()
 
 
-def _preprocessing(model: Any) -> dict[str, Any]:
+def _preprocessing(model: Any) -> Values:
     """Pixel range, channels, image shape and divisor, from the model or from its first flow."""
     flows = model.flows() if callable(getattr(model, "flows", None)) else []
     owner = model if hasattr(model, "image_shape") else next(iter(flows), model)
@@ -456,7 +456,7 @@ def _preprocessing(model: Any) -> dict[str, Any]:
     }
 
 
-def _provenance(model: nn.Module) -> dict[str, Any]:
+def _provenance(model: nn.Module) -> Values:
     import torch
 
     versions = {"flowprox": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
@@ -501,7 +501,11 @@ class Pretrained:
         return model
 
     def save_pretrained(
-        self, folder: str | os.PathLike[str], card: Card | Mapping[str, Any] | None = None, *, half: bool | str = False
+        self,
+        folder: str | os.PathLike[str],
+        card: Card | Mapping[str, object] | None = None,
+        *,
+        half: bool | str = False,
     ) -> Card:
         """``save_model`` with the model's own card, if it has one and no other is given."""
         return save_model(self, folder, card or self.__dict__.get("card"), half=half)  # type: ignore[arg-type]
@@ -522,7 +526,7 @@ _Model = TypeVar("_Model", bound=Pretrained)
 _READ_ERRORS = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
 
 
-def save_training_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+def save_training_state(path: str | os.PathLike[str], state: Mapping[str, object]) -> None:
     """Write a trainer's state to one file, whole or not at all.
 
     Arguments:
@@ -562,7 +566,7 @@ def _check_state(value: Any, where: str) -> None:
         )
 
 
-def load_training_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+def load_training_state(path: str | os.PathLike[str]) -> Values:
     """Read what ``save_training_state`` wrote, tensors on the CPU. Objects are never unpickled.
 
     Raises:

@@ -6,9 +6,10 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flowprox.commands.terminal import check_device, check_models, digits, key_values, print_table
+from flowprox.naming import Values
 
 if TYPE_CHECKING:
     from deepinv.physics import LinearPhysics
@@ -159,7 +160,7 @@ def calibrate(options: CalibrateOptions) -> None:
     print(f"intervals of {card.name} for {problem.label}: at most {options.alpha:.0%} of the pixels outside on average")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as shown:
-        bars: dict[str, Any] = {}
+        bars: Values = {}
 
         def show(what: str, n: int, n_at_most: int) -> None:
             if what not in bars:
@@ -243,7 +244,7 @@ def _with_density(
     return Intervals(intervals.scale, intervals.alpha, intervals.factor, intervals.alarm, density)
 
 
-def _problem(options: CalibrateOptions, card: Card, parameters: dict[str, Any]) -> Problem:
+def _problem(options: CalibrateOptions, card: Card, parameters: Values) -> Problem:
     """The card's problem, with what was given in its place."""
     from flowprox.operators import Problem
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
 
 from flowprox.commands.terminal import check_device, check_inputs, check_models, digits, key_values, mean, print_table
+from flowprox.naming import Values
 
 _RARE = 1e-3  # of a residual's p-value: an honest estimate has a larger one almost always
 _N_NAMED = 5
@@ -91,23 +90,10 @@ def reconstruct(options: ReconstructOptions) -> None:
     from flowprox.reconstruction import ReconstructionJob, reconstruct_files
 
     require_device(options.device)
-    job = ReconstructionJob(
-        model=options.model,
-        problem=options.problem,
-        parameters=parameters,
-        measured=options.measured or (False if options.simulate else None),
-        seed=options.seed,
-        operator_seed=options.operator_seed,
-        pad=options.pad,
-        device=options.device,
-        method=options.method,
-        flow=options.flow,
-        noise=noise,
-        options=of_method,
-        size=options.size,
-        intervals=options.intervals,
-        samples=options.samples,
-    )
+    alike = {field.name: getattr(options, field.name) for field in fields(ReconstructionJob)}
+    measured = options.measured or (False if options.simulate else None)
+    settings = alike | {"parameters": parameters, "measured": measured, "noise": noise, "options": of_method}
+    job = ReconstructionJob(**settings)
     records = reconstruct_files(
         job, options.inputs, options.out, overwrite=options.overwrite, console=Console(stderr=True)
     )
@@ -116,7 +102,7 @@ def reconstruct(options: ReconstructOptions) -> None:
     print(f"written to {options.out}")
 
 
-def _results(records: list[dict[str, Any]], n_shown: int = 40) -> tuple[list[str], list[list[str]]]:
+def _results(records: list[Values], n_shown: int = 40) -> tuple[list[str], list[list[str]]]:
     known = [record for record in records if "psnr" in record]
     head = ["image", "height x width", *(["PSNR (dB)", "SSIM"] if known else []), "seconds"]
     rows = [_result(record, bool(known)) for record in records[:n_shown]]
@@ -126,13 +112,13 @@ def _results(records: list[dict[str, Any]], n_shown: int = 40) -> tuple[list[str
     return head, [*rows, _result({"image": f"mean of {len(records)}", **means}, bool(known))]
 
 
-def _result(record: Mapping[str, Any], with_figures: bool) -> list[str]:
+def _result(record: Values, with_figures: bool) -> list[str]:
     size = f"{record['height']}x{record['width']}" if "height" in record else ""
     figures = [digits(record.get("psnr"), 2), digits(record.get("ssim"), 3)] if with_figures else []
     return [record["image"], size, *figures, digits(record["seconds"], 3)]
 
 
-def _print_notes(records: list[dict[str, Any]]) -> None:
+def _print_notes(records: list[Values]) -> None:
     """What the figures do not tell."""
     parameters = ", ".join(f"{key} {value}" for key, value in records[0]["parameters"].items())
     print(f"problem {records[0]['problem']}: {parameters}")
@@ -156,7 +142,7 @@ def _print_notes(records: list[dict[str, Any]]) -> None:
         print("signs do not tell the scale of an image: estimates were scaled to fit before they were compared")
 
 
-def _print_doubts(records: list[dict[str, Any]]) -> None:
+def _print_doubts(records: list[Values]) -> None:
     """Which results are not to be trusted, and why."""
     tested = [
         record for record in records if "alarm" not in record

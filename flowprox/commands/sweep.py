@@ -9,9 +9,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from flowprox.commands.terminal import check_yaml, find_recipe, print_table
+from flowprox.naming import Values
 
 _KEYS = {"command": str, "config": str, "options": dict, "grid": dict}
 
@@ -38,7 +38,7 @@ def sweep(recipe: str, out: str = "runs/sweep") -> int:
 
     path = Path(recipe)
     check_yaml(path)
-    plan: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    plan: Values = yaml.safe_load(path.read_text(encoding="utf-8"))
     _check(plan, recipe)
     config = find_recipe(plan["config"])
     names, failed = list(plan["grid"]), 0
@@ -63,7 +63,7 @@ def sweep(recipe: str, out: str = "runs/sweep") -> int:
     return 1 if failed else 0
 
 
-def _check(plan: dict[str, Any], recipe: str) -> None:
+def _check(plan: Values, recipe: str) -> None:
     for key, value in plan.items():
         if not isinstance(value, _KEYS.get(key, ())):
             raise ValueError(
@@ -79,7 +79,7 @@ def _check(plan: dict[str, Any], recipe: str) -> None:
             raise ValueError(f"{recipe}: grid.{key} must be a list of values, got {values!r:.60}")
 
 
-def _name(setting: dict[str, Any]) -> str:
+def _name(setting: Values) -> str:
     """A folder's name that tells the setting, and no other one."""
     whole = ",".join(f"{key.rpartition('.')[2]}={json.dumps(value)}" for key, value in setting.items())
     name = re.sub(r"[^\w.=,+-]+", "-", whole)[:200]
@@ -96,7 +96,7 @@ def _metrics(run: Path) -> dict[str, float]:
     return {key: value for key, value in load_card(run).metrics.items() if isinstance(value, int | float)}
 
 
-def _print(records: list[dict[str, Any]], names: list[str]) -> None:
+def _print(records: list[Values], names: list[str]) -> None:
     figures = list(dict.fromkeys(key for record in records for key in record["metrics"]))
     rows = [
         [record["run"], *(str(record["options"].get(name)) for name in names)]

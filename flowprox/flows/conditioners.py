@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils.parametrizations import weight_norm
 
 from flowprox.flows.layers import ActNorm, on_cpu
+from flowprox.naming import Values
 
 __all__ = ["CouplingAttention", "CouplingNet", "CouplingResNet", "CouplingUNet", "ZeroConv2d"]
 
@@ -349,7 +350,7 @@ class PackedConvolution:
             x, blocks, self.bias, self.padding, [1, 1], [1, 1], 1, after, [], ""
         )
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Values:
         """Without the blocks, which are opaque: a copy packs again."""
         return {**self.__dict__, "_blocks": {}}
 

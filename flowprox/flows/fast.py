@@ -52,6 +52,7 @@ from flowprox.flows.reversible import (
     parameter_slots,
     recomputed,
 )
+from flowprox.naming import Values
 
 __all__ = ["GlowSteps", "all_modules"]
 
@@ -158,7 +159,7 @@ class GlowSteps(Reversible):
         self._constants = None
         return super()._apply(*args, **kwargs)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Values:
         """Without what is kept: a copy computes it again."""
         return {**super().__getstate__(), "_constants": None, "_n_frozen": 0, "_compiled": None}
 

@@ -33,6 +33,7 @@ from flowprox.evaluation.run import hashed
 from flowprox.files import sha256, sole_writer
 from flowprox.flows import Flow
 from flowprox.methods import METHODS, check_options, make_method
+from flowprox.naming import Values
 from flowprox.noise import NOISES
 from flowprox.operators import PROBLEMS, Problem, ProblemKind, make_physics, measure_each, measurement_shape
 from flowprox.reconstruction.files import (
@@ -531,7 +532,7 @@ class _Task:
             **found.facts,
         }
 
-    def _parameters(self) -> dict[str, Any]:
+    def _parameters(self) -> Values:
         """Those of the problem, as JSON has them."""
         return json.loads(json.dumps(self.problem.parameters, default=lambda value: type(value).__name__))
 
