@@ -320,7 +320,7 @@ class Method(NamedTuple):
     @property
     def options(self) -> Values:
         """Its options with their defaults."""
-        return {name: one.default for name, one in self.parameters.items() if name not in _PARTS}
+        return {name: one.default for name, one in self.parameters.items() if name not in (*_PARTS, "device")}
 
     def missing(self, parts: Mapping[str, object]) -> str | None:
         """What it needs and is None in ``parts``, which has the keys flow and model."""

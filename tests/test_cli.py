@@ -429,7 +429,7 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "enlarged by a half": (
         _picture("--problem=super-resolution", "--measured", "--parameters", "factor=2.5"),
-        "factor must be a positive whole number that divides the height and width of the image, got 2.5",
+        "factor must be a positive whole number that divides the sides of the image, got 2.5",
     ),
     "kernel size is text": (
         _picture("--problem=deblurring", "--measured", "--parameters", "boundary=valid", "kernel_size=big"),

@@ -28,7 +28,7 @@ from flowprox.evaluation.report.charts import (
     sweeps_of,
     tuning_curves,
 )
-from flowprox.evaluation.report.pictures import data_uri, error_map, error_white, file_stem, find_picture, read_picture
+from flowprox.evaluation.report.pictures import data_uri, error_map, error_white, file_stem, read_picture
 from flowprox.evaluation.report.sources import Chapter
 from flowprox.evaluation.report.tables import Contents, make_table, to_csv, to_latex, to_markdown
 from flowprox.reconstruction.files import write_deviation
@@ -272,16 +272,6 @@ def test_names_of_files_are_readable_and_never_collide() -> None:
     stems = [file_stem(name) for name in odd] + [file_stem("a", "b")]
     assert len(set(stems)) == len(stems) and not any(set("/\\%\x1b") & set(stem) for stem in stems)
     assert max(len(f"{stem}.png".encode()) for stem in stems) < 230
-
-
-def test_pictures_of_an_earlier_version_are_found(tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    for name in ("a%20cat", "p--a%20cat--m%3D1"):
-        (tmp_path / "images" / f"{name}.png").touch()
-    assert find_picture([tmp_path], "a cat") == tmp_path / "images/a%20cat.png"
-    assert (
-        find_picture([tmp_path / "nowhere", tmp_path], "p", "a cat", "m=1") == tmp_path / "images/p--a%20cat--m%3D1.png"
-    )
 
 
 def test_a_deviation_is_an_array_and_a_picture(tmp_path: Path) -> None:

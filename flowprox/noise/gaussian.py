@@ -229,7 +229,7 @@ def noise_density(noise: object, physics: nn.Module | None = None) -> Density:
         )
     if not callable(getattr(model, "log_prob", None)) or not getattr(model, "has_density", True):
         kind = type(model).__name__
-        raise ValueError(f"the noise, {kind}, has no density log_prob(residual) -> (B,); take one of flowprox.noise")
+        raise ValueError(f"the noise, {kind}, has no density: noise must have log_prob(residual) -> (B,)")
     return model  # type: ignore[return-value]
 
 

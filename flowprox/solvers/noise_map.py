@@ -114,8 +114,8 @@ class NoiseMAP(Reconstructor):
                 return problem.nothing()
             if self.n_restarts > 1:  # restarts are further images
                 if not problem.is_separable(self._objective(problem, noise).misfit):
-                    remedy = "solve the images one by one, or set n_restarts to 1"
-                    raise ValueError(f"n_restarts above 1 needs the same operator and noise for all images; {remedy}")
+                    other = "this one has a mask or the like for each; solve them one by one"
+                    raise ValueError(f"n_restarts above 1 needs the same operator and noise for all images: {other}")
                 each = torch.arange(len(y), device=y.device)
                 problem = problem.select(each.repeat_interleave(self.n_restarts))
             objective = self._objective(problem, noise)
