@@ -38,15 +38,8 @@ _SSIM_SIDE = 11
 
 
 class Estimate(NamedTuple):
-    """What a method makes of one measurement.
-
-    Arguments:
-        x_hat: (C, H, W), on the processor.
-        facts: figures where the truth is known, cost, and what a solver says about itself: reason ("interrupted" where
-            it was and this is the best so far), n_evaluations, gamma, restarts; residual_p_value (of white Gaussian noise);
-            alarm.
-        deviation: standard deviation of each pixel (C, H, W), from a method that samples the posterior.
-    """
+    """What a method makes of one measurement: x_hat (C, H, W) on the processor; facts, figures where the truth is known,
+    cost, and what a solver says about itself; deviation of each pixel (C, H, W), from a method that samples the posterior."""
 
     x_hat: Tensor
     facts: Record

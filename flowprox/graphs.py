@@ -17,14 +17,11 @@ _T = TypeVar("_T")
 
 
 def compile_regions(model: nn.Module, **options: Any) -> None:
-    """Compile what a model repeats, in place: the steps of its flows, the blocks of a latent mean, plain networks.
+    """Compile what a model repeats, in place: the parts with ``is_region``, steps of flows, blocks of a latent mean, plain
+    networks.
 
-    Each of these is one graph for all places where it is met with the same shapes, so that compiling takes seconds; a model as
-    one program takes minutes. Names of parameters stay as they are, copies are not compiled. See ``GlowSteps.compile``.
-
-    Arguments:
-        model: any module; those in it with ``is_region`` are compiled.
-        options: of ``torch.compile``, such as ``backend``, ``mode`` and ``dynamic``.
+    Each is one graph for all places where it is met with the same shapes, so that compiling takes seconds. ``options`` are
+    those of ``torch.compile``. Names of parameters stay as they are, copies are not compiled.
 
     Example:
         >>> from flowprox.flows import Glow

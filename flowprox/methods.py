@@ -90,11 +90,8 @@ class Measurement(Reconstructor):
 class SelfEnsemble(Reconstructor):
     """x_hat = (D(y, A) + M D(M y, M A M)) / 2: a network D averaged over the image and its mirror image, M left to right.
 
-    What a network does differently to the two is its own error, at twice the time.
-
     References:
-        Lim et al. 2017, Enhanced deep residual networks for single image super-resolution,
-        https://arxiv.org/abs/1707.02921, Sec. 3.4 (there over eight transforms)
+        Lim et al. 2017, Enhanced deep residual networks for super-resolution, https://arxiv.org/abs/1707.02921, Sec. 3.4
 
     Arguments:
         model: ``x_hat = model(y, physics)`` for an operator that ``flowprox.operators.mirrored`` knows; its mask or kernel is

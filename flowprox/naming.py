@@ -173,11 +173,7 @@ def _decode(value: Any) -> Any:
 
 
 def build(spec: Mapping[str, Any]) -> Any:
-    """Construct what ``spec()`` described.
-
-    Raises:
-        ValueError: the kind is not a registered flowprox class, or its arguments do not fit the constructor.
-    """
+    """Construct what ``spec()`` described; ValueError for a kind that is not registered, or arguments that do not fit it."""
     kind = spec.get("kind")
     if not isinstance(kind, str) or kind not in _REGISTRY:
         raise ValueError(f"unknown kind {kind!r} in the model card; known kinds: {', '.join(registered_kinds())}")

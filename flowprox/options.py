@@ -32,10 +32,7 @@ def _check_range(name: str, value: list[float]) -> None:
 
 
 def parse_duration(value: str | float | int, name: str = "max_time") -> float:
-    """Seconds in ``"HH:MM:SS"``, ``"DD:HH:MM:SS"``, ``"MM:SS"`` or a plain number of seconds.
-
-    Raises:
-        ValueError: the text has another form, or the time is not positive.
+    """Seconds in ``"HH:MM:SS"``, ``"DD:HH:MM:SS"``, ``"MM:SS"`` or a plain number of seconds; ValueError for another form.
 
     Example:
         >>> parse_duration("00:10:00")
@@ -238,11 +235,9 @@ class UnfoldedOptions:
         latent_mean: widths and depths of a network that predicts from the measurement what the latents are shrunk towards,
             {hidden_channels: [64, 128, 128], n_blocks: 1} with one width per level of the flow; every_fold: true predicts it in
             every fold from what the fold's data step gives. null shrinks towards 0.
-        loss: "mse", or "log-mse": the logarithm of each image's error, for problems drawn from ``ranges``, where the hardest
-            images make up most of a mean squared error. Its gradients are larger by 1 / error, 300 times at 25 dB and 5,000 at
-            40: give gradient_clip and skip_above room.
-        teacher: an unfolded network (name, hf:ORG/NAME or folder) whose estimates from the same measurements are imitated,
-            besides the images themselves (distillation). null imitates none.
+        loss: "mse", or "log-mse": the logarithm of each image's error, for problems drawn from ``ranges``. Its gradients are
+            larger by 1 / error, 300 times at 25 dB: give gradient_clip and skip_above room.
+        teacher: an unfolded network (name, hf:ORG/NAME or folder) whose estimates are imitated besides the images themselves.
         teacher_weight: how much of the target the teacher's estimate makes up, between 0 and 1.
         likelihood_weight: weight in the loss of the clean images' bits per dimension, averaged over the folds' flows.
         latent_weight: weight in the loss of how far the folds' latents are from a standard normal distribution, in nats per
@@ -322,17 +317,14 @@ class TrainingOptions:
         weight_decay: every step shrinks all weights, biases and scales, but not those scalars nor a start image, by
             1 - rate * weight_decay.
         schedule: shape of the learning rates over the run: "constant", "cosine" (to zero) or "one-cycle" (30 % up, 70
-            % down). With patience alone there is no progress and the rates stay as they start. Progress is the larger
-            of step / max_steps and elapsed / max_time. With max_time the rates may follow the clock, and then no two
-            runs are equal to the bit.
+            % down). Progress is the larger of step / max_steps and elapsed / max_time; with max_time no two runs are equal
+            to the bit.
         warmup_steps: steps over which the rates rise linearly from zero, on top of the schedule.
         gradient_clip: largest allowed norm of all gradients together; 0 never clips.
         skip_above: skip a step whose gradient norm is more than so many times its running average; 0 skips only what is
-            not finite. A flow's inverse may amplify an image that falls off its map without bound: such a batch is
-            finite, yet one step on it can end a run.
+            not finite. A flow's inverse may amplify an image without bound: one step on it can end a run.
         n_rollbacks: after twenty skipped steps in a row, or a validation far below the best (1 dB; 0.5 bits or nats per
-            dimension), the run goes back to its best weights (without validation images: to those of the last whole
-            ``validate_every`` steps), at half the learning rates; so many times, then skipped steps end it with an error.
+            dimension), the run goes back to its best weights, at half the learning rates; so many times, then it ends.
         ema_decay: decay per step of the running average of the weights, which is what is validated and saved; 0 is off.
         max_steps: stop after so many steps.
         max_epochs: stop after so many passes over the training images.
@@ -347,9 +339,8 @@ class TrainingOptions:
         strategy: how processes start: "ddp" (the command is run again for each) or "ddp_spawn"; "auto" is "ddp".
         compile: compile the network with ``torch.compile``, a step of a level or a block at a time; for a GPU. It costs a
             minute at the start. Flows whose ``backward`` is "invert" or "fast-..." are trained as without.
-        cuda_graph: record forward and backward pass as CUDA graphs and replay them, which frees narrow networks from waiting
-            for the host. One process on an NVIDIA GPU, the same operator in every step, no ``backward: invert``; elsewhere the
-            run says so and trains without.
+        cuda_graph: record forward and backward pass as CUDA graphs and replay them: one process on an NVIDIA GPU, the same
+            operator in every step, no ``backward: invert``; elsewhere the run says so and trains without.
         num_threads: CPU threads per process; null leaves PyTorch's choice. With one, it skips its fast convolutions.
         channels_last: keep images and weights channels-last, the faster layout for convolutions.
         horizontal_flip: mirror half of the training images, drawn anew in every step.

@@ -28,9 +28,7 @@ UNFINISHED = "unfinished"
 
 
 class RecordWriter:
-    """Appends records to a JSON-lines file; a context manager.
-
-    Non-finite numbers (the PSNR of a perfect estimate) become null, for JSON knows no infinity.
+    """Appends records to a JSON-lines file; a context manager. Non-finite numbers become null, for JSON knows no infinity.
 
     Arguments:
         path: the file; its folder is created.
@@ -40,7 +38,6 @@ class RecordWriter:
     Raises:
         OSError: the folder cannot be written.
         ValueError: with ``resume``, an earlier file that is damaged before its last line.
-        TypeError: on ``write``, a value JSON does not know.
 
     Example:
         >>> import tempfile

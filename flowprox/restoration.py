@@ -96,8 +96,7 @@ def restore(
 
     Arguments:
         image: what was measured.
-        problem: its operator, a name of ``flowprox.operators.PROBLEMS`` that measures pictures; by default inpainting with a
-            mask, deblurring with a kernel, denoising with neither.
+        problem: its operator, a name of ``PROBLEMS`` that measures pictures; by default as mask and kernel say.
         model: a trained network, denoiser or flow, or where one is, or any method (y, physics) -> x_hat; by default the
             shipped denoiser of photographs, for other problems as the prior of plug and play.
         mask: of the size of the image; white (1) is kept, black (0) is filled in.

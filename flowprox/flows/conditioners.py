@@ -279,8 +279,6 @@ class CouplingAttention(nn.Module):
 class CouplingUNet(nn.Module):
     """Conditioner with a wide view: a small U-Net whose every scale is one residual 3x3 block.
 
-    Few coupling steps with such nets see the whole of a 64x64 image, which a stack of 3x3 convolutions in few steps cannot.
-
     Arguments:
         in_channels, out_channels: channels of the conditioning half, and of (log-scale, shift) together.
         hidden_channels: one width per scale, finest first.
@@ -316,12 +314,10 @@ _DTYPES = (torch.float32, torch.bfloat16)
 class PackedConvolution:
     """x -> V x + v with constant weights, same size, stride 1; no gradients.
 
-    The best blocks depend on the shape of x, and others are slower by an order of magnitude: those for two shapes are kept, a
-    whole batch and the rest of one. Where a derivative is asked for, by reverse or forward mode, ``conv2d`` computes.
-
-    Arguments:
-        weight: V (O, I, h, w) with odd h = w.
-        bias: v (O,).
+    oneDNN's blocks are laid out once; ``torch.nn.functional.conv2d`` lays weights out in every call, which takes up to two
+    thirds of the time at coarse levels. The best blocks depend on the shape of x: those for two shapes are kept, a whole
+    batch and the rest of one. Where a derivative is asked for, ``conv2d`` computes; both give the same bits. The operators
+    are those that ``torch.compile`` uses, without a public name: where they are missing nothing is packed.
 
     Example:
         >>> weight, bias, x = torch.randn(4, 3, 3, 3), torch.randn(4), torch.randn(2, 3, 8, 8)

@@ -67,11 +67,8 @@ class GlowSteps(Reversible):
 
     The rule. In ``eval()`` and without gradients the fast path computes (where the conditioners are ``CouplingNet``), with
     matrices and folded weights that are kept until a parameter changes, ``train()`` is called or the module moves; the same
-    within ``frozen``, with gradients of images and latents. What is differentiated otherwise goes by ``recompute``.
-
-    A changed parameter is known by its version, which every operation in place raises except one on ``parameter.data``: after
-    such a change call ``train()`` and ``eval()``. Steps of fused optimizers do not raise it either; importing this module makes
-    them.
+    within ``frozen``, with gradients of images and latents. What is differentiated otherwise goes by ``recompute``. A changed
+    parameter is known by its version, which an operation on ``parameter.data`` does not raise: call ``train()`` after one.
 
     Arguments:
         layers: ``GlowStep``, with a ``CouplingNet`` each for the fast path.
@@ -122,13 +119,10 @@ class GlowSteps(Reversible):
         return all(type(c) is AffineCoupling and isinstance(c.net, CouplingNet) for c in couplings)
 
     def compile(self, **options: Any) -> None:
-        """Compile one step, in whatever direction it is called: one graph per shape, which all steps of a level share.
+        """Compile one step, in whatever direction it is called, with options of ``torch.compile``.
 
         Passes of ``recompute`` "plain", "auto" and "inputs" and those without gradients then run it. "invert" and "fast-..."
         record theirs as before. A copy is not compiled. Of chains without the fast path the nets are compiled.
-
-        Arguments:
-            options: of ``torch.compile``, such as ``backend``, ``mode`` and ``dynamic``.
         """
         if self.has_fast_path:
             self._compiled = torch.compile(step_with_net, **options)

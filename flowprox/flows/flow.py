@@ -78,9 +78,7 @@ class Flow(Pretrained, Bijection):
     def inverse(self, z: Tensor, image_size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
         """Latent (B, D) to (image (B, C, H, W), log|det Dg(z)| (B,)).
 
-        Arguments:
-            z: flat latent.
-            image_size: (H, W); by default the size the flow was made for if D fits it, else a square.
+        ``image_size`` (H, W) is by default the size the flow was made for if D fits it, else a square.
 
         Raises:
             ValueError: D does not fit ``image_size``.

@@ -1,10 +1,6 @@
 """A model with its weights held fixed: what reconstructs, and what solvers run hundreds of times and differentiate by image or
-latent only.
-
-Inside the block the model is in evaluation mode, no parameter asks for a gradient, so that autograd computes none for the
-weights (a third of the work of a backward pass), and Glow steps run on the fast path also where they are differentiated
-(``flowprox.flows.fast``), with matrices, their inverses and folded weights kept; matrices are computed in float64 and rounded
-once, which gains half a digit of the round trip. Other convolutions' weights are laid out channels-last on the CPU.
+latent only. Autograd computes no gradients of weights, a third of a backward pass, and Glow steps run on the fast path also
+where they are differentiated (``flowprox.flows.fast``), with matrices from float64, which gains half a digit of the round trip.
 """
 
 from __future__ import annotations

@@ -197,11 +197,7 @@ class ChannelFlip(Bijection):
 class RealNVP(Specified, Flow):
     """Multi-scale RealNVP with bounded log-scales.
 
-    Where Dinh et al. put batch normalization there is ActNorm: with batch statistics the map of one image would depend
-    on the others of its batch, and a fold of an unfolded network sees other images than the likelihood does.
-
-    References:
-        Dinh et al. 2017, Density estimation using Real NVP, https://arxiv.org/abs/1605.08803
+    Where Dinh et al. put batch normalization there is ActNorm, lest the map of one image depend on the others of its batch.
 
     Arguments:
         image_shape: (C, H, W) it is made for; other sizes work too.

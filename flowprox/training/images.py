@@ -33,11 +33,8 @@ class ResumableSampler(Sampler[list[int]]):
     """Batches of indices in an order that depends only on (seed, epoch), to be continued at any step.
 
     A batch sampler: ``DataLoader(dataset, batch_sampler=sampler)``. Each pass goes from the current position to the end
-    of the epoch; the next one begins the next epoch. Under data-parallel training every process takes its share of each
-    batch, so that a step sees the same images on any number of processes.
-
-    A loader with worker processes asks for batches ahead of training: then restore with ``seek(step)``, which needs
-    only the number of training steps done.
+    of the epoch; the next one begins the next epoch. Every process takes its share of each batch, so that a step sees the same
+    images on any number of processes.
 
     Arguments:
         n: number of images.

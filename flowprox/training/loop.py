@@ -94,8 +94,7 @@ def fit(
         ValueError: the run in ``out`` is another one (the message says in what), its state is damaged, weights are not
             finite, ``out`` lies among the images, or another process is training there.
         NonFiniteError: twenty steps or more in a row were skipped, and that once more often than ``n_rollbacks``; with several
-            processes, also when a reversible flow finds in backward that it cannot invert, since the others already wait
-            for that gradient.
+            processes, also when a reversible flow cannot invert, since the others already wait for that gradient.
         MemoryError: the device's memory is too small.
         ChildProcessError: a process of the run has ended, or was killed.
     """
