@@ -12,7 +12,7 @@ import functools
 import importlib
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import requires
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -53,6 +53,34 @@ def printable(text: str) -> str:
         'a\\x1b[31m b'
     """
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+
+
+def few(names: Sequence[str], n: int = 5) -> str:
+    """The first n names and how many more there are."""
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+
+
+def digits(value: float | None, n: int = 2) -> str:
+    """A number with n digits behind the point; "-" for None."""
+    return "-" if value is None else f"{value:.{n}f}"
+
+
+def require_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """Raise ``ValueError`` for a value that is none of the choices."""
+    if value not in (known := list(choices)):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
+
+
+def require_count(name: str, value: object, least: int = 1) -> None:
+    """Raise ``ValueError`` unless it is a whole number of at least so many."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be at least {least} and a whole number, got {value!r}")
+
+
+def require_positive(name: str, value: float, or_zero: bool = False) -> None:
+    """Raise ``ValueError`` unless a number is finite and positive, or 0 where that is allowed."""
+    if not (0 <= value if or_zero else 0 < value) or math.isinf(value):
+        raise ValueError(f"{name} must be finite and {'at least 0' if or_zero else 'positive'}, got {value!r}")
 
 
 def require_package(module: str, package: str, needed_for: str, extra: str | None = None) -> ModuleType:

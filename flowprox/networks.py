@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from flowprox.naming import Specified
+from flowprox.naming import Specified, require_count
 
 
 class ResNet(nn.Module):
@@ -139,8 +139,7 @@ class DCGANGenerator(Specified, nn.Module):
     ) -> None:
         super().__init__()
         start = _coarsest(image_shape, hidden_channels, n_scales)
-        if latent_size < 1:
-            raise ValueError(f"latent_size must be at least 1, got {latent_size}")
+        require_count("latent_size", latent_size)
         self.image_shape = (int(image_shape[0]), int(image_shape[1]), int(image_shape[2]))
         self.latent_size = latent_size
         widths = [hidden_channels * 2**i for i in reversed(range(n_scales))]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from flowprox.flows import Flow, frozen
 from flowprox.flows.flow import require_flow
-from flowprox.naming import Values
+from flowprox.naming import Values, require_choice
 from flowprox.noise import Density
 from flowprox.operators import fit_to_divisor
 from flowprox.prox import FlowProx
@@ -80,8 +80,7 @@ class FlowPrior(Prior):
         n_prox_steps: int = 0,
     ) -> None:
         super().__init__()
-        if form not in ("density", "latent"):
-            raise ValueError(f"form must be 'density' or 'latent', got {form!r}")
+        require_choice("form", form, ("density", "latent"))
         if n_prox_steps < 0 or (n_prox_steps and base != "gaussian"):
             raise ValueError(f"n_prox_steps must be at least 0, and 0 with base 'laplace'; got {n_prox_steps}")
         self.shrinkage = FlowProx(flow, base)

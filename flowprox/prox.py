@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from flowprox.flows import Flow
 from flowprox.flows.flow import require_flow
-from flowprox.naming import Specified
+from flowprox.naming import Specified, require_choice
 from flowprox.networks import ResNet, UNet
 
 
@@ -108,8 +108,7 @@ class FlowProx(Specified, Prox):
         log_determinant: bool = False,
     ) -> None:
         super().__init__()
-        if base not in ("gaussian", "laplace"):
-            raise ValueError(f"base must be 'gaussian' or 'laplace', got {base!r}")
+        require_choice("base", base, ("gaussian", "laplace"))
         if levels is not None and not channelwise:
             raise ValueError("levels are those of the weights per channel: set channelwise to True, or levels to None")
         require_flow(flow)

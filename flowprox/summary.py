@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from scipy import stats
 
+from flowprox.naming import digits
 from flowprox.records import NOT_RUN, Record
 
 
@@ -197,11 +198,11 @@ def terminal_table(rows: Sequence[Row]) -> Table:
     lines = [
         {
             "method": " " + row.method,
-            "PSNR (dB)": _figure(row.psnr) + ("" if row.psnr_interval is None else f" ± {row.psnr_interval:.2f}"),
-            "published": "" if row.published is None else _figure(row.published),
-            **({name: _figure(row.psnr_of_group[name]) for name in groups} if len(groups) > 1 else {}),
-            "SSIM": _figure(row.ssim, 3),
-            "seconds": _figure(row.seconds, 3),
+            "PSNR (dB)": digits(row.psnr) + ("" if row.psnr_interval is None else f" ± {row.psnr_interval:.2f}"),
+            "published": "" if row.published is None else digits(row.published),
+            **({name: digits(row.psnr_of_group[name]) for name in groups} if len(groups) > 1 else {}),
+            "SSIM": digits(row.ssim, 3),
+            "seconds": digits(row.seconds, 3),
             "images": str(row.n_images),
             "failed": row.failures,
             "tuned": ", ".join(f"{key} {value}" for key, value in row.tuned.items()),
@@ -227,10 +228,6 @@ def terminal_table(rows: Sequence[Row]) -> Table:
         table.add_row(*(Text(line[head]) for head in heads))
         before = row.problem
     return table
-
-
-def _figure(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def summary_markdown(rows: Sequence[Row]) -> str:

@@ -16,7 +16,8 @@ from deepinv.optim import TVPrior
 from deepinv.physics import LinearPhysics
 from torch import Tensor
 
-from flowprox.baselines.shared import Baseline, require_count, require_weight, squared_norm
+from flowprox.baselines.shared import Baseline, squared_norm
+from flowprox.naming import require_choice, require_count, require_positive
 
 
 def transfer_function(physics: LinearPhysics, y: Tensor) -> Tensor:
@@ -72,9 +73,8 @@ class Wiener(Baseline):
         self, regularization: float = 3e-3, penalty: Literal["identity", "gradient", "laplacian"] = "gradient"
     ) -> None:
         super().__init__()
-        require_weight(regularization)
-        if penalty not in ("identity", "gradient", "laplacian"):
-            raise ValueError(f"penalty must be 'identity', 'gradient' or 'laplacian', got {penalty!r}")
+        require_positive("regularization", regularization, or_zero=True)
+        require_choice("penalty", penalty, ("identity", "gradient", "laplacian"))
         self.regularization, self.penalty = regularization, penalty
 
     def _estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
@@ -131,10 +131,9 @@ class TotalVariation(Baseline):
         dual_step: float = 0.005,
     ) -> None:
         super().__init__()
-        require_weight(regularization)
+        require_positive("regularization", regularization, or_zero=True)
         require_count("n_iterations", n_iterations)
-        if not dual_step > 0:
-            raise ValueError(f"dual_step must be > 0, got {dual_step}")
+        require_positive("dual_step", dual_step)
         self.regularization, self.n_iterations = regularization, n_iterations
         self.couple_channels, self.dual_step = couple_channels, dual_step
         self._prior = TVPrior()

@@ -23,7 +23,7 @@ from deepinv.physics import Inpainting, LinearPhysics
 from torch import Tensor, nn
 
 from flowprox.baselines.shared import Baseline
-from flowprox.naming import require_package
+from flowprox.naming import require_choice, require_package, require_positive
 from flowprox.noise import noise_level
 from flowprox.operators import filtered_backprojection
 
@@ -59,10 +59,8 @@ class BM3D(Baseline):
 
     def __init__(self, sigma: float | None = None, profile: Literal["np", "vn", "high"] = "np") -> None:
         super().__init__()
-        if sigma is not None and not sigma >= 0:
-            raise ValueError(f"sigma must be >= 0, got {sigma}")
-        if profile not in ("np", "vn", "high"):
-            raise ValueError(f"profile must be 'np', 'vn' or 'high', got {profile!r}")
+        require_positive("sigma", sigma or 0.0, or_zero=True)
+        require_choice("profile", profile, ("np", "vn", "high"))
         self.sigma = sigma
         self.profile = profile
         require_package("bm3d", "bm3d", "BM3D", extra="bm3d")
@@ -146,8 +144,7 @@ class Pretrained(Baseline):
 
     def __init__(self, network: Literal["drunet", "ram"], weights: str | None = None) -> None:
         super().__init__()
-        if network not in _PRETRAINED:
-            raise ValueError(f"network must be {' or '.join(_PRETRAINED)}, got {network!r}")
+        require_choice("network", network, _PRETRAINED)
         self.network, self.weights = network, weights
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         self.files = [Path(weights)] if weights else [folder / name for name in _PRETRAINED[network]]

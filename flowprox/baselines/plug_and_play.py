@@ -20,9 +20,9 @@ from deepinv.physics import Inpainting, LinearPhysics, Physics
 from torch import Tensor, nn
 
 from flowprox.baselines.external import Biharmonic
-from flowprox.baselines.shared import Baseline, require_count, squared_norm
+from flowprox.baselines.shared import Baseline, squared_norm
 from flowprox.flows import Flow
-from flowprox.naming import Values
+from flowprox.naming import Values, require_choice, require_count, require_positive
 from flowprox.noise import noise_level
 from flowprox.operators import data_prox
 from flowprox.priors import FlowDenoiser, ReconstructorDenoiser
@@ -84,15 +84,11 @@ class PlugAndPlay(Baseline):
         if (denoiser is None) == (flow is None):
             raise ValueError("give either denoiser or flow: PlugAndPlay(denoiser) or PlugAndPlay(flow=flow)")
         require_count("n_iterations", 1 if n_iterations is None else n_iterations)
-        for name, value in (("sigma_start", sigma_start), ("weight", weight)):
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be positive, got {value}")
-        if sigma is not None and not 0 <= sigma < float("inf"):
-            raise ValueError(f"sigma must be finite and >= 0, got {sigma}")
-        if iteration not in ("hqs", "pgd"):
-            raise ValueError(f"iteration must be 'hqs' or 'pgd', got {iteration!r}")
-        if start not in (None, "adjoint", "biharmonic"):
-            raise ValueError(f"start must be 'adjoint' or 'biharmonic', got {start!r}")
+        require_positive("sigma_start", 1.0 if sigma_start is None else sigma_start)
+        require_positive("weight", weight)
+        require_positive("sigma", sigma or 0.0, or_zero=True)
+        require_choice("iteration", iteration, ("hqs", "pgd"))
+        require_choice("start", start, (None, "adjoint", "biharmonic"))
         self.denoiser = _as_denoiser(flow if denoiser is None else denoiser)
         self.sigma, self.n_iterations, self.sigma_start = sigma, n_iterations, sigma_start
         self.weight, self.iteration, self.start = weight, iteration, start

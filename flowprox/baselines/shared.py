@@ -40,15 +40,3 @@ def squared_norm(physics: LinearPhysics, x: Tensor) -> float:
         v = physics.A_adjoint_A(v)
         norm = torch.linalg.vector_norm(v)
     return 1.05 * max(float(norm), 1e-12)
-
-
-def require_weight(regularization: float) -> None:
-    """Raise ``ValueError`` unless the weight of a penalty is finite and not negative."""
-    if not 0 <= regularization < float("inf"):
-        raise ValueError(f"regularization must be finite and >= 0, got {regularization}")
-
-
-def require_count(name: str, value: int) -> None:
-    """Raise ``ValueError`` unless a number of iterations or the like is at least 1."""
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")

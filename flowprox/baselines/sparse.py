@@ -22,8 +22,8 @@ from deepinv.physics import LinearPhysics
 from scipy.fft import dct
 from torch import Tensor
 
-from flowprox.baselines.shared import Baseline, require_count, require_weight, squared_norm
-from flowprox.naming import require_package
+from flowprox.baselines.shared import Baseline, squared_norm
+from flowprox.naming import require_choice, require_count, require_package, require_positive
 from flowprox.prox import soft_threshold
 
 _ON_THE_WAY = 0.3  # tolerance of the weights before the last one; a tighter one wastes iterations
@@ -150,16 +150,13 @@ class Lasso(Baseline):
         solver: Literal["fista", "coordinate-descent"] = "fista",
     ) -> None:
         super().__init__()
-        if basis not in ("dct", "wavelet"):
-            raise ValueError(f"basis must be 'dct' or 'wavelet', got {basis!r}")
-        require_weight(regularization)
+        require_choice("basis", basis, ("dct", "wavelet"))
+        require_positive("regularization", regularization, or_zero=True)
         require_count("n_iterations", n_iterations)
-        if solver not in ("fista", "coordinate-descent"):
-            raise ValueError(f"solver must be 'fista' or 'coordinate-descent', got {solver!r}")
+        require_choice("solver", solver, ("fista", "coordinate-descent"))
         if tolerance is None:
             tolerance = 1e-2 if solver == "fista" else 1e-4
-        if not tolerance >= 0:
-            raise ValueError(f"tolerance must be >= 0, got {tolerance}")
+        require_positive("tolerance", tolerance, or_zero=True)
         if solver == "coordinate-descent":
             require_package("sklearn", "scikit-learn", "the Lasso by coordinate descent")
         if basis == "wavelet":
@@ -266,7 +263,7 @@ class WaveletPrior(Baseline):
         self, regularization: float = 0.01, wavelet: str = "db4", n_levels: int = 3, n_iterations: int = 200
     ) -> None:
         super().__init__()
-        require_weight(regularization)
+        require_positive("regularization", regularization, or_zero=True)
         require_count("n_levels", n_levels)
         require_count("n_iterations", n_iterations)
         require_package("ptwt", "ptwt", "WaveletPrior", extra="wavelets")

@@ -38,7 +38,7 @@ from flowprox.checkpoints.card import (
 )
 from flowprox.checkpoints.hub import HUB, download, push_to_hub
 from flowprox.files import atomic_write, first_line, force_to_disk, sha256
-from flowprox.naming import Specified, Values, build, registered_kinds, require_device
+from flowprox.naming import Specified, Values, build, few, registered_kinds, require_device
 
 if TYPE_CHECKING:
     import torch
@@ -255,7 +255,7 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], shared: Mapping[str, 
         if shared.get(name, name) != shared.get(kept, kept)
     ]
     if problems:
-        raise CheckpointError(f"the card in {where} does not fit its weights: {_few(problems)}; save the model again")
+        raise CheckpointError(f"the card in {where} does not fit its weights: {few(problems)}; save the model again")
     filled: dict[str, Tensor] = {}
     for name, own in model.state_dict(keep_vars=True).items():
         stored = tensors[shared.get(name, name)]
@@ -284,11 +284,6 @@ def _misfits(
         for what, wanted, there in zip(("shape", "type"), expected[name], known[name], strict=True):
             problems += [f"{name} has {what} {there} instead of {wanted}"] if wanted != there else []
     return problems
-
-
-def _few(problems: list[str], n: int = 4) -> str:
-    more = f"; and {len(problems) - n} more" if len(problems) > n else ""
-    return "; ".join(problems[:n]) + more
 
 
 # To disk -------------------------------------------------------------------------------------------------------------
@@ -379,7 +374,7 @@ def _check_rebuild(model: nn.Module, spec: Mapping[str, object]) -> None:
     tied, wanted = distinct_tensors(rebuilt)[1], distinct_tensors(model)[1]
     problems += [f"{name} is no longer shared with {kept}" for name, kept in tied.items() if wanted.get(name) != kept]
     if problems:
-        differs = f"built again from its constructor arguments it differs ({_few(problems)})"
+        differs = f"built again from its constructor arguments it differs ({few(problems)})"
         raise CheckpointError(f"cannot save this {kind}: {differs}; construct it with the parts it is to have")
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowprox.commands.terminal import check_device, check_models, digits, key_values, print_table
-from flowprox.naming import Values
+from flowprox.commands.terminal import check_device, check_models, key_values, print_table
+from flowprox.naming import Values, digits
 
 if TYPE_CHECKING:
     from deepinv.physics import LinearPhysics

@@ -12,13 +12,12 @@ from flowprox.commands.terminal import (
     check_device,
     check_models,
     check_picture,
-    digits,
     find_recipe,
     key_values,
     list_recipes,
     print_table,
 )
-from flowprox.naming import require_package
+from flowprox.naming import digits, require_count, require_package
 
 if TYPE_CHECKING:
     from flowprox.checkpoints import Card
@@ -85,8 +84,7 @@ def sample(
         size: height and width in pixels; by default those the flow was made for.
         device: cpu, cuda or mps.
     """
-    if n < 1:
-        raise ValueError(f"n must be positive, got {n}")
+    require_count("n", n)
     check_picture(out)
     check_device(device)
     check_models(model)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from flowprox.commands.terminal import check_device, check_inputs, check_models, digits, key_values, mean, print_table
-from flowprox.naming import Values
+from flowprox.commands.terminal import check_device, check_inputs, check_models, key_values, mean, print_table
+from flowprox.naming import Values, digits
 
 _RARE = 1e-3  # of a residual's p-value: an honest estimate has a larger one almost always
 _N_NAMED = 5

@@ -28,11 +28,6 @@ def mean(records: Iterable[Mapping[str, Value]], key: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def digits(value: float | None, n: int) -> str:
-    """A number with n digits behind the point; "-" for None."""
-    return "-" if value is None else f"{value:.{n}f}"
-
-
 def print_table(head: list[str], rows: Sequence[Sequence[str]], justify: Literal["left", "right"] = "right") -> None:
     """Print a table whose first column stays whole, up to half of the terminal; the others are wrapped to its width."""
     from rich.box import SIMPLE_HEAD

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flowprox.data.files import StrPath, as_float, fitted, read_file
+from flowprox.naming import few, require_choice, require_count
 from flowprox.operators.sensing import check_free
 
 __all__ = ["IMAGE_SUFFIXES", "SPLITS", "Entry", "ImageDataset", "entries_of_split", "split_indices"]
@@ -87,16 +88,11 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
         skip_corrupt: bool = False,
         limit: int | None = None,
     ) -> None:
-        if split not in (*SPLITS, "all"):
-            raise ValueError(f"split must be one of {', '.join(SPLITS)} or all, got {split!r}")
-        if crop not in ("center", "stretch"):
-            raise ValueError(f"crop must be 'center' or 'stretch', got {crop!r}")
-        if channels not in (1, 3):
-            raise ValueError(f"channels must be 1 (gray) or 3 (color), got {channels}")
-        if image_size is not None and image_size < 1:
-            raise ValueError(f"image_size must be a positive number of pixels, got {image_size}")
-        if limit is not None and limit < 1:
-            raise ValueError(f"limit must be a positive number of images, got {limit}")
+        require_choice("split", split, (*SPLITS, "all"))
+        require_choice("crop", crop, ("center", "stretch"))
+        require_choice("channels", channels, (1, 3))
+        require_count("image_size", 1 if image_size is None else image_size)
+        require_count("limit", 1 if limit is None else limit)
         if patches < 0 or (patches and image_size is None):
             raise ValueError(f"patches must be a number of squares of image_size, which must be given; got {patches}")
         entries = entries_of_split(source, split)
@@ -350,8 +346,3 @@ def split_indices(
         u = int.from_bytes(digest[:8], "big") / 2**64
         parts["train" if u < fractions[0] else "val" if u < fractions[0] + fractions[1] else "test"].append(index)
     return parts
-
-
-def few(names: Sequence[str], n: int = 5) -> str:
-    """The first n names and how many more there are."""
-    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")

@@ -45,7 +45,7 @@ from flowprox.evaluation.plan import Case, EvaluatedImage, at_scale, combination
 from flowprox.evaluation.report.pictures import HALF_WIDTHS, picture_path, truth_path
 from flowprox.files import refuse_foreign, remove_temporaries, sole_writer
 from flowprox.methods import make_method
-from flowprox.naming import Values, require_device
+from flowprox.naming import Values, printable, require_device
 from flowprox.operators import PROBLEMS, make_physics, measure_each, measurement_shape
 from flowprox.options import SAMPLES, EvaluationOptions, ImageOptions
 from flowprox.records import NOT_RUN, UNFINISHED, Record, RecordWriter, read_records, write_records
@@ -114,13 +114,13 @@ class _Evaluation:
             except (CheckpointError, OSError) as error:
                 if "/" not in name or Path(name).exists():  # a misspelt name, or a damaged model
                     raise
-                return _one_line(error)
+                return printable(str(error))
         try:
             method = self._method(case, combinations({key: values[:1] for key, values in case.method.tune.items()})[0])
         except (ImportError, FileNotFoundError) as error:
             if getattr(error, "name", None) is not None:  # no optional package, for which our message names the remedy
                 raise
-            return _one_line(error)
+            return printable(str(error))
         self._as_given(case, method, self.images[0])
         self._intervals(case)
         return ""
@@ -214,7 +214,7 @@ class _Evaluation:
                 show(len(self._done()))
         except ProcessException as error:
             raise ChildProcessError(
-                f"a process of the run has ended ({_one_line(error)[-300:]}); the same command continues the run"
+                f"a process of the run has ended ({printable(str(error))[-300:]}); the same command continues the run"
             ) from error
         finally:
             for process in context.processes:
@@ -487,12 +487,8 @@ def _batches(images: Sequence[EvaluatedImage], size: int) -> Iterator[list[Evalu
         yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
 def _failure(error: Exception) -> Record:
-    return {"failed": f"{type(error).__name__}: {_one_line(error)}"}
+    return {"failed": f"{type(error).__name__}: {printable(str(error))}"}
 
 
 def _is_success(record: Record) -> bool:

@@ -23,7 +23,7 @@ from torch.distributions import Distribution, constraints
 from flowprox.checkpoints import Pretrained
 from flowprox.flows.bijection import Bijection, Sequential, check_finite
 from flowprox.flows.layers import PixelNorm
-from flowprox.naming import Specified
+from flowprox.naming import Specified, require_count, require_positive
 
 
 class Flow(Pretrained, Bijection):
@@ -143,10 +143,8 @@ class Flow(Pretrained, Bijection):
         Raises:
             ValueError: n below 1, negative temperature, or a size that is not divisible by ``divisor``.
         """
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got {n}")
-        if temperature < 0:
-            raise ValueError(f"temperature must be at least 0, got {temperature}")
+        require_count("n", n)
+        require_positive("temperature", temperature, or_zero=True)
         height, width = image_size or (self.height, self.width)
         self._check_size(height, width, "image_size")
         like = next(self.parameters())

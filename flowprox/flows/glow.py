@@ -30,7 +30,7 @@ from flowprox.flows.fast import GlowSteps
 from flowprox.flows.flow import Flow
 from flowprox.flows.layers import ActNorm, AffineCoupling, GlowStep, HaarSqueeze, Split, Squeeze, Unsqueeze
 from flowprox.flows.reversible import Reversible
-from flowprox.naming import Specified
+from flowprox.naming import Specified, require_choice, require_count
 
 BACKWARD = (*GlowSteps.MODES, "fast")
 FAST_WIDTH = 128
@@ -84,9 +84,9 @@ class Glow(Specified, Flow):
         widths = _per_level(hidden_channels, n_levels, "hidden_channels")
         couplings = _per_level(coupling, n_levels, "coupling")
         for kind in couplings:
-            _check_choice("coupling", kind, ("conv", "conv-actnorm", "residual", "attention", "unet"))
-        _check_choice("squeeze", squeeze, ("pixels", "haar"))
-        _check_choice("backward", backward, BACKWARD)
+            require_choice("coupling", kind, ("conv", "conv-actnorm", "residual", "attention", "unet"))
+        require_choice("squeeze", squeeze, ("pixels", "haar"))
+        require_choice("backward", backward, BACKWARD)
 
         def level(index: int, channels: int) -> Bijection:
             channels = 4 * channels
@@ -145,11 +145,6 @@ def _per_level(value, n_levels: int, name: str) -> list:
     if any(isinstance(entry, int) and entry < least for entry in values):
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return values
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
 # RealNVP --------------------------------------------------------------------------------------------------------------
@@ -230,13 +225,12 @@ class RealNVP(Specified, Flow):
         backward: str = "plain",
     ) -> None:
         widths = _per_level(hidden_channels, n_levels, "hidden_channels")
-        _check_choice("backward", backward, ("plain", "inputs", "invert"))
+        require_choice("backward", backward, ("plain", "inputs", "invert"))
         if n_couplings < 2:
             raise ValueError(
                 f"n_couplings must be at least 2, for each leaves half of the image alone; got {n_couplings}"
             )
-        if n_blocks < 0:
-            raise ValueError(f"n_blocks must be at least 0, got {n_blocks}")
+        require_count("n_blocks", n_blocks, least=0)
 
         def checkerboard_step(channels: int, width: int, parity: int) -> Bijection:
             net = CouplingResNet(channels, 2 * channels, width, n_blocks, normalize=True)

@@ -15,7 +15,6 @@ Under autocast only the coupling nets run in low precision; the arithmetic above
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowprox.flows.bijection import Bijection
+from flowprox.naming import require_positive
 
 __all__ = [
     "ActNorm",
@@ -284,10 +284,8 @@ class AffineCoupling(Bijection):
 
     def __init__(self, net: nn.Module, scale_bound: float = 0.5, shift_bound: float | None = None) -> None:
         super().__init__()
-        if not scale_bound > 0 or not math.isfinite(scale_bound):
-            raise ValueError(f"scale_bound must be positive and finite, got {scale_bound}; 0.5 is a good value")
-        if shift_bound is not None and not shift_bound > 0:
-            raise ValueError(f"shift_bound must be positive or None, got {shift_bound}; 4 is a good value")
+        require_positive("scale_bound", scale_bound)
+        require_positive("shift_bound", 4.0 if shift_bound is None else shift_bound)
         self.net = net
         self.scale_bound = scale_bound
         self.shift_bound = shift_bound

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flowprox.naming import require_count
 from flowprox.noise.base import Generators, Noise, at_least_zero, generator_each, standard_normal
 
 
@@ -55,8 +56,7 @@ class MNISTNoise(Noise):
         split: Literal["train", "validation", "test", "all"] = "test",
     ) -> None:
         super().__init__()
-        if n_digits < 1:
-            raise ValueError(f"n_digits must be at least 1, got {n_digits}")
+        require_count("n_digits", n_digits)
         self.n_digits = n_digits
         self.register_buffer("amplitude", torch.tensor(float(amplitude)))
         self.register_buffer("sigma", torch.tensor(at_least_zero("sigma", sigma)))

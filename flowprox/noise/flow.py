@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from flowprox.naming import Specified
+from flowprox.naming import Specified, require_positive
 from flowprox.noise.base import Generators, Noise, standard_normal
 
 
@@ -43,8 +43,7 @@ class FlowNoise(Specified, Noise):
 
     def __init__(self, flow: nn.Module, scale: float = 1.0) -> None:
         super().__init__()
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"scale must be positive and finite, got {scale}")
+        require_positive("scale", scale)
         self.flow = flow
         self.scale = float(scale)
 

@@ -20,7 +20,7 @@ from deepinv.physics.functional import Radon
 from deepinv.physics.generator import EquispacedMaskGenerator, GaussianMaskGenerator, RandomMaskGenerator
 from torch import Tensor
 
-from flowprox.naming import nearest
+from flowprox.naming import nearest, require_count
 from flowprox.noise import GaussianNoise
 from flowprox.operators.masks import checked_mask
 from flowprox.operators.measurements import ExactProx
@@ -186,8 +186,7 @@ def coil_sensitivities(n_coils: int, height: int, width: int) -> Tensor:
         >>> float((coil_sensitivities(4, 8, 8).abs().square().sum(0) - 1).abs().max()) < 1e-6
         True
     """
-    if not isinstance(n_coils, int) or isinstance(n_coils, bool) or n_coils < 1:
-        raise ValueError(f"n_coils must be a positive whole number, got {n_coils!r}")
+    require_count("n_coils", n_coils)
     angles = 2 * torch.pi * torch.arange(n_coils)[:, None, None] / n_coils
     rows, columns = torch.linspace(-1, 1, height)[:, None], torch.linspace(-1, 1, width)
     towards = torch.complex(1.5 * angles.cos() - columns, 1.5 * angles.sin() - rows)
@@ -334,8 +333,7 @@ class CT(Tomography):
     def __init__(
         self, n_angles: int, image_shape: ImageShape, *, fan_beam: bool = False, device: torch.device | str = "cpu"
     ) -> None:
-        if not isinstance(n_angles, int) or isinstance(n_angles, bool) or n_angles < 1:
-            raise ValueError(f"n_angles must be a positive whole number, got {n_angles!r}")
+        require_count("n_angles", n_angles)
         if image_shape[1] != image_shape[2]:
             raise ValueError(
                 f"computed tomography takes square images, got {image_shape[1]}x{image_shape[2]}; crop or pad them"

@@ -19,7 +19,7 @@ from deepinv.physics import Denoising, Inpainting, LinearPhysics, Physics
 from PIL import Image
 from torch import Tensor
 
-from flowprox.naming import Values, nearest
+from flowprox.naming import Values, nearest, require_choice
 from flowprox.operators.blur import BOUNDARIES, CircularBlur, PaddedBlur, checked_kernel, gaussian_kernel
 from flowprox.operators.imaging import (
     CT,
@@ -176,8 +176,7 @@ def _enlarged_size(height: int, width: int, parameters: Values) -> tuple[int, in
 def _compressed_sensing(
     image_shape: ImageShape, *, seed: int, device: Device, m: int, structured: bool
 ) -> LinearPhysics:
-    if not isinstance(structured, bool):
-        raise ValueError(f"structured must be True or False, got {structured!r}")
+    require_choice("structured", structured, (True, False))
     sensing = StructuredSensing if structured else DenseSensing
     return sensing(m, image_shape, seed=seed, device=device)
 
@@ -185,8 +184,7 @@ def _compressed_sensing(
 def _one_bit(
     image_shape: ImageShape, *, seed: int, device: Device, m: int, structured: bool, noise_first: bool
 ) -> Physics:
-    if not isinstance(noise_first, bool):
-        raise ValueError(f"noise_first must be True or False, got {noise_first!r}")
+    require_choice("noise_first", noise_first, (True, False))
     linear = _compressed_sensing(image_shape, seed=seed, device=device, m=m, structured=structured)
     return OneBitSensing(linear, noise_first=noise_first).to(device)
 
@@ -214,8 +212,7 @@ def _measured(image_shape: ImageShape, mask: Array | None, **kspace: Any) -> Ten
 
 
 def _ct(image_shape: ImageShape, *, seed: int, device: Device, n_angles: int, fan_beam: bool) -> LinearPhysics:
-    if not isinstance(fan_beam, bool):
-        raise ValueError(f"fan_beam must be True or False, got {fan_beam!r}")
+    require_choice("fan_beam", fan_beam, (True, False))
     return CT(n_angles, image_shape, fan_beam=fan_beam, device=device)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
+from flowprox.naming import require_count
 from flowprox.noise import GaussianNoise
 from flowprox.operators.measurements import ExactProx
 
@@ -32,8 +33,7 @@ class _Sensing(LinearPhysics):
     def __init__(self, m: int, image_shape: ImageShape, *, seed: int = 0, device: torch.device | str = "cpu") -> None:
         super().__init__(img_size=tuple(image_shape))
         self.set_noise_model(GaussianNoise(0.0))
-        if not isinstance(m, int) or isinstance(m, bool) or m < 1:
-            raise ValueError(f"m is the number of measurements and must be a positive whole number, got {m!r}")
+        require_count("m", m)
         self.m, self.n = m, math.prod(image_shape)
         self._draw(torch.Generator().manual_seed(seed), device)
         self.to(device)

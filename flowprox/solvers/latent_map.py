@@ -21,6 +21,7 @@ from torch import Tensor
 
 from flowprox.flows import Flow, frozen
 from flowprox.flows.flow import require_flow
+from flowprox.naming import require_choice, require_count, require_positive
 from flowprox.noise import Noise, as_noise
 from flowprox.operators import measured_entries
 from flowprox.solvers.objective import SPACES, Callback, Objective, squared_error
@@ -70,13 +71,11 @@ class Discrepancy:
     n_stages: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("tau", "share"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        require_positive("tau", self.tau)
+        require_positive("share", self.share)
         if not 1 <= self.limit < float("inf"):
             raise ValueError(f"limit must be at least 1 and finite, got {self.limit}")
-        if self.n_stages < 1:
-            raise ValueError(f"n_stages must be at least 1, got {self.n_stages}")
+        require_count("n_stages", self.n_stages)
 
     def stage(self, optimizer: Optimizer, n_iterations: int) -> Optimizer:
         """The optimizer with another number of iterations, and its share of a limit on evaluations."""
@@ -199,8 +198,7 @@ class LatentMAP(Reconstructor):
     ) -> None:
         super().__init__()
         for name, value, choices in (("norm", norm, NORMS), ("form", form, FORMS), ("space", space, SPACES)):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+            require_choice(name, value, choices)
         if space == "image" and form == "latent" and norm == "unsquared":
             raise ValueError(
                 "space 'image' needs form 'image' or norm 'squared': ||z|| has a kink that x does not show"

@@ -20,6 +20,7 @@ from deepinv.physics import Physics
 from torch import Tensor, nn
 
 from flowprox.flows import Flow, frozen
+from flowprox.naming import require_choice, require_count, require_positive
 from flowprox.noise import Density, GaussianNoise, noise_density
 from flowprox.solvers.objective import SPACES, Callback, Objective, squared_error
 from flowprox.solvers.optimizers import LBFGS, Adam, Optimizer
@@ -78,10 +79,8 @@ class NoiseMAP(Reconstructor):
     ) -> None:
         super().__init__()
         has_density = isinstance(flow, Flow)
-        if not 0 <= beta < float("inf"):
-            raise ValueError(f"beta must be finite and at least 0, got {beta}")
-        if form not in ("image", "latent"):
-            raise ValueError(f"form must be 'image' or 'latent', got {form!r}")
+        require_positive("beta", beta, or_zero=True)
+        require_choice("form", form, ("image", "latent"))
         if space not in (SPACES if has_density else SPACES[:1]):
             raise ValueError(f"space must be 'latent', or for a flow 'image'; got {space!r}")
         if not has_density and beta > 0 and form == "image":
@@ -90,8 +89,7 @@ class NoiseMAP(Reconstructor):
         if not has_density and not isinstance(getattr(flow, "latent_size", None), int):
             kind = type(flow).__name__
             raise ValueError(f"flow must be a Flow, or a decoder with latent_size and image_shape; got {kind}")
-        if n_restarts < 1:
-            raise ValueError(f"n_restarts must be at least 1, got {n_restarts}")
+        require_count("n_restarts", n_restarts)
         if n_restarts > 1 and not (isinstance(start, int | float) and start > 0):
             raise ValueError("n_restarts above 1 needs random starts: give start a positive standard deviation")
         if noise is not None:
@@ -180,10 +178,8 @@ class GANPrior(NoiseMAP):
         if isinstance(generator, Flow) or not isinstance(getattr(generator, "latent_size", None), int):
             kind = type(generator).__name__
             raise ValueError(f"generator must be a module with a latent_size, such as DCGANGenerator; got {kind}")
-        if n_steps < 1:
-            raise ValueError(f"n_steps must be at least 1, got {n_steps}")
-        if not 0 <= regularization < float("inf"):
-            raise ValueError(f"regularization must be finite and >= 0, got {regularization}")
+        require_count("n_steps", n_steps)
+        require_positive("regularization", regularization, or_zero=True)
         noise, beta = GaussianNoise(math.sqrt(regularization or 0.5)), float(regularization > 0)
         adam = Adam(n_steps, learning_rate, final_learning_rate=0.0)
         super().__init__(generator, noise, beta, "latent", 0.1, n_restarts, optimizer or adam, seed)

@@ -25,6 +25,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from flowprox.naming import require_choice, require_count, require_positive
+
 Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
 """z (B, D) to (F (B,), grad F (B, D)); image i of the result depends on image i of z only. If it has a method
 ``select(images)``, which gives the same function for some images of the batch or None, ``LBFGS`` lets stopped ones leave."""
@@ -131,13 +133,12 @@ class LBFGS:
     max_evaluations: int | None = None
 
     def __post_init__(self) -> None:
-        _require_count("n_iterations", self.n_iterations)
-        _require_positive("learning_rate", self.learning_rate)
-        _require_count("n_pairs", self.n_pairs)
+        require_count("n_iterations", self.n_iterations)
+        require_positive("learning_rate", self.learning_rate)
+        require_count("n_pairs", self.n_pairs)
         if self.max_evaluations is not None:
-            _require_count("max_evaluations", self.max_evaluations)
-        if not self.tolerance >= 0:
-            raise ValueError(f"tolerance must be at least 0, got {self.tolerance}")
+            require_count("max_evaluations", self.max_evaluations)
+        require_positive("tolerance", self.tolerance, or_zero=True)
 
     @property
     def max_trials(self) -> int:
@@ -394,15 +395,14 @@ class Adam:
     decay: str = "cosine"
 
     def __post_init__(self) -> None:
-        _require_count("n_iterations", self.n_iterations)
-        _require_positive("learning_rate", self.learning_rate)
+        require_count("n_iterations", self.n_iterations)
+        require_positive("learning_rate", self.learning_rate)
         if not 0 <= self.final_learning_rate <= 1:
             raise ValueError(f"final_learning_rate must lie in [0, 1], got {self.final_learning_rate}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
-        _require_positive("epsilon", self.epsilon)
-        if self.decay not in ("cosine", "linear"):
-            raise ValueError(f"decay must be 'cosine' or 'linear', got {self.decay!r}")
+        require_positive("epsilon", self.epsilon)
+        require_choice("decay", self.decay, ("cosine", "linear"))
 
     @property
     def max_trials(self) -> int:
@@ -490,8 +490,8 @@ class TorchLBFGS:
 
     def __post_init__(self) -> None:
         for name in ("n_iterations", "n_inner", "n_pairs"):
-            _require_count(name, getattr(self, name))
-        _require_positive("learning_rate", self.learning_rate)
+            require_count(name, getattr(self, name))
+        require_positive("learning_rate", self.learning_rate)
 
     @property
     def max_trials(self) -> int:
@@ -561,13 +561,3 @@ def _at_start(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(dim=1)
-
-
-def _require_count(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a positive whole number, got {value!r}")
-
-
-def _require_positive(name: str, value: float) -> None:
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name} must be positive and finite, got {value}")

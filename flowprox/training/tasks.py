@@ -26,7 +26,7 @@ from flowprox.baselines import GANPrior
 from flowprox.checkpoints import load_model
 from flowprox.flows import Flow
 from flowprox.metrics import psnr
-from flowprox.naming import Values
+from flowprox.naming import Values, require_choice
 from flowprox.networks import DCGANDiscriminator, DCGANGenerator
 from flowprox.noise import FlowNoise, Noise, is_exact, make_noise
 from flowprox.operators import VariedProblem, make_physics, measure
@@ -226,8 +226,7 @@ class ReconstructionTask(Task):
         teacher_weight: float = 0.5,
     ) -> None:
         super().__init__(model)
-        if loss not in ("mse", "log-mse"):
-            raise ValueError(f"loss must be 'mse' or 'log-mse', got {loss!r}")
+        require_choice("loss", loss, ("mse", "log-mse"))
         self.loss = loss
         self._physics = [physics]  # in a list it is no submodule: neither trained nor part of the state
         self._teacher = [] if teacher is None else [teacher.eval()]

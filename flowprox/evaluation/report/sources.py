@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flowprox.evaluation.plan import Published, read_published
+from flowprox.naming import few
 from flowprox.records import UNFINISHED, Record, read_records
 from flowprox.summary import NUMBERS, figures_of
 
@@ -101,7 +102,7 @@ def _read(source: Path, recipe: str | Path | None) -> list[Chapter]:
     chapter.name = names[0] if names else source.resolve().stem
     if len(names) < 2:
         return [chapter]
-    chapter.notes.append(f"{source} holds records of several recipes ({_few(names)}); each is a chapter of its own")
+    chapter.notes.append(f"{source} holds records of several recipes ({few(names)}); each is a chapter of its own")
     parts = {name: [r for r in chapter.records if str(r.get("recipe") or names[0]) == name] for name in names}
     others = [Chapter(name, chapter.folders, parts[name], notes=chapter.notes[-1:]) for name in names[1:]]
     return [replace(chapter, records=parts[names[0]]), *others]
@@ -239,7 +240,7 @@ def _doubts(chapter: Chapter) -> list[str]:
         values = [(r.get(part) or {}).get(library) if library else r.get(part) for r in records]
         distinct = ordered(str(value).partition(":")[0] for value in values if value is not None)
         if len(distinct) > 1:
-            notes.append(f"{what} differ between records ({_few(distinct)}): {consequence}")
+            notes.append(f"{what} differ between records ({few(distinct)}): {consequence}")
     if any(record.get("scale") == SMOKE for record in records):
         notes.append(
             "run at the scale smoke, which shows that everything works: few images, few iterations; "
@@ -250,12 +251,12 @@ def _doubts(chapter: Chapter) -> list[str]:
     if parts := ordered(str(place[0]) for place, n in n_measurements.items() if n > 1):  # type: ignore[index]
         how = "it counts once, with its mean, and methods are compared where they share the measurement"
         notes.append(
-            f"an image was measured in several ways (noise seeds, operators or contents) in {_few(parts)}: {how}"
+            f"an image was measured in several ways (noise seeds, operators or contents) in {few(parts)}: {how}"
         )
     tested = set(figures["image"])
     if both := ordered(str(name) for record in chapter.tuning for name in record.get("images", ()) if name in tested):
         caution = "if they are the same, the figures of what was tuned are too good"
-        notes.append(f"images for tuning are called as images of the test ({_few(both)}): {caution}")
+        notes.append(f"images for tuning are called as images of the test ({few(both)}): {caution}")
     if n_failed := int(figures["failed"].notna().sum()):
         notes.append(f"{n_failed} of {len(records)} reconstructions failed; they are listed with their messages")
     if n_exact := int(figures["exact"].sum()):
@@ -263,11 +264,6 @@ def _doubts(chapter: Chapter) -> list[str]:
             f"{n_exact} estimates have no finite PSNR, being equal to the truth; they are left out of its mean"
         )
     return notes
-
-
-def _few(values: Sequence[str], n_shown: int = 4) -> str:
-    more = len(values) - n_shown
-    return ", ".join(values[:n_shown]) + (f" and {more} more" if more > 0 else "")
 
 
 def ordered(values: Iterable[str]) -> list[str]:
