@@ -13,6 +13,7 @@ from rich.console import Console
 
 from flowprox.evaluation.report import ReportOptions, write_report
 from flowprox.evaluation.run import evaluate
+from flowprox.files import check_place
 from flowprox.options import EvaluatedMethod, EvaluatedProblem, EvaluationOptions, ImageOptions
 from flowprox.records import write_records
 from flowprox.samples import PORTRAITS, SAMPLES_FOLDER
@@ -76,10 +77,7 @@ def run_demo(
         ValueError: ``out`` holds a demo with another seed and ``overwrite`` is off.
     """
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"out is a file: {out}; choose a folder")
-    if out.exists() and any(out.iterdir()) and not (out / "records.jsonl").exists():
-        raise FileExistsError(f"out holds files that no demo wrote: {out}; choose another folder")
+    check_place(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -69,6 +69,14 @@ def refuse_foreign(folder: Path, own: tuple[str, ...], names: tuple[str, ...]) -
                 )
 
 
+def check_place(out: Path) -> None:
+    """Refuse what is no folder, or one with files but no ``records.jsonl``, which is no earlier run's."""
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"out {str(out)!r} is a file; choose a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / "records.jsonl").exists():
+        raise FileExistsError(f"out {str(out)!r} is not empty; choose another folder")
+
+
 def remove_temporaries(folder: Path) -> None:
     """Delete the hidden files that killed runs left in a folder; while no other process writes to it."""
     for path in folder.glob(".*.tmp"):

@@ -147,7 +147,7 @@ def test_one_run_writes_to_a_folder_at_a_time(recipe: EvaluationOptions, tmp_pat
 
 def test_results_do_not_become_test_images(recipe: EvaluationOptions, pictures: Path) -> None:
     for out in (pictures, pictures / "results"):
-        with pytest.raises(ValueError, match="lies in the images' own folder"):
+        with pytest.raises(ValueError, match="lies among the images"):
             _evaluate(recipe, out)
     assert len(list(pictures.rglob("*"))) == 3
 

@@ -118,7 +118,7 @@ def test_a_folder_with_other_files_is_never_touched(tmp_path, console, overwrite
 
 def test_a_place_that_cannot_be_written_fails_before_computing(tmp_path, console):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(NotADirectoryError, match="out is a file"):
+    with pytest.raises(NotADirectoryError, match="is a file"):
         run_demo(tmp_path / "file", console=console)
     with pytest.raises(OSError, match="out cannot be written"):
         run_demo(tmp_path / "file" / "demo", console=console)

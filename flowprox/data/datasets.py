@@ -14,9 +14,10 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatch
 from itertools import pairwise
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import numpy as np
@@ -68,7 +69,7 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
 
     Example:
         >>> import tempfile
-        >>> from pathlib import Path
+        >>> from pathlib import Path, PurePath
         >>> from flowprox.data import save_image
         >>> folder = Path(tempfile.mkdtemp())
         >>> save_image(torch.rand(3, 20, 30), folder / "a.png")
@@ -200,6 +201,15 @@ def entries_of_split(source: StrPath | Sequence[StrPath], split: str) -> list[En
             f"their names decide and which is {share:.0%} of them on average; add images, or {remedy}"
         )
     return entries
+
+
+def check_apart(out: StrPath, source: StrPath | Sequence[StrPath]) -> None:
+    """Raise ``ValueError`` if pictures that a run writes to ``out`` would be among these images at its next start."""
+    picture = str(Path(out).resolve() / "samples.png")
+    for one in [source] if isinstance(source, str | PathLike) else source:
+        pattern = str(Path(one).resolve()) + ("/**/*" if Path(one).is_dir() else "")
+        if fnmatch(picture, pattern.replace("/**/", "/")) if "**" in pattern else PurePath(picture).match(pattern):
+            raise ValueError(f"out {out} lies among the images of {one}, its own would be too; choose another")
 
 
 def _entries_of(source: Path, split: str) -> Iterator[Entry]:

@@ -40,6 +40,7 @@ from torch.multiprocessing.spawn import ProcessException, spawn
 from flowprox import __version__
 from flowprox.checkpoints import CheckpointError, load_card, load_model
 from flowprox.data import save_image
+from flowprox.data.datasets import check_apart
 from flowprox.estimates import Estimate, estimate
 from flowprox.evaluation.plan import Case, EvaluatedImage, at_scale, combinations, load_images, planned, write_recipe
 from flowprox.evaluation.report.pictures import HALF_WIDTHS, picture_path, truth_path
@@ -73,7 +74,8 @@ def evaluate(options: EvaluationOptions, console: Console | None = None) -> list
         EvaluationInterrupted: on Ctrl-C; the message says how far it came.
     """
     scaled = at_scale(options, options.scale)
-    _check_apart(scaled)
+    for images in (scaled.images, scaled.tune_images):
+        check_apart(scaled.out, [] if images is None or images.source == SAMPLES else images.source)
     require_device(options.device)
     evaluation = _Evaluation(scaled, planned(scaled), console or Console(stderr=True))
     with sole_writer(options.out):
@@ -457,17 +459,6 @@ def _run_share(rank: int, recipe: EvaluationOptions, shares: Sequence[Sequence[C
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // len(shares)))
     _Evaluation(recipe, shares[rank], Console(quiet=True)).run_cases()
-
-
-def _check_apart(recipe: EvaluationOptions) -> None:
-    """Refuse to write pictures where a later run would read them as test images."""
-    out = Path(recipe.out).resolve()
-    for images in (recipe.images, recipe.tune_images):
-        sources = [] if images is None or images.source == SAMPLES else images.source
-        for source in [sources] if isinstance(sources, str) else sources:
-            folder = Path(source).resolve()
-            if folder.is_dir() and (folder == out or folder in out.parents):
-                raise ValueError(f"out {recipe.out!r} lies in the images' own folder {source!r}; choose another")
 
 
 def _images_of(part: str, options: ImageOptions, seed: int, limit: int | None) -> list[EvaluatedImage]:

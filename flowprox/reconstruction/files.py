@@ -29,7 +29,6 @@ from flowprox.records import UNFINISHED, Record, RecordWriter, read_records, wri
 
 __all__ = [
     "Input",
-    "check_place",
     "earlier_records",
     "list_inputs",
     "results_folder",
@@ -123,14 +122,6 @@ def _free_name(name: str, taken: set[str]) -> str:
 
 
 # The folder of results -----------------------------------------------------------------------------------------------
-
-
-def check_place(out: Path) -> None:
-    """Refuse what is no folder, or one with files that no reconstruction wrote."""
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"out {str(out)!r} is a file; choose a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / RECORDS).exists():
-        raise FileExistsError(f"out {str(out)!r} is not empty; choose another folder")
 
 
 def earlier_records(out: Path) -> list[Record]:

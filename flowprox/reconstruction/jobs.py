@@ -30,7 +30,7 @@ from flowprox.data import load_array, load_image, load_measurement, save_image
 from flowprox.estimates import Doubts, Estimate, calibration_of, doubts_of, estimate
 from flowprox.evaluation.plan import image_seed
 from flowprox.evaluation.run import hashed
-from flowprox.files import sha256, sole_writer
+from flowprox.files import check_place, sha256, sole_writer
 from flowprox.flows import Flow
 from flowprox.methods import METHODS, check_options, make_method
 from flowprox.naming import Values
@@ -38,7 +38,6 @@ from flowprox.noise import NOISES
 from flowprox.operators import PROBLEMS, Problem, ProblemKind, make_physics, measure_each, measurement_shape
 from flowprox.reconstruction.files import (
     Input,
-    check_place,
     earlier_records,
     list_inputs,
     remove_image,

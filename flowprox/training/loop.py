@@ -23,8 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, is_dataclass
-from fnmatch import fnmatch
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from torch.nn.parallel import DistributedDataParallel
 
 from flowprox.checkpoints import save_model, save_training_state
+from flowprox.data.datasets import check_apart
 from flowprox.files import first_line, refuse_foreign, sole_writer
 from flowprox.flows import FiniteChecks, NonFiniteError, gathered_checks
 from flowprox.graphs import HostReads, compile_regions
@@ -103,7 +103,8 @@ def fit(
         raise FileExistsError(f"{folder} already holds a run; resume it, or choose another out")
     refuse_foreign(folder, ("state.pt", "metrics.jsonl"), ("recipe.yaml", "loss.png", "samples.png", "model"))
     if isinstance(data, DataOptions):
-        _check_apart(folder, data)
+        check_apart(folder, data.train)
+        check_apart(folder, data.validation or [])
     check_loggers(training.loggers)
     parts = {**(recipe or {}), "noise" if isinstance(data, NoiseOptions) else "data": data, "training": training}
     plain = {key: asdict(part) if is_dataclass(part) else part for key, part in parts.items()}  # type: ignore[arg-type]
@@ -122,18 +123,6 @@ def fit(
 
 def _ended(which: str, folder: Path, how: str) -> str:
     return f"{which} of the run in {folder} has ended ({how}); the same command with --resume continues the run"
-
-
-def _check_apart(folder: Path, data: DataOptions) -> None:
-    """The run's own pictures would be images at the next start."""
-    picture = str(folder.resolve() / "samples.png")
-    for sources in (data.train, data.validation or []):
-        for source in [sources] if isinstance(sources, str) else sources:
-            pattern = str(Path(source).resolve()) + ("/**/*" if Path(source).is_dir() else "")
-            if fnmatch(picture, pattern.replace("/**/", "/")) if "**" in pattern else PurePath(picture).match(pattern):
-                raise ValueError(
-                    f"out {folder} lies among the images of {source}, its own would be too; choose another"
-                )
 
 
 def _strategy(training: TrainingOptions) -> DDPStrategy | str:
