@@ -42,11 +42,7 @@ _BUILDS_DIFFER = "operator torchvision::nms does not exist"
 
 
 def make_parser(only: str | None = None) -> ArgumentParser:
-    """The parser of the whole command line.
-
-    Arguments:
-        only: the command whose options will be read; those of the others are left out, which saves time.
-    """
+    """The parser of the whole command line; of ``only`` one command, if given, with its options, which saves time."""
     parser = ArgumentParser(
         prog="flowprox",
         exit_on_error=False,
@@ -95,13 +91,9 @@ def _help(function: Callable[..., Any], name: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status.
+    """Run one command, the words after ``flowprox``; by default those of the process.
 
-    Arguments:
-        argv: the words after ``flowprox``; by default those of the process.
-
-    Returns:
-        0 on success, 2 after bad input, 130 when interrupted or terminated, 141 when nobody reads on.
+    The exit status is 0 on success, 2 after bad input, 130 when interrupted or terminated, 141 when nobody reads on.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
@@ -132,8 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """Within the block SIGTERM, which ``timeout`` and batch systems send, ends a command as Ctrl-C does: what is half-written
-    is removed."""
+    """Within the block SIGTERM ends a command as Ctrl-C does: what is half-written is removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -2,9 +2,8 @@
 
     mean +- t s / sqrt(n),    t the 97.5 % quantile of Student's distribution with n - 1 degrees of freedom
 
-Symbols: s standard deviation over the n images; the interval is that of the mean over images like these. A comparison of
-two methods is the same interval of the differences image by image, which share image and noise: a paired t interval. An
-image that was measured several times, with other seeds, counts once, with the mean of its figures.
+Symbols: s standard deviation over the n images. Two methods are compared by the same interval of the differences image by
+image. An image that was measured several times, with other seeds, counts once, with the mean of its figures.
 """
 
 from __future__ import annotations
@@ -129,9 +128,8 @@ def per_image(figures: pd.DataFrame) -> pd.DataFrame:
 def paired_comparisons(figures: pd.DataFrame, metric: str, reference: str) -> pd.DataFrame:
     """Every method against a reference, on the measurements that both have; of the records of one problem.
 
-    Returns:
-        by method, those with none left out: n_images, the mean difference (method minus reference), half of its paired t
-        interval, and n_higher, the images where the method's figure is higher.
+    By method: n_images, the mean difference (method minus reference), half of its paired t interval, and n_higher, the images
+    where the method's figure is higher.
 
     Example:
         >>> a, b = ({"problem": "p", "image": i, "psnr": x} for i, x in (("1", 20.0), ("2", 24.0)))
@@ -151,12 +149,7 @@ def paired_comparisons(figures: pd.DataFrame, metric: str, reference: str) -> pd
 
 
 def summary_rows(records: Sequence[Record], published: Mapping[tuple[str, str], float] | None = None) -> list[Row]:
-    """One row per problem and method, in the order in which they first occur.
-
-    Arguments:
-        records: with problem, method, image, and psnr, ssim, seconds or failed; optional group, a kind of image.
-        published: PSNR by label of the problem and of the method.
-    """
+    """One row per problem and method, in the order in which they first occur; ``published`` is PSNR by their labels."""
     figures = figures_of(records)
     groups = [str(name) for name in figures["group"].dropna().unique()]
     tuned = {(str(r["problem"]), str(r["method"])): r["tuned"] for r in reversed(records) if r.get("tuned")}
@@ -231,9 +224,7 @@ def terminal_table(rows: Sequence[Row]) -> Table:
 
 
 def summary_markdown(rows: Sequence[Row]) -> str:
-    """A table of PSNR, methods down and problems across: mean ± 95 % confidence, the published figure in brackets.
-
-    The best mean of each problem is bold. Failed images are counted beside the mean of the others.
+    """A table of PSNR, methods down and problems across: mean ± 95 % confidence, published figures in brackets, the best bold.
 
     Example:
         >>> row = Row("denoising", "bm3d", 12, 0, 25.1, 0.4, 0.8, 0.1, {}, 25.2)

@@ -109,11 +109,7 @@ def list_recipes() -> list[str]:
 
 
 def find_recipe(name: str) -> Path:
-    """A recipe by its path, or else by its name, also written recipes/NAME.yaml as in a clone.
-
-    Raises:
-        FileNotFoundError: there is none; the message offers the nearest names.
-    """
+    """A recipe by its path, or else by its name, or recipes/NAME.yaml as in a clone; else FileNotFoundError."""
     if os.path.exists(name):
         return Path(name)
     known = list_recipes()
@@ -126,11 +122,7 @@ def find_recipe(name: str) -> Path:
 
 
 def check_yaml(path: Path) -> None:
-    """Refuse what would take all time or memory to read: a pipe, a huge file, anchors within anchors.
-
-    Raises:
-        ValueError, OSError: the file cannot be taken as a recipe; the message names it.
-    """
+    """Refuse what would take all time or memory to read: a pipe, a huge file, anchors within anchors (ValueError, OSError)."""
     if not path.is_file():
         raise OSError(f"recipe {path} is not a regular file; give a YAML file")
     if path.stat().st_size > _MAX_BYTES:

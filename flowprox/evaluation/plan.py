@@ -2,9 +2,7 @@
 
 A series of parameters or options becomes one problem or variant for each place in its lists. The scale "smoke" is made
 from any recipe: the pictures that ship, one image, the fewest iterations; "small" is the recipe as it stands; any other
-is one of the recipe's own ``scales``. ``recipe.yaml`` beside the records runs again and holds the published figures.
-
-Images have the names, noise seeds and hashes that they are recorded with, which depend on no other image.
+is one of the recipe's own ``scales``. Images have names, noise seeds and hashes that depend on no other image.
 """
 
 from __future__ import annotations
@@ -332,11 +330,9 @@ def image_seed(seed: int, name: str) -> int:
 
 
 def load_images(options: ImageOptions, seed: int, limit: int | None) -> list[EvaluatedImage]:
-    """The images that options describe, at most ``limit``; each with the seed of its noise under the run's ``seed``.
-
-    An image is called as its file within its folder, without suffix; images that this leaves with one name also bear the hash
-    of their pixels.
-    """
+    """The images that options describe, at most ``limit``, called as their file within its folder, without suffix, and,
+    where that is the name of several, by the hash of their pixels too; each with the seed of its noise under the run's
+    ``seed``."""
     source = [str(SAMPLES_FOLDER / "*.png")] if options.source == SAMPLES else options.source
     n = min((n for n in (options.limit, limit) if n is not None), default=None)
     images = []

@@ -2,8 +2,7 @@
 
     y_i = A x_i + noise_i  ->  x_hat_i = method(y_i)  ->  PSNR, SSIM, residual, seconds, peak memory
 
-The noise of image i depends on the run's seed and the image's name alone: every method, problem, batch and run sees the
-same. Results stand in a folder:
+The noise of image i depends on the run's seed and the image's name alone. Results stand in a folder:
 
     recipe.yaml     what was run, with the published figures
     records.jsonl   one line per problem, method and image, appended by all processes of the run
@@ -11,9 +10,9 @@ same. Results stand in a folder:
     images/         pictures of the first images, for the report
     unfinished      there until the run has ended
 
-A run that was interrupted is continued by the same command. What is already recorded is recognized by ``id``, a hash of
-everything it depends on, so images, problems and methods may also be added later. Failures are tried again. A method whose
-package or trained network is missing is recorded as failed with the words "not run", and keeps no other from running.
+A run that was interrupted is continued by the same command. What is recorded is recognized by ``id``, a hash of everything it
+depends on, so images, problems and methods may be added later. Failures are tried again. A method whose package or trained
+network is missing is recorded as "not run".
 """
 
 from __future__ import annotations

@@ -42,13 +42,7 @@ Array = Tensor | np.ndarray | Sequence[Sequence[float]] | str | Path
 
 
 class Parameter(NamedTuple):
-    """A parameter of a problem.
-
-    Arguments:
-        default: its value where none is given.
-        meaning: one line.
-        unit: of the value; "" for a number of things, a word or an array.
-    """
+    """A parameter of a problem: its default, its meaning in one line, its unit ("" for a number of things, word, array)."""
 
     default: object
     meaning: str

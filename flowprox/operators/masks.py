@@ -74,15 +74,8 @@ def checked_mask(mask: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
 def varied_masks(
     ranges: Mapping[str, tuple[float, float]], image_shape: tuple[int, int, int], n: int, generator: torch.Generator
 ) -> LinearPhysics:
-    """Inpainting of n images with a mask each: a rectangle that is hidden, or pixels that are seen at random places.
-
-    With both ranges half of the images, on average, have a rectangle and the others single pixels.
-
-    Arguments:
-        ranges: ``mask_size``, of the sides of the rectangle, which stands anywhere; ``keep``, of the fraction of pixels seen.
-        image_shape: (C, H, W).
-        n: number of images.
-        generator: of what is drawn, on the device of the masks.
+    """Inpainting of n images with a mask each: a rectangle anywhere with sides in the range ``mask_size`` is hidden, or a
+    fraction ``keep`` of the pixels is seen at random places; with both ranges half of the images, on average, have a rectangle.
 
     Raises:
         ValueError: a range that leaves no rectangle, no image or no pixel.

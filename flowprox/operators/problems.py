@@ -201,9 +201,7 @@ class VariedProblem:
         name: of a problem.
         image_shape: (C, H, W).
         ranges: parameter -> (low, high); each is drawn uniformly and independently for every image. ``sigma`` of any problem
-            with white noise; ``mask_size``, the sides of a hidden rectangle anywhere in the image, and ``keep``, the fraction
-            of the pixels seen, of inpainting (with both half of the images have a rectangle and the others single pixels);
-            of another operator what its ``ProblemKind.ranges`` says.
+            with white noise, and what its ``ProblemKind.ranges`` says.
         seed: of what is drawn once with the operator.
         parameters: the fixed ones.
 
