@@ -150,7 +150,7 @@ def test_statistics_of_intervals_are_those_of_scipy() -> None:
 REFUSED = {
     "alpha": (lambda: Intervals(ScaleNet(1, 4, 1), 1.2), "alpha must lie between 0 and 1"),
     "few images": (lambda: conformal_factor(torch.rand(8, 3), torch.ones(8, 3), 0.1), "at least 9 calibration images"),
-    "factor": (lambda: Intervals(ScaleNet(1, 4, 1), 0.1, -1.0), "factor must be positive"),
+    "factor": (lambda: Intervals(ScaleNet(1, 4, 1), 0.1, -1.0), "factor must be finite and positive"),
     "shapes": (lambda: crps(torch.rand(4, 2), torch.rand(3)), r"samples must be \(L, B, ...\)"),
     "one image": (lambda: tarp(torch.rand(4, 1, 2), torch.rand(1, 2)), "at least two"),
     "few ranks": (lambda: rank_p_value(torch.zeros(9), 20), "too few"),
@@ -276,7 +276,7 @@ COMMANDS_REFUSED = {
     "few to calibrate": (["--n_calibration=3"], "alpha 0.2 needs at least 4 calibration images, got 3"),
     "few images": (["--n_calibration=50"], "holds 52 images, but 50 to calibrate and 10 for the half-widths are 60"),
     "few to learn from": (["--n_training=60", "--training={pictures}"], "holds 52 images, not 60"),
-    "no steps": (["--n_steps=0"], "n_steps must be positive"),
+    "no steps": (["--n_steps=0"], "n_steps must be at least 1"),
     "negative": (["--n_test=-1"], "n_test must not be negative"),
     "split": (["--split=valid"], "split must be one of"),
     "array": (["--parameters", "sigma"], "is not KEY=VALUE"),

@@ -41,6 +41,7 @@ from flowprox.operators.measurements import (
     measure_each,
     measured_entries,
     measurement_shape,
+    visibility,
 )
 from flowprox.operators.problems import Problem, VariedProblem, make_physics
 from flowprox.operators.sensing import DenseSensing, OneBitSensing, StructuredSensing
@@ -84,4 +85,5 @@ __all__ = [
     "measurement_shape",
     "mirrored",
     "random_mask",
+    "visibility",
 ]

@@ -248,10 +248,13 @@ class ExactProx(LinearPhysics):
         return self.regularized_inverse(z, y, 1.0 / gamma)
 
 
-def data_gradient(x: Tensor, y: Tensor, physics: LinearPhysics) -> Tensor:
-    """A^T (y - A x): the direction in which 1/2 ||y - A x||^2 falls, so that x + mu * data_gradient is a gradient step.
+def visibility(x: Tensor, physics: LinearPhysics) -> Tensor:
+    """A^T A 1 averaged over the channels, (1, 1, H, W), for images like x (B, C, H, W): where the operator sees something."""
+    return physics.A_adjoint(physics.A(torch.ones_like(x[:1]))).mean(dim=1, keepdim=True)
 
-    x are images (B, C, H, W), y measurements (B, ...) of a linear operator.
+
+def data_gradient(x: Tensor, y: Tensor, physics: LinearPhysics) -> Tensor:
+    """A^T (y - A x), the direction in which 1/2 ||y - A x||^2 falls, of images x (B, C, H, W) and measurements y (B, ...).
 
     References:
         Wei et al. 2022, https://arxiv.org/abs/2107.02848, Eq. (8), whose sign is that of ascent.

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from flowprox.flows import Flow, frozen
 from flowprox.graphs import Replayed
+from flowprox.naming import require_choice, require_count, require_positive
 from flowprox.noise import noise_density
 from flowprox.solvers.diagnostics import effective_sample_size, split_r_hat
 from flowprox.solvers.importance import Proposal
@@ -62,13 +63,10 @@ class PosteriorSolution(Solution):
     Arguments:
         samples: draws kept, evenly spaced over the chains, (B, M, n_kept, C, H, W).
         std: standard deviation of the posterior per pixel, over all draws of all chains, (B, C, H, W).
-        standard_error: Monte-Carlo standard error of ``mean`` per pixel, by batch means, (B, C, H, W); NaN from a single
-            batch.
-        ess: effective sample size, the smallest over ``TRACES``, (B,).
-        r_hat: split R-hat, the largest over ``TRACES``, (B,).
+        standard_error: of ``mean`` per pixel, by batch means, (B, C, H, W); NaN from a single batch.
+        ess, r_hat: the smallest effective sample size and the largest split R-hat over ``TRACES``, (B,).
         traces: the scalars named in ``TRACES`` of every draw, (B, M, n, len(TRACES)).
-        acceptance: share of accepted proposals after warm-up, (B,).
-        jumps: share of accepted jumps to samples of the proposal, (B,); 0 without one.
+        acceptance, jumps: shares of accepted proposals and of jumps to samples of the proposal after warm-up, (B,).
         step_size: h, fixed after warm-up, (B,).
         state: where the chains ended, (B, M, D): the ``start`` that continues them.
     """
@@ -115,12 +113,11 @@ class SamplerOptions:
     jitter: float = 0.2
 
     def __post_init__(self) -> None:
-        for name in ("n_leapfrog", "n_kept"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if self.step_size is not None and not 0 < self.step_size < math.inf:
-            raise ValueError(f"step_size must be positive, or None to adapt it; got {self.step_size!r}")
+        require_count("n_kept", self.n_kept)
+        if self.n_leapfrog is not None:
+            require_count("n_leapfrog", self.n_leapfrog)
+        if self.step_size is not None:
+            require_positive("step_size", self.step_size)
         if self.target_acceptance is not None and not 0 < self.target_acceptance < 1:
             raise ValueError(f"target_acceptance must lie between 0 and 1, got {self.target_acceptance!r}")
         if not 0 <= self.jitter < 1:
@@ -147,11 +144,10 @@ class PosteriorSampling(Reconstructor):
         noise: density of the measurement's noise, anything with ``log_prob(residual) -> (B,)``; None takes that of
             ``physics.noise_model``, or a Gaussian of its ``sigma``.
         sampler: a key of ``KERNELS``.
-        n_samples: draws per chain after warm-up.
-        n_warmup: draws per chain before, which adapt the chain and are not counted.
-        n_chains: chains per image. All of them go through the flow in one batch.
-        seed: of the chains. All images use the same random numbers, so that the result for an image does not depend on
-            what else is in its batch (up to rounding); None takes torch's global generator.
+        n_samples, n_warmup: draws per chain, and those before, which adapt it and are not counted.
+        n_chains: chains per image, all of which go through the flow in one batch.
+        seed: of the chains, the same numbers for all images, so that a result does not depend on what else is in the batch (up
+            to rounding); None takes torch's global generator.
         options: ``SamplerOptions``.
 
     Raises:
@@ -180,11 +176,9 @@ class PosteriorSampling(Reconstructor):
         options: SamplerOptions | None = None,
     ) -> None:
         super().__init__()
-        if sampler not in KERNELS:
-            raise ValueError(f"sampler must be one of {', '.join(KERNELS)}; got {sampler!r}")
+        require_choice("sampler", sampler, KERNELS)
         for name, value, least in (("n_samples", n_samples, 1), ("n_warmup", n_warmup, 0), ("n_chains", n_chains, 1)):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+            require_count(name, value, least)
         if noise is not None:
             noise_density(noise)
         options = options or SamplerOptions()
@@ -208,9 +202,7 @@ class PosteriorSampling(Reconstructor):
         callback: Callback | None = None,
         proposal: Proposal | None = None,
     ) -> PosteriorSolution:
-        """Sample the posterior of every image of the batch.
-
-        Ctrl-C ends the sampling; the draws so far are returned if at least one has been kept.
+        """Sample the posterior of every image of the batch; Ctrl-C ends that with the draws so far, if one has been kept.
 
         Arguments:
             y: measurements (B, ...).

@@ -190,13 +190,8 @@ class Chains:
         step_size: float | None = None,
         jitter: float = 0.2,
     ) -> None:
-        self.target, self.position, self.kernel, self.randomness, self.jitter = (
-            target,
-            position,
-            kernel,
-            randomness,
-            jitter,
-        )
+        self.target, self.position, self.kernel = target, position, kernel
+        self.randomness, self.jitter = randomness, jitter
         self.n_chains, n_targets, self.n_dimensions = position.z.shape
         one = position.z.new_ones(n_targets)
         self.reference = Reference(torch.zeros_like(position.z[0]), torch.ones_like(position.z[0]))

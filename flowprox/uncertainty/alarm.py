@@ -135,15 +135,8 @@ def residual_p_value(x_hat: Tensor, y: Tensor, physics: Physics) -> Tensor | Non
 
     It is exact for the true image. An estimate has been fitted to the noise, so that its residual is smaller and the test
     rarely rejects; one that is smoother than the image, or of another operator or noise, leaves more. Entries without noise, as
-    masked ones, are not counted.
-
-    Arguments:
-        x_hat: estimates (B, C, H, W).
-        y: measurements (B, ...).
-        physics: the operator with its noise.
-
-    Returns:
-        None where the noise is not white Gaussian noise of one known standard deviation above 0, or y is complex.
+    masked ones, are not counted. None where the noise is not white Gaussian noise of one known standard deviation above 0, or y
+    is complex.
 
     Example:
         >>> from flowprox.operators import make_physics

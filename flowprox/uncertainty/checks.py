@@ -27,14 +27,7 @@ __all__ = ["coverage", "coverage_limits", "crps", "rank_p_value", "ranks", "tarp
 
 
 def ranks(samples: Tensor, truth: Tensor) -> Tensor:
-    """How many samples lie below the truth, entry by entry; ties count for one half of them, at random.
-
-    Arguments:
-        samples: (L, B, ...).
-        truth: (B, ...).
-
-    Returns:
-        whole numbers from 0 to L, of the shape of the truth.
+    """How many samples (L, B, ...) lie below the truth (B, ...), 0 to L entry by entry; of ties one half counts, at random.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -49,12 +42,10 @@ def ranks(samples: Tensor, truth: Tensor) -> Tensor:
 
 
 def rank_p_value(found: Tensor, n_samples: int, n_bins: int = 10) -> float:
-    """Chi-squared test that ranks are uniform on 0 .. ``n_samples``.
-
-    The ranks must be of independent draws: one statistic per image, not all pixels of an image.
+    """Chi-squared test that ranks (N,) of independent images, not of all pixels of an image, are uniform on 0 .. ``n_samples``.
 
     Arguments:
-        found: ranks (N,).
+        found: the ranks.
         n_samples: L.
         n_bins: bins of ranks; at most L + 1 and few enough for five expected in each.
 
@@ -74,17 +65,13 @@ def rank_p_value(found: Tensor, n_samples: int, n_bins: int = 10) -> float:
 def tarp(samples: Tensor, truth: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """For each image the part of its samples that lie nearer to a random reference than the truth does, spread over [0, 1].
 
-    Uniform on [0, 1] over images if the samples are of the posterior. Here the reference is the truth of another image of the
-    batch, drawn at random. It does not depend on y, so that samples of the prior pass too, whatever y is: ``crps`` tells these
-    apart.
+    Uniform on [0, 1) over images if the samples are of the posterior. The reference is the truth of another image of the batch,
+    drawn at random. It does not depend on y, so that samples of the prior pass too: ``crps`` tells these apart.
 
     Arguments:
         samples: (L, B, ...).
         truth: (B, ...), B at least 2.
         generator: of the references and of u, on the CPU.
-
-    Returns:
-        f (B,) in [0, 1).
 
     Raises:
         ValueError: the shapes do not fit, or there is one image only.
@@ -107,16 +94,9 @@ def uniform_p_value(values: Tensor) -> float:
 
 
 def crps(samples: Tensor, truth: Tensor) -> Tensor:
-    """Continuous ranked probability score per entry, in the unit of the images; its mean is what counts.
+    """Continuous ranked probability score of L >= 2 samples (L, B, ...), per entry of the truth (B, ...), in its unit.
 
-    The pairs' term is the unbiased one, divided by L (L - 1).
-
-    Arguments:
-        samples: (L, B, ...), L at least 2.
-        truth: (B, ...).
-
-    Returns:
-        of the truth's shape.
+    Its mean is what counts. The pairs' term is the unbiased one, divided by L (L - 1).
 
     Example:
         >>> samples = torch.tensor([[0.0], [1.0]])
@@ -134,14 +114,7 @@ def crps(samples: Tensor, truth: Tensor) -> Tensor:
 
 
 def coverage(lower: Tensor, upper: Tensor, truth: Tensor) -> Tensor:
-    """Part of each image's entries that lie in their interval.
-
-    Arguments:
-        lower, upper, truth: (B, ...).
-
-    Returns:
-        (B,) in [0, 1].
-    """
+    """Part of each image's entries (B, ...) that lie in their interval, (B,)."""
     return ((truth >= lower) & (truth <= upper)).double().flatten(1).mean(1)
 
 

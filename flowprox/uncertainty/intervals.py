@@ -29,8 +29,8 @@ from deepinv.physics import LinearPhysics
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
-from flowprox.naming import Specified
-from flowprox.operators import PROBLEMS, Problem, measure_each
+from flowprox.naming import Specified, require_count, require_positive
+from flowprox.operators import PROBLEMS, Problem, measure_each, visibility
 from flowprox.uncertainty.alarm import Alarm
 from flowprox.uncertainty.checks import coverage, ranks, required
 from flowprox.unfolding import ConditionalDensity, LatentScale, Unfolded
@@ -104,26 +104,17 @@ class Intervals(Specified, nn.Module):
         super().__init__()
         if not 0 < alpha < 1:
             raise ValueError(f"alpha must lie between 0 and 1, got {alpha}; 0.1 asks for intervals that hold 90 %")
-        if not factor > 0:
-            raise ValueError(f"factor must be positive, got {factor}")
+        require_positive("factor", factor)
         self.scale, self.alpha, self.factor, self.alarm, self.density = scale, alpha, factor, alarm, density
         self.card: Any = None
 
     def forward(self, x_hat: Tensor, y: Tensor, physics: LinearPhysics) -> Tensor:
         """c s(x_hat, y), (B, C, H, W): the interval of a pixel is x_hat -+ this."""
-        return self.factor * self.scale(x_hat, *_conditions(x_hat, y, physics))
+        return self.factor * self.scale(x_hat, physics.A_adjoint(y), visibility(x_hat, physics))
 
     def check(self, sha256: str, problem: Problem, seed: int = 0) -> None:
-        """Refuse what the calibration does not hold for; it must have been made by ``flowprox calibrate`` and loaded.
-
-        Arguments:
-            sha256: hash of the network's weights, as in its card.
-            problem: what is measured.
-            seed: of what is drawn with the operator, such as a mask.
-
-        Raises:
-            ValueError: the intervals are of another network, problem or drawn operator, or have no card that says so.
-        """
+        """Raise ``ValueError`` unless the card says that they were calibrated for the network of this hash, the problem, and
+        the seed of what is drawn with the operator, such as a mask."""
         training, known = getattr(self.card, "training", {}), getattr(self.card, "problem", None)
         if not (known and training.get("model_sha256")):
             raise ValueError(
@@ -145,12 +136,6 @@ class Intervals(Specified, nn.Module):
                 f"the intervals were calibrated for the {PROBLEMS[problem.name].drawn} of operator_seed "
                 f"{known.get('seed', 0)}, not {seed}"
             )
-
-
-def _conditions(x_hat: Tensor, y: Tensor, physics: LinearPhysics) -> tuple[Tensor, Tensor]:
-    """A^T y, and A^T A 1 averaged over the channels."""
-    seen = physics.A_adjoint(physics.A(torch.ones_like(x_hat[:1]))).mean(dim=1, keepdim=True)
-    return physics.A_adjoint(y), seen
 
 
 def conformal_factor(errors: Tensor, scales: Tensor, alpha: float) -> float:
@@ -215,8 +200,7 @@ def fit_intervals(
         ValueError: alpha is outside (0, 1), there are too few calibration images for it, or no step.
     """
     required(len(calibration), alpha)
-    if n_steps < 1:
-        raise ValueError(f"n_steps must be positive, got {n_steps}")
+    require_count("n_steps", n_steps)
     show = callback or (lambda what, n, n_at_most: None)
     device = training.device
     with torch.random.fork_rng():
@@ -252,8 +236,7 @@ def _features(
         adjoints.append(physics.A_adjoint(y))
         errors.append((x - x_hat).abs())
         show(sum(map(len, errors)), len(images))
-    seen = _conditions(estimates[0], physics.A(images[:1]), physics)[1]
-    return (torch.cat(estimates), torch.cat(adjoints), seen), torch.cat(errors)
+    return (torch.cat(estimates), torch.cat(adjoints), visibility(images, physics)), torch.cat(errors)
 
 
 @torch.no_grad()
@@ -313,11 +296,7 @@ def measured_intervals(
 
 
 def interval_statistics(half_widths: Tensor, errors: Tensor) -> dict[str, float]:
-    """What intervals are worth on test images: their width, and how much of what they hold.
-
-    Arguments:
-        half_widths: (B, ...).
-        errors: |x - x_hat| of the same shape.
+    """What half-widths (B, ...) are worth beside errors |x - x_hat| of test images.
 
     Returns:
         mean_half_width (in units of the image), coverage, coverage_5 (5 % quantile over images), coverage_of_largest (of the

@@ -11,9 +11,8 @@ A predicted mean makes the flow a conditional one whose coupling nets stay as th
 inverse and step 0 = identity hold unchanged. With large s the network's estimate is g(mu(y)), with s = 0 the image after the
 data step; the learned w decide for each latent channel which of the two to believe.
 
-W is a convolution's weight read as an (m, n) matrix, m its first dimension; A_k (r, n), B_k (m, r). B_k is 0 at the start, so
-that the folds begin with the same convolutions: copies of one flow as the same flow. Unlike in LoRA W is trained along. What is
-left of a step, ActNorm, 1x1 matrix and biases, is small and stays each fold's own.
+W is a convolution's weight read as an (m, n) matrix; A_k (r, n), B_k (m, r), which is 0 at the start, so that the folds begin
+with the same convolutions. Unlike in LoRA W is trained along. ActNorms, 1x1 matrices and biases stay each fold's own.
 
 References:
     Winkler et al. 2019, Learning likelihoods with conditional normalizing flows, https://arxiv.org/abs/1912.00042 (a base
@@ -36,6 +35,7 @@ from torch.nn.utils import parametrize
 from flowprox.flows import Flow
 from flowprox.flows.layers import AffineCoupling
 from flowprox.naming import Specified
+from flowprox.operators import visibility
 from flowprox.prox import FlowProx, checked_levels
 
 
@@ -66,11 +66,8 @@ class Conditioning(Specified):
         self.adaptation_rank = adaptation_rank
 
     def fit(self, proxes: Sequence[nn.Module]) -> None:
-        """Check the mean's network against the proxes, and let their flows share weights.
-
-        Raises:
-            ValueError: ``latent_mean`` or ``adaptation_rank`` does not fit the proxes.
-        """
+        """Let the flows of the proxes share weights; ValueError where ``latent_mean`` or ``adaptation_rank`` does not fit
+        them."""
         flows = [prox.flow for prox in proxes if isinstance(prox, FlowProx)]
         if self.adaptation_rank is not None:
             adapt(list(dict.fromkeys(flows)), self.adaptation_rank)
@@ -157,7 +154,7 @@ class LatentMeanNet(Specified, nn.Module):
     def of_measurement(self, v: Tensor, physics: LinearPhysics, sigma: Tensor | None) -> list[Tensor]:
         """Each fold's mean (B, C, H, W), from a fold's v (B, C, H, W), the operator and, if told, the level (B,)."""
         with torch.no_grad():
-            seen = physics.A_adjoint(physics.A(torch.ones_like(v[:1]))).mean(dim=1, keepdim=True)
+            seen = visibility(v, physics)
         inputs = [v - 0.5, seen.expand(v.shape[0], -1, -1, -1)]
         if sigma is not None:
             inputs.append(sigma.view(-1, 1, 1, 1).expand(-1, 1, *v.shape[-2:]))

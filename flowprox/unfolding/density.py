@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from flowprox.flows import Flow
 from flowprox.naming import Specified
+from flowprox.operators import visibility
 from flowprox.unfolding.conditioning import LatentMeanNet, assembled, separated
 from flowprox.unfolding.networks import Unfolded
 
@@ -154,11 +155,8 @@ class ConditionalDensity:
     """p(x | y) of a trained network and its latent deviations.
 
     Arguments:
-        network: with a flow.
+        network: with a flow, or ValueError.
         scale: trained for it by ``fit_density``.
-
-    Raises:
-        ValueError: the network has no flow.
 
     Example:
         >>> from flowprox import FlowProx, Glow, UnfoldedPGD, make_physics
@@ -172,9 +170,7 @@ class ConditionalDensity:
     """
 
     def __init__(self, network: Unfolded, scale: LatentScale) -> None:
-        if not network.flows():
-            raise ValueError("the network has no flow, and so no density: samples need a FlowProx")
-        self.network, self.scale = network, scale
+        self.network, self.scale, self.flow = network, scale, _last_flow(network)
 
     @torch.no_grad()
     def of(self, y: Tensor, physics: LinearPhysics) -> BoundDensity:
@@ -189,10 +185,9 @@ class ConditionalDensity:
             raise ValueError(
                 f"samples are of images of {sizes[0]} pixels, as the density was trained on, not {sizes[1]}"
             )
-        flow = self.network.flows()[-1]
-        groups = flow.latent_groups((x_hat.shape[-2], x_hat.shape[-1])).to(x_hat.device)
+        groups = self.flow.latent_groups((x_hat.shape[-2], x_hat.shape[-1])).to(x_hat.device)
         log_scale = self.scale(_features(x_hat, y, physics), groups)
-        return BoundDensity(self.network, flow.encode_image(x_hat), log_scale, self.scale, y, physics)
+        return BoundDensity(self.network, self.flow.encode_image(x_hat), log_scale, self.scale, y, physics)
 
     def sample(self, y: Tensor, physics: LinearPhysics, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n images (n, B, C, H, W) of p(x | y) for each measurement (B, ...).
@@ -206,11 +201,16 @@ class ConditionalDensity:
         return self.of(y, physics).log_prob(x)
 
 
+def _last_flow(network: Unfolded) -> Flow:
+    if not network.flows():
+        raise ValueError("the network has no flow, and so no density: samples need a FlowProx")
+    return network.flows()[-1]
+
+
 def _features(x_hat: Tensor, y: Tensor, physics: LinearPhysics) -> Tensor:
     """What the deviations are predicted from: the estimate, A^T y - x_hat and A^T A 1, (B, 2 C + 1, H, W)."""
-    seen = physics.A_adjoint(physics.A(torch.ones_like(x_hat[:1]))).mean(1, keepdim=True)
-    parts = [x_hat - 0.5, physics.A_adjoint(y) - x_hat, seen.expand(len(x_hat), -1, -1, -1)]
-    return torch.cat(parts, dim=1)
+    seen = visibility(x_hat, physics).expand(len(x_hat), -1, -1, -1)
+    return torch.cat([x_hat - 0.5, physics.A_adjoint(y) - x_hat, seen], dim=1)
 
 
 def fit_density(
@@ -225,20 +225,15 @@ def fit_density(
     """Train the deviations of a network's latents by the likelihood of images; the network stays as it is.
 
     Arguments:
-        network: with a flow.
+        network: with a flow, or ValueError.
         estimates: batches of images x (B, C, H, W), their measurements y and the network's estimates.
         physics: the operator.
         hidden_channels: widths of the predictor, see ``LatentScale``; None is 16, 24, 32, ....
         n_steps: of Adam, 16 images each.
         seed: of the first weights and the order.
         callback: called with the step, their number, and the likelihood in nats per entry, without the log-determinant.
-
-    Raises:
-        ValueError: the network has no flow.
     """
-    if not network.flows():
-        raise ValueError("the network has no flow, and so no density: samples need a FlowProx")
-    flow: Flow = network.flows()[-1]
+    flow = _last_flow(network)
     with torch.no_grad():
         parts = [
             (_features(x_hat, y, physics), flow.encode_image(x) - flow.encode_image(x_hat)) for x, y, x_hat in estimates
