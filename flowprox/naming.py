@@ -67,7 +67,8 @@ def digits(value: float | None, n: int = 2) -> str:
 
 def require_choice(name: str, value: object, choices: Iterable[object]) -> None:
     """Raise ``ValueError`` for a value that is none of the choices."""
-    if value not in (known := list(choices)):
+    known = list(choices)
+    if (type(value), value) not in [(type(choice), choice) for choice in known]:  # 1 is not True
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
 
 

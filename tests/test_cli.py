@@ -543,11 +543,11 @@ BAD_COMMANDS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "sample from no flow": (lambda world: ["sample", "--model", str(world / "resnet")], "not a flow"),
     "sample of odd size": (lambda world: ["sample", "--model", str(world / "flow"), "--size", "9"], "divisible by 4"),
-    "sample nothing": (lambda world: ["sample", "--model", str(world / "flow"), "-n", "0"], "n must be positive"),
+    "sample nothing": (lambda world: ["sample", "--model", str(world / "flow"), "-n", "0"], "n must be at least 1"),
     "sample as jpeg": (lambda world: ["sample", "--model", str(world / "flow"), "--out", "a.jpg"], ".png"),
     "sample too cold": (
         lambda world: ["sample", "--model", str(world / "flow"), "--temperature=-1"],
-        "temperature must be at least 0",
+        "temperature must be finite and at least 0",
     ),
     "unknown card": (lambda world: ["models", "no-such-model"], "no model 'no-such-model'"),
     "demo into a file": (lambda world: ["demo", "--out", str(world / "recipe.yaml")], "out"),

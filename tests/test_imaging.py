@@ -321,11 +321,11 @@ def test_the_check_leaves_the_global_generator_alone() -> None:
         ("mri", {"acceleration": 4, "center_fraction": 0.5}, r"at most 1/acceleration = 0\.25, got 0\.5"),
         ("mri", {"pattern": "spiral"}, "unknown pattern 'spiral'"),
         ("mri", {"pattern": "radial", "center_fraction": 0.1}, "center_fraction is of columns"),
-        ("multicoil-mri", {"n_coils": 0}, "n_coils must be a positive whole number, got 0"),
+        ("multicoil-mri", {"n_coils": 0}, "n_coils must be at least 1"),
         ("multicoil-mri", {"coil_maps": torch.ones(2, 12, 13)}, r"coil_maps must be complex \(N, 12, 14\)"),
         ("mri", {"mask": torch.zeros(12, 14)}, "mask hides every pixel"),
         ("ct", {}, "computed tomography takes square images, got 12x14"),
-        ("ct", {"n_angles": 0}, "n_angles must be a positive whole number, got 0"),
+        ("ct", {"n_angles": 0}, "n_angles must be at least 1"),
     ],
 )
 def test_bad_input_is_named(name: str, parameters: dict[str, Any], message: str) -> None:

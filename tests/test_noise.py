@@ -372,7 +372,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: FlowNoise(small_flow(pixelwise=True)).log_prob(torch.zeros(1, 3, 8, 8, dtype=torch.float64)),
         r"\(3, 8, 12\).*\(3, 8, 8\)",
     ),
-    "flow, scale": (lambda: FlowNoise(small_flow(), 0.0), "scale must be positive"),
+    "flow, scale": (lambda: FlowNoise(small_flow(), 0.0), "scale must be finite and positive"),
     "two sizes": (lambda: PixelwiseFlow(small_flow(), (3, 8, 8)), r"\(3, 8, 8\).*\(3, 8, 12\)"),
     "generators": (lambda: GaussianNoise().sample_like(torch.zeros(2, 3), [generator()]), "got 1 for 2 images"),
     "no digits": (lambda: make_noise("mnist", SHAPE), "needs path"),

@@ -167,7 +167,7 @@ def test_channel_weights_by_level_are_those_of_the_level() -> None:
 
 @pytest.mark.parametrize("base", ["gauss", "student", ""])
 def test_an_unknown_base_names_the_choices(base: str) -> None:
-    with pytest.raises(ValueError, match="base must be 'gaussian' or 'laplace'"):
+    with pytest.raises(ValueError, match="base must be one of 'gaussian', 'laplace'"):
         FlowProx(small_glow(), base=base)
 
 

@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_named(kind: type[DenseSensing | StructuredSensing]
     with pytest.raises(ValueError, match=r"y has shape \(1, 29\) but the operator takes 30 measurements"):
         physics.A_adjoint(torch.rand(1, 29))
     for m in (0, -1, 2.5, True):
-        with pytest.raises(ValueError, match="m is the number of measurements"):
+        with pytest.raises(ValueError, match="m must be at least 1 and a whole number"):
             kind(m, SHAPE)  # pyright: ignore[reportArgumentType]
 
 
@@ -182,7 +182,7 @@ def test_data_prox_refuses_one_bit() -> None:
 
 
 def test_flags_must_be_flags() -> None:
-    with pytest.raises(ValueError, match="structured must be True or False, got 'no'"):
+    with pytest.raises(ValueError, match="structured must be one of True, False; got 'no'"):
         make_physics("compressed-sensing", SHAPE, m=5, structured="no")
-    with pytest.raises(ValueError, match="noise_first must be True or False, got 1"):
+    with pytest.raises(ValueError, match="noise_first must be one of True, False; got 1"):
         make_physics("one-bit", SHAPE, m=5, noise_first=1)

@@ -147,7 +147,7 @@ def test_samples(name: str) -> None:
     first, again = (flow.sample(2, generator=torch.Generator().manual_seed(3)) for _ in range(2))
     other = flow.sample(2, generator=torch.Generator().manual_seed(4))
     assert torch.equal(first, again) and not torch.equal(first, other)
-    with pytest.raises(ValueError, match="temperature must be at least 0"):
+    with pytest.raises(ValueError, match="temperature must be finite and at least 0"):
         flow.sample(1, temperature=-1.0)
     with pytest.raises(ValueError, match="divisible"):
         flow.sample(1, image_size=(3, 3))
@@ -175,7 +175,7 @@ def test_latent_groups_are_levels_and_channels(name: str) -> None:
         ({"coupling": "dense"}, "coupling must be one of"),
         ({"squeeze": "fourier"}, "squeeze must be one of"),
         ({"backward": "magic"}, "backward must be one of"),
-        ({"scale_bound": 0.0}, "scale_bound must be positive"),
+        ({"scale_bound": 0.0}, "scale_bound must be finite and positive"),
         ({"image_shape": (3, 10, 8)}, "divisible by 4"),
     ],
 )

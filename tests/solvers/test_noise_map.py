@@ -176,7 +176,7 @@ class Drawn(Noise):
 BAD = {
     "negative beta": (lambda: NoiseMAP(gaussian_flow(), beta=-1.0), "beta must be finite and at least 0"),
     "beta for a decoder": (lambda: NoiseMAP(DCGANGenerator((1, 8, 8), 2, 4, 2)), "has no density: set beta to 0"),
-    "form": (lambda: NoiseMAP(gaussian_flow(), form="x"), "form must be 'image' or 'latent'"),
+    "form": (lambda: NoiseMAP(gaussian_flow(), form="x"), "form must be one of 'image', 'latent'"),
     "no decoder": (lambda: NoiseMAP(nn.Identity(), beta=0.0), "must be a Flow, or a decoder"),
     "restarts from zero": (lambda: NoiseMAP(gaussian_flow(), n_restarts=2), "needs random starts"),
     "no restart": (lambda: NoiseMAP(gaussian_flow(), n_restarts=0), "n_restarts must be at least 1"),
