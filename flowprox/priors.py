@@ -14,7 +14,6 @@ The prox of ``FlowPrior`` shrinks the latent. It is **not** the prox of -log p, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -28,7 +27,7 @@ from flowprox.flows.flow import require_flow
 from flowprox.naming import Values, require_choice
 from flowprox.noise import Density
 from flowprox.operators import fit_to_divisor
-from flowprox.prox import FlowProx
+from flowprox.prox import FlowProx, gradient
 from flowprox.solvers import LBFGS, Adam
 
 _SPECTRA = 8  # sizes of image whose spectrum is kept
@@ -116,7 +115,7 @@ class FlowPrior(Prior):
 
     def grad(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Gradient of fn (B, C, H, W); differentiable where gradients are on, as deepinv's is."""
-        return _gradient(self.fn, x)
+        return gradient(self.fn, x)
 
     def score(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """-grad(x): the score of p."""
@@ -303,8 +302,8 @@ class NoiseFidelity(DataFidelity):
     def grad(self, x: Tensor, y: Tensor, physics: Physics, *args: object, **kwargs: object) -> Tensor:
         """Gradient in x, (B, C, H, W), under ``torch.no_grad()`` as well; x is left as it is."""
         if not isinstance(physics, LinearPhysics):
-            return _gradient(lambda u: self.fn(u, y, physics), x)
-        return physics.A_adjoint(_gradient(lambda u: self._negative_log_likelihood(u, y), physics.A(x)))
+            return gradient(lambda u: self.fn(u, y, physics), x)
+        return physics.A_adjoint(gradient(lambda u: self._negative_log_likelihood(u, y), physics.A(x)))
 
     def prox(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -322,19 +321,11 @@ class NoiseFidelity(DataFidelity):
         def objective(rows: Tensor) -> tuple[Tensor, Tensor]:
             u = rows.view_as(x)
             value = 0.5 * _squared_length(u - x) + weight * self.fn(u, y, physics)
-            gradient = u - x + weight.view(-1, *[1] * (x.ndim - 1)) * self.grad(u, y, physics)
-            return value, gradient.flatten(1)
+            slope = u - x + weight.view(-1, *[1] * (x.ndim - 1)) * self.grad(u, y, physics)
+            return value, slope.flatten(1)
 
         with torch.no_grad():
             return LBFGS(max_iter_inter).minimize(objective, x.flatten(1)).z.view_as(x)
-
-
-def _gradient(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Gradient of fn(x), (B,), in x; with a graph of its own where gradients are on."""
-    wanted = torch.is_grad_enabled()
-    with torch.enable_grad():
-        u = x if wanted and x.requires_grad else x.detach().requires_grad_()
-        return torch.autograd.grad(fn(u).sum(), u, create_graph=wanted)[0]
 
 
 def _squared_length(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ Numbers that depend on the noise level sigma are learned at levels, as logarithm
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -133,7 +133,7 @@ class FlowProx(Specified, Prox):
         # Eq. (9)
         z = self.flow.encode_image(v)
         if self.log_determinant:
-            z = z - _per_image(step) * self._log_determinant_gradient(z)
+            z = z - _per_image(step) * gradient(lambda u: self.flow.inverse_image(u)[1], z)
         # Eq. (10)
         z = self.shrink(z, step, sigma) if mean is None else mean + self.shrink(z - mean, step, sigma)
         # Eq. (11)
@@ -192,18 +192,18 @@ class FlowProx(Specified, Prox):
             raise ValueError("this prox is told the noise level: pass sigma (B,)")
         return at_level(self.log_weight, self._levels, sigma)[:, groups]
 
-    def _log_determinant_gradient(self, z: Tensor) -> Tensor:
-        """Gradient of log|det Dg(z)| (B, C, H, W)."""
-        trains = torch.is_grad_enabled()
-        with torch.enable_grad():
-            z = z if trains and z.requires_grad else z.detach().requires_grad_()
-            logdet = self.flow.inverse_image(z)[1].sum()
-            return torch.autograd.grad(logdet, z, create_graph=trains, materialize_grads=True)[0]
-
 
 def _per_image(step: float | Tensor) -> float | Tensor:
     """A scalar as it is, one number per image (B,) against images (B, C, H, W)."""
     return step.view(-1, 1, 1, 1) if isinstance(step, Tensor) and step.ndim == 1 else step
+
+
+def gradient(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Gradient of fn(x), (B,), in x (B, ...); with a graph of its own where gradients are on."""
+    wanted = torch.is_grad_enabled()
+    with torch.enable_grad():
+        u = x if wanted and x.requires_grad else x.detach().requires_grad_()
+        return torch.autograd.grad(fn(u).sum(), u, create_graph=wanted, materialize_grads=True)[0]
 
 
 def soft_threshold(v: Tensor, threshold: float | Tensor) -> Tensor:

@@ -277,7 +277,7 @@ COMMANDS_REFUSED = {
     "few images": (["--n_calibration=50"], "holds 52 images, but 50 to calibrate and 10 for the half-widths are 60"),
     "few to learn from": (["--n_training=60", "--training={pictures}"], "holds 52 images, not 60"),
     "no steps": (["--n_steps=0"], "n_steps must be at least 1"),
-    "negative": (["--n_test=-1"], "n_test must not be negative"),
+    "negative": (["--n_test=-1"], "n_test must be at least 0"),
     "split": (["--split=valid"], "split must be one of"),
     "array": (["--parameters", "sigma"], "is not KEY=VALUE"),
     "not linear": (["--problem=one-bit"], "method unfolded is not for one-bit"),

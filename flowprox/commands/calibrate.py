@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowprox.commands.terminal import check_device, check_models, key_values, print_table
-from flowprox.naming import Values, digits
+from flowprox.naming import Values, digits, require_count
 
 if TYPE_CHECKING:
     from deepinv.physics import LinearPhysics
@@ -81,12 +81,8 @@ def calibrate(options: CalibrateOptions) -> None:
     The promise is about the average over images like those that calibrate, not about single pixels or images.
     """
     parameters = key_values(options.parameters, "parameters")
-    for name in ("n_training", "n_calibration", "n_steps"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"{name} must be positive, got {getattr(options, name)}")
-    for name in ("n_test", "n_alarm"):
-        if getattr(options, name) < 0:
-            raise ValueError(f"{name} must not be negative, got {getattr(options, name)}")
+    for name in ("n_training", "n_calibration", "n_steps", "n_test", "n_alarm"):
+        require_count(name, getattr(options, name), 0 if name in ("n_test", "n_alarm") else 1)
     check_device(options.device)
     check_models(options.model)
     import torch

@@ -233,13 +233,15 @@ def load_array(path: StrPath, shape: Sequence[int]) -> Tensor:
 
 def read_file(path: Path) -> bytes:
     """The bytes of a regular file, or an error that says what stands in its place."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give an image file")
+    _check_file(path)
+    return path.read_bytes()
+
+
+def _check_file(path: Path) -> None:
     if not path.exists():
         raise FileNotFoundError(f"no file {str(path)!r}; check the path")
     if not path.is_file():
-        raise ValueError(f"{path} is a pipe or a device; give a regular file")
-    return path.read_bytes()
+        raise ValueError(f"{path} is a {'folder' if path.is_dir() else 'pipe or a device'}; give a regular file")
 
 
 def fitted(content: bytes, name: str, image_size: int | None, crop: str, channels: int) -> np.ndarray:
@@ -483,10 +485,7 @@ def _told(path: Path, form: str, read: Callable[[], _Content]) -> _Content:
 
 def _read_array(path: Path, kinds: str) -> np.ndarray:
     """The array of floats ("f") or complex numbers ("c") in a file."""
-    if not path.exists():
-        raise FileNotFoundError(f"no file {str(path)!r}; check the path")
-    if not path.is_file():
-        raise ValueError(f"{path} is no regular file; give an .npy file")
+    _check_file(path)
     array = _read_npy(path) if suffix_of(path) == ".npy" else _read_named(path)
     if array.dtype.kind not in kinds:
         raise ValueError(

@@ -86,11 +86,7 @@ def standard_normal(y: Tensor, generator: Generators) -> Tensor:
 
 
 def generator_each(y: Tensor, generator: Generators) -> list[torch.Generator]:
-    """A generator for each image of y: the same one every time if there is one for the batch.
-
-    Raises:
-        ValueError: there are not as many generators as images.
-    """
+    """A generator for each image of y, the same one every time if there is one for the batch; ValueError for another number."""
     if generator is None:
         return [torch.default_generator] * len(y)
     if isinstance(generator, torch.Generator):

@@ -67,8 +67,7 @@ class GaussianNoise(_Normal, deepinv.physics.GaussianNoise):
         ValueError: sigma is negative or not finite, or mean is not finite.
 
     Example:
-        >>> noise = GaussianNoise(0.1)
-        >>> y = torch.zeros(1, 3, 4, 4)
+        >>> noise, y = GaussianNoise(0.1), torch.zeros(1, 3, 4, 4)
         >>> torch.equal(noise(y, seed=1), noise(y, seed=1))
         True
     """
@@ -213,15 +212,7 @@ def is_exact(noise: object) -> bool:
 
 
 def noise_density(noise: object, physics: nn.Module | None = None) -> Density:
-    """The density of the noise.
-
-    Arguments:
-        noise: a noise with a density; None takes ``physics.noise_model``.
-        physics: the operator.
-
-    Raises:
-        ValueError: the noise has no density, or the standard deviation 0.
-    """
+    """The density of the noise, of None that of ``physics.noise_model``; ValueError where there is none, as with sigma 0."""
     model = as_noise(physics if noise is None else noise)
     if is_exact(model):
         raise ValueError(
@@ -234,9 +225,7 @@ def noise_density(noise: object, physics: nn.Module | None = None) -> Density:
 
 
 def noise_level(physics: nn.Module, like: Tensor, *, allow_rms: bool = False) -> Tensor:
-    """The standard deviation of the noise of ``physics`` for each image of ``like`` (B, ...): (B,).
-
-    deepinv's ``ZeroNoise``, which a physics has that was given no noise, is level 0.
+    """The standard deviation of the noise of ``physics`` for each image of ``like`` (B, ...): (B,); without noise it is 0.
 
     Arguments:
         physics: an operator with a ``noise_model``, or the noise itself.

@@ -370,16 +370,10 @@ class _Task:
     def _check_operator_is_known(self) -> None:
         """A measurement needs the random operator it was made with; another one would be believed silently."""
         name, drawn = self.problem.name, self.kind.drawn
-        if not drawn or self.job.operator_seed is not None:
-            return
-        if drawn not in self.kind.parameters:
+        if drawn and self.job.operator_seed is None and self.problem.parameters.get(drawn) is None:
+            own = f"parameter {drawn} (an .npy file), or " if drawn in self.kind.parameters else ""
             raise ValueError(
-                f"measurements of {name} need the {drawn} they were made with: give the operator_seed it was drawn with"
-            )
-        if self.problem.parameters.get(drawn) is None:
-            raise ValueError(
-                f"measurements of {name} need the {drawn} they were made with: give parameter {drawn} (an .npy file), "
-                "or the operator_seed it was drawn with"
+                f"measurements of {name} need the {drawn} they were made with: give {own}the operator_seed it was drawn with"
             )
 
     def _check_level_is_known(self) -> None:

@@ -58,9 +58,6 @@ def export_program(model: Reconstructor, physics: Physics, y: Tensor, inputs: Se
         inputs: tensors of the operator that the program takes after y, by name: "sigma", the noise's standard deviation (),
             "mask" (1, C, H, W). Without them they are constants.
 
-    Returns:
-        a program whose ``module()`` maps y to x_hat (B, C, H, W), as ``model(y, physics)`` in evaluation mode does.
-
     Raises:
         ValueError: the model is no unfolded network (solvers decide as they go, which no program can); y holds a single
             measurement, for which the batch size cannot be left open; the operator has no tensor of that name.

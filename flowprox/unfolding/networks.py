@@ -147,12 +147,8 @@ class Unfolded(Pretrained, Specified, Reconstructor):
 
         In evaluation mode and without gradients the flows are ``frozen`` meanwhile; around many calls do that once yourself.
         A measurement of an image whose sides ``divisor`` does not divide is extended, and the result cropped
-        (``flowprox.operators.fit_to_divisor``).
-
-        Arguments:
-            y: measurement.
-            physics: the operator, or one for each data step, K or, with a final one, K + 1. The start and what the folds are
-                told are then the first one's.
+        (``flowprox.operators.fit_to_divisor``). With one operator for each data step, K or, with a final one, K + 1, the
+        start and what the folds are told are the first one's.
 
         Raises:
             ValueError: the measurement cannot be extended to sides that ``divisor`` divides, the channels do not fit, or
@@ -425,11 +421,7 @@ class UnfoldedHQS(Unfolded):
 
 
 def latent_statistics(latents: Sequence[Tensor]) -> list[dict[str, float]]:
-    """Mean, standard deviation and excess kurtosis of each fold's latents; 0, 1 and 0 for a standard normal z.
-
-    Arguments:
-        latents: of the folds, as ``Unfolded.latents`` gives them.
-    """
+    """Mean, standard deviation and excess kurtosis of each fold's ``Unfolded.latents``; 0, 1 and 0 for a standard normal z."""
     names = ("mean", "std", "kurtosis")
     each = [(z.mean(), z.std(), ((z - z.mean()) / z.std()).pow(4).mean() - 3) for z in (z.double() for z in latents)]
     return [dict(zip(names, (value.item() for value in values), strict=True)) for values in each]
