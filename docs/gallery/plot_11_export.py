@@ -16,7 +16,7 @@ import torch
 
 import flowprox
 from flowprox.samples import sample_images
-from flowprox.unfolding.export import export_program
+from flowprox.unfolding import export_program
 
 x = dict(sample_images())["chelsea"][None, :, :64, 32:96]
 physics = flowprox.make_physics("denoising", (3, 64, 64), sigma=0.1)

@@ -138,7 +138,7 @@ def export(
     from flowprox.checkpoints import load_model
     from flowprox.files import atomic_write
     from flowprox.operators import Problem, make_physics
-    from flowprox.unfolding.export import export_program
+    from flowprox.unfolding import export_program
 
     network = load_model(model)
     trained, shape = network.card.problem, network.card.preprocessing.get("image_shape")

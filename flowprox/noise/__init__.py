@@ -4,9 +4,8 @@
 ``MNISTNoise`` (drawn only) and ``FlowNoise``, a trained flow as the density. Every one is a ``noise_model`` of deepinv.
 """
 
-from flowprox.noise.base import Density, Generators, Noise
+from flowprox.noise.base import Density, FlowNoise, Generators, Noise
 from flowprox.noise.digits import MNISTNoise
-from flowprox.noise.flow import FlowNoise
 from flowprox.noise.gaussian import (
     NOISES,
     GaussianNoise,

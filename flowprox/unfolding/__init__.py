@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from flowprox.unfolding.conditioning import Conditioning, LatentMeanNet
 from flowprox.unfolding.density import BoundDensity, ConditionalDensity, LatentScale, fit_density
-from flowprox.unfolding.export import export_program
 from flowprox.unfolding.networks import (
     GradientStep,
     ProximalStep,
     Unfolded,
     UnfoldedHQS,
     UnfoldedPGD,
+    export_program,
     latent_statistics,
 )
 

@@ -11,8 +11,7 @@ from flowprox.baselines import TotalVariation
 from flowprox.flows import Glow, RealNVP
 from flowprox.operators import make_physics
 from flowprox.prox import FlowProx, ResNetProx
-from flowprox.unfolding import LatentMeanNet, Unfolded, UnfoldedHQS, UnfoldedPGD
-from flowprox.unfolding.export import export_program
+from flowprox.unfolding import LatentMeanNet, Unfolded, UnfoldedHQS, UnfoldedPGD, export_program
 
 SHAPE = (3, 16, 16)
 GLOW = {"image_shape": SHAPE, "n_levels": 2, "n_steps": 1, "hidden_channels": 8}
