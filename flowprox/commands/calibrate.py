@@ -164,14 +164,7 @@ def calibrate(options: CalibrateOptions) -> None:
             shown.update(bars[what], completed=n)
 
         intervals = fit_intervals(
-            method,
-            physics,
-            floats(training),
-            floats(calibration),
-            options.alpha,
-            options.n_steps,
-            options.seed,
-            show,
+            method, physics, floats(training), floats(calibration), options.alpha, options.n_steps, options.seed, show
         )
     watched = torch.cat([calibration, rest if options.test else rest[len(test) :]])
     intervals, n_alarm = _with_alarm(intervals, network, physics, watched, options)

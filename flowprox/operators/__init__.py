@@ -11,14 +11,7 @@ factor times smaller, MRI (B, 2 C, H, W) or (B, 2, N, H, W) by N coils, tomograp
 deblurring take images of any size, whatever size they were made for; the other operators belong to one size.
 """
 
-from flowprox.operators.blur import (
-    BOUNDARIES,
-    CircularBlur,
-    CircularConvolution,
-    LearnedBlur,
-    PaddedBlur,
-    WindowedBlur,
-)
+from flowprox.operators.blur import BOUNDARIES, CircularBlur, CircularConvolution, LearnedBlur, PaddedBlur, WindowedBlur
 from flowprox.operators.imaging import (
     CT,
     FILTERS,

@@ -21,15 +21,7 @@ from flowprox.options import (
 )
 from flowprox.training.callbacks import Callback, reporting_to
 
-__all__ = [
-    "Callback",
-    "TrainingResult",
-    "reporting_to",
-    "train_denoiser",
-    "train_flow",
-    "train_gan",
-    "train_unfolded",
-]
+__all__ = ["Callback", "TrainingResult", "reporting_to", "train_denoiser", "train_flow", "train_gan", "train_unfolded"]
 
 _LIKELIHOOD = LikelihoodOptions()
 _NO_DATA, _NO_NOISE = DataOptions(train=""), NoiseOptions(name="")
