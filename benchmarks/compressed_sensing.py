@@ -178,7 +178,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     flow = load_model(arguments.flow)
     images = ImageDataset(arguments.images, 64, limit=arguments.n_images)
-    x = images.batch(range(len(images)))["x"]
+    x = images.images.float() / 255
     records = compare(
         flow, x, arguments.m, arguments.n_steps, arguments.n_evaluations, arguments.seed, arguments.weight_gradients
     )

@@ -244,22 +244,17 @@ def _check_file(path: Path) -> None:
         raise ValueError(f"{path} is a {'folder' if path.is_dir() else 'pipe or a device'}; give a regular file")
 
 
-def fitted(content: bytes, name: str, image_size: int | None, crop: str, channels: int) -> np.ndarray:
-    """8-bit pixels (C, H, W) of an image file's content, cropped and resized.
-
-    Raises:
-        ValueError: it cannot be read; the message begins with ``name``.
-    """
+def fitted(content: bytes, name: str, image_size: int | None, channels: int) -> np.ndarray:
+    """8-bit pixels (C, H, W) of an image file's content, its central square resized; a ValueError begins with ``name``."""
     image = _open(content, name)
     if _is_deep(image):
         image = Image.fromarray((_deep_gray(image, name) * 255).round().astype(np.uint8))
     image = _opaque(image).convert("L" if channels == 1 else "RGB")
     if image_size is None:
         return _pixels(image)
-    if crop == "center":
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
     if image.size != (image_size, image_size):
         image = image.resize((image_size, image_size), Image.Resampling.LANCZOS)
     return _pixels(image)

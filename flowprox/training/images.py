@@ -42,7 +42,6 @@ class ResumableSampler(Sampler[list[int]]):
         seed: of the order.
         rank: this process, 0 to world_size - 1.
         world_size: number of processes; it divides batch_size.
-        shuffle: without it the order is 0 to n - 1 in every epoch.
         drop_last: leave out the last, smaller batch; otherwise it is filled up to a multiple of world_size from the
             epoch's first images.
 
@@ -65,7 +64,6 @@ class ResumableSampler(Sampler[list[int]]):
         *,
         rank: int = 0,
         world_size: int = 1,
-        shuffle: bool = True,
         drop_last: bool = True,
     ) -> None:
         if n < 1 or batch_size < 1:
@@ -77,8 +75,7 @@ class ResumableSampler(Sampler[list[int]]):
         if drop_last and n < batch_size:
             raise ValueError(f"{n} images are fewer than one batch of {batch_size}; use a smaller batch_size")
         self.n, self.batch_size, self.seed = n, batch_size, seed
-        self.rank, self.world_size = rank, world_size
-        self.shuffle, self.drop_last = shuffle, drop_last
+        self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
         self.epoch = 0
         self.position = 0
 
@@ -97,8 +94,6 @@ class ResumableSampler(Sampler[list[int]]):
 
     def order(self, epoch: int) -> list[int]:
         """All n indices in the order of an epoch."""
-        if not self.shuffle:
-            return list(range(self.n))
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         return torch.randperm(self.n, generator=generator).tolist()
 
