@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -327,7 +328,7 @@ def test_mask_and_kernel_from_files(tmp_path: Path, as_text: bool) -> None:
         expected = make_physics(Problem(name, {key: array}), SHAPE).A(x)
         assert torch.equal(make_physics(problem, SHAPE).A(x), expected)
         assert torch.equal(make_physics(name, SHAPE, **problem.parameters).A(x), expected)
-        assert problem == Problem.from_json(problem.to_json())
+        assert problem == Problem(**json.loads(problem.to_json()))
         assert problem.label == f"{name}-{key}-{path.stem}"
 
 
@@ -415,7 +416,7 @@ NOISES_BY_NAME: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize(("name", "parameters"), NOISES_BY_NAME.values(), ids=NOISES_BY_NAME.keys())
 def test_noise_by_name(name: str, parameters: dict[str, Any]) -> None:
     problem = Problem(name, parameters)
-    assert Problem.from_json(problem.to_json()) == problem
+    assert Problem(**json.loads(problem.to_json())) == problem
     assert f"noise-{parameters['noise']}" in problem.label
     physics, x = make_physics(problem, SHAPE), torch.rand(3, *SHAPE)
     y = measure_each(x, physics, [1, 2, 3])
@@ -447,7 +448,7 @@ def test_level_of_sensing_noise_by_norm_or_by_standard_deviation(parameters: dic
     physics = make_physics("compressed-sensing", SHAPE, m=400, **parameters)
     assert float(physics.noise_model.sigma) == pytest.approx(std)  # type: ignore[arg-type]
     problem = Problem("compressed-sensing", {"m": 400, **parameters})
-    assert Problem.from_json(problem.to_json()) == problem
+    assert Problem(**json.loads(problem.to_json())) == problem
 
 
 def test_a_new_noise_takes_the_place_of_the_one_before() -> None:
@@ -481,14 +482,8 @@ def test_a_new_noise_takes_the_place_of_the_one_before() -> None:
 def test_problem_label_and_json(name: str, parameters: dict[str, Any], label: str) -> None:
     problem = Problem(name, parameters)
     assert problem.label == label
-    assert Problem.from_json(problem.to_json()) == problem
+    assert Problem(**json.loads(problem.to_json())) == problem
     assert make_physics(problem, (3, 20, 24)).A(torch.rand(1, 3, 20, 24)).shape == (1, 3, 20, 24)
-
-
-@pytest.mark.parametrize("text", ["[]", "{}", "denoising", '{"name": "denoising", "sigma": 0.1}'])
-def test_json_that_is_no_problem_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"a problem in JSON has the form|Expecting value"):
-        Problem.from_json(text)
 
 
 def test_parameters_override_those_of_a_problem() -> None:
@@ -563,7 +558,7 @@ def test_a_bad_image_shape_is_named(shape: Any) -> None:
 def test_an_own_mask_displaces_the_square() -> None:
     problem = Problem("inpainting", {"mask_size": 5}).replaced(mask="mine.npy")
     assert problem.parameters["mask_size"] is None and problem.label == "inpainting-mask-mine"
-    assert Problem.from_json(problem.to_json()) == problem
+    assert Problem(**json.loads(problem.to_json())) == problem
     earlier = Problem("inpainting", {"mask": "mine.npy", "mask_size": 19, "sigma": 0.0})  # as cards before have it
     assert earlier == problem
 

@@ -48,7 +48,7 @@ class Problem:
         >>> problem = Problem("inpainting", {"mask_size": 16})
         >>> problem.label
         'inpainting-mask_size16'
-        >>> Problem.from_json(problem.to_json()) == problem
+        >>> Problem(**json.loads(problem.to_json())) == problem
         True
     """
 
@@ -89,7 +89,7 @@ class Problem:
         return "-".join([self.name, *(_label_part(key, self.parameters[key]) for key in shown)])
 
     def to_json(self) -> str:
-        """One line of JSON.
+        """One line of JSON, ``name`` and ``parameters``.
 
         Raises:
             ValueError: a parameter is an array or a noise object; save the array as .npy and give its path, and name the
@@ -100,20 +100,6 @@ class Problem:
         except TypeError as error:
             remedy = "save the array as .npy and give its path, name a noise instead of passing an object"
             raise ValueError(f"a parameter of {self.name} cannot be written as JSON ({error}): {remedy}") from error
-
-    @classmethod
-    def from_json(cls, text: str) -> Problem:
-        """Read what ``to_json`` wrote.
-
-        Raises:
-            ValueError: the text is not a problem in JSON.
-        """
-        content = json.loads(text)
-        if not isinstance(content, dict) or set(content) - {"name", "parameters"} or "name" not in content:
-            raise ValueError(
-                f'a problem in JSON has the form {{"name": ..., "parameters": {{...}}}}, got {text[:80]!r}'
-            )
-        return cls(content["name"], content.get("parameters", {}))
 
 
 def make_physics(

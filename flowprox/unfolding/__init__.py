@@ -11,7 +11,6 @@ from flowprox.unfolding.networks import (
     UnfoldedHQS,
     UnfoldedPGD,
     export_program,
-    latent_statistics,
 )
 
 __all__ = [
@@ -27,5 +26,4 @@ __all__ = [
     "UnfoldedPGD",
     "export_program",
     "fit_density",
-    "latent_statistics",
 ]

@@ -422,13 +422,6 @@ class UnfoldedHQS(Unfolded):
         return torch.exp(self.log_data_weight.detach())
 
 
-def latent_statistics(latents: Sequence[Tensor]) -> list[dict[str, float]]:
-    """Mean, standard deviation and excess kurtosis of each fold's ``Unfolded.latents``; 0, 1 and 0 for a standard normal z."""
-    names = ("mean", "std", "kurtosis")
-    each = [(z.mean(), z.std(), ((z - z.mean()) / z.std()).pow(4).mean() - 3) for z in (z.double() for z in latents)]
-    return [dict(zip(names, (value.item() for value in values), strict=True)) for values in each]
-
-
 def _lies_within(value: object, low: object, high: object) -> bool:
     if isinstance(value, tuple):
         return all(_lies_within(part, low, high) for part in value)
