@@ -426,7 +426,7 @@ BAD_CARDS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "other names": (
         lambda m: edit_card(m, model={"kind": "Chain", "arguments": {"parts": [{"kind": "Tiny", "arguments": {}}]}}),
-        r"parts\.0\.linear\.weight is missing; .*; and \d more",
+        r"parts\.0\.linear\.weight is missing, .* and \d more",
     ),
     "no weights": (lambda m: (m / WEIGHTS).unlink(), r"model\.safetensors does not exist"),
     "truncated": (lambda m: (m / WEIGHTS).write_bytes((m / WEIGHTS).read_bytes()[:-9]), r"has \d+ of \d+ bytes"),

@@ -337,7 +337,7 @@ def load_images(options: ImageOptions, seed: int, limit: int | None) -> list[Eva
     n = min((n for n in (options.limit, limit) if n is not None), default=None)
     images = []
     for entry in entries_of_split(source, options.split)[:n]:
-        pixels = fitted(entry.read(), entry.name, options.image_size, "center", options.channels)
+        pixels = fitted(entry.read(), entry.name, options.image_size, options.channels)
         name = entry.key if entry.key.endswith("]") else str(PurePosixPath(entry.key).with_suffix(""))
         content = hashlib.blake2b(pixels.tobytes(), digest_size=8).hexdigest()
         x = as_float(torch.from_numpy(pixels))

@@ -317,10 +317,10 @@ def test_ctrl_c_keeps_what_is_there() -> None:
 BAD = {
     "negative gamma": ({"gamma": -1.0}, "gamma must be finite and at least 0"),
     "gamma by another name": ({"gamma": "discrepance"}, "gamma must be a number"),
-    "norm": ({"norm": "l1"}, "norm must be one of unsquared, squared"),
-    "space": ({"space": "pixels"}, "space must be one of latent, image"),
+    "norm": ({"norm": "l1"}, "norm must be one of 'unsquared', 'squared'"),
+    "space": ({"space": "pixels"}, "space must be one of 'latent', 'image'"),
     "kink in image space": ({"space": "image"}, "has a kink that x does not show"),
-    "form": ({"form": "x"}, "form must be one of latent, image"),
+    "form": ({"form": "x"}, "form must be one of 'latent', 'image'"),
 }
 
 
