@@ -173,11 +173,7 @@ def _answers(drawn: Mapping[str, Any] | None, *choices: Any) -> Iterator[tuple[A
 
 
 def make_page() -> Any:
-    """The page, a ``gradio.Blocks``; ``launch`` serves it.
-
-    Raises:
-        ImportError: gradio is not installed.
-    """
+    """The page, a ``gradio.Blocks``; ``launch`` serves it. ImportError without gradio."""
     gr: Any = require_package("gradio", "gradio", "flowprox app", extra="app")
     sample = Image.fromarray(_pixels(load_image(SAMPLES_FOLDER / "chelsea.png", channels=3)))
     with gr.Blocks(title="flowprox", analytics_enabled=False) as page, gr.Row():
@@ -216,12 +212,7 @@ def make_page() -> Any:
 
 
 def serve(port: int, show: bool = False) -> None:
-    """Serve the page on 127.0.0.1 until the process ends.
-
-    Raises:
-        ImportError: gradio is not installed.
-        OSError: the port is taken.
-    """
+    """Serve the page on 127.0.0.1 until the process ends; OSError where the port is taken, ImportError without gradio."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     page = make_page()
     from gradio.themes import Base  # pyright: ignore[reportMissingImports]

@@ -21,11 +21,8 @@ from flowprox.naming import require_choice, require_count, require_positive
 
 
 def transfer_function(physics: LinearPhysics, y: Tensor) -> Tensor:
-    """Fourier transform of a circular blur's kernel for images like y, complex (C, H, W // 2 + 1), found by blurring one pixel.
-
-    Raises:
-        ValueError: the operator is no circular convolution (checked on a random image).
-    """
+    """Fourier transform of a circular blur's kernel for images like y, complex (C, H, W // 2 + 1), found by blurring one pixel;
+    ValueError for an operator that is no circular convolution, by a random image."""
     shape = y.shape[1:]
     pixel = torch.zeros(1, *shape, device=y.device, dtype=y.dtype)
     pixel[..., 0, 0] = 1

@@ -84,11 +84,7 @@ class Card:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Card:
-        """Make a card from plain values.
-
-        Raises:
-            CheckpointError: a key is missing, unknown, or holds a value of the wrong type.
-        """
+        """A card of plain values; CheckpointError where a key is missing, unknown, or holds a value of the wrong type."""
         known = {f.name: f for f in dataclasses.fields(cls)}
         values = {"license" if key == "licence" else key: value for key, value in values.items()}  # cards before 0.2
         unknown = sorted(set(values) - set(known))
@@ -168,11 +164,7 @@ _HOLDS: dict[str, Callable[[object], bool]] = {
 
 
 def read_card(path: Path) -> Card:
-    """Read ``card.json``.
-
-    Raises:
-        CheckpointError: it is missing, damaged or of another format version.
-    """
+    """Read ``card.json``; CheckpointError where it is missing, damaged or of another format version."""
     if not path.is_file():
         for other in sorted(path.parent.glob("*")):
             if other.suffix in PICKLE_SUFFIXES:

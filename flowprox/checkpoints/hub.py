@@ -66,11 +66,8 @@ def push_to_hub(
 
 
 def download(name: str, files: tuple[str, ...], revision: str | None) -> Path:
-    """The folder of hub's cache that holds these files of a model "hf:ORG/NAME", fetched where needed.
-
-    Raises:
-        CheckpointError: there is no such model, it lacks a file, or the hub does not answer.
-    """
+    """The folder of hub's cache that holds these files of a model "hf:ORG/NAME", fetched where needed; CheckpointError where
+    there is no such model, it lacks a file, or the hub does not answer."""
     repo_id = _repository(name)
     import huggingface_hub
 

@@ -483,11 +483,7 @@ class Pretrained:
         *,
         revision: str | None = None,
     ) -> _Model:
-        """A trained model of this class; arguments and errors as in ``load_model``, "hf:ORG/NAME" is one of the hub.
-
-        Raises:
-            CheckpointError: also for a model of another class.
-        """
+        """``load_model``, with a CheckpointError also for a model of another class; "hf:ORG/NAME" is one of the hub."""
         model = load_model(name, device, dtype, revision=revision)
         if not isinstance(model, cls):
             raise CheckpointError(

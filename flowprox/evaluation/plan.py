@@ -82,11 +82,7 @@ class Case(NamedTuple):
 
     @property
     def operators(self) -> list[Problem]:
-        """What the method is given in place of the measuring operator, one for all data steps or one for each; [] for none.
-
-        Raises:
-            ValueError: an unknown parameter.
-        """
+        """What the method is given in place of the measuring operator, one for all data steps or one for each; [] for none."""
         return [self.problem.problem.replaced(**changed) for changed in self.method.operators or ()]
 
     @property
@@ -96,11 +92,7 @@ class Case(NamedTuple):
 
 
 def at_scale(recipe: EvaluationOptions, scale: str) -> EvaluationOptions:
-    """The recipe at another scale: the problems and methods that are for it, with what the scale replaces.
-
-    Raises:
-        ValueError: the recipe has no such scale.
-    """
+    """The recipe at another scale, or ValueError: with what the scale replaces, and the problems and methods for it."""
     known = {SMOKE, AS_WRITTEN, *recipe.scales}
     if scale not in known:
         raise ValueError(f"the recipe has no scale {scale!r}; {nearest(scale, known)}")

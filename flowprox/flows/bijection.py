@@ -109,11 +109,7 @@ class FiniteChecks:
                 gathered.logical_or_(flag)
 
     def report(self) -> None:
-        """Read all flags at once and lower them.
-
-        Raises:
-            NonFiniteError: one of them was up; the first block and direction are named.
-        """
+        """Read all flags at once and lower them; a NonFiniteError names the first block and direction whose flag was up."""
         if not self._flags:
             return
         flags = list(self._flags.values())

@@ -139,11 +139,7 @@ class PixelNorm(_FromData):
         super().__init__(*image_shape)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """z and log|det|.
-
-        Raises:
-            ValueError: x is not of the size the layer was made for.
-        """
+        """z and log|det|; ValueError where x is not of the size the layer was made for."""
         self._check(x)
         self.initialize_once(x)
         return x * torch.exp(self.log_scale) + self.bias, self.log_scale.sum().expand(x.shape[0])

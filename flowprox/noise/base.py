@@ -170,11 +170,7 @@ class FlowNoise(Specified, Noise):
 
     @torch.no_grad()
     def sample_like(self, y: Tensor, generator: Generators = None) -> Tensor:
-        """Noise of y's shape (B, C, H, W), the latent drawn from the generator.
-
-        Raises:
-            ValueError: the flow does not take images of y's size.
-        """
+        """Noise of y's shape (B, C, H, W), of which the flow must take images, the latent drawn from the generator."""
         self._check(y, "y")
         like = next(self.flow.parameters(), y)
         z = standard_normal(torch.empty(y.shape, dtype=like.dtype, device=y.device), generator)
@@ -182,11 +178,7 @@ class FlowNoise(Specified, Noise):
         return (self.scale * noise).to(y)
 
     def log_prob(self, residual: Tensor) -> Tensor:
-        """log p(residual) in nats, (B,), of residuals (B, C, H, W).
-
-        Raises:
-            ValueError: the flow does not take images of the residual's size.
-        """
+        """log p(residual) in nats, (B,), of residuals (B, C, H, W); ValueError for a size that the flow does not take."""
         self._check(residual, "residual")
         n = residual[0].numel()
         # a solver steps back from what is not finite, image by image

@@ -64,11 +64,7 @@ class MNISTNoise(Noise):
         self.register_buffer("digits", _of_split(_read_idx(Path(path)), split), persistent=False)
 
     def sample_like(self, y: Tensor, generator: Generators = None) -> Tensor:
-        """Digits and white noise of y's shape (B, C, H, W).
-
-        Raises:
-            ValueError: y is no image, or smaller than a digit.
-        """
+        """Digits and white noise of y's shape (B, C, H, W); ValueError for no image, or one smaller than a digit."""
         height, width = self.digits.shape[-2:]
         if y.ndim != 4 or y.shape[-2] < height or y.shape[-1] < width:
             raise ValueError(
@@ -86,11 +82,7 @@ class MNISTNoise(Noise):
         return amplitude / 255 * noise + sigma * white
 
     def log_prob(self, residual: Tensor) -> Tensor:
-        """Digit noise has no density that can be written down.
-
-        Raises:
-            ValueError: always; it tells what to use.
-        """
+        """Digit noise has no density that can be written down: a ValueError tells what to use."""
         raise ValueError(
             'digit noise has no closed-form density; use a flow trained on it: load_model("noise-mnist64")'
         )

@@ -39,11 +39,7 @@ class _Normal(Noise):
         return mean + sigma * standard_normal(y, generator)
 
     def log_prob(self, residual: Tensor) -> Tensor:
-        """log p(residual) in nats, (B,), of residuals (B, ...).
-
-        Raises:
-            ValueError: a standard deviation is 0, or the residual is not of the size of the noise.
-        """
+        """log p(residual) in nats, (B,), of residuals (B, ...); ValueError for another size, or a standard deviation of 0."""
         sigma, mean = self._parameters_like(residual)
         if sigma.device.type == "cpu" and not bool((sigma > 0).all()):  # elsewhere looking would make the host wait
             raise ValueError("noise with a standard deviation of 0 has no density; give one above 0")

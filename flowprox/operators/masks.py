@@ -76,10 +76,7 @@ def varied_masks(
 ) -> LinearPhysics:
     """Inpainting of n images with a mask each: a rectangle anywhere with sides in the range ``mask_size`` is hidden, or a
     fraction ``keep`` of the pixels is seen at random places; with both ranges half of the images, on average, have a rectangle.
-
-    Raises:
-        ValueError: a range that leaves no rectangle, no image or no pixel.
-    """
+    ValueError for a range that leaves no rectangle, no image or no pixel."""
     random = functools.partial(torch.rand, generator=generator, device=generator.device)
     height, width = image_shape[1:]
     masks = []

@@ -46,10 +46,7 @@ def measure(x: Tensor, physics: Physics, generator: torch.Generator | None = Non
 
 def measure_each(x: Tensor, physics: Physics, seeds: Sequence[int]) -> Tensor:
     """y = A x + noise of images x (B, C, H, W) with one seed each: an image gets the same noise in every batch, method and run.
-
-    Raises:
-        ValueError: as many seeds as images are needed; x is not of the size of the operator's mask.
-    """
+    ValueError for another number of seeds, or images that are not of the size of the operator's mask."""
     if len(seeds) != len(x):
         raise ValueError(f"seeds must hold one number per image: got {len(seeds)} for {len(x)} images")
     _check_image(x, physics)

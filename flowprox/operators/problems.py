@@ -89,12 +89,7 @@ class Problem:
         return "-".join([self.name, *(_label_part(key, self.parameters[key]) for key in shown)])
 
     def to_json(self) -> str:
-        """One line of JSON, ``name`` and ``parameters``.
-
-        Raises:
-            ValueError: a parameter is an array or a noise object; save the array as .npy and give its path, and name the
-                noise.
-        """
+        """One line of JSON, ``name`` and ``parameters``; ValueError where one of these is an array or a noise object."""
         try:
             return json.dumps({"name": self.name, "parameters": self.parameters}, sort_keys=True)
         except TypeError as error:

@@ -125,11 +125,7 @@ class Discrepancy:
 
 
 def noise_energy(y: Tensor, physics: Physics, measured: Tensor) -> tuple[Tensor, Tensor]:
-    """(E||noise||^2 (B,), number of entries (B,)) as the noise model tells, in the entries that are ``measured``.
-
-    Raises:
-        ValueError: the noise model of the physics has no level.
-    """
+    """(E||noise||^2 (B,), number of entries (B,)) in the ``measured`` entries, as the noise model tells, or ValueError."""
     noise = as_noise(physics)
     if not isinstance(noise, Noise):
         kind = type(noise).__name__

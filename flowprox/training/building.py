@@ -25,12 +25,8 @@ def image_shape(data: DataOptions | NoiseOptions) -> tuple[int, int, int]:
 
 
 def make_flow(flow: str | Values, data: DataOptions | NoiseOptions) -> Flow:
-    """A flow for the images or noise of ``data``: a preset, a specification or a pretrained one (see ``train_flow``).
-
-    Raises:
-        ValueError: it cannot be built, is no flow, or does not take images of that size.
-        FileNotFoundError: there is no such pretrained flow.
-    """
+    """A flow for the images or noise of ``data``: a preset, a specification or a pretrained one (see ``train_flow``);
+    ValueError where it cannot be built or found, is no flow, or does not take images of that size."""
     shape = image_shape(data)
     if flow == "compact":
         made: Any = Glow.compact(shape)
@@ -74,12 +70,8 @@ def _make_prox(options: UnfoldedOptions, data: DataOptions) -> nn.Module:
 
 
 def make_unfolded(options: UnfoldedOptions, problem: ProblemOptions, data: DataOptions) -> Unfolded:
-    """The unfolded network that the options describe, untrained except for what is pretrained.
-
-    Raises:
-        ValueError: the parts do not fit each other.
-        FileNotFoundError: there is no such pretrained flow or prox.
-    """
+    """The unfolded network that the options describe, untrained except for what is pretrained; ValueError where the parts do
+    not fit each other or something pretrained is not found."""
     first = _make_prox(options, data)
     shared = options.tied or options.prox == "plug-and-play"
     proxes = [first if shared or k == 0 else copy.deepcopy(first) for k in range(options.n_folds)]

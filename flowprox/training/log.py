@@ -133,11 +133,7 @@ class RunLog:
 
 
 def _read_rows(path: Path) -> list[Values]:
-    """The rows of a metrics.jsonl; a last line that a kill cut short is left out.
-
-    Raises:
-        ValueError: a row is no row.
-    """
+    """The rows of a metrics.jsonl, a last line that a kill cut short left out; ValueError where one is no row."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
     try:
         rows = [json.loads(line) for line in lines]

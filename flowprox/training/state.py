@@ -70,11 +70,8 @@ def run_identity(recipe: Values, fingerprint: Mapping[str, str]) -> Values:
 
 
 def read_state(path: Path, identity: Values) -> Values | None:
-    """The state that a run of this identity left; None if there is none.
-
-    Raises:
-        ValueError: another run left it, and in what they differ; or it is damaged.
-    """
+    """The state that a run of this identity left, if there is one; a ValueError tells in what the run that left it differs, or
+    that it is damaged."""
     if not path.exists():
         return None
     state = load_training_state(path)

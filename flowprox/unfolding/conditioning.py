@@ -161,11 +161,7 @@ class LatentMeanNet(Specified, nn.Module):
         return self(torch.cat(inputs, dim=1))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """One image-shaped latent mean (B, C, H, W) per fold, from x (B, n_inputs, H, W).
-
-        Raises:
-            ValueError: height or width is not divisible by 2^n_levels.
-        """
+        """One image-shaped latent mean (B, C, H, W) per fold, from x (B, n_inputs, H, W), H and W divisible by 2^n_levels."""
         divisor = 2**self.n_levels
         if x.shape[-2] % divisor or x.shape[-1] % divisor:
             raise ValueError(

@@ -133,11 +133,8 @@ class BoundDensity(NamedTuple):
 
     @torch.no_grad()
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x | y) in nats, (..., B), of images (..., B, C, H, W).
-
-        Raises:
-            ValueError: the network ends with a data step, whose samples have no density.
-        """
+        """log p(x | y) in nats, (..., B), of images (..., B, C, H, W); ValueError for a network that ends with a data step,
+        whose samples have no density."""
         if self.network.ends_with_data_step:
             raise ValueError("a network that ends with a data step puts what was measured into its samples: no density")
         values = []
@@ -174,11 +171,8 @@ class ConditionalDensity:
 
     @torch.no_grad()
     def of(self, y: Tensor, physics: LinearPhysics) -> BoundDensity:
-        """The density of the images behind measurements (B, ...): samples and ``log_prob`` without the network's run.
-
-        Raises:
-            ValueError: the images are not of the size of the training.
-        """
+        """The density of the images behind measurements (B, ...), of the training's size, or ValueError: samples and
+        ``log_prob`` without the network's run."""
         x_hat = self.network(y, physics)
         if tuple(x_hat.shape[-2:]) != self.scale.image_size:
             sizes = ["x".join(map(str, size)) for size in (self.scale.image_size, tuple(x_hat.shape[-2:]))]

@@ -80,11 +80,7 @@ def find_picture(folders: Sequence[Path], *parts: str) -> Path | None:
 
 
 def read_picture(path: Path) -> Pixels:
-    """Pixels (H, W, 3) in [0, 1].
-
-    Raises:
-        OSError: the file is no picture.
-    """
+    """Pixels (H, W, 3) in [0, 1]; OSError for a file that is no picture."""
     with Image.open(path) as picture:
         picture = picture.convert("RGB")
         if max(picture.size) > MAX_SIDE:
