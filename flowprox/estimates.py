@@ -112,13 +112,8 @@ def estimate(
 
 
 def calibration_of(network: object, problem: Problem, seed: int = 0) -> Intervals | None:
-    """What ships with a trained network for a problem: intervals, alarm, density; None if not for these weights and problem.
-
-    Arguments:
-        network: with its card.
-        problem: what is measured.
-        seed: of what is drawn with the operator.
-    """
+    """The intervals, alarm and density that ship with a trained network; None if not for its weights, the problem and the
+    seed of what is drawn with the operator."""
     card = getattr(network, "card", None)
     if not isinstance(network, Unfolded) or card is None or (name := f"{card.name}-intervals") not in list_models():
         return None

@@ -87,11 +87,7 @@ def write_records(path: Path, records: Iterable[Mapping[str, object]]) -> None:
 def read_records(path: str | Path) -> list[Record]:
     """Records of a JSON-lines file, of those with one ``id`` the last, in the place of the first.
 
-    A last line that was cut short is dropped with a warning.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: another line is not a JSON object; the message gives file and line.
+    A last line that was cut short is dropped with a warning; another one that is no JSON object is a ValueError.
     """
     path = Path(path)
     if not path.is_file():

@@ -165,16 +165,7 @@ class Entry(NamedTuple):
 
 
 def entries_of_split(source: StrPath | Sequence[StrPath], split: str) -> list[Entry]:
-    """The images of a split, in the order of sources and file names.
-
-    Arguments:
-        source: as ``ImageDataset`` takes it.
-        split: one of ``SPLITS``, or "all".
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: no image of that split, or a damaged shard.
-    """
+    """The images of a split, in the order of sources and file names; arguments and errors as those of ``ImageDataset``."""
     sources = [source] if isinstance(source, str | PathLike) else list(source)
     if not sources:
         raise ValueError("source names no file; give a folder, an .npz shard or a glob")

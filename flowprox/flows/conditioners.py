@@ -245,9 +245,6 @@ class CouplingAttention(nn.Module):
         in_channels, out_channels: channels of the conditioning half, and of (log-scale, shift) together.
         hidden_channels: width, a multiple of n_heads.
         n_heads: attention heads.
-
-    Raises:
-        ValueError: a width that the heads do not divide.
     """
 
     def __init__(self, in_channels: int, out_channels: int, hidden_channels: int, n_heads: int = 4) -> None:

@@ -131,14 +131,8 @@ def earlier_records(out: Path) -> list[Record]:
 
 @contextmanager
 def results_folder(out: Path, overwrite: bool) -> Iterator[RecordWriter]:
-    """The folder, made where it is missing, and the records in it, to which the block appends.
-
-    A folder that was made here and in which nothing is finished when the block ends is removed.
-
-    Arguments:
-        out: the folder; a link to one is followed.
-        overwrite: remove the images of earlier records first, and begin anew.
-    """
+    """The folder, made where it is missing, and the records in it, to which the block appends; ``overwrite`` begins anew,
+    without the images of earlier ones. A folder that was made here and holds nothing finished at the end is removed."""
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         (out / "measurements").mkdir(parents=True, exist_ok=True)

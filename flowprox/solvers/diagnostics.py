@@ -21,19 +21,11 @@ from torch import Tensor
 
 
 def split_r_hat(draws: Tensor) -> Tensor:
-    """Rank-normalized split R-hat: 1 for chains that sample the same distribution, more for others.
+    """Rank-normalized split R-hat (...), float64, of draws (..., n_chains, n_draws): 1 for chains that sample the same
+    distribution, more for others; NaN where a draw is not finite or all draws are equal.
 
     The larger of the values for the location and for the scale (draws folded around their median), Vehtari et al.
-    2021, who ask for less than 1.01.
-
-    Arguments:
-        draws: (..., n_chains, n_draws), at least four draws per chain; one chain will do, it is split.
-
-    Returns:
-        (...), float64; NaN where a draw is not finite or all draws are equal.
-
-    Raises:
-        ValueError: fewer than four draws per chain, or fewer than two dimensions.
+    2021, who ask for less than 1.01. One chain will do, it is split; fewer than four draws per chain are a ValueError.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -47,20 +39,11 @@ def split_r_hat(draws: Tensor) -> Tensor:
 
 
 def effective_sample_size(draws: Tensor) -> Tensor:
-    """Bulk effective sample size: the number of independent draws that give the mean as precisely.
+    """Bulk effective sample size (...) of draws as for ``split_r_hat``: how many independent ones give the mean as precisely.
 
     That of the rank-normalized split chains, with the sum over lags cut by Geyer's initial monotone sequence (Vehtari et al.
     2021). It can exceed the number of draws for chains that alternate; it is bounded by
     N log10(N), N = n_chains n_draws.
-
-    Arguments:
-        draws: (..., n_chains, n_draws), at least four draws per chain.
-
-    Returns:
-        (...), float64; NaN where a draw is not finite or all draws are equal.
-
-    Raises:
-        ValueError: fewer than four draws per chain, or fewer than two dimensions.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)

@@ -30,23 +30,11 @@ def seed_global_generators(seed: int, device: torch.device) -> None:
 
 
 class ResumableSampler(Sampler[list[int]]):
-    """Batches of indices in an order that depends only on (seed, epoch), to be continued at any step.
+    """Batches of indices of n images in an order that depends only on (seed, epoch), to be continued at any step.
 
-    A batch sampler: ``DataLoader(dataset, batch_sampler=sampler)``. Each pass goes from the current position to the end
-    of the epoch; the next one begins the next epoch. Every process takes its share of each batch, so that a step sees the same
-    images on any number of processes.
-
-    Arguments:
-        n: number of images.
-        batch_size: images per step, over all processes.
-        seed: of the order.
-        rank: this process, 0 to world_size - 1.
-        world_size: number of processes; it divides batch_size.
-        drop_last: leave out the last, smaller batch; otherwise it is filled up to a multiple of world_size from the
-            epoch's first images.
-
-    Raises:
-        ValueError: a number out of range, or fewer images than one batch with drop_last.
+    Each pass goes from the current position to the end of the epoch. Process ``rank`` of ``world_size`` takes its share of each
+    batch of ``batch_size``, so that a step sees the same images on any number of processes. Without ``drop_last`` a last,
+    smaller batch is filled up to a multiple of world_size from the epoch's first images.
 
     Example:
         >>> sampler = ResumableSampler(n=6, batch_size=2, seed=0)

@@ -107,12 +107,7 @@ def _form(tensor: Tensor) -> str:
 
 def check_optimizer(given: Values, optimizer: torch.optim.Optimizer, where: str) -> Values:
     """The state that an optimizer can load: moments of the right shapes and counters of steps, its own rates and decays.
-
-    Moments of other shapes would be written beyond the ends of memory.
-
-    Raises:
-        ValueError: parameters are grouped otherwise, or a moment is missing or of another form.
-    """
+    ValueError where parameters are grouped otherwise or a moment is of another form: it would be written beyond its memory."""
     own, groups = optimizer.state_dict()["param_groups"], given.get("param_groups")
     sound = isinstance(groups, list) and isinstance(given.get("state"), dict) and all(map(_is_group, groups))
     require(sound, f"{where} is damaged; {_REMEDY}")

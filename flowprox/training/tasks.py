@@ -131,13 +131,10 @@ class LikelihoodTask(Task):
 
 
 class NoiseTask(Task):
-    """Maximum likelihood of noise, in nats per dimension, by a ``FlowNoise``.
+    """Maximum likelihood of noise, in nats per dimension, by a ``FlowNoise``; ValueError for a noise with sigma 0.
 
     Of a noise whose density is known in closed form a validation also gives ``excess_nats``, the mean of
     log p(n) - log p_flow(n): the flow's divergence from it, in nats per image.
-
-    Raises:
-        ValueError: the noise has no density, since it takes discrete values.
     """
 
     figure = "nats_per_dimension"
