@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from flowprox.unfolding import Unfolded
 
 _FEWEST = 20  # test images from which figures are worth writing down
-_FEWEST_FOR_ALARM = 598  # half of them are the reference: three p-values, of which one in a hundred raises the alarm
+_FEWEST_FOR_ALARM = 198  # half of them are the reference, of which one in a hundred would raise the alarm
 _APART = 10**6  # from the seeds of other noise
 
 
@@ -47,7 +47,7 @@ class CalibrateOptions:
         n_calibration: how many calibrate; alpha needs at least 1 / alpha - 1.
         n_test: at most how many measure.
         n_alarm: at most how many images, those that calibrate and then those left of data, tell which results are not to be
-            trusted; an alarm needs 598. 0 makes none.
+            trusted; an alarm needs 198, and sees more with more. 0 makes none.
         n_steps: of training the half-widths.
         image_size: height and width in pixels; by default those the network was made for.
         seed: of the shuffling, the noise and the first weights.
@@ -223,13 +223,22 @@ def _with_density(
     intervals: Intervals, network: Unfolded, physics: LinearPhysics, images: Tensor, options: CalibrateOptions
 ) -> Intervals:
     """The intervals with a density to draw samples from, trained on images (B, C, H, W) of 8 bits."""
+    import torch
+
     from flowprox.uncertainty import Intervals, measured_estimates
     from flowprox.unfolding import fit_density
 
     x = (images.float() / 255).to(options.device)
-    estimates = list(measured_estimates(network, x, physics, range(options.seed, options.seed + len(x))))
+    generator = torch.Generator().manual_seed(options.seed)
+    digits = (torch.rand(x.shape, generator=generator) - 0.5).to(x) / 255  # 8 bits have a density only if spread
+    estimates = [
+        (one + digits[32 * i : 32 * i + len(one)], y, x_hat)
+        for i, (one, y, x_hat) in enumerate(
+            measured_estimates(network, x, physics, range(options.seed, options.seed + len(x)))
+        )
+    ]
     print(f"a density of {len(x)} images, {options.n_steps} steps")
-    density = fit_density(network, estimates, physics, n_steps=options.n_steps, seed=options.seed)
+    density = fit_density(estimates, physics, n_steps=options.n_steps, seed=options.seed)
     return Intervals(intervals.scale, intervals.alpha, intervals.factor, intervals.alarm, density)
 
 

@@ -288,7 +288,7 @@ class _Evaluation:
         x_hat = torch.stack([one.x_hat for one in estimates]).to(x)
         network = self.models[case.models["model"]]
         assert isinstance(network, Reconstructor)
-        facts = calibration_records(intervals, network, x, x_hat, y, physics)
+        facts = calibration_records(intervals, network, x, x_hat, y, physics, batch[0].seed)
         for image, half_width in zip(batch, intervals(x_hat, y, physics).cpu(), strict=True):
             if self._is_pictured(image):
                 path = picture_path(self.out, case.problem.label, image.name, case.label + HALF_WIDTHS)

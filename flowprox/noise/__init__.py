@@ -16,6 +16,7 @@ from flowprox.noise.gaussian import (
     noise_density,
     noise_level,
     radial_noise,
+    residual_p_value,
     sinusoidal_noise,
 )
 
@@ -34,5 +35,6 @@ __all__ = [
     "noise_density",
     "noise_level",
     "radial_noise",
+    "residual_p_value",
     "sinusoidal_noise",
 ]

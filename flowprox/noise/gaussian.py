@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import deepinv
 import torch
+from deepinv.physics import Physics
+from scipy import stats
 from torch import Tensor, nn
 
 from flowprox.naming import nearest
@@ -291,3 +293,30 @@ def make_noise(name: str, shape: Sequence[int], **parameters: object) -> Noise:
     if missing := [key for key, one in known.items() if one.default is one.empty and parameters.get(key) is None]:
         raise ValueError(f"{name} noise needs {missing[0]}")
     return NOISES[name](**given)
+
+
+@torch.no_grad()
+def residual_p_value(x_hat: Tensor, y: Tensor, physics: Physics) -> Tensor | None:
+    """Chi-squared test whether the stated white Gaussian noise explains y - A x_hat: probability of at least as much, (B,).
+
+    It is exact for the true image. An estimate has been fitted to the noise, so that its residual is smaller and the test
+    rarely rejects; one that is smoother than the image, or of another operator or noise, leaves more. Entries without noise, as
+    masked ones, are not counted. None where the noise is not white Gaussian noise of one known standard deviation above 0, or y
+    is complex.
+
+    Example:
+        >>> from flowprox.operators import make_physics
+        >>> x, physics = torch.rand(2, 3, 16, 16), make_physics("denoising", (3, 16, 16), sigma=0.1)
+        >>> (residual_p_value(x, x + 0.15 * torch.randn_like(x), physics) < 0.001).tolist()
+        [True, True]
+    """
+    noise = getattr(physics, "noise_model", None)
+    if not isinstance(noise, deepinv.physics.GaussianNoise) or y.is_complex():
+        return None
+    sigma, mean = torch.as_tensor(noise.sigma).to(y), getattr(noise, "mean", 0.0)
+    if sigma.numel() != 1 or not sigma > 0 or mean:
+        return None
+    residual = ((y - physics.A(x_hat)) / sigma).flatten(1).double()
+    n = (residual != 0).sum(1)
+    p = stats.chi2.sf(residual.square().sum(1).cpu().numpy(), n.clamp(min=1).cpu().numpy())
+    return torch.from_numpy(p).to(residual)

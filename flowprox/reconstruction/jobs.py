@@ -129,7 +129,7 @@ def reconstruct_files(
         one record per image: input, image (its name in ``out``), problem, parameters, method, measured, assumed (what was
         not given), height, width, seconds; for inputs that were clean images also the figures and seed; what the solver
         tells: reason, n_evaluations, gamma; residual_p_value, of white Gaussian noise; alarm of a calibrated network: raised,
-        and a p-value each of residual, latents and density; intervals: alpha, calibration (name), sha256,
+        and p-values by name, see ``flowprox.uncertainty.alarm``; intervals: alpha, calibration (name), sha256,
         mean_half_width, and coverage where the truth is known.
 
     Raises:

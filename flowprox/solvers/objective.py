@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from flowprox.graphs import Replayed
+from flowprox.noise import residual_p_value
 from flowprox.solvers.optimizers import Optimizer, Trace
 from flowprox.solvers.problem import LatentProblem, Solution, SolverInterrupted, Start
 
@@ -80,7 +81,9 @@ class Objective:
         """What the solver returns; raises ``SolverInterrupted`` with it after Ctrl-C."""
         x = self.image(trace.z)
         z = self.problem.flow.encode(x) if self.space == "image" else trace.z
-        facts = (trace.losses, trace.reasons, trace.n_evaluations, gamma, trace.restarts, trace.norms)
+        y = self.problem.y[:: len(self.problem.y) // len(x)]  # of the best restarts
+        p_value = residual_p_value(x, y, self.problem.physics)
+        facts = (trace.losses, trace.reasons, trace.n_evaluations, gamma, trace.restarts, trace.norms, p_value)
         if trace.interrupted:
             raise SolverInterrupted(Solution(x, z, *facts))
         return Solution(x, z, *facts)

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ from torch import Tensor
 from flowprox.flows import Flow, frozen
 from flowprox.graphs import Replayed
 from flowprox.naming import require_choice, require_count, require_positive
-from flowprox.noise import noise_density
+from flowprox.noise import noise_density, noise_level, residual_p_value
 from flowprox.solvers.diagnostics import effective_sample_size, split_r_hat
 from flowprox.solvers.importance import Proposal
 from flowprox.solvers.objective import Callback
@@ -41,6 +41,7 @@ from flowprox.solvers.sampling import KERNELS, Chains, Kernel, Moments, Position
 MIXED_BELOW = 1.05
 """Chains whose R-hat is smaller count as mixed."""
 
+_STEP, _BATCH = 0.01, 64  # of differences in z: a Hessian that is not exact makes slower chains, not wrong ones
 _N_DIRECTIONS = 4
 TRACES = (
     "log posterior",
@@ -97,7 +98,8 @@ class SamplerOptions:
         step_size: h > 0, fixed; None adapts it per image during warm-up.
         target_acceptance: acceptance the adaptation aims at, between 0 and 1.
         precondition: estimate a scale per latent dimension and image (and, for the rotating samplers, a center) during
-            warm-up.
+            warm-up. "dense" moves in the coordinates in which the posterior is white around the first chain's start, by its
+            Gauss-Newton Hessian I + J^T J / sigma^2: for Gaussian noise; D runs of the flow and 8 D^2 bytes for each image.
         n_kept: draws per chain that are returned, evenly spaced; mean and standard deviation are over all of them.
         jitter: relative spread of the step size, at least 0 and less than 1.
 
@@ -108,7 +110,7 @@ class SamplerOptions:
     n_leapfrog: int | None = None
     step_size: float | None = None
     target_acceptance: float | None = None
-    precondition: bool | None = None
+    precondition: bool | Literal["dense"] | None = None
     n_kept: int = 16
     jitter: float = 0.2
 
@@ -228,14 +230,17 @@ class PosteriorSampling(Reconstructor):
             raise ValueError(f"generator: got {len(generator)} for {len(y)} images; pass one, or one per image")
         randomness = Randomness(self.seed if generator is None else generator, y)
         with frozen(self.flow):
+            z = (
+                self._start(start, randomness, problem)
+                if proposal is None
+                else _encoded(self.flow, proposal.sample(self.n_chains))
+            )
+            dense = self.options.precondition == "dense"
+            if dense:
+                target.whiten(z[0], noise_level(physics if self.noise is None else noise, y))
             chains = Chains(
                 target,
-                _finite_position(
-                    target,
-                    self._start(start, randomness, problem)
-                    if proposal is None
-                    else _encoded(self.flow, proposal.sample(self.n_chains)),
-                ),
+                _finite_position(target, target.coordinates(z)),
                 self.kernel,
                 randomness,
                 self.options.step_size,
@@ -244,17 +249,19 @@ class PosteriorSampling(Reconstructor):
             record = _Record(chains, self.n_samples, self.options.n_kept, callback, self.n_warmup + self.n_samples)
             interrupted = False
             try:
-                precision = target.precision if callable(getattr(noise, "sample_like", None)) else None
+                precision = target.precision if callable(getattr(noise, "sample_like", None)) and not dense else None
                 descend = proposal is None and not _is_latent(start)
                 chains.warm_up(self.n_warmup, record.add_loss, descend, precision)
-                chains.sample(self.n_samples, record.add_draw, partial(self._jump, chains, proposal))
+                chains.sample(self.n_samples, record.add_draw, partial(self._jump, chains, target, proposal))
             except KeyboardInterrupt:
                 if not record.samples:
                     raise
                 interrupted = True
-        return record.solution(target.n_evaluations, interrupted)
+        solution = record.solution(target.n_evaluations, interrupted)
+        state = target.latents(solution.state.transpose(0, 1)).transpose(0, 1)
+        return replace(solution, state=state, residual_p_value=residual_p_value(solution.estimate, problem.y, physics))
 
-    def _jump(self, chains: Chains, proposal: Proposal | None) -> None:
+    def _jump(self, chains: Chains, target: _Target, proposal: Proposal | None) -> None:
         """Try to move every chain to a sample of the proposal."""
         if proposal is not None:
             z = _encoded(self.flow, proposal.sample(self.n_chains))
@@ -263,7 +270,7 @@ class PosteriorSampling(Reconstructor):
                 logdet = torch.stack([self.flow(one)[1] for one in x])
                 return (proposal.log_prob(x) - logdet).to(z)
 
-            chains.jump(z, log_q)
+            chains.jump(target.coordinates(z), log_q)
 
     def _nothing(self, problem: LatentProblem) -> PosteriorSolution:
         """Of an empty batch."""
@@ -322,20 +329,37 @@ def _kernel(sampler: str, options: SamplerOptions) -> Kernel:
     if options.target_acceptance is not None:
         kernel = kernel._replace(target_acceptance=options.target_acceptance)
     if options.precondition is not None:
-        kernel = kernel._replace(preconditions=options.precondition)
+        kernel = kernel._replace(preconditions=bool(options.precondition))
     return kernel
+
+
+class _Whitening(NamedTuple):
+    """z = m + L^-T w with H = L L^T, so that w is white where the posterior is N(m, H^-1)."""
+
+    origin: Tensor  # m (B, D)
+    factor: Tensor  # L (B, D, D), lower
+
+    def latents(self, w: Tensor) -> Tensor:
+        """z of w (M, B, D)."""
+        columns = torch.linalg.solve_triangular(self.factor.mT, w.permute(1, 2, 0), upper=True)
+        return self.origin + columns.permute(2, 0, 1).contiguous()
+
+    def coordinates(self, z: Tensor) -> Tensor:
+        """w of z (M, B, D)."""
+        return torch.einsum("mbd,bde->mbe", z - self.origin, self.factor)
 
 
 class _Target:
     """log p(z, y) with its gradient, of M chains of B images at once; the images repeat within the batch, M times.
 
-    On a GPU it is recorded once and replayed.
+    On a GPU it is recorded once and replayed. After ``whiten`` it takes coordinates w in the place of z.
     """
 
     def __init__(self, problem: LatentProblem, noise: Any, n_chains: int) -> None:
         self.problem, self.noise, self.n_chains = problem, noise, n_chains
         self.y, self.physics = problem.y, problem.physics
         self.n_evaluations, self.replayed = 0, Replayed(self._position)
+        self.whitening: _Whitening | None = None
         # an operator or noise per image fits a batch of B images only: then one chain after the other
         self.per_image = problem.n_images > 1 and not problem.is_separable(noise.log_prob)
 
@@ -343,16 +367,40 @@ class _Target:
         self.n_evaluations += len(z)
         return self.replayed(z)
 
-    def _position(self, z: Tensor) -> Position:
+    def whiten(self, z: Tensor, sigma: Tensor) -> None:
+        """Move in the coordinates of the Gauss-Newton Hessian at z (B, D) from now on, for noise of deviations sigma (B,)."""
+        if self.per_image:
+            raise ValueError('precondition "dense" is for operators and noise that all images share: solve one by one')
+        factors = []
+        for one, level in zip(z, sigma.tolist(), strict=True):
+            here = self._measure(self.problem.decode(one[None])).flatten()
+            steps = torch.eye(len(one)).to(one).mul_(_STEP).split(_BATCH)
+            columns = [(self._measure(self.problem.decode(one + step)).flatten(1) - here) / _STEP for step in steps]
+            jacobian = torch.cat(columns).double() / level  # (D, m)
+            hessian = torch.addmm(torch.eye(len(one)).to(jacobian), jacobian, jacobian.T)
+            factors.append(torch.linalg.cholesky(hessian).to(one))
+            self.n_evaluations += len(one)
+        self.whitening = _Whitening(z, torch.stack(factors))
+
+    def latents(self, w: Tensor) -> Tensor:
+        """z (M, B, D) of what the chains move in."""
+        return w if self.whitening is None else self.whitening.latents(w)
+
+    def coordinates(self, z: Tensor) -> Tensor:
+        """What the chains move in, of z (M, B, D)."""
+        return z if self.whitening is None else self.whitening.coordinates(z)
+
+    def _position(self, w: Tensor) -> Position:
         with torch.enable_grad():
-            z = z.detach().requires_grad_()
+            w = w.detach().requires_grad_()
+            z = self.latents(w)
             x = self.problem.decode(z)
             log_likelihood = self._log_likelihood(x)
             if not log_likelihood.requires_grad:
                 raise ValueError("the posterior is not differentiable: physics.A or noise.log_prob cuts the graph")
             log_prob = log_likelihood.view(z.shape[:2]) + self._log_prior(z)
-            gradient = torch.autograd.grad(log_prob.sum(), z)[0]
-        return Position(z.detach(), log_prob.detach(), gradient, x.detach().unflatten(0, z.shape[:2]))
+            gradient = torch.autograd.grad(log_prob.sum(), w)[0]
+        return Position(w.detach(), log_prob.detach(), gradient, x.detach().unflatten(0, z.shape[:2]))
 
     def precision(self, z: Tensor, n_probes: int = 8) -> Tensor:
         """1 + diagonal of the Fisher information of y about z, (B, D): mean square of the score over replicated noise."""

@@ -40,6 +40,8 @@ class Solution:
         gamma: weight of the prior that was used, (B,), or None.
         restarts: how often a non-finite value or a failed line search sent the image back to its best point, (B,).
         latent_norms: ||z|| after each iteration, laid out as ``losses``; in the space "image" ||x||, which is what moves there.
+        residual_p_value: how likely the stated noise is to leave at least as much of y as was left, (B,); see
+            ``flowprox.noise.residual_p_value``. None where the noise is not white Gaussian noise of a known level.
     """
 
     estimate: Tensor
@@ -50,6 +52,7 @@ class Solution:
     gamma: Tensor | None = None
     restarts: Tensor | None = None
     latent_norms: Tensor | None = None
+    residual_p_value: Tensor | None = None
 
 
 class SolverInterrupted(KeyboardInterrupt):

@@ -1,6 +1,7 @@
 """How far an estimate may be from the truth: calibrated intervals, and checks of posteriors that can fail."""
 
-from flowprox.uncertainty.alarm import Alarm, fit_alarm, residual_p_value
+from flowprox.noise import residual_p_value
+from flowprox.uncertainty.alarm import Alarm, fit_alarm
 from flowprox.uncertainty.checks import coverage, coverage_limits, crps, rank_p_value, ranks, tarp, uniform_p_value
 from flowprox.uncertainty.intervals import (
     Intervals,

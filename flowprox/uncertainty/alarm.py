@@ -1,47 +1,56 @@
 r"""An alarm: is a reconstruction like those of the images on which it was calibrated?
 
-    residual   |log ||y - A x_hat|| - m| / s                    against the stated noise: too much or too little is left
-    latents    (l - m)^T C^-1 (l - m),  l_g = log mean z_i^2    over the (level, channel) groups g of z = f(x_hat)
-    density    |log p(x_hat) - m| / s                           under the flow and a standard normal base
+    residual   log ||y - A x_hat||^2                             against the stated noise: too much or too little is left
+    latents    log mean z_i^2 over each (level, channel) of z = f(x_hat)             how much detail there is, of each kind
+    layout     means of x_hat over a grid of 4x4 blocks                               where what colors are
+    kernel     <q, d> / ||q|| ||d||,  q = P (y - A x_hat),  d = P (A' x_hat - A x_hat),  P = I - A A^T     of blurs only
+    score      (u - m)^T C^-1 (u - m)                            of each of these vectors u
+    alarm      max over k of score_k / unit_k                   the unit: the score that 99 of 100 images stay below
     p-value    (1 + #{reference images with at least this score}) / (n + 1)
 
-Symbols: y measurement, x_hat estimate, f the flow, m, s and C mean, deviation and covariance over one part of the calibration
-images; the other n are the reference. For an image exchangeable with these each p-value is valid (conformal). The alarm is
-raised where the smallest of k p-values is at most level / k, which is a false alarm with probability level at most.
+Symbols: y measurement, x_hat estimate, f the flow, A' the blur with the square root of the kernel, which is wider (a Gaussian
+one by sqrt 2): what is left must not look like a change of the kernel. P takes away what another estimate could explain. m, C
+and the units are mean, covariance and quantiles over one part of the calibration images, C drawn towards its diagonal by 0.3;
+the other n are the reference. For an image exchangeable with these each p-value is valid (conformal). The alarm is raised where
+the p-value of the largest score is at most the level: a false alarm with at most that probability.
 
-Without calibration there is the chi-squared test of the residual, ``residual_p_value``.
+Without calibration there is the chi-squared test of the residual, ``flowprox.noise.residual_p_value``.
 
 References:
     Nalisnick et al. 2019, Detecting out-of-distribution inputs to deep generative models using typicality,
-    https://arxiv.org/abs/1906.02994 (why a density is looked at from both sides)
+    https://arxiv.org/abs/1906.02994 (why latents are looked at from both sides)
+    Rao 1948, Large sample tests of statistical hypotheses concerning several parameters (the score test: kernel)
+    Ledoit, Wolf 2004, A well-conditioned estimator for large-dimensional covariance matrices (the shrinking of C)
     Bates et al. 2023, Testing for outliers with conformal p-values, https://arxiv.org/abs/2104.08279, Eq. (2)
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
-import deepinv
 import torch
-from deepinv.physics import Physics
-from scipy import stats
+import torch.nn.functional as F
+from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor, nn
 
 from flowprox.flows import Flow
 from flowprox.naming import Specified
 
-SCORES = ("residual", "latents", "density")
-"""What is compared with the reference, a p-value each."""
+SCORES = ("residual", "latents", "layout", "kernel")
+"""What is compared with the reference, a p-value each; the kernel of blurs only."""
 
 _SMALLEST = 1e-6  # a residual, and a mean square of latents, below which nothing is told apart
+_SHRINKAGE = 0.3
+_GRID = 4
 
 
 class Alarm(Specified, nn.Module):
     """P-values of reconstructions against those of calibration images; ``fit_alarm`` makes one.
 
     Arguments:
-        n_features: of an image, numbers that are compared.
+        sizes: of what is compared for each of ``SCORES``, or for all but the last.
         n_reference: images whose scores are the reference.
         level: at most this part of the images like those of the reference raises the alarm, in (0, 1).
 
@@ -51,44 +60,51 @@ class Alarm(Specified, nn.Module):
 
     center: Tensor
     whitener: Tensor
+    unit: Tensor
     reference: Tensor
 
-    def __init__(self, n_features: int, n_reference: int, level: float = 0.01) -> None:
+    def __init__(self, sizes: Sequence[int], n_reference: int, level: float = 0.01) -> None:
         super().__init__()
         if not 0 < level < 1:
             raise ValueError(f"level must lie between 0 and 1, got {level}; 0.01 asks for one false alarm in a hundred")
-        needed = math.ceil(len(SCORES) / level - 1e-9) - 1
+        needed = math.ceil(1 / level - 1e-9) - 1
         if n_reference < needed:
             raise ValueError(f"an alarm of level {level} needs at least {needed} reference images, got {n_reference}")
-        self.level = level
-        self.register_buffer("center", torch.zeros(n_features))
-        self.register_buffer("whitener", torch.eye(n_features))
-        self.register_buffer("reference", torch.zeros(n_reference, len(SCORES)))
+        self.sizes, self.level = tuple(sizes), level
+        self.register_buffer("center", torch.zeros(sum(sizes)))
+        self.register_buffer("whitener", torch.eye(sum(sizes)))
+        self.register_buffer("unit", torch.ones(len(sizes)))
+        self.register_buffer("reference", torch.zeros(n_reference, len(sizes)))
 
-    @torch.no_grad()
     def forward(self, x_hat: Tensor, y: Tensor, physics: Physics, flow: Flow) -> Tensor:
-        """P-value of each of ``SCORES``, (B, 3), from estimates (B, C, H, W), their measurements, operator and flow."""
-        scores = self.scores(alarm_features(x_hat, y, physics, flow))
-        above = (self.reference[None] >= scores[:, None]).sum(1)
-        return (1 + above) / (len(self.reference) + 1)
+        """P-value of each of ``SCORES``, (B, k), from estimates (B, C, H, W), their measurements, operator and flow."""
+        return self.p_values(self.scores(x_hat, y, physics, flow))
 
-    def is_raised(self, p_values: Tensor) -> Tensor:
-        """Whether not to trust an image, (B,), by its p-values (B, k)."""
-        return p_values.amin(1) <= self.level / p_values.shape[1]
+    def scores(self, x_hat: Tensor, y: Tensor, physics: Physics, flow: Flow) -> Tensor:
+        """How far images lie from those of the calibration, (B, k), in units of the scores; arguments as those of the call."""
+        return self.whitened(torch.cat(alarm_features(x_hat, y, physics, flow), dim=1)) / self.unit
+
+    def whitened(self, features: Tensor) -> Tensor:
+        """Squared distance of features (B, F) from the center, (B, k)."""
+        white = (features - self.center) @ self.whitener
+        return torch.stack([part.square().sum(1) for part in white.split(self.sizes, dim=1)], dim=1)
+
+    def p_values(self, scores: Tensor) -> Tensor:
+        """Of scores (B, k), each by itself, (B, k)."""
+        return (1 + (self.reference[None] >= scores[:, None]).sum(1)) / (len(self.reference) + 1)
+
+    def is_raised(self, scores: Tensor) -> Tensor:
+        """Whether not to trust an image, (B,), by the largest of its scores (B, k)."""
+        above = (self.reference.amax(1)[None] >= scores.amax(1)[:, None]).sum(1)
+        return (1 + above) / (len(self.reference) + 1) <= self.level
 
     def records(self, x_hat: Tensor, y: Tensor, physics: Physics, flow: Flow) -> list[dict[str, float | bool]]:
         """Of each image, ``raised`` and the p-values by name; arguments as those of the call."""
-        p_values = self(x_hat, y, physics, flow)
+        scores = self.scores(x_hat, y, physics, flow)
         return [
-            {"raised": raised, **dict(zip(SCORES, values, strict=True))}
-            for raised, values in zip(self.is_raised(p_values).tolist(), p_values.tolist(), strict=True)
+            {"raised": raised, **dict(zip(SCORES, values, strict=False))}
+            for raised, values in zip(self.is_raised(scores).tolist(), self.p_values(scores).tolist(), strict=True)
         ]
-
-    def scores(self, features: Tensor) -> Tensor:
-        """How far features (B, F) lie from the center: (B, 3), large is strange."""
-        deviations = features - self.center
-        ends, groups = (deviations @ self.whitener).abs(), slice(1, -1)
-        return torch.stack([ends[:, 0], ends[:, groups].square().sum(1), ends[:, -1]], dim=1)
 
 
 def fit_alarm(estimates: Sequence[tuple[Tensor, Tensor]], physics: Physics, flow: Flow, level: float = 0.01) -> Alarm:
@@ -103,54 +119,45 @@ def fit_alarm(estimates: Sequence[tuple[Tensor, Tensor]], physics: Physics, flow
     Raises:
         ValueError: too few images for the level; the message says how many are needed.
     """
-    features = torch.cat([alarm_features(x_hat, y, physics, flow) for x_hat, y in estimates])
+    parts = [alarm_features(x_hat, y, physics, flow) for x_hat, y in estimates]
+    features = torch.cat([torch.cat(one, dim=1) for one in parts])
     n_fit = len(features) // 2
-    alarm = Alarm(features.shape[1], len(features) - n_fit, level).to(features.device)
+    alarm = Alarm([one.shape[1] for one in parts[0]], len(features) - n_fit, level).to(features.device)
     fitted, rest = features[:n_fit], features[n_fit:]
     alarm.center.copy_(fitted.mean(0))
-    centered = (fitted - alarm.center).double()
-    groups = slice(1, -1)
-    covariance = torch.diag(centered.square().mean(0) + _SMALLEST**2)  # residual and density stand for themselves
-    covariance[groups, groups] = centered[:, groups].T @ centered[:, groups] / n_fit
-    covariance += 1e-6 * torch.eye(len(covariance)).to(covariance)
-    alarm.whitener.copy_(torch.linalg.inv(torch.linalg.cholesky(covariance)).T)
-    alarm.reference.copy_(alarm.scores(rest))
+    spread = (fitted - alarm.center).double().square().mean(0).sqrt() + _SMALLEST
+    whiteners = []
+    for part in ((fitted - alarm.center) / spread).split(alarm.sizes, dim=1):
+        correlation = (1 - _SHRINKAGE) * part.T @ part / n_fit + _SHRINKAGE * torch.eye(part.shape[1]).to(part)
+        whiteners.append(torch.linalg.inv(torch.linalg.cholesky(correlation)).T)
+    alarm.whitener.copy_(torch.block_diag(*whiteners) / spread[:, None])
+    alarm.unit.copy_(alarm.whitened(fitted).quantile(0.99, dim=0))
+    alarm.reference.copy_(alarm.whitened(rest) / alarm.unit)
     return alarm
 
 
 @torch.no_grad()
-def alarm_features(x_hat: Tensor, y: Tensor, physics: Physics, flow: Flow) -> Tensor:
-    """(B, 1 + groups + 1): logarithms of the residual's and the latents' mean squares, and the log-density per entry."""
-    residual = (y - physics.A(x_hat)).abs().flatten(1).square().mean(1)
+def alarm_features(x_hat: Tensor, y: Tensor, physics: Physics, flow: Flow) -> list[Tensor]:
+    """What is compared, (B, n) for each of ``SCORES``; the last is missing where the operator has no kernel."""
+    residual = y - physics.A(x_hat)
+    squares = residual.abs().flatten(1).square().mean(1, keepdim=True)
     height, width = (side - side % flow.divisor for side in x_hat.shape[-2:])
-    z, logdet = flow(x_hat[..., :height, :width])
+    z, _ = flow(x_hat[..., :height, :width])
     groups = flow.latent_groups((height, width)).flatten().to(z.device)
-    squares = z.new_zeros(len(z), flow.n_latent_groups).index_add_(1, groups, z.square()) / torch.bincount(groups)
-    log_prob = (logdet - 0.5 * z.square().sum(1)) / z.shape[1]
-    return torch.cat([(residual + _SMALLEST)[:, None].log(), (squares + _SMALLEST).log(), log_prob[:, None]], dim=1)
+    latents = z.new_zeros(len(z), flow.n_latent_groups).index_add_(1, groups, z.square()) / torch.bincount(groups)
+    layout = F.adaptive_avg_pool2d(x_hat, _GRID).flatten(1)
+    features = [(squares + _SMALLEST).log(), (latents + _SMALLEST).log(), layout]
+    kernel = getattr(physics, "filter", None)
+    if isinstance(physics, LinearPhysics) and isinstance(kernel, Tensor):
+        features.append(_kernel_score(x_hat, residual, physics, kernel)[:, None])
+    return features
 
 
-def residual_p_value(x_hat: Tensor, y: Tensor, physics: Physics) -> Tensor | None:
-    """Chi-squared test whether the stated white Gaussian noise explains y - A x_hat: probability of at least as much, (B,).
-
-    It is exact for the true image. An estimate has been fitted to the noise, so that its residual is smaller and the test
-    rarely rejects; one that is smoother than the image, or of another operator or noise, leaves more. Entries without noise, as
-    masked ones, are not counted. None where the noise is not white Gaussian noise of one known standard deviation above 0, or y
-    is complex.
-
-    Example:
-        >>> from flowprox.operators import make_physics
-        >>> x, physics = torch.rand(2, 3, 16, 16), make_physics("denoising", (3, 16, 16), sigma=0.1)
-        >>> (residual_p_value(x, x + 0.15 * torch.randn_like(x), physics) < 0.001).tolist()
-        [True, True]
-    """
-    noise = getattr(physics, "noise_model", None)
-    if not isinstance(noise, deepinv.physics.GaussianNoise) or y.is_complex():
-        return None
-    sigma, mean = torch.as_tensor(noise.sigma).to(y), getattr(noise, "mean", 0.0)
-    if sigma.numel() != 1 or not sigma > 0 or mean:
-        return None
-    residual = ((y - physics.A(x_hat)) / sigma).flatten(1).double()
-    n = (residual != 0).sum(1)
-    p = stats.chi2.sf(residual.square().sum(1).cpu().numpy(), n.clamp(min=1).cpu().numpy())
-    return torch.from_numpy(p).to(residual)
+def _kernel_score(x_hat: Tensor, residual: Tensor, physics: LinearPhysics, kernel: Tensor) -> Tensor:
+    """Correlation (B,) of what is left of y with what a wider kernel changes, without what another estimate could explain."""
+    other = copy.deepcopy(physics)
+    wider = kernel.clamp(min=0).sqrt()
+    other.filter = wider * (kernel.sum() / wider.sum())
+    change = other.A(x_hat) - physics.A(x_hat)
+    left, change = (v - physics.A(physics.A_adjoint(v)) for v in (residual, change))
+    return F.cosine_similarity(left.flatten(1), change.flatten(1))

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from flowprox.naming import Specified, require_count, require_positive
 from flowprox.operators import PROBLEMS, Problem, measure_each, visibility
 from flowprox.uncertainty.alarm import Alarm
-from flowprox.uncertainty.checks import coverage, ranks, required
-from flowprox.unfolding import ConditionalDensity, LatentScale, Unfolded
+from flowprox.uncertainty.checks import coverage, crps, ranks, required, tarp
+from flowprox.unfolding import ConditionalDensity, ErrorDensity, Unfolded
 
 _N_RANKED = 15  # samples of an image among which the truth is ranked
 _SMALLEST = 1e-4  # in units of the image: a half-width of zero could not be scaled up
@@ -87,7 +87,7 @@ class Intervals(Specified, nn.Module):
         alpha: one minus the coverage, in (0, 1).
         factor: c, by which they are multiplied.
         alarm: tells reconstructions that are unlike those of the calibration; None is none.
-        density: of images around the network's estimate, that samples are drawn from; None is none.
+        density: of the error of the network's estimate, which samples are drawn from; None is none.
 
     Raises:
         ValueError: alpha is outside (0, 1), or the factor is not positive.
@@ -99,7 +99,7 @@ class Intervals(Specified, nn.Module):
         alpha: float,
         factor: float = 1.0,
         alarm: Alarm | None = None,
-        density: LatentScale | None = None,
+        density: ErrorDensity | None = None,
     ) -> None:
         super().__init__()
         if not 0 < alpha < 1:
@@ -241,7 +241,13 @@ def _features(
 
 @torch.no_grad()
 def calibration_records(
-    intervals: Intervals, network: Reconstructor, x: Tensor, estimates: Tensor, y: Tensor, physics: LinearPhysics
+    intervals: Intervals,
+    network: Reconstructor,
+    x: Tensor,
+    estimates: Tensor,
+    y: Tensor,
+    physics: LinearPhysics,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
     """How a network's error bars fit the images they were not made of, in figures that a report can draw.
 
@@ -252,11 +258,12 @@ def calibration_records(
         estimates: x_hat of the same shape.
         y: measurements (B, ...).
         physics: their operator.
+        seed: of the samples of a density.
 
     Returns:
         of each image: alpha, coverage, mean_half_width; widths, errors and coverages, means over each tenth of its pixels, the
-        smallest half-widths first; with a density ranks, of the truth among n_ranked samples, in a few smooth
-        directions.
+        smallest half-widths first; with a density also crps, its mean over the pixels; ranks, of the truth among n_ranked
+        samples, in a few smooth directions; and tarp, of batches of two images or more.
     """
     half_widths, errors = intervals(estimates, y, physics), (x - estimates).abs()
     order = half_widths.flatten(1).argsort(1)
@@ -274,12 +281,17 @@ def calibration_records(
         "coverages": tenths((errors <= half_widths).float()),
     }
     if intervals.density is not None and isinstance(network, Unfolded):
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         samples = ConditionalDensity(network, intervals.density).sample(y, physics, _N_RANKED, generator)
-        smooth = F.interpolate(torch.randn(4, *x.shape[1:2], 4, 4, generator=generator), x.shape[-2:])
-        directions = smooth.flatten(1).T.to(x)
+        coarse = torch.randn(
+            4, *x.shape[1:2], 4, 4, generator=torch.Generator().manual_seed(0)
+        )  # the same for all images
+        directions = F.interpolate(coarse, x.shape[-2:]).flatten(1).T.to(x)
         columns["n_ranked"] = [_N_RANKED] * len(x)
         columns["ranks"] = ranks(samples.flatten(2) @ directions, x.flatten(1) @ directions).tolist()
+        columns["crps"] = crps(samples, x).flatten(1).mean(1).tolist()
+        if len(x) > 1:
+            columns["tarp"] = tarp(samples, x, generator).tolist()
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 

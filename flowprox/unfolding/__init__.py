@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from flowprox.unfolding.conditioning import Conditioning, LatentMeanNet
-from flowprox.unfolding.density import BoundDensity, ConditionalDensity, LatentScale, fit_density
+from flowprox.unfolding.conditioning import Conditioning, LatentMeanNet, MultiScaleNet
+from flowprox.unfolding.density import BoundDensity, ConditionalDensity, ErrorDensity, fit_density
 from flowprox.unfolding.networks import (
     GradientStep,
     ProximalStep,
@@ -17,9 +17,10 @@ __all__ = [
     "BoundDensity",
     "ConditionalDensity",
     "Conditioning",
+    "ErrorDensity",
     "GradientStep",
     "LatentMeanNet",
-    "LatentScale",
+    "MultiScaleNet",
     "ProximalStep",
     "Unfolded",
     "UnfoldedHQS",

@@ -90,8 +90,48 @@ class Conditioning(Specified):
                 )
 
 
-class LatentMeanNet(Specified, nn.Module):
-    """A U-Net of residual blocks without norms whose scales are the levels of a multi-scale flow (Glow, RealNVP).
+class MultiScaleNet(nn.Module):
+    """A U-Net of residual blocks without norms; scale l works at 1/2^(l+1) of the image's resolution.
+
+    Arguments:
+        n_inputs: channels of what it is given.
+        hidden_channels: one width per scale, finest first.
+        n_blocks: residual blocks per scale and direction, one number or one per scale.
+
+    Raises:
+        ValueError: no widths, numbers that are not whole or below 1, or lists of different lengths.
+    """
+
+    def __init__(self, n_inputs: int, hidden_channels: Sequence[int], n_blocks: int | Sequence[int] = 1) -> None:
+        super().__init__()
+        widths = _whole_numbers("hidden_channels", hidden_channels)
+        depths = _whole_numbers("n_blocks", [n_blocks] * len(widths) if isinstance(n_blocks, int) else n_blocks)
+        if len(depths) != len(widths):
+            raise ValueError(
+                f"n_blocks must be one number, or one per entry of hidden_channels, {len(widths)}; got {n_blocks}"
+            )
+        self.n_inputs = n_inputs
+        self.first = nn.Conv2d(4 * n_inputs, widths[0], 3, padding=1)
+        self.contract = nn.ModuleList(_blocks(w, n) for w, n in zip(widths, depths, strict=True))
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in pairwise(widths))
+        self.expand = nn.ModuleList(_blocks(w, n) for w, n in zip(widths[:-1], depths, strict=False))
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Of each scale (B, width, h, w), finest first, from x (B, n_inputs, H, W)."""
+        h = self.first(F.pixel_unshuffle(x.contiguous(memory_format=torch.channels_last), 2))
+        features: list[Tensor] = []
+        for i, block in enumerate(self.contract):
+            h = block(h if i == 0 else self.down[i - 1](h))
+            features.append(h)
+        for i in reversed(range(len(self.up))):
+            h = self.expand[i](self.up[i](h) + features[i])
+            features[i] = h
+        return features
+
+
+class LatentMeanNet(Specified, MultiScaleNet):
+    """A ``MultiScaleNet`` whose scales are the levels of a multi-scale flow (Glow, RealNVP).
 
     Scale l works at the resolution of level l, 1/2^(l+1) of the image's, and a last convolution of each gives the means of the
     latents that the flow has finished there. All means are 0 at the start.
@@ -123,21 +163,10 @@ class LatentMeanNet(Specified, nn.Module):
         n_blocks: int | Sequence[int] = 1,
         every_fold: bool = False,
     ) -> None:
-        super().__init__()
-        self.every_fold = every_fold
-        widths = _whole_numbers("hidden_channels", hidden_channels)
-        depths = _whole_numbers("n_blocks", [n_blocks] * len(widths) if isinstance(n_blocks, int) else n_blocks)
-        if len(depths) != len(widths):
-            raise ValueError(
-                f"n_blocks must be one number, or one per entry of hidden_channels, {len(widths)}; got {n_blocks}"
-            )
         _whole_numbers("n_inputs, n_channels and n_folds", [n_inputs, n_channels, n_folds])
-        self.n_inputs, self.n_channels, self.n_folds = n_inputs, n_channels, n_folds
-        self.first = nn.Conv2d(4 * n_inputs, widths[0], 3, padding=1)
-        self.contract = nn.ModuleList(_blocks(w, n) for w, n in zip(widths, depths, strict=True))
-        self.down = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths))
-        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in pairwise(widths))
-        self.expand = nn.ModuleList(_blocks(w, n) for w, n in zip(widths[:-1], depths, strict=False))
+        super().__init__(n_inputs, hidden_channels, n_blocks)
+        widths = list(hidden_channels)
+        self.n_channels, self.n_folds, self.every_fold = n_channels, n_folds, every_fold
         finished = _finished_channels(n_channels, len(widths))
         self.means = nn.ModuleList(
             nn.Conv2d(w, n_folds * n, 3, padding=1) for w, n in zip(widths, finished, strict=True)
@@ -167,17 +196,10 @@ class LatentMeanNet(Specified, nn.Module):
             raise ValueError(
                 f"x has size {tuple(x.shape[-2:])}; height and width must be divisible by {divisor}: pad or crop"
             )
-        h = self.first(F.pixel_unshuffle(x.contiguous(memory_format=torch.channels_last), 2))
-        features: list[Tensor] = []
-        for i, block in enumerate(self.contract):
-            h = block(h if i == 0 else self.down[i - 1](h))
-            features.append(h)
-        for i in reversed(range(len(self.up))):
-            h = self.expand[i](self.up[i](h) + features[i])
-            features[i] = h
+        features = self.features(x)
         with torch.autocast(x.device.type, enabled=False):  # what becomes part of the image is not rounded to bfloat16
             levels = [mean(F.relu(h).to(x.dtype)) for mean, h in zip(self.means, features, strict=True)]
-        return [assembled(parts) for parts in zip(*(level.chunk(self.n_folds, 1) for level in levels), strict=True)]
+        return [_assembled(parts) for parts in zip(*(level.chunk(self.n_folds, 1) for level in levels), strict=True)]
 
 
 class _Residual(nn.Module):
@@ -213,23 +235,13 @@ def _finished_channels(n_channels: int, n_levels: int) -> list[int]:
     return finished
 
 
-def assembled(levels: Sequence[Tensor]) -> Tensor:
+def _assembled(levels: Sequence[Tensor]) -> Tensor:
     """The levels' latents, finest first, as one image-shaped latent."""
     latent = None
     for level in reversed(levels):
         latent = F.pixel_shuffle(level if latent is None else torch.cat([latent, level], dim=1), 2)
     assert latent is not None
     return latent
-
-
-def separated(latent: Tensor, n_levels: int) -> list[Tensor]:
-    """The parts of an image-shaped latent (B, C, H, W) that end at each level, finest first: the inverse of their assembly."""
-    levels = []
-    for _ in range(n_levels - 1):
-        latent = F.pixel_unshuffle(latent, 2)
-        latent, level = latent.split([latent.shape[1] // 2, latent.shape[1] - latent.shape[1] // 2], dim=1)
-        levels.append(level)
-    return [*levels, F.pixel_unshuffle(latent, 2)]
 
 
 class _LowRankCorrection(nn.Module):

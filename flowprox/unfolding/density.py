@@ -1,119 +1,241 @@
-r"""Samples of the posterior in one pass: a density around a trained network's estimate, in the latent space of its flow.
+r"""Samples of the posterior in one pass: a density of the error of a trained network's estimate.
 
-    p(x | y) = N(f(x); m(y), S K S) |det Df(x)|,     m(y) = f(x_hat(y)),   S = diag s(y)
-    x = f^-1(m(y) + s(y) K^(1/2) n),  n ~ N(0, I)                  a sample
-    training of s    min E sum log s + (f(x) - m)^2 / (2 s^2)        the likelihood of x given y, for K = I
-    K = K_channel x K_row x K_column at each level                 the correlations that are left, fitted in closed form
+    e = x - x_hat(y),   c_l = H_l e                                 Haar coefficients of the error, level by level
+    c_l = s_l(y) (b_l(y) + K_l^(1/2) t_l),  t_l ~ Student's t       a sample: x_hat plus the inverse transform of c
+    log p(x | y) = sum_l log t(K_l^(-1/2) (c_l / s_l - b_l)) - sum log s_l - log|K_l^(1/2)|
+    K = A (sum_k e_k e_k^T x R_k x C_k) A^T                         channels A, then rows and columns of each
 
-Symbols: y measurement, x image (B, C, H, W), x_hat the network's estimate, f its last flow, s > 0 deviations that a small
-network predicts. The network itself stays as it is, so that the estimate does not change. K lets neighbours and channels
-of one level err together. It does not depend on y, and levels are independent given y.
+Symbols: y measurement, x image (B, C, H, W), x_hat the network's estimate, s > 0 and b deviations and shifts of the
+coefficients. A small U-Net predicts them from the estimate and the measurement, trained by the likelihood of images. This is a
+conditional affine flow around the network, which stays as it is. K lets neighbours and channels err together. It is fitted in
+closed form and does not depend on y; t has one number of degrees of freedom a level, since how much detail an image has is not
+known from y. The Haar transform is orthonormal: it has no log-determinant, and what a blur tells of the coarse levels is told
+to their coefficients alone.
 
 References:
     Winkler et al. 2019, Learning likelihoods with conditional normalizing flows, https://arxiv.org/abs/1912.00042
-    Dutilleul 1999, The MLE algorithm for the matrix normal distribution (the alternating fit of separable covariances)
+    Dutilleul 1999, The MLE algorithm for the matrix normal distribution (the alternating fit of R and C)
+    Switzer, Green 1984, Min/max autocorrelation factors for multivariate spatial imagery (A)
+    Liu, Rubin 1995, ML estimation of the t distribution using EM and its extensions (the weights of images)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from deepinv.physics import LinearPhysics
 from torch import Tensor, nn
 
-from flowprox.flows import Flow
 from flowprox.naming import Specified
 from flowprox.operators import visibility
-from flowprox.unfolding.conditioning import LatentMeanNet, assembled, separated
+from flowprox.unfolding.conditioning import MultiScaleNet
 from flowprox.unfolding.networks import Unfolded
 
 _SMALLEST = 1e-4  # of a deviation, so that what the measurement tells without noise keeps a density
 _LARGEST_FACTOR = 3.0  # of log s beside that of its channel
+_TAILS = [4 * 1.1**i for i in range(80)]  # degrees of freedom that are tried; with the last it is nearly normal
 
 
-class LatentScale(Specified, nn.Module):
-    """Deviations s(y) of the latents and their correlations K: how far images may be from an estimate.
+class Spread(NamedTuple):
+    """Where the coefficients of one level lie: b and log s, (B, c, h, w) each."""
 
-    s is one number of each latent channel times what a U-Net predicts of the estimate and A^T y.
+    shift: Tensor
+    log_scale: Tensor
+
+    def standardized(self, coefficients: Tensor) -> Tensor:
+        """c / s - b."""
+        return coefficients * torch.exp(-self.log_scale) - self.shift
+
+
+class ErrorDensity(Specified, nn.Module):
+    """Density of the error of an estimate: shifts and deviations of its Haar coefficients, their correlations and tails.
 
     Arguments:
-        image_shape: (C, H, W); at other sizes there is no K.
-        hidden_channels: of the U-Net, one width per level of the flow, finest first.
+        image_shape: (C, H, W); there is no density at other sizes.
+        box: (top, left, height, width) in pixels of where the estimate can err: the image, or the part of it that a mask hides.
+            Sides that 2^levels does not divide are continued at their ends.
+        hidden_channels: of the U-Net, one width per level, finest first.
     """
 
-    def __init__(self, image_shape: Sequence[int], hidden_channels: Sequence[int]) -> None:
+    def __init__(self, image_shape: Sequence[int], box: Sequence[int], hidden_channels: Sequence[int]) -> None:
         super().__init__()
-        n_channels, height, width = image_shape
-        self.image_size = (height, width)
-        self.net = LatentMeanNet(2 * n_channels + 1, n_channels, 1, hidden_channels)
-        levels = separated(torch.zeros(1, n_channels, height, width), self.net.n_levels)
-        self.log_scale = nn.Parameter(torch.zeros(sum(level.shape[1] for level in levels)))
-        self.factors = nn.ParameterList(
-            nn.Parameter(torch.eye(n), requires_grad=False) for level in levels for n in level.shape[1:]
-        )  # triangular, three of each level: of channels, rows and columns
+        n_channels = image_shape[0]
+        self.image_size = (image_shape[1], image_shape[2])
+        self.top, self.left, self.height, self.width = box
+        self.net = MultiScaleNet(2 * n_channels + 1, hidden_channels)
+        shapes = [level.shape[1:] for level in _levels(self.inside(torch.zeros(1, *image_shape)), len(hidden_channels))]
+        self.heads = nn.ModuleList(
+            nn.Conv2d(width, 2 * shape[0], 3, padding=1) for width, shape in zip(hidden_channels, shapes, strict=True)
+        )
+        for head in self.heads:
+            nn.init.zeros_(head.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(head.bias)  # type: ignore[arg-type]
+        self.log_scale = nn.ParameterList(torch.zeros(shape[0], 1, 1) for shape in shapes)
+        self.channels = _fixed(torch.eye(shape[0]) for shape in shapes)
+        self.rows = _fixed(torch.eye(shape[1]).repeat(shape[0], 1, 1) for shape in shapes)
+        self.columns = _fixed(torch.eye(shape[2]).repeat(shape[0], 1, 1) for shape in shapes)
+        self.tails = nn.Parameter(torch.full((len(shapes),), _TAILS[-1]), requires_grad=False)
 
-    def forward(self, inputs: Tensor, groups: Tensor) -> Tensor:
-        """log s (B, C, H, W), from ``inputs`` of ``features`` and the groups (C, H, W) of the latents."""
-        factor = _LARGEST_FACTOR * torch.tanh(self.net(inputs)[0] / _LARGEST_FACTOR)
-        return torch.log(torch.exp(self.log_scale[groups] + factor) + _SMALLEST)
+    def inside(self, x: Tensor) -> Tensor:
+        """The box of images (B, C, H, W), continued to sides that the levels divide."""
+        divisor = 2 ** len(self.net.contract)
+        box = x[..., self.top : self.top + self.height, self.left : self.left + self.width]
+        return F.pad(box, (0, -self.width % divisor, 0, -self.height % divisor), mode="replicate")
 
-    def correlated(self, n: Tensor) -> Tensor:
-        """K^(1/2) n of white noise n (B, C, H, W)."""
-        return self._mapped(n, [list(factors) for factors in self._levels()])
+    def coefficients(self, error: Tensor) -> list[Tensor]:
+        """c_l of errors (B, C, H, W), finest level first."""
+        return _levels(self.inside(error), len(self.heads))
 
-    def whitened(self, w: Tensor) -> tuple[Tensor, float]:
-        """K^(-1/2) w (B, C, H, W), and log|det K^(1/2)|."""
-        inverses = [[torch.linalg.inv(factor) for factor in factors] for factors in self._levels()]
-        log_determinant = 0.0
-        for factors in self._levels():
-            sizes = [len(factor) for factor in factors]
-            for factor in factors:
-                log_determinant += float(factor.diagonal().log().sum()) * math.prod(sizes) / len(factor)
-        return self._mapped(w, inverses), log_determinant
+    def forward(self, inputs: Tensor) -> list[Spread]:
+        """b and log s of each level, from the box of what ``ConditionalDensity`` computes, (B, 2 C + 1, h, w)."""
+        spreads = []
+        for head, h, own in zip(self.heads, self.net.features(inputs), self.log_scale, strict=True):
+            shift, factor = head(F.relu(h)).chunk(2, dim=1)
+            factor = _LARGEST_FACTOR * torch.tanh(factor / _LARGEST_FACTOR)
+            spreads.append(Spread(shift, torch.log(torch.exp(own + factor) + _SMALLEST)))
+        return spreads
 
-    def fit_correlations(self, w: Tensor, n_rounds: int = 3) -> None:
-        """Fit K to latents w (B, C, H, W) that have been divided by s: each factor in turn, given the others."""
-        fitted: list[Tensor] = []
-        for level in separated(w.double(), self.net.n_levels):
-            factors = [torch.eye(n, dtype=level.dtype, device=level.device) for n in level.shape[1:]]
+    def draw(self, spreads: Sequence[Spread], generator: torch.Generator | None = None) -> Tensor:
+        """One error (B, C, H, W) of each image; zero outside of the box."""
+        error = _assembled([self._drawn(i, spread, generator) for i, spread in enumerate(spreads)])
+        error = error[..., : self.height, : self.width]
+        height, width = self.image_size
+        right, below = width - self.left - self.width, height - self.top - self.height
+        return F.pad(error, (self.left, right, self.top, below))
+
+    def _drawn(self, i: int, spread: Spread, generator: torch.Generator | None) -> Tensor:
+        """Coefficients of level i."""
+        like, half = spread.shift, 0.5 * self.tails[i].item()
+        device = like.device if generator is None else generator.device
+        n = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=device)
+        halves = torch.full((len(n), 1, 1, 1), half, dtype=torch.float64, device=device)
+        n = (n * (half / torch._standard_gamma(halves, generator)).sqrt().to(n)).to(like.device)
+        parts = self.rows[i] @ n @ self.columns[i].mT
+        return spread.log_scale.exp() * (like + torch.einsum("cd,bdhw->bchw", self.channels[i], parts))
+
+    def log_prob(self, error: Sequence[Tensor], spreads: Sequence[Spread]) -> Tensor:
+        """Log-density in nats, (B,), of an error given by its coefficients."""
+        total = error[0].new_zeros(len(error[0]))
+        for i, (level, spread) in enumerate(zip(error, spreads, strict=True)):
+            white, log_determinant = self._whitened(i, spread.standardized(level))
+            squares = white.flatten(1).square().sum(1)
+            total = total + _student(squares, white[0].numel(), self.tails[i]) - log_determinant
+            total = total - spread.log_scale.flatten(1).sum(1)
+        return total
+
+    def fit_correlations(self, error: Sequence[Tensor], spreads: Sequence[Spread], n_rounds: int = 6) -> None:
+        """Fit K and the tails to the coefficients of errors: channels, places, and how images weigh, in turn.
+
+        In the end samples are made to vary as much as errors do, level by level.
+        """
+        for i, (coefficients, spread) in enumerate(zip(error, spreads, strict=True)):
+            level = spread.standardized(coefficients)
+            w, n = level.double(), level[0].numel()
+            weights = w.new_ones(len(w))
             for _ in range(n_rounds):
-                for axis in range(3):
-                    others = [
-                        torch.eye(len(factor)).to(factor) if i == axis else torch.linalg.inv(factor)
-                        for i, factor in enumerate(factors)
-                    ]
-                    rows = _applied(level, others).movedim(axis + 1, 0).flatten(1)
-                    covariance = rows @ rows.T / rows.shape[1]
-                    covariance += 1e-6 * covariance.diagonal().mean() * torch.eye(len(rows)).to(rows)
-                    factors[axis] = torch.linalg.cholesky(covariance)
-            fitted += factors
-        for own, factor in zip(self.factors, fitted, strict=True):
-            own.data.copy_(factor)
+                factors = _separable(w, weights)
+                for own, fitted in zip((self.channels, self.rows, self.columns), factors, strict=True):
+                    own[i].data.copy_(fitted)
+                squares = self._whitened(i, level)[0].flatten(1).square().sum(1).double()
+                tail = max(_TAILS, key=lambda tail: float(_student(squares, n, torch.tensor(tail)).sum()))
+                weights = (tail + n) / (tail + squares)
+            self.tails.data[i] = tail
+            rows, columns = (factors[i].square().sum(2) for factors in (self.rows, self.columns))
+            variance = rows[:, :, None] * columns[:, None] * tail / (tail - 2)
+            variance = spread.log_scale.exp().square() * torch.einsum(
+                "cd,dhw->chw", self.channels[i].square(), variance
+            )
+            own = (coefficients - spread.shift * spread.log_scale.exp()).square().sum()
+            self.channels[i].data *= (own / variance.sum()).sqrt()
 
-    def _levels(self) -> list[Sequence[Tensor]]:
-        factors = list(self.factors)
-        return [factors[i : i + 3] for i in range(0, len(factors), 3)]
+    def _whitened(self, i: int, w: Tensor) -> tuple[Tensor, Tensor]:
+        """K^(-1/2) w at level i, and log|det K^(1/2)|."""
+        parts = torch.einsum("cd,bdhw->bchw", torch.linalg.inv(self.channels[i]), w)
+        parts = torch.linalg.solve_triangular(self.rows[i], parts, upper=False)
+        height, width = parts.shape[-2:]
+        log_determinant = height * width * torch.linalg.slogdet(self.channels[i])[1]
+        for factors, n in ((self.rows[i], width), (self.columns[i], height)):
+            log_determinant = log_determinant + n * factors.diagonal(dim1=1, dim2=2).log().sum()
+        return torch.linalg.solve_triangular(self.columns[i], parts.mT, upper=False).mT, log_determinant
 
-    def _mapped(self, w: Tensor, factors: list[list[Tensor]]) -> Tensor:
-        levels = separated(w, self.net.n_levels)
-        return assembled([_applied(level, three) for level, three in zip(levels, factors, strict=True)])
+
+def _fixed(values: Iterable[Tensor]) -> nn.ParameterList:
+    return nn.ParameterList(nn.Parameter(value, requires_grad=False) for value in values)
 
 
-def _applied(level: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """Matrices of channels, rows and columns applied to (B, c, h, w)."""
-    return torch.einsum("ij,kl,mn,bjln->bikm", *factors, level)
+def _student(squares: Tensor, n: int, tail: Tensor) -> Tensor:
+    """Log-density of Student's t with n entries and ``tail`` degrees of freedom, from their sum of squares."""
+    tail = tail.double()
+    constant = torch.lgamma(0.5 * (tail + n)) - torch.lgamma(0.5 * tail) - 0.5 * n * torch.log(math.pi * tail)
+    return (constant - 0.5 * (tail + n) * torch.log1p(squares / tail)).to(squares)
+
+
+def _separable(w: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A, R and C for w (B, c, h, w) of images with weights (B,)."""
+    weighted = weights.sqrt()[:, None, None, None] * w
+    mixing = _autocorrelation_factors(weighted)
+    parts = torch.einsum("cd,bdhw->cbhw", torch.linalg.inv(mixing), weighted)
+    rows, columns = (torch.eye(n).to(parts).repeat(len(parts), 1, 1) for n in parts.shape[2:])
+    for _ in range(2):
+        columns = _cholesky_factors(torch.linalg.solve_triangular(rows[:, None], parts, upper=False))
+        rows = _cholesky_factors(torch.linalg.solve_triangular(columns[:, None], parts.mT, upper=False))
+    return mixing, rows, columns
+
+
+def _cholesky_factors(parts: Tensor) -> Tensor:
+    """Of the covariances of the last dimension of (c, ..., n), (c, n, n)."""
+    vectors = parts.flatten(1, -2)
+    covariances = vectors.mT @ vectors / vectors.shape[1]
+    diagonal = covariances.diagonal(dim1=1, dim2=2).mean(1)
+    return torch.linalg.cholesky(covariances + 1e-6 * diagonal[:, None, None] * torch.eye(vectors.shape[2]).to(parts))
+
+
+def _autocorrelation_factors(w: Tensor) -> Tensor:
+    """A (c, c) with w = A v, where the channels of v are uncorrelated with each other at one place and at neighbours."""
+    here = w.transpose(0, 1).flatten(1)
+    covariance = here @ here.T / here.shape[1]
+    half = torch.linalg.cholesky(covariance + 1e-6 * covariance.diagonal().mean() * torch.eye(len(here)).to(w))
+    v = torch.linalg.solve_triangular(half, here, upper=False).view(len(here), -1, *w.shape[2:])
+    neighbours = ((v[..., :-1, :], v[..., 1:, :]), (v[..., :-1], v[..., 1:]))
+    products = [a.flatten(1) @ b.flatten(1).T / max(1, a[0].numel()) for a, b in neighbours]
+    beside = torch.stack(products).mean(0)
+    return half @ torch.linalg.eigh(0.5 * (beside + beside.T)).eigenvectors
+
+
+def _levels(x: Tensor, n_levels: int) -> list[Tensor]:
+    """Orthonormal Haar coefficients of (B, C, H, W), finest first: 3 C channels each, and C more, the means, at the last."""
+    levels = []
+    for _ in range(n_levels):
+        a, b, c, d = (0.5 * x[..., i::2, j::2] for i in (0, 1) for j in (0, 1))
+        x, details = a + b + c + d, torch.cat([a - b + c - d, a + b - c - d, a - b - c + d], dim=1)
+        levels.append(details)
+    levels[-1] = torch.cat([x, levels[-1]], dim=1)
+    return levels
+
+
+def _assembled(levels: Sequence[Tensor]) -> Tensor:
+    """The images (B, C, H, W) of ``_levels``."""
+    n_channels = levels[-1].shape[1] // 4
+    x, details = levels[-1].split([n_channels, 3 * n_channels], dim=1)
+    for i in reversed(range(len(levels))):
+        s, (h, v, d) = 0.5 * x, (0.5 * details).chunk(3, dim=1)
+        corners = torch.stack([s + h + v + d, s - h + v - d, s + h - v - d, s - h - v + d], dim=2)
+        x, details = F.pixel_shuffle(corners.flatten(1, 2), 2), levels[i - 1]
+    return x
 
 
 class BoundDensity(NamedTuple):
     """p(x | y) for some measurements, as ``flowprox.solvers.importance_samples`` takes a proposal."""
 
     network: Unfolded
-    mean: Tensor  # m(y) (B, C, H, W)
-    log_scale: Tensor  # log s(y), likewise
-    scale: LatentScale
+    x_hat: Tensor  # (B, C, H, W)
+    spreads: list[Spread]
+    density: ErrorDensity
     y: Tensor
     physics: LinearPhysics
 
@@ -122,66 +244,60 @@ class BoundDensity(NamedTuple):
         """n images of each measurement (n, B, C, H, W)."""
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
-        device = self.mean.device if generator is None else generator.device
-        samples = []
-        for _ in range(n):
-            noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=device)
-            deviation = self.log_scale.exp() * self.scale.correlated(noise.to(self.mean.device))
-            x = self.network.flows()[-1].decode_image(self.mean + deviation)
-            samples.append(self.network.final_data_step(x, self.y, self.physics))
-        return torch.stack(samples)
+        samples = (self.x_hat + self.density.draw(self.spreads, generator) for _ in range(n))
+        return torch.stack([self.network.final_data_step(x, self.y, self.physics) for x in samples])
 
     @torch.no_grad()
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x | y) in nats, (..., B), of images (..., B, C, H, W); ValueError for a network that ends with a data step,
-        whose samples have no density."""
+        """log p(x | y) in nats, (..., B), of images (..., B, C, H, W).
+
+        Raises:
+            ValueError: the network ends with a data step, whose samples have no density, or the density is of a part only.
+        """
         if self.network.ends_with_data_step:
             raise ValueError("a network that ends with a data step puts what was measured into its samples: no density")
-        values = []
-        for one in x.reshape(-1, *x.shape[-4:]):
-            z, logdet = self.network.flows()[-1](one)
-            white, log_determinant = self.scale.whitened(
-                (z.view_as(self.mean) - self.mean) * torch.exp(-self.log_scale)
-            )
-            entries = -0.5 * (white.square() + math.log(2 * math.pi)) - self.log_scale
-            values.append(entries.flatten(1).sum(1) + logdet - log_determinant)
+        if self.density.inside(self.x_hat).shape != self.x_hat.shape:
+            raise ValueError("the density is of a part of the image only, or continued: there is none of the image")
+        errors = (x - self.x_hat).reshape(-1, *self.x_hat.shape)
+        values = [self.density.log_prob(self.density.coefficients(one), self.spreads) for one in errors]
         return torch.stack(values).reshape(x.shape[:-3])
 
 
 class ConditionalDensity:
-    """p(x | y) of a trained network and its latent deviations.
+    """p(x | y) of a trained network and the density of its error.
 
     Arguments:
-        network: with a flow, or ValueError.
-        scale: trained for it by ``fit_density``.
+        network: any unfolded network.
+        density: trained for it by ``fit_density``.
 
     Example:
         >>> from flowprox import FlowProx, Glow, UnfoldedPGD, make_physics
-        >>> flow = Glow((3, 8, 8), n_levels=2, n_steps=1, hidden_channels=4)
-        >>> network = UnfoldedPGD([FlowProx(flow)]).eval()
-        >>> density = ConditionalDensity(network, LatentScale((3, 8, 8), [8, 8]))
+        >>> network = UnfoldedPGD([FlowProx(Glow((3, 8, 8), n_levels=2, n_steps=1, hidden_channels=4))]).eval()
+        >>> density = ConditionalDensity(network, ErrorDensity((3, 8, 8), (0, 0, 8, 8), [8, 8]))
         >>> y, physics = torch.rand(2, 3, 8, 8), make_physics("denoising", (3, 8, 8), sigma=0.1)
         >>> x = density.sample(y, physics, 5)
         >>> x.shape, density.log_prob(x, y, physics).shape
         (torch.Size([5, 2, 3, 8, 8]), torch.Size([5, 2]))
     """
 
-    def __init__(self, network: Unfolded, scale: LatentScale) -> None:
-        self.network, self.scale, self.flow = network, scale, _last_flow(network)
+    def __init__(self, network: Unfolded, density: ErrorDensity) -> None:
+        self.network, self.density = network, density
 
     @torch.no_grad()
     def of(self, y: Tensor, physics: LinearPhysics) -> BoundDensity:
-        """The density of the images behind measurements (B, ...), of the training's size, or ValueError: samples and
-        ``log_prob`` without the network's run."""
+        """The density of the images behind measurements (B, ...): samples and ``log_prob`` without the network's run.
+
+        Raises:
+            ValueError: the images are not of the size of the training.
+        """
         x_hat = self.network(y, physics)
-        if tuple(x_hat.shape[-2:]) != self.scale.image_size:
-            sizes = ["x".join(map(str, size)) for size in (self.scale.image_size, tuple(x_hat.shape[-2:]))]
+        if tuple(x_hat.shape[-2:]) != self.density.image_size:
+            sizes = ["x".join(map(str, size)) for size in (self.density.image_size, tuple(x_hat.shape[-2:]))]
             raise ValueError(
                 f"samples are of images of {sizes[0]} pixels, as the density was trained on, not {sizes[1]}"
             )
-        groups = self.flow.latent_groups((x_hat.shape[-2], x_hat.shape[-1])).to(x_hat.device)
-        log_scale = self.scale(_features(x_hat, y, physics), groups)
-        return BoundDensity(self.network, self.flow.encode_image(x_hat), log_scale, self.scale, y, physics)
+        spreads = self.density(self.density.inside(_features(x_hat, y, physics)))
+        return BoundDensity(self.network, x_hat, spreads, self.density, y, physics)
 
     def sample(self, y: Tensor, physics: LinearPhysics, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n images (n, B, C, H, W) of p(x | y) for each measurement (B, ...).
@@ -195,12 +311,6 @@ class ConditionalDensity:
         return self.of(y, physics).log_prob(x)
 
 
-def _last_flow(network: Unfolded) -> Flow:
-    if not network.flows():
-        raise ValueError("the network has no flow, and so no density: samples need a FlowProx")
-    return network.flows()[-1]
-
-
 def _features(x_hat: Tensor, y: Tensor, physics: LinearPhysics) -> Tensor:
     """What the deviations are predicted from: the estimate, A^T y - x_hat and A^T A 1, (B, 2 C + 1, H, W)."""
     seen = visibility(x_hat, physics).expand(len(x_hat), -1, -1, -1)
@@ -208,55 +318,64 @@ def _features(x_hat: Tensor, y: Tensor, physics: LinearPhysics) -> Tensor:
 
 
 def fit_density(
-    network: Unfolded,
-    estimates: list[tuple[Tensor, Tensor, Tensor]],
+    estimates: Sequence[tuple[Tensor, Tensor, Tensor]],
     physics: LinearPhysics,
-    hidden_channels: Sequence[int] | None = None,
+    hidden_channels: Sequence[int] = (12, 18, 24),
     n_steps: int = 400,
     seed: int = 0,
     callback: Callable[[int, int, float], None] | None = None,
-) -> LatentScale:
-    """Train the deviations of a network's latents by the likelihood of images; the network stays as it is.
+) -> ErrorDensity:
+    """Train the density of a network's errors by the likelihood of images, and fit its correlations halfway and at the end.
+
+    Correlations and tails are of the last quarter of the images, which the U-Net is not trained on: on its own its errors are
+    smaller.
 
     Arguments:
-        network: with a flow, or ValueError.
-        estimates: batches of images x (B, C, H, W), their measurements y and the network's estimates.
+        estimates: batches of images x (B, C, H, W), their measurements y and the network's estimates. Images of 8 bits should
+            be spread over their digits (uniform noise of 1/255), or what is measured exactly has an infinite density.
         physics: the operator.
-        hidden_channels: widths of the predictor, see ``LatentScale``; None is 16, 24, 32, ....
+        hidden_channels: widths of the predictor, see ``ErrorDensity``.
         n_steps: of Adam, 16 images each.
         seed: of the first weights and the order.
-        callback: called with the step, their number, and the likelihood in nats per entry, without the log-determinant.
+        callback: called with the step, their number, and the likelihood in nats per entry.
     """
-    flow = _last_flow(network)
-    with torch.no_grad():
-        parts = [
-            (_features(x_hat, y, physics), flow.encode_image(x) - flow.encode_image(x_hat)) for x, y, x_hat in estimates
-        ]
-    inputs, deviations = (torch.cat(one) for one in zip(*parts, strict=True))
-    groups = flow.latent_groups((deviations.shape[-2], deviations.shape[-1])).to(deviations.device)
+    squares = torch.stack([(x - x_hat).square().sum((0, 1)) for x, _, x_hat in estimates]).sum(0)
+    image_shape = estimates[0][0].shape[1:]
+    box = _box(squares)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        widths = hidden_channels or [16 + 8 * level for level in range(flow.n_levels)]
-        scale = LatentScale(deviations.shape[1:], widths).to(deviations.device)
-    squares = torch.zeros_like(scale.log_scale).index_add_(0, groups.flatten(), deviations.square().mean(0).flatten())
+        density = ErrorDensity(image_shape, box, hidden_channels).to(squares.device)
     with torch.no_grad():
-        scale.log_scale.copy_(0.5 * (squares / torch.bincount(groups.flatten()) + _SMALLEST**2).log())
+        inputs = torch.cat([density.inside(_features(x_hat, y, physics)) for _, y, x_hat in estimates])
+        coefficients = density.coefficients(torch.cat([x - x_hat for x, _, x_hat in estimates]))
+        for own, level in zip(density.log_scale, coefficients, strict=True):
+            own.copy_(0.5 * (level.square().mean((0, 2, 3)) + _SMALLEST**2).log()[:, None, None])
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(scale.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=n_steps)
-    for step in range(n_steps):
-        chosen = torch.randint(len(inputs), (min(16, len(inputs)),), generator=generator).to(inputs.device)
-        log_scale = scale(inputs[chosen], groups)
-        loss = (log_scale + 0.5 * (deviations[chosen] * torch.exp(-log_scale)).square()).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(scale.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if callback is not None:
-            callback(step + 1, n_steps, -float(loss.detach()))
-    scale.eval().requires_grad_(False)
-    with torch.no_grad():
-        log_scale = torch.cat([scale(one, groups) for one in inputs.split(32)])
-        scale.fit_correlations(deviations * torch.exp(-log_scale))
-    return scale
+    n_training = len(inputs) - max(1, len(inputs) // 4)
+    ends = (0, n_steps // 2, n_steps)
+    for first, last in pairwise(ends):
+        if last > first:
+            optimizer = torch.optim.Adam([p for p in density.parameters() if p.requires_grad], lr=2e-3)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=last - first)
+            for step in range(first, last):
+                chosen = torch.randint(n_training, (min(16, n_training),), generator=generator).to(inputs.device)
+                log_prob = density.log_prob([level[chosen] for level in coefficients], density(inputs[chosen]))
+                likelihood = log_prob.mean() / inputs[0, : image_shape[0]].numel()
+                optimizer.zero_grad()
+                (-likelihood).backward()
+                nn.utils.clip_grad_norm_(density.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                if callback is not None:
+                    callback(step + 1, n_steps, float(likelihood.detach()))
+        with torch.no_grad():
+            parts = zip(*(density(one) for one in inputs[n_training:].split(32)), strict=True)
+            spreads = [Spread(*map(torch.cat, zip(*level, strict=True))) for level in parts]
+            density.fit_correlations([level[n_training:] for level in coefficients], spreads)
+    return density.eval().requires_grad_(False)
+
+
+def _box(squares: Tensor) -> tuple[int, int, int, int]:
+    """(top, left, height, width) around where squared errors (H, W) are."""
+    places = [(p > 1e-3 * p.amax()).nonzero().flatten().tolist() for p in (squares.amax(1), squares.amax(0))]
+    return places[0][0], places[1][0], places[0][-1] + 1 - places[0][0], places[1][-1] + 1 - places[1][0]

@@ -72,6 +72,7 @@ def test_a_heavy_weight_leaves_the_most_likely_latent() -> None:
     solution = LatentMAP(flow, 1e3).solve(measurement(physics), physics)
     assert solution.latent is not None and bool((solution.latent == 0).all())
     assert solution.reasons == ["converged"] * 2
+    assert solution.residual_p_value is not None and bool((solution.residual_p_value < 1e-3).all())
 
 
 @pytest.mark.parametrize("share", [0.3, 0.7, 0.95])

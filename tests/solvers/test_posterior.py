@@ -122,6 +122,20 @@ def test_gaussian_posterior(sampler: str, name: str) -> None:
     assert_moments(solution, *gaussian_posterior(flow, physics, y, noise_mean, sigma))
 
 
+def test_dense_coordinates_mix_where_scales_do_not() -> None:
+    flow, physics = linear_flow(), Sensing(7, 0.01)
+    y = physics.A(flow.sample(1))
+    y = y + 0.01 * torch.randn_like(y)
+    solvers = {
+        value: PosteriorSampling(flow, None, "hmc", 30, 16, 16, options=SamplerOptions(precondition=value))
+        for value in (True, "dense")
+    }
+    plain, dense = (solver.solve(y, physics) for solver in solvers.values())
+    assert dense.ess.item() > 2 * plain.ess.item() and dense.r_hat.item() < 1.05
+    assert_moments(dense, *gaussian_posterior(flow, physics, y, 0.0, 0.01))
+    assert solvers["dense"].solve(y, physics, start=dense.state).r_hat.item() < 1.05
+
+
 def identity_flow(shape: tuple[int, int, int] = (1, 1, 1)) -> Flow:
     """x = z."""
     flow = Flow(ActNorm(shape[0]), shape, offset=0.0).double().eval()

@@ -52,6 +52,7 @@ N_COLORS = 8
 _INK, _GRID = "#010101", "#020202"
 _COLORS = [f"#03030{i}" for i in range(N_COLORS)]
 _MARKERS = "osD^vPX*"
+_FEWEST_RANKED = 40  # images: five in each of eight bins
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "flowprox",
@@ -474,19 +475,37 @@ def _means(facts: Sequence[Record], key: str) -> list[float]:
 
 
 def _rank_charts(facts: dict[str, list[Record]], colors: dict[str, int], name: str) -> list[Chart]:
-    """A histogram of the truth's rank among samples, of methods that have any."""
-    lines = []
+    """A histogram of the truth's rank among samples, of methods that have any, with what tests say."""
+    lines, tests = [], []
     for method, one in facts.items():
-        found = [rank for fact in one for rank in fact.get("ranks", ())]
+        directions = [list(column) for column in zip(*(fact["ranks"] for fact in one if "ranks" in fact), strict=True)]
+        found = [rank for column in directions for rank in column]
         n = max((fact.get("n_ranked", 0) for fact in one), default=0)
         if found:
             shares = [found.count(rank) * (n + 1) / len(found) for rank in range(n + 1)]
             lines.append(Series(method, range(n + 1), shares, color=colors[method], method=method))
+            tests.append(f"{method}: {_tests(directions, n, [fact['tarp'] for fact in one if 'tarp' in fact])}")
     if not lines:
         return []
-    caption = "How many samples lie below the truth; honest ones are level at 1. More at both ends: they are too sure."
+    caption = (
+        "How many samples lie below the truth; honest ones are level at 1. More at both ends: they are too sure. "
+        f"{'; '.join(tests)}"
+    )
     svg = line_chart(name, lines, ("rank of the truth", "share, 1 is honest"), form=".2f")
     return [Chart(svg, "Ranks of the truth", caption, f"Ranks of the truth. {_told(lines, 'rank')}")]
+
+
+def _tests(directions: Sequence[Sequence[int]], n_samples: int, tarp: Sequence[float]) -> str:
+    """p-values of ranks in each direction and of whole images; small ones reject."""
+    if len(directions[0]) < _FEWEST_RANKED:
+        return "too few images to test"
+    import torch  # a report without ranks does not wait for it
+
+    from flowprox.uncertainty import rank_p_value, uniform_p_value
+
+    p_values = [f"{rank_p_value(torch.tensor(one), n_samples, n_bins=8):.2g}" for one in directions]
+    whole = f", of whole images (TARP) {uniform_p_value(torch.tensor(tarp)):.2g}" if tarp else ""
+    return f"p-values of the ranks {', '.join(p_values)}{whole}"
 
 
 def _top(contents: Contents) -> float | None:
