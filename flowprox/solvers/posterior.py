@@ -237,7 +237,7 @@ class PosteriorSampling(Reconstructor):
             )
             dense = self.options.precondition == "dense"
             if dense:
-                target.whiten(z[0], noise_level(physics if self.noise is None else noise, y))
+                target.whiten(z[0], noise_level(physics if self.noise is None else self.noise, y))
             chains = Chains(
                 target,
                 _finite_position(target, target.coordinates(z)),

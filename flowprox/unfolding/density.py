@@ -114,7 +114,8 @@ class ErrorDensity(Specified, nn.Module):
         device = like.device if generator is None else generator.device
         n = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=device)
         halves = torch.full((len(n), 1, 1, 1), half, dtype=torch.float64, device=device)
-        n = (n * (half / torch._standard_gamma(halves, generator)).sqrt().to(n)).to(like.device)
+        gamma = torch._standard_gamma(halves, generator)  # pyright: ignore[reportPrivateImportUsage]  # others take none
+        n = (n * (half / gamma).sqrt().to(n)).to(like.device)
         parts = self.rows[i] @ n @ self.columns[i].mT
         return spread.log_scale.exp() * (like + torch.einsum("cd,bdhw->bchw", self.channels[i], parts))
 
