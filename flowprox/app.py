@@ -174,7 +174,7 @@ def _answers(drawn: Mapping[str, Any] | None, *choices: Any) -> Iterator[tuple[A
 
 def make_page() -> Any:
     """The page, a ``gradio.Blocks``; ``launch`` serves it. ImportError without gradio."""
-    gr: Any = require_package("gradio", "gradio", "flowprox app", extra="app")
+    gr = require_package("gradio", "gradio", "flowprox app", extra="app")
     sample = Image.fromarray(_pixels(load_image(SAMPLES_FOLDER / "chelsea.png", channels=3)))
     with gr.Blocks(title="flowprox", analytics_enabled=False) as page, gr.Row():
         with gr.Column():

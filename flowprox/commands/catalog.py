@@ -163,7 +163,7 @@ def _onnx(program: Any, names: list[str]) -> bytes:
     """The program as one file for onnxruntime, weights inside."""
     import torch
 
-    optimizer: Any = require_package("onnxscript.optimizer", "onnxscript", "export to .onnx", extra="onnx")
+    optimizer = require_package("onnxscript.optimizer", "onnxscript", "export to .onnx", extra="onnx")
     exported = torch.onnx.export(program, input_names=names, dynamo=True, verbose=False)
     assert exported is not None
     large = 2**20  # entries: maps of whole numbers are folded too, for which a browser has no kernels

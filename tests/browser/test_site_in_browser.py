@@ -64,12 +64,21 @@ def test_the_page_to_try_does_what_python_does(
     for task, least in (("denoise", 26.0), ("inpaint", 24.0)):
         page.check(f"#try [value={task}]")
         page.wait_for_load_state("networkidle")
+        if task == "inpaint":
+            before = page.locator("#try-before")
+            before.scroll_into_view_if_needed()
+            corner = before.bounding_box()
+            page.mouse.move(corner["x"] + 20, corner["y"] + 20)
+            page.mouse.down()
+            page.mouse.move(corner["x"] + 60, corner["y"] + 30, steps=5)
+            page.mouse.up()
         page.click("#try-run")
         page.wait_for_function("document.querySelector('#try-note').textContent.includes('dB')")
         assert float(page.text_content("#try-note").split()[0]) > least
         seen = page.evaluate("flowproxTry")
         shape = (1, 3, 128, 128) if task == "denoise" else (1, 3, 64, 64)
         y, mask, x_hat = (torch.tensor(seen[key]).view(shape) for key in ("measured", "mask", "restored"))
+        assert (float(mask[0, 0, :10, :15].min()) == 0) == (task == "inpaint")  # what was painted
         if task == "denoise":
             physics = make_physics("denoising", shape[1:], sigma=seen["sigma"])
             model = load_model("unfolded-denoising-natural")
@@ -78,4 +87,6 @@ def test_the_page_to_try_does_what_python_does(
             model = load_model("unfolded-inpainting-range-faces64")
         with torch.no_grad():
             assert float((model(y, physics) - x_hat).abs().max()) < 1e-4
+    page.locator("#try-slider").fill("30")
+    assert "70%" in page.locator("#try-over").get_attribute("style")
     assert overflow(page) <= 0
