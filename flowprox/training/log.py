@@ -201,7 +201,7 @@ class _CSV(Logger):
 
 class _WandB(Logger):
     def __init__(self, folder: Path, recipe: Values, rows: Sequence[Values]) -> None:
-        self.module: Any = importlib.import_module("wandb")
+        self.module = importlib.import_module("wandb")
         mode = os.environ.get("WANDB_MODE", "offline")
         self.run: Any = self.module.init(dir=folder, mode=mode, name=recipe.get("name"), config=recipe)
 
@@ -218,7 +218,7 @@ class _WandB(Logger):
 class _MLflow(Logger):
     def __init__(self, folder: Path, recipe: Values, rows: Sequence[Values]) -> None:
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # a folder; MLflow would rather have a database
-        module: Any = importlib.import_module("mlflow")
+        module = importlib.import_module("mlflow")
         place = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlflow").resolve().as_uri()
         self.client: Any = module.MlflowClient(place)
         self.run = self.client.create_run("0", run_name=recipe.get("name")).info.run_id
