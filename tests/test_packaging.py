@@ -58,3 +58,9 @@ def test_every_command_of_the_readme_runs_in_an_empty_folder(tmp_path: Path, mon
         head, inputs, files = command.partition(" -- ")
         assert main(f"{head} {SMOKE.get(name, '')}{inputs}{files}".split()[1:]) == 0, command
     assert (tmp_path / "clean" / "photo.png").exists() and (tmp_path / "runs" / "table1" / "report.html").exists()
+
+
+def test_the_reference_lists_modules_that_there_are() -> None:
+    listed = re.findall(r"^   flowprox\.(\w+)$", (ROOT / "docs" / "api" / "index.md").read_text(), flags=re.MULTILINE)
+    there = {path.stem for path in (ROOT / "flowprox").iterdir() if path.stem[0] != "_"}
+    assert len(listed) > 20 and set(listed) <= there
