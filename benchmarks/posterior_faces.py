@@ -64,6 +64,7 @@ def main() -> None:
     precondition: bool | Literal["dense"] = "dense" if given.coordinates == "dense" else True
     options = SamplerOptions(n_leapfrog=given.n_leapfrog, precondition=precondition)
     sampling = PosteriorSampling(flow, n_samples=given.n_samples, n_warmup=given.n_warmup, options=options)
+    torch.manual_seed(0)  # of the proposal's samples
     for i in range(given.first, given.first + given.limit):
         x = middles(f"{given.faces}/test-000.npz", given.size, i, 1)
         y = measure_each(x, physics, [i])

@@ -98,8 +98,9 @@ class SamplerOptions:
         step_size: h > 0, fixed; None adapts it per image during warm-up.
         target_acceptance: acceptance the adaptation aims at, between 0 and 1.
         precondition: estimate a scale per latent dimension and image (and, for the rotating samplers, a center) during
-            warm-up. "dense" moves in the coordinates in which the posterior is white around the first chain's start, by its
-            Gauss-Newton Hessian I + J^T J / sigma^2: for Gaussian noise; D runs of the flow and 8 D^2 bytes for each image.
+            warm-up. "dense" moves in the coordinates in which the posterior is white where the chains are after a third of
+            the warm-up, by its Gauss-Newton Hessian I + J^T J / sigma^2: for Gaussian noise. It takes D runs of the flow
+            for each chain, twice, and 16 D^2 bytes for each image.
         n_kept: draws per chain that are returned, evenly spaced; mean and standard deviation are over all of them.
         jitter: relative spread of the step size, at least 0 and less than 1.
 
@@ -237,7 +238,8 @@ class PosteriorSampling(Reconstructor):
             )
             dense = self.options.precondition == "dense"
             if dense:
-                target.whiten(z[0], noise_level(physics if self.noise is None else self.noise, y))
+                sigma = noise_level(physics if self.noise is None else self.noise, y)
+                target.whiten(z[:1], sigma)
             chains = Chains(
                 target,
                 _finite_position(target, target.coordinates(z)),
@@ -251,7 +253,13 @@ class PosteriorSampling(Reconstructor):
             try:
                 precision = target.precision if callable(getattr(noise, "sample_like", None)) and not dense else None
                 descend = proposal is None and not _is_latent(start)
-                chains.warm_up(self.n_warmup, record.add_loss, descend, precision)
+                n_first = self.n_warmup // 3 if dense else 0
+                if n_first:  # from where the chains have come to the Hessian is a better one
+                    chains.warm_up(n_first, record.add_loss, descend)
+                    z, descend = target.latents(chains.position.z), False
+                    target.whiten(z, sigma)
+                    chains.restart(target(target.coordinates(z)))
+                chains.warm_up(self.n_warmup - n_first, record.add_loss, descend, precision)
                 chains.sample(self.n_samples, record.add_draw, partial(self._jump, chains, target, proposal))
             except KeyboardInterrupt:
                 if not record.samples:
@@ -368,19 +376,21 @@ class _Target:
         return self.replayed(z)
 
     def whiten(self, z: Tensor, sigma: Tensor) -> None:
-        """Move in the coordinates of the Gauss-Newton Hessian at z (B, D) from now on, for noise of deviations sigma (B,)."""
+        """Move from now on in the coordinates of the mean Gauss-Newton Hessian over z (M, B, D), for noise of sigma (B,)."""
         if self.per_image:
             raise ValueError('precondition "dense" is for operators and noise that all images share: solve one by one')
         factors = []
-        for one, level in zip(z, sigma.tolist(), strict=True):
-            here = self._measure(self.problem.decode(one[None])).flatten()
-            steps = torch.eye(len(one)).to(one).mul_(_STEP).split(_BATCH)
-            columns = [(self._measure(self.problem.decode(one + step)).flatten(1) - here) / _STEP for step in steps]
-            jacobian = torch.cat(columns).double() / level  # (D, m)
-            hessian = torch.addmm(torch.eye(len(one)).to(jacobian), jacobian, jacobian.T)
-            factors.append(torch.linalg.cholesky(hessian).to(one))
-            self.n_evaluations += len(one)
-        self.whitening = _Whitening(z, torch.stack(factors))
+        for image, level in enumerate(sigma.expand(z.shape[1]).tolist()):
+            hessian = torch.eye(z.shape[2], dtype=torch.float64, device=z.device)
+            for one in z[:, image]:
+                here = self._measure(self.problem.decode(one[None])).flatten()
+                steps = torch.eye(len(one)).to(one).mul_(_STEP).split(_BATCH)
+                columns = [(self._measure(self.problem.decode(one + step)).flatten(1) - here) / _STEP for step in steps]
+                jacobian = torch.cat(columns).double() / level  # (D, m)
+                hessian.addmm_(jacobian, jacobian.T, alpha=1 / len(z))
+                self.n_evaluations += len(one)
+            factors.append(torch.linalg.cholesky(hessian).to(z))
+        self.whitening = _Whitening(z.mean(0), torch.stack(factors))
 
     def latents(self, w: Tensor) -> Tensor:
         """z (M, B, D) of what the chains move in."""

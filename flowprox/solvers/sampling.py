@@ -248,6 +248,13 @@ class Chains:
                     self.averaging.restart(self.first_step)
             places = gradients = Moments.like(self.position.z[0])
 
+    def restart(self, position: Position) -> None:
+        """Go on from there in other coordinates: what was adapted is forgotten."""
+        self.position = position
+        self.reference = Reference(torch.zeros_like(position.z[0]), torch.ones_like(position.z[0]))
+        if not self.fixed:
+            self.averaging.restart(self.first_step)
+
     def sample(self, n_steps: int, after_step: Callable[[], None], jump: Callable[[], None] = lambda: None) -> None:
         """Move n_steps times with everything fixed; ``jump`` is a further move after each step."""
         step_size = self.step_size
