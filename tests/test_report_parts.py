@@ -141,7 +141,7 @@ CHARTS = {
     "published and chosen": lambda: line_chart("n", [_line(published=[(1, 30.0)], chosen=2)], XY),
     "zero and orders of magnitude": lambda: line_chart("n", [_line(x=(0, 0.01, 1, 171))], XY),
     "many places": lambda: line_chart("n", [_line(x=tuple(range(30)))], XY, top=1.0),
-    "points": lambda: line_chart("n", POINTS, XY, connected=False),
+    "points": lambda: line_chart("n", POINTS, XY, scale="log"),
     "boxes": lambda: box_chart(
         "n", [Series(NASTY, (), [1.0, 2.0, 4.0], color=0), Series("b", (), [3.0] * 3, color=9)], "y"
     ),
@@ -162,7 +162,7 @@ def test_charts_are_well_formed_and_the_same_again(case: str) -> None:
 def test_a_method_has_the_same_color_in_every_chart() -> None:
     of_line = line_chart("n", [_line("a", color=3), _line("b", color=9)], XY)
     points = [Series("a", [1.0], [2.0], color=3), Series("b", [2.0], [3.0], color=9)]
-    of_points = line_chart("n", points, XY, connected=False)
+    of_points = line_chart("n", points, XY, scale="log")
     same = line_chart("n", [_line("a", color=1), _line("b", color=9)], XY)
     used = [set(re.findall(r"--c\d", svg)) for svg in (of_line, of_points, same)]
     assert used == [{"--c3", "--c1"}, {"--c3", "--c1"}, {"--c0", "--c1"}]

@@ -136,7 +136,7 @@ def line_chart(
     *,
     form: str = ".2f",
     top: float | None = None,
-    connected: bool = True,
+    scale: str = "swept",
 ) -> str:
     """The ``svg`` of figures over a number with their intervals; published ones hollow, chosen ones ringed.
 
@@ -146,8 +146,9 @@ def line_chart(
         labels: of the number and of the figure.
         form: format of the figures in the titles of the marks.
         top: where the axis of the figure ends; None lets the figures say it.
-        connected: lines; otherwise points over a logarithmic axis.
+        scale: of the number: "swept" has ticks at the values; "linear"; "log", where points are not connected.
     """
+    connected = scale != "log"
     colors = [one.color % N_COLORS for one in series if one.color is not None]
     places = colors if not connected or len(set(colors)) == len(series) else range(len(series))
     wrapped = [textwrap.fill(one.label, 44) for one in series]
@@ -172,9 +173,9 @@ def line_chart(
             if one.published:
                 style = {"color": color, "marker": marker, "markersize": 5, "mfc": "none", "ls": ":", "linewidth": 1}
                 drawing.mark(axes.plot(*zip(*one.published, strict=True), **style), one.method)
-        if connected:
+        if scale == "swept":
             _scale_x(axes, [x for one in series for x in one.x])
-        else:
+        elif scale == "log":
             axes.set_xscale("log")
             axes.margins(x=0.1, y=0.1)
         axes.set(xlabel=_plain(labels[0]), ylabel=_plain(labels[1]))
@@ -410,7 +411,7 @@ def cost_chart(contents: Contents, problem: str, name: str) -> Chart | None:
     words = "; ".join(f"{p.label} {number(p.y[0], form)} in {number(p.x[0], TIME)} s" for p in points)
     labels = "seconds per image", contents.metric.title
     return Chart(
-        line_chart(name, points, labels, form=form, top=_top(contents), connected=False),
+        line_chart(name, points, labels, form=form, top=_top(contents), scale="log"),
         "Cost against quality",
         "Up and to the left is better. Seconds are the wall clock of a batch divided by its images.",
         f"{contents.metric.title} against seconds per image on {problem}: {words}.",
@@ -464,7 +465,7 @@ def calibration_charts(contents: Contents, problem: str, name: str) -> list[Char
         lines = [
             Series(m, _means(one, "widths"), _means(one, key), color=colors[m], method=m) for m, one in facts.items()
         ]
-        svg = line_chart(f"{name}-{key}", lines, ("mean half-width", label), form=".3f")
+        svg = line_chart(f"{name}-{key}", lines, ("mean half-width", label), form=".3f", scale="linear")
         caption = f"Each point is a tenth of the pixels of an image by half-width, mean over images. {remark}"
         charts.append(Chart(svg, title, caption, f"{title}, {problem}. {_told(lines, 'half-width', '.3f')}"))
     return [*charts, *_rank_charts(facts, colors, f"{name}-ranks")]
@@ -491,7 +492,7 @@ def _rank_charts(facts: dict[str, list[Record]], colors: dict[str, int], name: s
         "How many samples lie below the truth; honest ones are level at 1. More at both ends: they are too sure. "
         f"{'; '.join(tests)}"
     )
-    svg = line_chart(name, lines, ("rank of the truth", "share, 1 is honest"), form=".2f")
+    svg = line_chart(name, lines, ("rank of the truth", "share, 1 is honest"), form=".2f", scale="linear")
     return [Chart(svg, "Ranks of the truth", caption, f"Ranks of the truth. {_told(lines, 'rank')}")]
 
 
