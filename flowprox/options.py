@@ -142,13 +142,19 @@ class LikelihoodOptions:
             [0, 1).
         noise_range: lowest and highest standard deviation of Gaussian noise added to each image, drawn uniformly per
             image; [0, 0] adds none. A flow meant for unfolding should see images as noisy as its folds will.
+        weight_norm_penalty: weight, in bits per dimension, of the sum of squared magnitudes of weight-normalized
+            convolutions (RealNVP's; Dinh et al. 2017, Sec. 4.1, have 5e-5).
     """
 
     bit_depth: int = 8
     noise_range: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    weight_norm_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         require(1 <= self.bit_depth <= 8, f"bit_depth must be between 1 and 8; got {self.bit_depth}")
+        require(
+            self.weight_norm_penalty >= 0, f"weight_norm_penalty must be at least 0; got {self.weight_norm_penalty}"
+        )
         _check_range("noise_range", self.noise_range)
 
 
@@ -316,9 +322,9 @@ class TrainingOptions:
         scalar_learning_rate: the same for the few scalars mu and lambda.
         weight_decay: every step shrinks all weights, biases and scales, but not those scalars nor a start image, by
             1 - rate * weight_decay.
-        schedule: shape of the learning rates over the run: "constant", "cosine" (to zero) or "one-cycle" (30 % up, 70
-            % down). Progress is the larger of step / max_steps and elapsed / max_time; with max_time no two runs are equal
-            to the bit.
+        schedule: shape of the learning rates over the run: "constant", "cosine" (to zero), "one-cycle" (30 % up, 70 % down)
+            or "halving" (after each fifth of the run, as in Whang et al. 2021, Table 1). Progress is the larger of
+            step / max_steps and elapsed / max_time; with max_time no two runs are equal to the bit.
         warmup_steps: steps over which the rates rise linearly from zero, on top of the schedule.
         gradient_clip: largest allowed norm of all gradients together; 0 never clips.
         skip_above: skip a step whose gradient norm is more than so many times its running average; 0 skips only what is
@@ -356,7 +362,7 @@ class TrainingOptions:
     weight_decay: float = 0.0
     learning_rate: float = 1e-3
     scalar_learning_rate: float = 1e-2
-    schedule: Literal["constant", "cosine", "one-cycle"] = "cosine"
+    schedule: Literal["constant", "cosine", "one-cycle", "halving"] = "cosine"
     warmup_steps: int = 0
     gradient_clip: float = 1.0
     skip_above: float = 0.0

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from flowprox.checkpoints import load_card, load_model, load_training_state, save_training_state
 from flowprox.data import save_image
 from flowprox.files import sole_writer
-from flowprox.flows import NonFiniteError
+from flowprox.flows import Glow, NonFiniteError, RealNVP
 from flowprox.graphs import compile_regions
 from flowprox.naming import Specified
 from flowprox.operators import make_physics, measure
@@ -407,6 +407,22 @@ def test_without_validation_the_last_model_is_saved(images: Path, tmp_path: Path
     assert_same(
         dict(load_model(tmp_path / "model").state_dict()), dict(load_training_state(tmp_path / "state.pt")["model"])
     )
+
+
+def test_the_penalty_on_weight_normalization_is_the_sum_of_squared_magnitudes() -> None:
+    torch.manual_seed(0)
+    flow = RealNVP((1, 8, 8), n_levels=1, n_couplings=2, hidden_channels=4, n_blocks=1)
+    x = torch.rand(2, 1, 8, 8)
+    flow.encode(x)
+    plain, penalized = LikelihoodTask(flow)(x), LikelihoodTask(flow, LikelihoodOptions(weight_norm_penalty=0.5))(x)
+    magnitudes = [
+        conv.weight.flatten(1).norm(dim=1)
+        for conv in flow.modules()
+        if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3)
+    ]
+    torch.testing.assert_close(penalized - plain, 0.5 * torch.cat(magnitudes).square().sum())
+    with pytest.raises(ValueError, match="weight_norm_penalty is for flows with weight-normalized"):
+        LikelihoodTask(Glow((1, 8, 8), n_levels=1), LikelihoodOptions(weight_norm_penalty=0.5))
 
 
 def test_dequantize_keeps_the_level() -> None:

@@ -79,7 +79,11 @@ def schedule_factor(schedule: str, progress: float) -> float:
     Example:
         >>> [round(schedule_factor("cosine", p), 3) for p in (0.0, 0.5, 1.0)]
         [1.0, 0.5, 0.0]
+        >>> [schedule_factor("halving", p) for p in (0.0, 0.5, 1.0)]
+        [1.0, 0.25, 0.0625]
     """
+    if schedule == "halving":
+        return 0.5 ** min(int(5 * progress), 4)
     rise, low = (0.3, 0.04) if schedule == "one-cycle" else (0.0, 0.0)
     if schedule == "constant":
         return 1.0

@@ -103,12 +103,20 @@ class LikelihoodTask(Task):
     def __init__(self, flow: Flow, options: LikelihoodOptions | None = None) -> None:
         super().__init__(flow)
         self.options = options or LikelihoodOptions()
+        # the magnitudes g of w = g v / |v|
+        self.magnitudes = [p for name, p in flow.named_parameters() if name.endswith("weight.original0")]
+        if self.options.weight_norm_penalty and not self.magnitudes:
+            raise ValueError(
+                "weight_norm_penalty is for flows with weight-normalized convolutions, such as RealNVP; set it to 0"
+            )
 
     def batch(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         return (_add_noise(dequantize(x, self.options.bit_depth, generator), self.options.noise_range, generator),)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.model.bits_per_dimension(inputs[0], self.options.bit_depth).mean()  # type: ignore[operator]
+        loss = self.model.bits_per_dimension(inputs[0], self.options.bit_depth).mean()  # type: ignore[operator]
+        weight = self.options.weight_norm_penalty
+        return loss + weight * torch.stack([g.square().sum() for g in self.magnitudes]).sum() if weight else loss
 
     def evaluate(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         assert isinstance(model, Flow)
