@@ -4,7 +4,7 @@
     flowprox train-flow --config recipes/digits/glow-digits32.yaml --out runs/glow-digits32
     python recipes/digits/digits.py draw runs/glow-digits32/model runs/digits/drawn-idx3-ubyte.gz --n 2000 --seed 0
 
-The pictures are those of the split "train" of ``MNISTNoise``, 28x28 within 32x32. What is drawn is an idx file like MNIST's own.
+The pictures are those of the split "train" of ``MNISTNoise``, 28x28 within 32x32. What is drawn is an idx file.
 """
 
 from __future__ import annotations
