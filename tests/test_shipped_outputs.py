@@ -1,14 +1,15 @@
 """Every shipped model loads and gives what it gave when its outputs were stored in ``shipped_outputs.json``.
 
 Bit for bit on the kind of CPU and the torch version that stored them: convolutions sum in another order elsewhere, and then
-1e-5 of the output's scale is what float32 promises. ``python tests/test_shipped_outputs.py`` stores the outputs anew; that is
-right only when a model's weights were replaced.
+1e-5 of the output's scale is what float32 promises. ``python tests/test_shipped_outputs.py NAME ...`` stores the outputs of these
+models anew; that is right only when their weights are new.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,10 @@ def outputs(name: str) -> dict[str, Tensor]:
         problem = model.card.problem
         physics = make_physics(Problem(problem["name"], problem["parameters"]), (3, SIZE, SIZE))
         return {"half_widths": model(image(), physics.A(image()), physics)}
-    parameters = {**model.card.problem["parameters"], "sigma": 0.05}
-    physics = make_physics(model.card.problem["name"], (3, SIZE, SIZE), **parameters)
-    return {"reconstruction": model(physics.A(image()), physics)}
+    parameters, channels = model.card.problem["parameters"], model.card.preprocessing["channels"] or 3
+    level = {} if "photons" in parameters else {"sigma": 0.05}
+    physics = make_physics(model.card.problem["name"], (channels, SIZE, SIZE), **{**parameters, **level})
+    return {"reconstruction": model(physics.A(image(channels)), physics)}
 
 
 def record(tensor: Tensor) -> dict[str, Any]:
@@ -71,7 +73,7 @@ def record(tensor: Tensor) -> dict[str, Any]:
 
 
 def test_outputs_of_every_shipped_model_are_stored() -> None:
-    assert list(json.loads(STORED.read_text(encoding="utf-8"))["models"]) == list_models()
+    assert list(json.loads(STORED.read_text(encoding="utf-8"))) == list_models()
 
 
 @pytest.mark.parametrize("name", [name for name in list_models() if name.endswith("-intervals")])
@@ -83,7 +85,7 @@ def test_intervals_are_of_the_network_that_ships(name: str) -> None:
 
 @pytest.mark.parametrize("name", list_models())
 def test_output_is_the_stored_one(name: str) -> None:
-    stored = json.loads(STORED.read_text(encoding="utf-8"))
+    stored = json.loads(STORED.read_text(encoding="utf-8"))[name]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -91,9 +93,9 @@ def test_output_is_the_stored_one(name: str) -> None:
     finally:
         torch.set_num_threads(threads)
     if stored["machine"] == machine():
-        assert computed == stored["models"][name]
-    assert computed.keys() == stored["models"][name].keys()
-    for key, expected in stored["models"][name].items():
+        assert computed == stored["outputs"]
+    assert computed.keys() == stored["outputs"].keys()
+    for key, expected in stored["outputs"].items():
         values, wanted = torch.tensor(computed[key]["values"]), torch.tensor(expected["values"])
         assert (values - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
         assert abs(computed[key]["sum"] - expected["sum"]) <= TOLERANCE * expected["sum_of_magnitudes"]
@@ -101,5 +103,9 @@ def test_output_is_the_stored_one(name: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    models = {name: {key: record(tensor) for key, tensor in outputs(name).items()} for name in list_models()}
-    STORED.write_text(json.dumps({"machine": machine(), "models": models}, indent=1) + "\n", encoding="utf-8")
+    models = json.loads(STORED.read_text(encoding="utf-8"))
+    for name in sys.argv[1:]:
+        computed = {key: record(tensor) for key, tensor in outputs(name).items()}
+        models[name] = {"machine": machine(), "outputs": computed}
+    models = {name: models[name] for name in list_models()}
+    STORED.write_text(json.dumps(models, indent=1) + "\n", encoding="utf-8")
