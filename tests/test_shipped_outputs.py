@@ -1,7 +1,7 @@
 """Every shipped model loads and gives what it gave when its outputs were stored in ``shipped_outputs.json``.
 
 Bit for bit on the kind of CPU and the torch version that stored them: convolutions sum in another order elsewhere, and then
-1e-5 of the output's scale is what float32 promises. ``python tests/test_shipped_outputs.py NAME ...`` stores the outputs of these
+1e-5 of the output's scale is what float32 promises. ``python tests/test_shipped_outputs.py NAME ...`` stores those of
 models anew; that is right only when their weights are new.
 """
 
