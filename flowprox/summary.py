@@ -9,8 +9,8 @@ image. An image that was measured several times, with other seeds, counts once, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,12 +24,18 @@ from flowprox.records import NOT_RUN, Record
 
 
 class Metric(NamedTuple):
-    """How a figure of the records is called and read."""
+    """How a figure of the records is called and read; ``highest`` is the most it can be."""
 
     label: str
     unit: str
     digits: int
-    high_is_best: bool
+    high_is_best: bool = True
+    highest: float | None = None
+
+    @property
+    def best(self) -> Callable[..., Any]:
+        """Takes the best of some figures: ``max`` or ``min``."""
+        return max if self.high_is_best else min
 
     @property
     def form(self) -> str:
@@ -43,10 +49,10 @@ class Metric(NamedTuple):
 
 
 METRICS = {
-    "psnr": Metric("PSNR", "dB", 2, True),
-    "psnr_unclipped": Metric("PSNR, not clipped", "dB", 2, True),
-    "ssim": Metric("SSIM", "", 3, True),
-    "psnr_hidden": Metric("PSNR, hidden pixels", "dB", 2, True),
+    "psnr": Metric("PSNR", "dB", 2),
+    "psnr_unclipped": Metric("PSNR, not clipped", "dB", 2),
+    "ssim": Metric("SSIM", "", 3, highest=1.0),
+    "psnr_hidden": Metric("PSNR, hidden pixels", "dB", 2),
     "residual": Metric("residual", "", 4, False),
 }
 """Figures that a record holds for its image, by key."""

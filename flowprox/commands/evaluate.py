@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flowprox.commands.terminal import check_device, check_inputs
+from flowprox.evaluation import ReportOptions
 from flowprox.naming import printable
 from flowprox.options import EvaluationOptions
 
@@ -34,41 +35,27 @@ def evaluate(options: EvaluationOptions) -> int:
     return _report_failures(records)
 
 
-@dataclass
-class ShowOptions:
+@dataclass(kw_only=True)
+class ShowOptions(ReportOptions):
     """What to show of finished evaluations.
 
     Arguments:
         folders: results folders of evaluate, the demo or the gallery, or files of records; those of one recipe are a chapter.
         out: folder to write report.html and tables/ to; by default the results folder, if it is one.
-        metric: what tables and charts are about: psnr, psnr_unclipped, psnr_hidden, ssim or residual.
-        parts: show only these: overview, curves, comparisons, cost, spread, calibration, cases, images,
-            tuning, figures.
-        reference: method that the others are compared with; by default the best of each problem.
-        n_images: show the pictures of so many images of each problem; by default all there are.
-        recipe: recipe with the published figures, for records without a recipe.yaml beside them.
-        title: heading of the page.
         open: show the page in the browser.
     """
 
     folders: list[str]
     out: str | None = None
-    metric: str = "psnr"
-    parts: list[str] | None = None
-    reference: str | None = None
-    n_images: int | None = None
-    recipe: str | None = None
-    title: str | None = None
     open: bool = False
 
 
-def report(show: ShowOptions) -> None:
+def report(options: ShowOptions) -> None:
     """Show finished evaluations as one HTML page and as tables; reads records only and runs no model."""
-    check_inputs(show.folders)
-    from flowprox.evaluation.report import ReportOptions, read_results, write_page, write_tables
+    check_inputs(options.folders)
+    from flowprox.evaluation.report import read_results, write_page, write_tables
 
-    options = ReportOptions(show.title, show.metric, show.parts, show.reference, show.n_images, show.recipe)
-    results = read_results(show.folders, show.out, options)
+    results = read_results(options.folders, options.out, options)
     for note in results.notes:
         print(f"flowprox: note: {printable(note)}", file=sys.stderr)
     tables = write_tables(results)
@@ -76,7 +63,7 @@ def report(show: ShowOptions) -> None:
     if tables:
         print(f"tables: {os.path.join(results.out, 'tables')} ({len(tables)} files)")
     print(f"report: {page}")
-    if show.open and not webbrowser.open(page.resolve().as_uri()):
+    if options.open and not webbrowser.open(page.resolve().as_uri()):
         print("flowprox: no browser could be started; open the file by hand", file=sys.stderr)
 
 

@@ -7,15 +7,8 @@ the names that ``picture_path`` gives, and optionally ``recipe.yaml`` with the p
 input itself.
 """
 
-from flowprox.evaluation.report.page import (
-    PARTS,
-    ReportOptions,
-    Results,
-    read_results,
-    write_page,
-    write_report,
-    write_tables,
-)
+from flowprox.evaluation import PARTS, ReportOptions
+from flowprox.evaluation.report.page import Results, read_results, write_page, write_report, write_tables
 from flowprox.evaluation.report.pictures import MEASUREMENT, picture_path, truth_path
 
 __all__ = [

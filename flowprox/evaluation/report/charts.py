@@ -13,12 +13,14 @@ import io
 import itertools
 import json
 import re
-import statistics
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
+import pandas as pd
 from markupsafe import escape
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -28,23 +30,6 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from flowprox.evaluation.report.tables import TIME, Contents, number
 from flowprox.records import Record
-
-__all__ = [
-    "N_COLORS",
-    "Chart",
-    "Series",
-    "Sweep",
-    "box_chart",
-    "calibration_charts",
-    "cost_chart",
-    "curves",
-    "line_chart",
-    "method_sweeps",
-    "problem_sweeps",
-    "spread_chart",
-    "sweeps_of",
-    "tuning_curves",
-]
 
 N_COLORS = 8
 """Series that are told apart in one chart; the page defines ``--c0`` to ``--c7``."""
@@ -58,19 +43,14 @@ _STYLE: Any = {
     "svg.hashsalt": "flowprox",
     "font.family": "DejaVu Sans",
     "font.size": 9,
-    "text.color": _INK,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.color": _GRID,
     "grid.linewidth": 0.6,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
-}
+} | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
 _WIDTH = 4.1  # inches; at 72 points to the inch about the width of a phone, so that text keeps its size there
 
 
@@ -129,6 +109,7 @@ class _Drawing:
         return re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", svg)
 
 
+@matplotlib.rc_context(_STYLE)
 def line_chart(
     name: str,
     series: Sequence[Series],
@@ -152,72 +133,73 @@ def line_chart(
     colors = [one.color % N_COLORS for one in series if one.color is not None]
     places = colors if not connected or len(set(colors)) == len(series) else range(len(series))
     wrapped = [textwrap.fill(one.label, 44) for one in series]
-    with matplotlib.rc_context(_STYLE):
-        n_columns = 2 if len(series) > 1 and max(map(len, wrapped)) <= 20 else 1
-        n_lines = -(-sum(label.count("\n") + 1 for label in wrapped) // n_columns)
-        drawing = _Drawing(2.8 + 0.17 * n_lines)
-        axes = drawing.axes
-        for one, place, label in zip(series, places, wrapped, strict=True):
-            color, marker = _COLORS[place], _MARKERS[place]
-            face = "none" if not connected and (one.color or 0) >= N_COLORS else color
-            line = {"color": color, "linewidth": 1.4 if connected else 0}
-            drawing.mark(axes.plot(one.x, one.y, **line), one.method)
-            half = [*one.half, *[None] * (len(one.x) - len(one.half))]
-            for i, (x, y, h) in enumerate(zip(one.x, one.y, half, strict=True)):
-                style = {"color": color, "marker": marker, "markersize": 4 if connected else 6, "mfc": face}
-                bar = axes.errorbar([x], [y], h, elinewidth=1, label="" if i else _plain(label), **line | style)
-                spread = "" if h is None else f" ± {number(h, form)}"
-                drawing.mark(bar.get_children(), one.method, f"{one.label}: {number(y, form)}{spread} at {x:.4g}")
-                if x == one.chosen:
-                    drawing.mark(axes.plot([x], [y], color=color, marker="o", ms=10, mfc="none"), one.method)
-            if one.published:
-                style = {"color": color, "marker": marker, "markersize": 5, "mfc": "none", "ls": ":", "linewidth": 1}
-                drawing.mark(axes.plot(*zip(*one.published, strict=True), **style), one.method)
-        if scale == "swept":
-            _scale_x(axes, [x for one in series for x in one.x])
-        elif scale == "log":
-            axes.set_xscale("log")
-            axes.margins(x=0.1, y=0.1)
-        axes.set(xlabel=_plain(labels[0]), ylabel=_plain(labels[1]))
-        if top is not None:
-            axes.set_ylim(top=top)
-        drawing.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=n_columns)
-        return drawing.svg(name)
+    n_columns = 2 if len(series) > 1 and max(map(len, wrapped)) <= 20 else 1
+    n_lines = -(-sum(label.count("\n") + 1 for label in wrapped) // n_columns)
+    drawing = _Drawing(2.8 + 0.17 * n_lines)
+    axes = drawing.axes
+    for one, place, label in zip(series, places, wrapped, strict=True):
+        color, marker = _COLORS[place], _MARKERS[place]
+        face = "none" if not connected and (one.color or 0) >= N_COLORS else color
+        line = {"color": color, "linewidth": 1.4 if connected else 0}
+        drawing.mark(axes.plot(one.x, one.y, **line), one.method)
+        style = line | {"marker": marker, "markersize": 4 if connected else 6, "mfc": face, "elinewidth": 1}
+        for i, (x, y, half) in enumerate(itertools.zip_longest(one.x, one.y, one.half)):
+            bar = axes.errorbar([x], [y], half, label="" if i else _plain(label), **style)
+            spread = "" if half is None else f" ± {number(half, form)}"
+            drawing.mark(bar.get_children(), one.method, f"{one.label}: {number(y, form)}{spread} at {x:.4g}")
+            if x == one.chosen:
+                drawing.mark(axes.plot([x], [y], color=color, marker="o", ms=10, mfc="none"), one.method)
+        if one.published:
+            style = {"color": color, "marker": marker, "markersize": 5, "mfc": "none", "ls": ":", "linewidth": 1}
+            drawing.mark(axes.plot(*zip(*one.published, strict=True), **style), one.method)
+    if scale == "swept":
+        _scale_x(axes, [x for one in series for x in one.x])
+    elif scale == "log":
+        axes.set_xscale("log")
+        axes.margins(x=0.1, y=0.1)
+    axes.set(xlabel=_plain(labels[0]), ylabel=_plain(labels[1]))
+    if top is not None:
+        axes.set_ylim(top=top)
+    drawing.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=n_columns)
+    return drawing.svg(name)
 
 
+@matplotlib.rc_context(_STYLE)
 def box_chart(name: str, boxes: Sequence[Series], label: str, *, form: str = ".2f", right: float | None = None) -> str:
     """One row per method: extremes, quartiles and median of ``y`` over images; other arguments as ``line_chart``."""
     wrapped = [textwrap.fill(box.label, 24) for box in boxes]
     heights = [max(0.32, 0.16 * (text.count("\n") + 1)) for text in wrapped]
     places = [sum(heights[:i]) + height / 2 for i, height in enumerate(heights)]
-    with matplotlib.rc_context(_STYLE):
-        drawing = _Drawing(0.8 + sum(heights))
-        axes = drawing.axes
-        for box, place in zip(boxes, places, strict=True):
-            color = _COLORS[(box.color or 0) % N_COLORS]
-            line = {"color": color, "linewidth": 1.4}
-            parts = axes.boxplot(
-                [box.y],
-                positions=[place],
-                widths=0.18,
-                whis=(0, 100),
-                orientation="horizontal",
-                patch_artist=True,
-                manage_ticks=False,
-                boxprops={"edgecolor": color, "linewidth": 1.4, "facecolor": to_rgba(color, 0.15)},
-                whiskerprops=line,
-                capprops=line,
-                medianprops={"color": _INK, "linewidth": 1.6},
-            )
-            ends = f"{number(min(box.y), form)} to {number(max(box.y), form)}"
-            drawing.mark(itertools.chain(*parts.values()), box.method, f"{box.label}: {ends}, {len(box.y)} images")
-        axes.set_yticks(places, [_plain(text) for text in wrapped])
-        axes.set_ylim(sum(heights), 0)
-        axes.grid(axis="y", visible=False)
-        axes.set_xlabel(_plain(label))
-        if right is not None:
-            axes.set_xlim(right=right)
-        return drawing.svg(name)
+    drawing = _Drawing(0.8 + sum(heights))
+    axes = drawing.axes
+    for box, place in zip(boxes, places, strict=True):
+        color = _COLORS[(box.color or 0) % N_COLORS]
+        line = {"color": color, "linewidth": 1.4}
+        parts = axes.boxplot(
+            [box.y],
+            positions=[place],
+            widths=0.18,
+            whis=(0, 100),
+            orientation="horizontal",
+            patch_artist=True,
+            manage_ticks=False,
+            boxprops={"edgecolor": color, "linewidth": 1.4, "facecolor": to_rgba(color, 0.15)},
+            whiskerprops=line,
+            capprops=line,
+            medianprops={"color": _INK, "linewidth": 1.6},
+        )
+        drawing.mark(itertools.chain(*parts.values()), box.method, f"{_range(box, form, ':')}, {len(box.y)} images")
+    axes.set_yticks(places, [_plain(text) for text in wrapped])
+    axes.set_ylim(sum(heights), 0)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(_plain(label))
+    if right is not None:
+        axes.set_xlim(right=right)
+    return drawing.svg(name)
+
+
+def _range(box: Series, form: str, after: str = " from") -> str:
+    return f"{box.label}{after} {number(min(box.y), form)} to {number(max(box.y), form)}"
 
 
 def _scale_x(axes: Axes, values: Sequence[float]) -> None:
@@ -265,10 +247,7 @@ def flattened(values: Mapping[str, object], prefix: str = "") -> Record:
     """
     flat: Record = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flattened(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 
@@ -279,64 +258,49 @@ def sweeps_of(variants: Mapping[str, Record], name: str) -> list[Sweep]:
         >>> sweeps_of({"a": {"sigma": 0.2, "noise": None}, "b": {"sigma": 0.1, "noise": None}}, "denoising")
         [Sweep(name='denoising', key='sigma', points=((0.1, 'b'), (0.2, 'a')))]
     """
-    alike: dict[str, dict[str, dict[str, float]]] = {}
+    alike: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
     for label, values in variants.items():
-        numbers = {key: float(value) for key, value in values.items() if _is_number(value)}
-        others = json.dumps({k: v for k, v in values.items() if k not in numbers}, sort_keys=True, default=str)
-        alike.setdefault(others + json.dumps(sorted(numbers)), {})[label] = numbers
-    return [sweep for group in alike.values() for sweep in _numeric_sweeps(group, name)]
-
-
-def _numeric_sweeps(group: Mapping[str, Mapping[str, float]], name: str) -> Iterator[Sweep]:
-    keys = next(iter(group.values()))
-    varying = [key for key in keys if len({values[key] for values in group.values()}) > 1]
-    for key in varying:
-        if len({values[key] for values in group.values()}) == len(group):
-            yield _sweep(group, name, key)
-            return
-    for key in varying:
-        rest: dict[tuple[float, ...], dict[str, Mapping[str, float]]] = {}
-        others = [other for other in varying if other != key]
-        for label, values in group.items():
-            rest.setdefault(tuple(values[other] for other in others), {})[label] = values
-        for fixed, members in rest.items():
-            if len(members) > 1 and len({values[key] for values in members.values()}) == len(members):
-                constants = ", ".join(f"{other} {value:g}" for other, value in zip(others, fixed, strict=True))
-                yield _sweep(members, f"{name}, {constants}", key)
-
-
-def _sweep(members: Mapping[str, Mapping[str, float]], name: str, key: str) -> Sweep:
-    return Sweep(name, key, tuple(sorted((values[key], label) for label, values in members.items())))
+        numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        others = {key: value for key, value in values.items() if key not in numbers}
+        alike[json.dumps([others, sorted(numbers)], sort_keys=True, default=str)][label] = numbers
+    sweeps = []
+    for group in alike.values():
+        table = pd.DataFrame.from_dict(group, orient="index")
+        varying = [key for key in table if table[key].nunique() > 1]
+        telling = [key for key in varying if table[key].is_unique][:1]
+        for key in telling or varying:
+            others = [] if telling else [other for other in varying if other != key]
+            for fixed, members in table.groupby(others, sort=False) if others else [((), table)]:
+                if len(members) > 1 and members[key].is_unique:
+                    constants = [f"{other} {value:g}" for other, value in zip(others, fixed, strict=True)]
+                    points = sorted(zip(members[key], map(str, members.index), strict=True))
+                    sweeps.append(Sweep(", ".join([name, *constants]), str(key), tuple(points)))
+    return sweeps
 
 
 def problem_sweeps(records: Sequence[Record]) -> list[Sweep]:
     """Problems of one name that differ in a number."""
-    kinds: dict[str, dict[str, Record]] = {}
+    kinds: dict[str, dict[str, Record]] = defaultdict(dict)
     for record in records:
         if isinstance(record.get("parameters"), Mapping):
-            kind = kinds.setdefault(str(record.get("problem_name", record["problem"])), {})
-            kind[str(record["problem"])] = flattened(record["parameters"])
+            problem = str(record["problem"])
+            kinds[str(record.get("problem_name", problem))][problem] = flattened(record["parameters"])
     return [sweep for name, variants in kinds.items() for sweep in sweeps_of(variants, name)]
 
 
 def method_sweeps(records: Sequence[Record]) -> dict[str, list[Sweep]]:
     """Variants of one method, with the same models, that differ in a number that was not tuned; by problem."""
-    kinds: dict[tuple[str, str], dict[str, Record]] = {}
+    kinds: dict[tuple[str, str], dict[str, Record]] = defaultdict(dict)
     for record in records:
-        name = str(record.get("method_name", record["method"]))
-        options = {
-            key: value for key, value in (record.get("options") or {}).items() if key not in (record.get("tuned") or {})
-        }
+        method, tuned = str(record["method"]), record.get("tuned") or {}
+        options = {key: value for key, value in (record.get("options") or {}).items() if key not in tuned}
         models = {key: str(record[key]) for key in ("flow", "model", "noise") if record.get(key)}
-        kinds.setdefault((str(record["problem"]), name), {})[str(record["method"])] = flattened(options) | models
-    sweeps: dict[str, list[Sweep]] = {}
+        place = str(record["problem"]), str(record.get("method_name", method))
+        kinds[place][method] = flattened(options) | models
+    sweeps: dict[str, list[Sweep]] = defaultdict(list)
     for (problem, name), variants in kinds.items():
-        sweeps.setdefault(problem, []).extend(sweeps_of(variants, name))
+        sweeps[problem] += sweeps_of(variants, name)
     return sweeps
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 # What an evaluation shows ---------------------------------------------------------------------------------------------
@@ -346,198 +310,183 @@ def curves(contents: Contents, prefix: str) -> list[Chart]:
     """The figure over whatever varies: parameters of problems, a line per method; options of methods, a line per problem."""
     records, published = contents.chapter.records, contents.chapter.published.psnr if contents.key == "psnr" else {}
     of_methods = method_sweeps(records)
-    long = (sweep for sweeps in of_methods.values() for sweep in sweeps if len(sweep.points) > 2)
-    swept = {label for sweep in long for label in sweep.labels}
+    swept = {label for sweeps in of_methods.values() for s in sweeps if len(s.points) > 2 for label in s.labels}
     charts: list[Chart] = []
     for sweep in problem_sweeps(records):
         lines = []
-        for method in contents.methods:
+        for color, method in enumerate(contents.methods):
             places = [(value, *contents.mean(label, method)) for value, label in sweep.points]
             figures = [(value, published[p, method]) for value, p in sweep.points if (p, method) in published]
-            if method not in swept and (line := _line(method, places)) is not None:
-                color = contents.methods.index(method)
-                lines.append(line._replace(published=figures, color=color, method=method))
-        charts += _swept_charts(contents, sweep, lines, f"{prefix}-p{len(charts)}")
-    groups: dict[tuple[str, str], list[tuple[str, Sweep]]] = {}
+            if method not in swept:
+                lines += _line(method, places, published=figures, color=color, method=method)
+        charts += _swept_charts(contents, sweep.name, sweep.key, lines, f"{prefix}-p{len(charts)}")
+    groups: dict[tuple[str, str], list[tuple[str, Sweep]]] = defaultdict(list)
     for problem, sweeps in of_methods.items():
         for sweep in sweeps:
-            groups.setdefault((sweep.name, sweep.key), []).append((problem, sweep))
+            groups[sweep.name, sweep.key].append((problem, sweep))
     for (name, key), members in groups.items():
-        labels = _labels(members)
-        known = [
-            _line(label, [(value, *contents.mean(problem, method)) for value, method in sweep.points])
-            for (problem, sweep), label in zip(members, labels, strict=True)
-        ]
-        lines = [line for line in known if line is not None]
-        charts += _swept_charts(contents, Sweep(name, key, ()), lines, f"{prefix}-m{len(charts)}")
+        lines = []
+        for (problem, sweep), label in zip(members, _labels(members), strict=True):
+            lines += _line(label, [(value, *contents.mean(problem, method)) for value, method in sweep.points])
+        charts += _swept_charts(contents, name, key, lines, f"{prefix}-m{len(charts)}")
     return charts
 
 
 def tuning_curves(contents: Contents, prefix: str) -> list[Chart]:
     """Mean PSNR on the images for tuning over the value that was tried, the chosen one ringed."""
     chosen = {(row.problem, row.method): flattened(row.tuned) for row in contents.rows}
-    tried: dict[tuple[str, str], dict[str, Record]] = {}
+    tried: dict[tuple[str, str], dict[str, Record]] = defaultdict(dict)
     for i, record in enumerate(contents.chapter.tuning):
         if record.get("psnr") is not None:
-            tried.setdefault((str(record["method"]), str(record["problem"])), {})[str(i)] = record
-    lines: dict[tuple[str, str], list[Series]] = {}
+            tried[str(record["method"]), str(record["problem"])][str(i)] = record
+    lines: dict[tuple[str, str], list[Series]] = defaultdict(list)
     for (method, problem), records in tried.items():
         sweeps = sweeps_of({label: flattened(record["options"]) for label, record in records.items()}, method)
         for sweep in sweeps:
             places = [(value, float(records[label]["psnr"]), None) for value, label in sweep.points]
             label = problem if len(sweeps) == 1 else sweep.name.replace(method, problem, 1)
-            if (line := _line(label, places)) is not None:
-                best = chosen.get((problem, method), {}).get(sweep.key)
-                lines.setdefault((method, sweep.key), []).append(line._replace(chosen=best, method=method))
+            best = chosen.get((problem, method), {}).get(sweep.key)
+            lines[method, sweep.key] += _line(label, places, chosen=best, method=method)
     charts: list[Chart] = []
     caption = "Mean PSNR on the images for tuning; the chosen value is ringed."
     for (method, key), members in lines.items():
-        name, title = f"{prefix}-t{len(charts)}", f"{method}: tuning of {key}"
-        charts += _line_charts(name, members, (title, caption), (key, "PSNR (dB)"), ".2f", None)
+        words = f"{method}: tuning of {key}", caption
+        charts += _line_charts(f"{prefix}-t{len(charts)}", members, words, (key, "PSNR (dB)"))
     return charts
 
 
 def cost_chart(contents: Contents, problem: str, name: str) -> Chart | None:
     """Seconds per image against the figure, a point per method; None with fewer than two of them."""
-    points = []
+    metric, points = contents.metric, []
     for row in contents.rows:
         mean, half = contents.mean(row.problem, row.method)
         if row.problem == problem and mean is not None and row.seconds:
-            color = contents.methods.index(row.method)
-            points.append(Series(row.method, [row.seconds], [mean], [half], color=color, method=row.method))
+            points.append(_of_method(contents, row.method, [row.seconds], [mean], [half]))
     if len(points) < 2:
         return None
-    form = contents.metric.form
-    words = "; ".join(f"{p.label} {number(p.y[0], form)} in {number(p.x[0], TIME)} s" for p in points)
-    labels = "seconds per image", contents.metric.title
+    words = "; ".join(f"{p.label} {number(p.y[0], metric.form)} in {number(p.x[0], TIME)} s" for p in points)
+    labels = "seconds per image", metric.title
     return Chart(
-        line_chart(name, points, labels, form=form, top=_top(contents), scale="log"),
+        line_chart(name, points, labels, form=metric.form, top=metric.highest, scale="log"),
         "Cost against quality",
         "Up and to the left is better. Seconds are the wall clock of a batch divided by its images.",
-        f"{contents.metric.title} against seconds per image on {problem}: {words}.",
+        f"{metric.title} against seconds per image on {problem}: {words}.",
     )
 
 
 def spread_chart(contents: Contents, problem: str, name: str) -> Chart | None:
     """The figures of the single images, a box per method; None with fewer than three images."""
     figures = {method: contents.images[problem, method].tolist() for method in contents.methods_of(problem)}
-    boxes = [
-        Series(method, (), values, color=contents.methods.index(method), method=method)
-        for method, values in figures.items()
-        if len(values) > 2
-    ]
+    boxes = [_of_method(contents, method, (), values) for method, values in figures.items() if len(values) > 2]
     if not boxes:
         return None
-    form = contents.metric.form
-    words = "; ".join(f"{b.label} from {number(min(b.y), form)} to {number(max(b.y), form)}" for b in boxes)
+    metric = contents.metric
     return Chart(
-        box_chart(name, boxes, contents.metric.title, form=form, right=_top(contents)),
+        box_chart(name, boxes, metric.title, form=metric.form, right=metric.highest),
         "Spread over images",
         "Box: the middle half of the images; line in it: the median; whiskers: the worst and the best image.",
-        f"{contents.metric.title} of the images of {problem}: {words}.",
+        f"{metric.title} of the images of {problem}: {'; '.join(_range(box, metric.form) for box in boxes)}.",
     )
 
 
 def calibration_charts(contents: Contents, problem: str, name: str) -> list[Chart]:
     """What the intervals of an evaluation are worth: coverage by image and by width, error over width, ranks of the truth."""
-    facts: dict[str, list[Record]] = {}
+    facts: dict[str, list[Record]] = defaultdict(list)
     for record in contents.chapter.records:
         if str(record["problem"]) == problem and "calibration" in record:
-            facts.setdefault(str(record["method"]), []).append(record["calibration"])
+            facts[str(record["method"])].append(record["calibration"])
     if not facts:
         return []
-    colors = {method: contents.methods.index(method) for method in facts}
     stated = ", ".join(sorted({f"{1 - fact['alpha']:.0%}" for one in facts.values() for fact in one}))
-    boxes = [Series(m, (), [f["coverage"] for f in one], color=colors[m], method=m) for m, one in facts.items()]
-    told = "; ".join(f"{box.label} from {min(box.y):.3f} to {max(box.y):.3f}" for box in boxes)
+    boxes = [_of_method(contents, method, (), [fact["coverage"] for fact in one]) for method, one in facts.items()]
     charts = [
         Chart(
             box_chart(f"{name}-image", boxes, "part of the pixels inside", form=".3f", right=1.0),
             "Coverage by image",
             f"Part of each image's pixels that their intervals hold; {stated} is asked for on average over images.",
-            f"Coverage of the images of {problem}: {told}.",
+            f"Coverage of the images of {problem}: {'; '.join(_range(box, '.3f') for box in boxes)}.",
         )
     ]
     for key, title, label, remark in (
         ("coverages", "Coverage by width", "part of the pixels inside", f"Level at {stated} would be the best."),
         ("errors", "Error over width", "mean absolute error", "Wide intervals should stand where errors are large."),
     ):
-        lines = [
-            Series(m, _means(one, "widths"), _means(one, key), color=colors[m], method=m) for m, one in facts.items()
-        ]
+        lines = []
+        for method, one in facts.items():
+            x, y = (np.mean([fact[of] for fact in one], axis=0).tolist() for of in ("widths", key))
+            lines.append(_of_method(contents, method, x, y))
         svg = line_chart(f"{name}-{key}", lines, ("mean half-width", label), form=".3f", scale="linear")
         caption = f"Each point is a tenth of the pixels of an image by half-width, mean over images. {remark}"
         charts.append(Chart(svg, title, caption, f"{title}, {problem}. {_told(lines, 'half-width', '.3f')}"))
-    return [*charts, *_rank_charts(facts, colors, f"{name}-ranks")]
-
-
-def _means(facts: Sequence[Record], key: str) -> list[float]:
-    return [statistics.fmean(column) for column in zip(*(fact[key] for fact in facts), strict=True)]
-
-
-def _rank_charts(facts: dict[str, list[Record]], colors: dict[str, int], name: str) -> list[Chart]:
-    """A histogram of the truth's rank among samples, of methods that have any, with what tests say."""
+    # a histogram of the truth's rank among samples, of methods that have any, with what tests say
     lines, tests = [], []
     for method, one in facts.items():
-        directions = [list(column) for column in zip(*(fact["ranks"] for fact in one if "ranks" in fact), strict=True)]
-        found = [rank for column in directions for rank in column]
-        n = max((fact.get("n_ranked", 0) for fact in one), default=0)
-        if found:
-            shares = [found.count(rank) * (n + 1) / len(found) for rank in range(n + 1)]
-            lines.append(Series(method, range(n + 1), shares, color=colors[method], method=method))
-            tests.append(f"{method}: {_tests(directions, n, [fact['tarp'] for fact in one if 'tarp' in fact])}")
-    if not lines:
-        return []
-    caption = (
-        "How many samples lie below the truth; honest ones are level at 1. More at both ends: they are too sure. "
-        f"{'; '.join(tests)}"
-    )
-    svg = line_chart(name, lines, ("rank of the truth", "share, 1 is honest"), form=".2f", scale="linear")
-    return [Chart(svg, "Ranks of the truth", caption, f"Ranks of the truth. {_told(lines, 'rank')}")]
+        n = max(fact.get("n_ranked", 0) for fact in one)
+        ranks = np.array([fact["ranks"] for fact in one if "ranks" in fact])
+        if ranks.size:
+            shares = np.bincount(ranks.ravel(), minlength=n + 1)[: n + 1] * (n + 1) / ranks.size
+            lines.append(_of_method(contents, method, range(n + 1), shares.tolist()))
+            tests.append(f"{method}: {_tests(ranks, n, [fact['tarp'] for fact in one if 'tarp' in fact])}")
+    if lines:
+        svg = line_chart(f"{name}-ranks", lines, ("rank of the truth", "share, 1 is honest"), scale="linear")
+        caption = (
+            "How many samples lie below the truth; honest ones are level at 1. More at both ends: they are too sure. "
+            f"{'; '.join(tests)}"
+        )
+        charts.append(Chart(svg, "Ranks of the truth", caption, f"Ranks of the truth. {_told(lines, 'rank')}"))
+    return charts
 
 
-def _tests(directions: Sequence[Sequence[int]], n_samples: int, tarp: Sequence[float]) -> str:
-    """p-values of ranks in each direction and of whole images; small ones reject."""
-    if len(directions[0]) < _FEWEST_RANKED:
+def _tests(ranks: np.ndarray, n_samples: int, tarp: Sequence[float]) -> str:
+    """p-values of ranks (images, directions) in each direction and of whole images; small ones reject."""
+    if len(ranks) < _FEWEST_RANKED:
         return "too few images to test"
     import torch  # a report without ranks does not wait for it
 
     from flowprox.uncertainty import rank_p_value, uniform_p_value
 
-    p_values = [f"{rank_p_value(torch.tensor(one), n_samples, n_bins=8):.2g}" for one in directions]
+    p_values = [f"{rank_p_value(torch.tensor(one), n_samples, n_bins=8):.2g}" for one in ranks.T.tolist()]
     whole = f", of whole images (TARP) {uniform_p_value(torch.tensor(tarp)):.2g}" if tarp else ""
     return f"p-values of the ranks {', '.join(p_values)}{whole}"
 
 
-def _top(contents: Contents) -> float | None:
-    return 1.0 if contents.key == "ssim" else None
+def _of_method(
+    contents: Contents, method: str, x: Sequence[float], y: Sequence[float], half: Sequence[float | None] = ()
+) -> Series:
+    return Series(method, x, y, half, color=contents.methods.index(method), method=method)
 
 
-def _line(label: str, places: Sequence[tuple[float, float | None, float | None]]) -> Series | None:
-    known = [(x, y, half) for x, y, half in places if y is not None]
-    return Series(label, *zip(*known, strict=True)) if len(known) > 1 else None  # type: ignore[arg-type]
+def _line(label: str, places: Sequence[tuple[float, float | None, float | None]], **others: Any) -> list[Series]:
+    """The line through the places whose figure is known; none through fewer than two."""
+    known = [place for place in places if place[1] is not None]
+    return [Series(label, *zip(*known, strict=True), **others)] if len(known) > 1 else []  # type: ignore[arg-type]
 
 
 def _labels(members: Sequence[tuple[str, Sweep]]) -> list[str]:
     """What tells each sweep from the others of its chart: the problem, the variant of the method, or both."""
     problems = [problem for problem, _ in members]
     variants = [re.sub(rf"\s*\b{re.escape(s.key)}=.*", "", s.labels[0]) or s.labels[0] for _, s in members]
-    if len(set(problems)) == 1:
-        return variants if len(problems) > 1 else problems
     if len(set(problems)) == len(problems):
         return problems
+    if len(set(problems)) == 1:
+        return variants
     return [f"{problem}, {variant}" for problem, variant in zip(problems, variants, strict=True)]
 
 
-def _swept_charts(contents: Contents, sweep: Sweep, lines: Sequence[Series], name: str) -> list[Chart]:
+def _swept_charts(contents: Contents, what: str, key: str, lines: Sequence[Series], name: str) -> list[Chart]:
     metric = contents.metric
     more = "; hollow and dotted: published" if any(line.published for line in lines) else ""
-    title, caption = f"{sweep.name}: {metric.label} over {sweep.key}", f"Mean over images, bars: 95 % confidence{more}."
-    return _line_charts(name, lines, (title, caption), (sweep.key, metric.title), metric.form, _top(contents))
+    words = f"{what}: {metric.label} over {key}", f"Mean over images, bars: 95 % confidence{more}."
+    return _line_charts(name, lines, words, (key, metric.title), metric.form, metric.highest)
 
 
 def _line_charts(
-    name: str, lines: Sequence[Series], words: tuple[str, str], labels: tuple[str, str], form: str, top: float | None
+    name: str,
+    lines: Sequence[Series],
+    words: tuple[str, str],
+    labels: tuple[str, str],
+    form: str = ".2f",
+    top: float | None = None,
 ) -> list[Chart]:
     """As many charts as there must be for every line to have a color; ``words`` are title and caption."""
     charts = []

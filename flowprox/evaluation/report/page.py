@@ -8,50 +8,24 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
+from flowprox.evaluation import PARTS, ReportOptions
 from flowprox.evaluation.report import charts, pictures
 from flowprox.evaluation.report.pictures import MEASUREMENT, Pixels, data_uri, file_stem, find_picture
 from flowprox.evaluation.report.sources import ordered, read_chapters
-from flowprox.evaluation.report.tables import Contents, Table, number, to_csv, to_latex, to_markdown
+from flowprox.evaluation.report.tables import Contents, number, to_csv, to_latex, to_markdown
 from flowprox.files import atomic_write
 from flowprox.naming import nearest
 from flowprox.records import Record
 from flowprox.summary import METRICS
 
-PARTS = ("overview", "curves", "comparisons", "cost", "spread", "calibration", "cases", "images", "tuning", "figures")
-"""What a report may show besides the table of each problem."""
-
 _HERE = Path(__file__).parent
 _FORMATS = {"md": to_markdown, "csv": to_csv, "tex": to_latex}
 _ABSENT, _DAMAGED = "is missing", "cannot be read"
-
-
-@dataclass
-class ReportOptions:
-    """What a report shows; fields as in ``flowprox.commands.evaluate.ShowOptions``."""
-
-    title: str | None = None
-    metric: str = "psnr"
-    parts: Sequence[str] | None = None
-    reference: str | None = None
-    n_images: int | None = None
-    recipe: str | Path | None = None
-
-    def __post_init__(self) -> None:
-        _check_known("metric", [self.metric], METRICS)
-        _check_known("parts", self.parts or (), PARTS)
-        if self.n_images is not None and self.n_images < 0:
-            raise ValueError(f"n_images must be 0 or more, got {self.n_images}")
-
-    def shows(self, part: str) -> bool:
-        """Whether a part is wanted."""
-        return self.parts is None or part in self.parts
 
 
 class Results(NamedTuple):
@@ -72,10 +46,9 @@ class Tile(NamedTuple):
     method: str
     score: str
     alt: str
-    picture: str = ""
-    error: str = ""
-    error_alt: str = ""
+    picture: Pixels | None
     missing: str = ""
+    error: Pixels | None = None
     is_best: bool = False
 
 
@@ -91,6 +64,10 @@ def read_results(
         ValueError: records are damaged, an option does not fit them, or several sources are given without ``out``.
     """
     options = options or ReportOptions()
+    _check_known("metric", [options.metric], METRICS)
+    _check_known("parts", options.parts or (), PARTS)
+    if options.n_images is not None and options.n_images < 0:
+        raise ValueError(f"n_images must be 0 or more, got {options.n_images}")
     chapters = read_chapters(sources, options.recipe)
     if out is None and (len(sources) > 1 or not Path(sources[0]).is_dir()):
         raise ValueError("out is missing: the report of several sources, or of a file, needs a folder of its own")
@@ -116,11 +93,12 @@ def write_page(results: Results, options: ReportOptions | None = None) -> Path:
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["uri"] = data_uri
     script = (_HERE / "report.js").read_text(encoding="utf-8")
     page = environment.get_template("report.html").render(
         title=options.title or ", ".join(contents.chapter.name for contents in results.chapters),
-        style=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
-        script=Markup(script),
+        style=(_HERE / "report.css").read_text(encoding="utf-8"),
+        script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
         chapters=[_chapter(contents, f"c{i}", options) for i, contents in enumerate(results.chapters)],
     )
@@ -151,6 +129,7 @@ def write_tables(results: Results) -> list[Path]:
 
 
 def _chapter(contents: Contents, name: str, options: ReportOptions) -> Record:
+    """What the template shows of a chapter, whose drawings have identifiers that begin with the name."""
     chapter, shows = contents.chapter, options.shows
     sections = [_section(contents, problem, f"{name}-{i}", options) for i, problem in enumerate(contents.problems)]
     tiles = [tile for section in sections for _, _, row in section["rows"] for tile in row]
@@ -162,42 +141,35 @@ def _chapter(contents: Contents, name: str, options: ReportOptions) -> Record:
         "name": chapter.name,
         "facts": _facts(chapter.records),
         "notes": [*chapter.notes, *missing],
-        "overview": _shown([*overview, contents.beside_published()]) if shows("overview") else [],
+        "overview": [*overview, contents.beside_published()] if shows("overview") else [],
         "wants_published": not chapter.published.psnr and any(record.get("recipe") for record in chapter.records),
-        "curves": _drawn(charts.curves(contents, f"{name}-v")) if shows("curves") else [],
+        "curves": charts.curves(contents, f"{name}-v") if shows("curves") else [],
         "sections": sections,
-        "tuning": _shown([contents.tuning()]) if shows("tuning") else [],
-        "tuning_curves": _drawn(charts.tuning_curves(contents, f"{name}-u")) if shows("tuning") else [],
-        "illustrations": [
-            {"title": f.title, "caption": f.caption, "alt": f.alt, "src": data_uri(f.path)}
-            for f in (chapter.illustrations if shows("figures") else [])
-        ],
-        "failures": _shown([contents.failures()]),
+        "tuning": contents.tuning() if shows("tuning") and chapter.tuning else None,
+        "tuning_curves": charts.tuning_curves(contents, f"{name}-u") if shows("tuning") else [],
+        "illustrations": chapter.illustrations if shows("figures") else [],
+        "failures": contents.failures(),
         "one_bit": any(record.get("problem_name") == "one-bit" for record in chapter.records),
     }
 
 
 def _section(contents: Contents, problem: str, name: str, options: ReportOptions) -> Record:
-    records = [record for record in contents.chapter.records if str(record["problem"]) == problem]
+    records, shows = [r for r in contents.chapter.records if str(r["problem"]) == problem], options.shows
     degraded = {str(r["method"]) for r in records if MEASUREMENT == r["method"] or r.get("method_name") == "adjoint"}
-    drawings = [
-        charts.cost_chart(contents, problem, f"{name}-cost") if options.shows("cost") else None,
-        charts.spread_chart(contents, problem, f"{name}-spread") if options.shows("spread") else None,
-        *(charts.calibration_charts(contents, problem, f"{name}-calibration") if options.shows("calibration") else []),
-    ]
-    tables = [contents.comparisons(problem)] if options.shows("comparisons") else []
-    tables += [contents.cases(problem)] if options.shows("cases") else []
-    white, rows = (
-        _pictures(contents, problem, records, degraded, options.n_images) if options.shows("images") else (None, [])
-    )
+    drawn = [charts.cost_chart(contents, problem, f"{name}-cost")] if shows("cost") else []
+    drawn += [charts.spread_chart(contents, problem, f"{name}-spread")] if shows("spread") else []
+    drawn += charts.calibration_charts(contents, problem, f"{name}-calibration") if shows("calibration") else []
+    tables = [contents.comparisons(problem)] if shows("comparisons") else []
+    tables += [contents.cases(problem)] if shows("cases") else []
+    white, rows = _pictures(contents, problem, records, degraded, options.n_images) if shows("images") else (None, [])
     return {
         "id": name,
         "problem": problem,
         "stated": _stated(records[0]),
         "summary": contents.summary(problem),
-        "tables": _shown(tables),
-        "charts": _drawn(chart for chart in drawings if chart is not None),
-        "shows_images": options.shows("images"),
+        "tables": tables,
+        "charts": [chart for chart in drawn if chart is not None],
+        "shows_images": shows("images"),
         "rows": rows,
         "white": white,
         "n_images": len(ordered(str(record["image"]) for record in records)),
@@ -238,82 +210,60 @@ def _pictures(
     contents: Contents, problem: str, records: Sequence[Record], degraded: set[str], n_images: int | None
 ) -> tuple[float | None, list[tuple[str, str, list[Tile]]]]:
     """The error shown white, and of each image that has pictures its name, what is remarkable about it, and its tiles."""
-    folders, methods = contents.chapter.folders, contents.methods_of(problem)
-    images = ordered(str(record["image"]) for record in records)
-    paths = {(image, method): find_picture(folders, problem, image, method) for image in images for method in methods}
-    truth_paths = {image: find_picture(folders, image) for image in images}
-    pictured = [i for i in images if truth_paths[i] or any(paths[i, method] for method in methods)][:n_images]
-    truths = {image: _read(truth_paths[image]) for image in pictured}
-    estimates = {place: _read(path) for place, path in paths.items() if place[0] in truths}
+    folders, methods, metric = contents.chapter.folders, contents.methods_of(problem), contents.metric
+    best_method = contents.best(problem)
+    worst, finest = contents.ends(problem, best_method) if best_method else ("", "")
+    recorded = {(str(record["image"]), str(record["method"])): record for record in records}
+    found: dict[str, dict[str, tuple[Pixels | None, str]]] = {}
+    for image in ordered(image for image, _ in recorded):
+        places = {"": (image,), **{method: (problem, image, method) for method in methods}}
+        if len(found) != n_images and any(find_picture(folders, *parts) for parts in places.values()):
+            found[image] = {method: _picture(folders, *parts) for method, parts in places.items()}
     errors = {
         (image, method): pictures.error_map(x_hat, x)
-        for (image, method), x_hat in estimates.items()
-        if x_hat is not None and (x := truths[image]) is not None and x.shape == x_hat.shape
+        for image, pixels in found.items()
+        for method, (x_hat, _) in pixels.items()
+        if method and x_hat is not None and (x := pixels[""][0]) is not None and x.shape == x_hat.shape
     }
     # one scale for the estimates; the degraded input is far off and may burn out
     judged = [e for (_, method), e in errors.items() if method not in degraded] or list(errors.values())
     white = pictures.error_white(judged) if judged else None
-    recorded = {(str(record["image"]), str(record["method"])): record for record in records}
     rows = []
-    for image in pictured:
-        tiles = [Tile("", "", f"{image}: true image", **_shown_picture(truths[image], truth_paths[image], image))]
+    for image, pixels in found.items():
+        tiles = [Tile("", "", f"{image}: true image", *pixels[""])]
         known = [contents.images[problem, m][image] for m in methods if image in contents.images[problem, m]]
-        best = (max if contents.metric.high_is_best else min)(known) if len(known) > 1 else None
+        best = metric.best(known) if len(known) > 1 else None
         for method in methods:
-            value = contents.images[problem, method].get(image)
-            score = "" if value is None else f"{number(value, contents.metric.form)} {contents.metric.unit}".strip()
-            alt = f"{image}, {problem}: {method}, {contents.metric.label} {score or 'unknown'}"
-            record = recorded.get((image, method))
-            shown: Record
-            if record is None:
-                shown = {"missing": "not run on this image"}
-            elif "failed" in record:
-                shown = {"missing": f"failed: {record['failed']}"}
-            else:
-                shown = _shown_picture(estimates[image, method], paths[image, method], problem, image, method)
-            if white is not None and (image, method) in errors:
-                error = data_uri(errors[image, method] / white)
-                shown |= {"error": error, "error_alt": f"error map of {method} on {image}"}
-            tiles.append(Tile(method, score, alt, **shown)._replace(is_best=value is not None and value == best))
-            widths = _read(find_picture(folders, problem, image, method + pictures.HALF_WIDTHS))
+            value, record = contents.images[problem, method].get(image), recorded.get((image, method))
+            score = "" if value is None else f"{number(value, metric.form)} {metric.unit}".strip()
+            alt = f"{image}, {problem}: {method}, {metric.label} {score or 'unknown'}"
+            x_hat, missing = pixels[method]
+            if record is None or "failed" in record:
+                x_hat, missing = None, f"failed: {record['failed']}" if record else "not run on this image"
+            error = errors[image, method] / white if white is not None and (image, method) in errors else None
+            tiles.append(Tile(method, score, alt, x_hat, missing, error, value is not None and value == best))
+            widths, _ = _picture(folders, problem, image, method + pictures.HALF_WIDTHS)
             if widths is not None:
                 alt = f"{image}, {problem}: half-widths of {method}, white the widest"
-                tiles.append(Tile(method, "half-widths", alt, picture=data_uri(widths)))
-        rows.append((image, _remarks(contents, problem, image, records), tiles))
+                tiles.append(Tile(method, "half-widths", alt, widths))
+        remarks = [str(r["group"]) for (of, _), r in recorded.items() if of == image and "group" in r][:1]
+        if worst != finest:
+            remarks += [
+                f"{end} case of {best_method}" for end, of in (("worst", worst), ("best", finest)) if of == image
+            ]
+        rows.append((image, ", ".join(remarks), tiles))
     return white, rows
 
 
-def _read(path: Path | None) -> Pixels | None:
-    """None also where there is a file that is no picture."""
+def _picture(folders: Sequence[Path], *parts: str) -> tuple[Pixels | None, str]:
+    """A picture, or None and what to say in its place."""
+    path = find_picture(folders, *parts)
+    if path is None:
+        return None, f"{file_stem(*parts)}.png {_ABSENT}"
     try:
-        return None if path is None else pictures.read_picture(path)
+        return pictures.read_picture(path), ""
     except OSError:
-        return None
-
-
-def _shown_picture(pixels: Pixels | None, path: Path | None, *parts: str) -> Record:
-    if pixels is not None:
-        return {"picture": data_uri(pixels)}
-    return {"missing": f"{file_stem(*parts)}.png {_ABSENT}" if path is None else f"{path.name} {_DAMAGED}"}
-
-
-def _remarks(contents: Contents, problem: str, image: str, records: Sequence[Record]) -> str:
-    remarks = [str(r["group"]) for r in records if str(r["image"]) == image and "group" in r][:1]
-    best = contents.best(problem)
-    if best is not None:
-        values = contents.images[problem, best]
-        worst, finest = (values.idxmin(), values.idxmax())[:: 1 if contents.metric.high_is_best else -1]
-        if worst != finest:
-            remarks += [f"worst case of {best}"] * (image == worst) + [f"best case of {best}"] * (image == finest)
-    return ", ".join(remarks)
-
-
-def _shown(tables: Iterable[Table]) -> list[Table]:
-    return [table for table in tables if not table.values.empty]
-
-
-def _drawn(drawings: Iterable[charts.Chart]) -> list[Record]:
-    return [{**chart._asdict(), "svg": Markup(chart.svg)} for chart in drawings]  # no text of a record unescaped in it
+        return None, f"{path.name} {_DAMAGED}"
 
 
 def _check_known(what: str, names: Iterable[str], known: Iterable[str]) -> None:

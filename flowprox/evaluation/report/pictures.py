@@ -18,19 +18,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-__all__ = [
-    "HALF_WIDTHS",
-    "MEASUREMENT",
-    "Pixels",
-    "data_uri",
-    "error_map",
-    "error_white",
-    "find_picture",
-    "picture_path",
-    "read_picture",
-    "truth_path",
-]
-
 Pixels = npt.NDArray[np.float64]
 
 MEASUREMENT = "measurement"

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from flowprox.evaluation.report.sources import Chapter, ordered
+from flowprox.records import Record
 from flowprox.summary import METRICS, Metric, Row, confidence, figures_of, paired_comparisons, per_image, summary_rows
 
 MINUS, NOTHING = "−", "–"
@@ -59,28 +60,26 @@ class Table(NamedTuple):
 def make_table(
     slug: str,
     caption: str,
-    columns: Mapping[str, Sequence[object]],
+    content: pd.DataFrame | Mapping[str, Sequence[object]] | Sequence[Record],
     forms: Mapping[str, str | Sequence[str]] | None = None,
     best: Mapping[str, Sequence[bool]] | None = None,
 ) -> Table:
     """A table without the columns that have nothing in them.
 
-    ``columns`` are head -> values (None is unknown), ``forms`` head of a column of numbers -> their format as for
-    ``number``, or the texts of all its cells, ``best`` head -> which cells are the best.
+    ``content`` is a data frame or what makes one, whose unknown values are None; ``forms`` head of a column of numbers -> their
+    format as for ``number``, or the texts of all its cells; ``best`` head -> which cells are the best.
     """
     forms, best = forms or {}, best or {}
-    values = pd.DataFrame(dict(columns))
-    for name in forms:
+    values = pd.DataFrame(content)
+    for name in values.columns.intersection([*forms]):
         values[name] = pd.to_numeric(values[name])
-    first = values.columns[:1]
-    values = values[[*first, *(c for c in values.columns[1:] if (values[c].notna() & (values[c] != "")).any())]]
+    is_shown = [i == 0 or (values[c].notna() & (values[c] != "")).any() for i, c in enumerate(values)]
+    values = values.loc[:, is_shown]
     text = pd.DataFrame(index=values.index)
     for name, column in values.items():
-        form = forms.get(str(name))
-        if form is None:
-            text[name] = ["" if value is None else str(value) for value in column.astype(object)]
-        else:
-            text[name] = [number(v, form) for v in column] if isinstance(form, str) else list(form)
+        form = forms.get(str(name), "")
+        known = [number(v, form) for v in column] if isinstance(form, str) and form else list(form)
+        text[name] = known if form else ["" if v is None else str(v) for v in column.astype(object)]
     marks = pd.DataFrame({name: best.get(str(name), [False] * len(values)) for name in values}, index=values.index)
     return Table(slug, caption, values, text, marks)
 
@@ -125,24 +124,13 @@ def to_latex(table: Table) -> str:
     return f"% {' '.join(table.caption.split())}\n" + text.to_latex(index=False, column_format=columns, escape=False)
 
 
-_TEX = str.maketrans(
-    {
-        **{character: "\\" + character for character in "&%$#_{}"},
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-        "±": r"$\pm$",
-        "×": r"$\times$",
-        MINUS: "$-$",
-        NOTHING: "--",
-    }
-)
+_TEX = {character: "\\" + character for character in "&%$#_{}"} | {"±": r"$\pm$", "×": r"$\times$"}
+_TEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+_TEX |= {"<": r"\textless{}", ">": r"\textgreater{}", MINUS: "$-$", NOTHING: "--"}
 
 
 def _tex(text: object) -> str:
-    return " ".join(str(text).split()).translate(_TEX)
+    return " ".join(str(text).split()).translate(str.maketrans(_TEX))
 
 
 class Contents:
@@ -186,22 +174,27 @@ class Contents:
     def best(self, problem: str) -> str | None:
         """The method with the best mean."""
         known = {method: mean for (of, method), (mean, _) in self._means.items() if of == problem}
-        return (max if self.metric.high_is_best else min)(known, key=known.__getitem__) if known else None
+        return self.metric.best(known, key=known.__getitem__) if known else None
+
+    def ends(self, problem: str, method: str) -> tuple[str, str]:
+        """The images with the worst and the best figure of a method that has any."""
+        values = self.images[problem, method]
+        ends = str(values.idxmin()), str(values.idxmax())
+        return ends if self.metric.high_is_best else ends[::-1]
 
     # Tables -----------------------------------------------------------------------------------------------------------
 
     def overview(self) -> Table:
         """Methods down, problems across."""
-        columns: dict[str, Sequence[object]] = {"method": self.methods}
+        form, columns = self.metric.form, {"method": self.methods}
         texts, best = {}, {}
         for problem in self.problems:
             means = [self.mean(problem, method) for method in self.methods]
-            columns[problem] = [mean for mean, _ in means]
+            columns[problem] = [mean for mean, _ in means]  # type: ignore[misc]
+            spreads = ["" if half is None else f" ± {number(half, form)}" for _, half in means]
             texts[problem] = [
-                number(mean, self.metric.form) + (f" ± {number(half, self.metric.form)}" if half is not None else "")
-                if (problem, method) in self.images
-                else ""
-                for method, (mean, half) in zip(self.methods, means, strict=True)
+                f"{number(mean, form)}{spread}" if (problem, method) in self.images else ""
+                for method, (mean, _), spread in zip(self.methods, means, spreads, strict=True)
             ]
             best[problem] = [len(self.methods) > 1 and method == self.best(problem) for method in self.methods]
         caption = f"{self.metric.title}, mean over images ± 95 % confidence; the best mean of each problem is bold."
@@ -211,137 +204,134 @@ class Contents:
         """Every published figure, also of methods that were not run here."""
         published = self.chapter.published
         measured = {(row.problem, row.method): row for row in self.rows}
-        places = [place for place in published.psnr if place[0] in self.problems]
-        sources = [published.sources.get(problem, "") for problem, _ in places]
-        rows = [measured.get(place) for place in places]
-        psnr = [row.psnr if row else None for row in rows]
-        figures = [published.psnr[place] for place in places]
-        columns = {
-            "method": [m if place in measured else f"{m} (not run here)" for place in places for m in place[1:]],
-            "problem": [problem for problem, _ in places],
-            "measured": psnr,
-            "± 95 %": [row.psnr_interval if row else None for row in rows],
-            "published": figures,
-            "difference": [None if p is None else p - figure for p, figure in zip(psnr, figures, strict=True)],
-            "published in": sources if len(set(sources)) > 1 else [""] * len(places),
-        }
+        lines = []
+        for (problem, method), figure in published.psnr.items():
+            if problem in self.problems:
+                row = measured.get((problem, method))
+                line = {
+                    "method": method if row else f"{method} (not run here)",
+                    "problem": problem,
+                    "measured": row and row.psnr,
+                    "± 95 %": row and row.psnr_interval,
+                    "published": figure,
+                    "difference": None if row is None or row.psnr is None else row.psnr - figure,
+                    "published in": published.sources.get(problem, ""),
+                }
+                lines.append(line)
         caption = (
             "PSNR in dB measured here beside the published figure; the interval is that of the measured mean alone."
         )
-        if len(set(sources)) == 1 and sources[0]:
-            caption += f" Published in: {sources[0]}."
+        sources = {line["published in"] for line in lines}
+        if len(sources) == 1:
+            caption += "".join(f" Published in: {source}." for source in sources if source)
+            lines = [line | {"published in": ""} for line in lines]
         forms = dict.fromkeys(("measured", "± 95 %", "published"), ".2f") | {"difference": "+.2f"}
-        return make_table("published", caption, columns, forms)
+        return make_table("published", caption, lines, forms)
 
     def summary(self, problem: str | None = None) -> Table:
         """Everything about each method, on one problem or with a column that names it."""
         rows = [row for row in self.rows if problem in (None, row.problem)]
-        means = [self.mean(row.problem, row.method) for row in rows]
-        metric = self.metric.title
-        columns: dict[str, Sequence[object]] = {
-            "method": [row.method for row in rows],
-            "problem": ["" if problem else row.problem for row in rows],
-            metric: [mean for mean, _ in means],
-            "± 95 %": [half for _, half in means],
-        }
-        if self.key != "psnr":
-            columns["PSNR (dB)"] = [row.psnr for row in rows]
+        metric, lines = self.metric.title, []
         groups = ordered(name for row in rows for name, mean in row.psnr_of_group.items() if mean is not None)
-        for name in groups if len(groups) > 1 else ():
-            columns[f"PSNR, {name}"] = [row.psnr_of_group[name] for row in rows]
-        compared = {name: self.metric.high_is_best if name == metric else True for name in [*columns][2:]}
-        columns["published"] = [row.published for row in rows]
-        columns["difference"] = [None if None in (r.psnr, r.published) else r.psnr - r.published for r in rows]  # type: ignore[operator]
-        if self.key != "ssim":
-            columns["SSIM"] = [row.ssim for row in rows]
-            compared["SSIM"] = True
-        columns |= {
-            "s / image": [row.seconds for row in rows],
-            "peak MiB": [row.peak_memory_mib for row in rows],
-            "images": [row.n_images for row in rows],
-            "failed": pd.array([row.n_failed or None for row in rows], dtype="Int64"),  # type: ignore[dict-item]
-            "tuned": [_words(row.tuned) for row in rows],
-        }
-        forms = dict.fromkeys([*columns][2:-2], ".2f") | {metric: self.metric.form, "± 95 %": self.metric.form}
-        forms |= {"SSIM": ".3f"} if self.key != "ssim" else {}
-        forms |= {"s / image": TIME, "peak MiB": ".0f", "images": ".0f", "difference": "+.2f"}
+        compared = [metric, "PSNR (dB)", "SSIM"]
+        for row in rows:
+            mean, half = self.mean(row.problem, row.method)
+            line = {
+                "method": row.method,
+                "problem": "" if problem else row.problem,
+                metric: mean,
+                "± 95 %": half,
+                "PSNR (dB)": row.psnr,
+                **({f"PSNR, {name}": row.psnr_of_group[name] for name in groups} if len(groups) > 1 else {}),
+                "published": row.published,
+                "difference": None if row.psnr is None or row.published is None else row.psnr - row.published,
+                "SSIM": row.ssim,
+                "s / image": row.seconds,
+                "peak MiB": row.peak_memory_mib,
+                "images": row.n_images,
+                "failed": row.n_failed or None,
+                "tuned": _words(row.tuned),
+            }
+            lines.append(line)
+        values = pd.DataFrame(lines).astype({"failed": "Int64"} if lines else {})
+        forms: dict[str, str | Sequence[str]] = dict.fromkeys([*values][2:-2], ".2f")
+        forms |= {"SSIM": ".3f", "s / image": TIME, "peak MiB": ".0f", "images": ".0f", "difference": "+.2f"}
+        forms |= {metric: self.metric.form, "± 95 %": self.metric.form, "failed": [row.failures for row in rows]}
         caption = f"{metric} and other means over images; ± is half of the 95 % confidence interval of the mean."
-        best = {} if problem is None else {n: _best(columns[n], high) for n, high in compared.items() if n != "± 95 %"}
-        counts = [row.failures for row in rows]
-        return make_table("summary", caption, columns, forms | {"failed": counts}, best)
+        compared += [name for name in values if name.startswith("PSNR, ")]
+        high = {name: self.metric.high_is_best if name == metric else True for name in compared}
+        best = {} if problem is None else {name: _best(values[name], is_best) for name, is_best in high.items()}
+        return make_table("summary", caption, values, forms, best)
 
     def comparisons(self, problem: str | None = None) -> Table:
         """Every method against the reference, image by image."""
-        lines: list[tuple[object, ...]] = []
+        label, form = self.metric.label, self.metric.form
+        head = f"difference ({self.metric.unit})" if self.metric.unit else "difference"
+        lines, shares = [], []
         for place in self.problems if problem is None else [problem]:
             chosen = self.reference is not None and len(self.images.get((place, self.reference), ())) > 0
             reference = self.reference if chosen else self.best(place)
             if reference is None:
                 continue
             figures = self.figures[self.figures["problem"] == place]
-            compared = paired_comparisons(figures, self.key, reference)
-            for method, n_images, difference, half, n_higher in compared.itertuples():
-                clear = NOTHING if math.isnan(half) else "yes" if abs(difference) > half else "no"
-                share = n_higher / n_images, f"{n_higher} of {n_images}"
-                lines.append((method, "" if problem else place, reference, difference, half, clear, *share))
-        unit = f" ({self.metric.unit})" if self.metric.unit else ""
-        head = ["method", "problem", "reference", f"difference{unit}", "± 95 %", "clear of 0", "higher on"]
-        *columns, words = [[line[i] for line in lines] for i in range(len(head) + 1)]
+            for method, n, difference, half, n_higher in paired_comparisons(figures, self.key, reference).itertuples():
+                line = {
+                    "method": method,
+                    "problem": "" if problem else place,
+                    "reference": reference,
+                    head: difference,
+                    "± 95 %": half,
+                    "clear of 0": NOTHING if math.isnan(half) else "yes" if abs(difference) > half else "no",
+                    "higher on": n_higher / n,
+                }
+                lines.append(line)
+                shares.append(f"{n_higher} of {n}")
         caption = (
-            f"{self.metric.label} of the method minus {self.metric.label} of the reference on the same images and noise; ± is "
+            f"{label} of the method minus {label} of the reference on the same images and noise; ± is "
             "half of the paired 95 % interval. Intervals are not widened for the number of comparisons"
             + ("." if self.reference else ", and the reference is the method with the best mean, which favors it.")
         )
-        forms = {head[3]: f"+{self.metric.form}", "± 95 %": self.metric.form, "higher on": words}
-        return make_table("comparisons", caption, dict(zip(head, columns, strict=True)), forms)
+        return make_table("comparisons", caption, lines, {head: f"+{form}", "± 95 %": form, "higher on": shares})
 
     def cases(self, problem: str | None = None) -> Table:
         """Best and worst image of every method."""
-        lines: list[tuple[object, ...]] = []
+        lines = []
         for (place, method), values in self.images.items():
             if len(values) and problem in (None, place):
-                ends = [values.idxmin(), values.idxmax()]
-                worst, best = map(str, ends if self.metric.high_is_best else ends[::-1])
-                figures = values[worst], worst, values.median(), values[best], best
-                lines.append((method, "" if problem else place, *figures))
-        head = ["method", "problem", "worst", "worst image", "median", "best", "best image"]
-        columns = {name: [line[i] for line in lines] for i, name in enumerate(head)}
+                worst, best = self.ends(place, method)
+                line = {"method": method, "problem": "" if problem else place, "worst": values[worst]}
+                line |= {"worst image": worst, "median": values.median(), "best": values[best], "best image": best}
+                lines.append(line)
         caption = f"{self.metric.title} of the worst and the best image of each method, and the median over images."
-        return make_table("cases", caption, columns, dict.fromkeys(("worst", "median", "best"), self.metric.form))
+        return make_table("cases", caption, lines, dict.fromkeys(("worst", "median", "best"), self.metric.form))
 
     def tuning(self) -> Table:
         """Every combination of options that was tried."""
         chosen = {(row.problem, row.method): row.tuned for row in self.rows}
-        tried = self.chapter.tuning
-        columns = {
-            "method": [str(record.get("method")) for record in tried],
-            "problem": [str(record.get("problem")) for record in tried],
-            "options": [_words(record.get("options") or {}) for record in tried],
-            "PSNR (dB)": [record.get("psnr") for record in tried],
-            "images": [record.get("n_images") for record in tried],
-            "failed": [str(record.get("failed", "")) for record in tried],
-        }
-        best = [
-            chosen.get((str(r.get("problem")), str(r.get("method")))) == (r.get("options") or {}) and "failed" not in r
-            for r in tried
-        ]
+        lines, best = [], []
+        for record in self.chapter.tuning:
+            method, problem, options = (
+                str(record.get("method")),
+                str(record.get("problem")),
+                record.get("options") or {},
+            )
+            line = {"method": method, "problem": problem, "options": _words(options), "PSNR (dB)": record.get("psnr")}
+            lines.append(line | {"images": record.get("n_images"), "failed": str(record.get("failed", ""))})
+            best.append(chosen.get((problem, method)) == options and "failed" not in record)
         caption = "Mean PSNR of every combination on the images for tuning; the chosen one is bold."
-        return make_table("tuning", caption, columns, {"PSNR (dB)": ".2f", "images": ".0f"}, {"PSNR (dB)": best})
+        return make_table("tuning", caption, lines, {"PSNR (dB)": ".2f", "images": ".0f"}, {"PSNR (dB)": best})
 
     def failures(self) -> Table:
         """Every reconstruction that failed, with its message."""
-        failed = [record for record in self.chapter.records if "failed" in record]
         heads = {"method": "method", "problem": "problem", "image": "image", "message": "failed"}
-        columns = {head: [str(record[key]) for record in failed] for head, key in heads.items()}
-        return make_table("failures", "Reconstructions that failed; the means are those of the others.", columns)
+        failed = [record for record in self.chapter.records if "failed" in record]
+        lines = [{head: str(record[key]) for head, key in heads.items()} for record in failed]
+        return make_table("failures", "Reconstructions that failed; the means are those of the others.", lines)
 
 
-def _best(values: Sequence[object], high_is_best: bool) -> list[bool]:
-    known = [value for value in values if isinstance(value, int | float)]
-    if len(known) < 2 or min(known) == max(known):
-        return [False] * len(values)
-    best = max(known) if high_is_best else min(known)
-    return [value == best for value in values]
+def _best(values: pd.Series, high_is_best: bool) -> list[bool]:
+    best = values.max() if high_is_best else values.min()
+    return ((values == best) & (values.nunique() > 1)).tolist()
 
 
 def _words(options: Mapping[str, object]) -> str:
