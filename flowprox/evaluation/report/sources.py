@@ -69,7 +69,7 @@ def read_chapters(sources: Sequence[str | Path], recipe: str | Path | None = Non
     for name, members in by_recipe.items():
         conflict = _conflict(record for member in members for record in member.records)
         if conflict is None:
-            chapters.append(_merged(members))
+            chapters.append(_merged(members) if len(members) > 1 else members[0])
             continue
         for member in members:
             member.name = f"{name} ({member.folders[0]})"
@@ -84,8 +84,10 @@ def _read(source: Path, recipe: str | Path | None) -> list[Chapter]:
     """The chapters of one source: one, unless it holds the records of several recipes."""
     if not source.exists():
         raise FileNotFoundError(f"no results at {source}; give a folder that flowprox evaluate wrote")
-    chapter = _folder_chapter(source) if source.is_dir() else Chapter("", [source.parent])
-    if not source.is_dir():
+    chapter = Chapter("", [source if source.is_dir() else source.parent])
+    if source.is_dir():
+        _read_folder(source, chapter)
+    else:
         chapter.records = _records(source, chapter.notes)
     if not chapter.records and not chapter.illustrations:
         raise FileNotFoundError(f"no records and no figures in {source}; flowprox evaluate --out {source} writes them")
@@ -108,33 +110,30 @@ def _read(source: Path, recipe: str | Path | None) -> list[Chapter]:
     return [replace(chapter, records=parts[names[0]]), *others]
 
 
-def _folder_chapter(folder: Path) -> Chapter:
-    notes: list[str] = []
-    records, tuning = (_records(folder / name, notes, optional=True) for name in ("records.jsonl", "tuning.jsonl"))
-    if records and (folder / UNFINISHED).exists():
+def _read_folder(folder: Path, chapter: Chapter) -> None:
+    notes = chapter.notes
+    chapter.records, chapter.tuning = (_records(folder / name, notes) for name in ("records.jsonl", "tuning.jsonl"))
+    if chapter.records and (folder / UNFINISHED).exists():
         notes.append(f"{folder}: the run has not finished; the same flowprox evaluate command continues it")
-    published = _NOTHING_PUBLISHED
     if (folder / "recipe.yaml").is_file():
+        scales = {str(record["scale"]) for record in chapter.records if record.get("scale")}
         try:
-            published = read_published(
-                folder / "recipe.yaml", {str(record["scale"]) for record in records if record.get("scale")}
-            )
+            chapter.published = read_published(folder / "recipe.yaml", scales)
         except ValueError as error:  # the measured figures are worth a report all the same
             notes.append(f"{error}; published figures are left out")
-    illustrations = _illustrations(folder / "figures", notes) if (folder / "figures").is_dir() else []
-    if illustrations and not records:
+    if (folder / "figures").is_dir():
+        chapter.illustrations = _illustrations(folder / "figures", notes)
+    if chapter.illustrations and not chapter.records:
         drawn_from = (record for path in sorted(folder.glob("*.jsonl")) for record in _records(path, notes))
         if any(record.get("scale") == SMOKE for record in drawn_from):
             notes.append(f"{folder}: figures at scale smoke, which shows that a script runs and nothing else")
-    return Chapter("", [folder], records, tuning, published, illustrations, notes)
 
 
-def _records(path: Path, notes: list[str], optional: bool = False) -> list[Record]:
-    if optional and not path.exists():
-        return []
+def _records(path: Path, notes: list[str]) -> list[Record]:
+    """Those of a file, if there is one."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        records = read_records(path)
+        records = read_records(path) if path.exists() else []
     notes += [str(warning.message) for warning in caught]
     return records
 
@@ -155,71 +154,59 @@ def _conflict(records: Iterable[Record]) -> str | None:
     """Two different things that go by one label, so that a mean over both would mean nothing; None without any."""
     seen: dict[tuple[str, str, str], str] = {}
     for record in records:
-        tuned = record.get("tuned") or {}
-        options = {key: value for key, value in (record.get("options") or {}).items() if key not in tuned}
-        keys = ("problem_name", "parameters", "method_name", "model_hashes")
-        for key, value in [*((key, record.get(key)) for key in keys), ("options", options)]:
-            if value is None or (key == "options" and "options" not in record):
-                continue
+        problem, method = str(record["problem"]), str(record["method"])
+        facts = {key: record.get(key) for key in ("problem_name", "parameters", "method_name", "model_hashes")}
+        if "options" in record:
+            tuned = record.get("tuned") or {}
+            facts["options"] = {k: v for k, v in (record["options"] or {}).items() if k not in tuned}
+        for key, value in facts.items():
             text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-            problem, method = str(record["problem"]), str(record["method"])
-            first = seen.setdefault((problem, method, key), text)
-            if first != text:
+            if value is not None and (first := seen.setdefault((problem, method, key), text)) != text:
                 return f"{method} on {problem} has {key} {first} here and {text} there"
     return None
 
 
 def _illustrations(folder: Path, notes: list[str]) -> list[Illustration]:
-    captions = _captions(folder / "figures.json")
+    words, captions = folder / "figures.json", {}
+    if words.exists():
+        try:
+            captions = json.loads(words.read_text(encoding="utf-8"))
+        except ValueError:
+            captions = None
+        if not isinstance(captions, dict) or not all(isinstance(one, dict) for one in captions.values()):
+            form = '{"figure.svg": {"title": ..., "caption": ..., "alt": ...}}'
+            raise ValueError(f"{words} must read {form}; mend it or remove it")
     paths = {path.name: path for path in sorted(folder.iterdir()) if path.suffix.lower() in (".svg", ".png")}
-    notes += [f"{folder / 'figures.json'} names {name}, which is not there" for name in captions if name not in paths]
+    notes += [f"{words} names {name}, which is not there" for name in captions if name not in paths]
     illustrations = []
-    for name in ordered([*captions, *paths]):
-        if name in paths:
-            words = {key: str(value) for key, value in captions.get(name, {}).items()}
-            title = words.get("title") or paths[name].stem
-            illustrations.append(Illustration(paths[name], title, words.get("caption", ""), words.get("alt") or title))
+    for name in ordered(name for name in [*captions, *paths] if name in paths):
+        said = {key: str(value) for key, value in captions.get(name, {}).items()}
+        title = said.get("title") or paths[name].stem
+        illustrations.append(Illustration(paths[name], title, said.get("caption", ""), said.get("alt") or title))
     return illustrations
 
 
-def _captions(path: Path) -> dict[str, Record]:
-    if not path.exists():
-        return {}
-    try:
-        captions = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        captions = None
-    if not isinstance(captions, dict) or not all(isinstance(words, dict) for words in captions.values()):
-        form = '{"figure.svg": {"title": ..., "caption": ..., "alt": ...}}'
-        raise ValueError(f"{path} must read {form}; mend it or remove it")
-    return captions
-
-
 def _merged(members: Sequence[Chapter]) -> Chapter:
-    first = members[0]
-    if len(members) == 1:
-        return first
-    seen: dict[tuple[str, ...], Record] = {}
-    records = [record for member in members for record in member.records]
-    for record in records:
-        key = (json.dumps(record.get(k), sort_keys=True) for k in ("problem", "method", "image", "id", "seed"))
-        seen.setdefault(tuple(key), record)
-    notes = [note for member in members for note in member.notes]
-    if n_twice := len(records) - len(seen):
-        notes.append(f"{n_twice} reconstructions stand in several folders; those of the folder named first are used")
-    published = [member.published for member in reversed(members)]
-    return Chapter(
-        first.name,
-        [folder for member in members for folder in member.folders],
-        list(seen.values()),
-        [record for member in members for record in member.tuning],
-        Published(
-            {key: value for one in published for key, value in one.psnr.items()},
-            {key: value for one in published for key, value in one.sources.items()},
-        ),
-        [figure for member in members for figure in member.illustrations],
-        notes,
-    )
+    """One chapter of several; what stands in the first holds."""
+    merged, n_records = Chapter(members[0].name, []), 0
+    seen: dict[str, Record] = {}
+    for member in members:
+        n_records += len(member.records)
+        for record in member.records:
+            place = [record.get(key) for key in ("problem", "method", "image", "id", "seed")]
+            seen.setdefault(json.dumps(place, sort_keys=True), record)
+        merged.folders += member.folders
+        merged.tuning += member.tuning
+        merged.illustrations += member.illustrations
+        merged.notes += member.notes
+        known, more = merged.published, member.published
+        merged.published = Published({**more.psnr, **known.psnr}, {**more.sources, **known.sources})
+    merged.records = list(seen.values())
+    if n_twice := n_records - len(seen):
+        merged.notes.append(
+            f"{n_twice} reconstructions stand in several folders; those of the folder named first are used"
+        )
+    return merged
 
 
 _COMPARED = {
