@@ -32,13 +32,17 @@ from flowprox.commands.terminal import check_yaml, find_recipe
 from flowprox.naming import Values, nearest, printable, require_package
 from flowprox.options import EvaluatedMethod, EvaluatedProblem, ImageOptions, ScaleOptions
 
-__all__ = ["main"]
-
 TRACEBACK = "FLOWPROX_TRACEBACK"
 """Environment variable; when set, the traceback of an error is shown too."""
 
 _BAD_INPUT = (ValueError, TypeError, OSError, ArithmeticError, MemoryError, argparse.ArgumentError)
+_LISTED = (EvaluatedMethod, EvaluatedProblem, ImageOptions, ScaleOptions)  # records that stand in lists of a recipe
 _BUILDS_DIFFER = "operator torchvision::nms does not exist"
+_REMEDIES = {
+    errno.ENOSPC: "free some space and run the command again, a training run with --resume",
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "a file is in the way: choose another --out"),
+    **dict.fromkeys((errno.EACCES, errno.EROFS), "choose an --out that can be written"),
+}
 
 
 def make_parser(only: str | None = None) -> ArgumentParser:
@@ -85,7 +89,8 @@ def _command_parser(command: Command, summary: str) -> ArgumentParser:
 
 def _help(function: Callable[..., Any], name: str) -> str:
     """What the docstring says about an argument, for options that jsonargparse does not make by itself."""
-    match = re.search(rf"^ +{name}: (.*(?:\n {{8,}}.*)*)", function.__doc__ or "", re.MULTILINE)
+    docs = "\n".join(str(one.__doc__) for one in getattr(function, "__mro__", (function,)))
+    match = re.search(rf"^ +{name}: (.*(?:\n {{8,}}.*)*)", docs, re.MULTILINE)
     text = re.split(r"\n {4,8}\w+: ", match[1])[0] if match else ""
     return " ".join(text.split())
 
@@ -101,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         with _terminated_as_interrupted(), warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            # as one line, without the place in the code that it comes from
+            warnings.showwarning = lambda text, *_: print(f"flowprox: warning: {printable(str(text))}", file=sys.stderr)
             status = _run(words)
             sys.stdout.flush()
             return status
@@ -118,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
-        print(f"flowprox: {_one_line(error)}", file=sys.stderr)
+        line = _explained(error)
+        print(f"flowprox: {line if len(line) <= 1500 else f'{line[:750]} ... {line[-750:]}'}", file=sys.stderr)
         return 2
 
 
@@ -139,22 +146,14 @@ def _terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _show_warning(message: Warning | str, *place: object) -> None:
-    """A warning as one line, without the place in the code that it comes from."""
-    print(f"flowprox: warning: {printable(str(message))}", file=sys.stderr)
-
-
-def _print_completion(shell: str) -> int:
-    shtab = require_package("shtab", "shtab", "--print-completion", extra="completion")
-    if shell not in shtab.SUPPORTED_SHELLS:
-        raise ValueError(f"unknown shell {shell!r}; {nearest(shell, shtab.SUPPORTED_SHELLS)}")
-    print(shtab.complete(make_parser(), shell))
-    return 0
-
-
 def _run(words: list[str]) -> int:
     if words and words[0].partition("=")[0] == "--print-completion":
-        return _print_completion(words[0].partition("=")[2] or "".join(words[1:2]))
+        shell = words[0].partition("=")[2] or "".join(words[1:2])
+        shtab = require_package("shtab", "shtab", "--print-completion", extra="completion")
+        if shell not in shtab.SUPPORTED_SHELLS:
+            raise ValueError(f"unknown shell {shell!r}; {nearest(shell, shtab.SUPPORTED_SHELLS)}")
+        print(shtab.complete(make_parser(), shell))
+        return 0
     parser = make_parser(words[0] if words and words[0] in COMMANDS else "")
     try:
         parsed = parser.parse_args(completed(words))
@@ -207,30 +206,17 @@ def _is_bad_input(error: Exception) -> bool:
     """Whether the user can mend it; the classes that are not built in are looked up only where they are loaded."""
     if type(error) is ImportError and error.name is None:  # ours: an optional package is missing, and which
         return True
-    if _BUILDS_DIFFER in str(error):
-        return True
-    if type(error) is RuntimeError and "DefaultCPUAllocator" in str(error):
+    if _BUILDS_DIFFER in str(error) or (type(error) is RuntimeError and "DefaultCPUAllocator" in str(error)):
         return True
     torch = sys.modules.get("torch")
     return isinstance(error, (*_BAD_INPUT, torch.OutOfMemoryError) if torch else _BAD_INPUT)
 
 
-def _one_line(error: Exception, n_most: int = 1500) -> str:
-    """What to say of an error; of a word as long as a book only its ends."""
-    line = _explained(error)
-    return line if len(line) <= n_most else f"{line[: n_most // 2]} ... {line[-n_most // 2 :]}"
-
-
 def _explained(error: Exception) -> str:
+    """What to say of an error, and what helps."""
     if isinstance(error, OSError) and error.strerror:
         places = [os.fsdecode(place) for place in (error.filename, error.filename2) if place is not None]
-        remedy = {
-            errno.ENOSPC: "free some space and run the command again, a training run with --resume",
-            errno.EEXIST: "a file is in the way: choose another --out",
-            errno.ENOTDIR: "a file is in the way: choose another --out",
-            errno.EACCES: "choose an --out that can be written",
-            errno.EROFS: "choose an --out that can be written",
-        }.get(error.errno or 0)
+        remedy = _REMEDIES.get(error.errno or 0)
         return printable(": ".join([*places[:1], error.strerror]) + (f"; {remedy}" if remedy else ""))
     if _BUILDS_DIFFER in str(error):
         return (
@@ -246,9 +232,15 @@ def _with_remedy(message: str, words: list[str]) -> str:
     """jsonargparse's message; for what is not known, the nearest names."""
     if unknown := re.search(r"class_path '[\w.]*\.(\w+)':\s+Option '([^']+)' is not accepted", message):
         key = re.match(r'(?:Parser key ")?(\w+)', message)
-        return f"unknown key {unknown[2]!r} in {key[1] if key else 'the recipe'}; {nearest(unknown[2], _fields(unknown[1]))}"
+        record = next((one for one in _LISTED if one.__name__ == unknown[1]), None)
+        keys = [field.name for field in dataclasses.fields(record)] if record else []
+        return f"unknown key {unknown[2]!r} in {key[1] if key else 'the recipe'}; {nearest(unknown[2], keys)}"
     if unknown := re.search(r"does not accept option '([^']+)'", message):
-        remedy = _whose_key(unknown[1], words) or nearest(unknown[1], _defaults(words))
+        # which other training command has the key: the recipe may be meant for it
+        top, recipes = unknown[1].partition(".")[0], {n: c for n, c in COMMANDS.items() if c.has_recipe}
+        having = [n for n, c in recipes.items() if top in inspect.signature(c.source).parameters]
+        remedy = f"{top!r} is a key of {' and '.join(having)}" if having and not {*having} & {*words} else ""
+        remedy = remedy or nearest(unknown[1], _defaults(words))
         return f"unknown key {unknown[1]!r} in the recipe or options; {remedy}"
     if unknown := re.search(r"unrecognized arguments: (\S+)", message):
         name = unknown[1].lstrip("-").partition("=")[0]
@@ -256,19 +248,6 @@ def _with_remedy(message: str, words: list[str]) -> str:
     if unknown := re.search(r"argument command: invalid choice: '([^']*)'", message):
         return f"unknown command {unknown[1]!r}; {nearest(unknown[1], COMMANDS)}"
     return message
-
-
-def _whose_key(key: str, words: list[str]) -> str:
-    """Which other training command has a key that this one lacks: the recipe may be meant for it."""
-    top = key.partition(".")[0]
-    having = [n for n, c in COMMANDS.items() if c.has_recipe and top in inspect.signature(c.source).parameters]
-    return f"{top!r} is a key of {' and '.join(having)}" if having and not {*having} & {*words} else ""
-
-
-def _fields(name: str) -> list[str]:
-    """Keys of one of the records that stand in lists of a recipe."""
-    record = {cls.__name__: cls for cls in (EvaluatedMethod, EvaluatedProblem, ImageOptions, ScaleOptions)}.get(name)
-    return [field.name for field in dataclasses.fields(record)] if record else []
 
 
 def _defaults(words: list[str]) -> Values:

@@ -11,20 +11,21 @@ import inspect
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from deepinv.models import Reconstructor
 from deepinv.physics import Inpainting, Physics
-from torch import Tensor
+from torch import Tensor, nn
 
-from flowprox.checkpoints import list_models, load_model
-from flowprox.flows import NonFiniteError
+from flowprox.checkpoints import Card, list_models, load_model
+from flowprox.flows import Flow, NonFiniteError
 from flowprox.metrics import best_scaled, psnr, ssim
+from flowprox.naming import Values
 from flowprox.operators import Fitted, Problem, ProblemKind
 from flowprox.records import Record
 from flowprox.solvers import Solution, SolverInterrupted
@@ -81,7 +82,11 @@ def estimate(
     solve = getattr(method, "solve", method)
     takes = inspect.signature(getattr(method, "solve", method.forward)).parameters
     progress = {"callback": callback} if "callback" in takes else {}
-    _forget_peak(y.device)
+    if y.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(y.device)
+    elif sys.platform == "linux":  # elsewhere the mark stays that of the whole run
+        with suppress(OSError):  # not allowed in some containers: the mark then includes earlier methods
+            Path("/proc/self/clear_refs").write_text("5")
     _wait(y.device)
     started = time.perf_counter()
     try:
@@ -94,7 +99,12 @@ def estimate(
     x_hat = (found.estimate if isinstance(found, Solution) else found)[..., fitted.rows, fitted.columns]
     if not torch.isfinite(x_hat).all():
         raise NonFiniteError("the estimate is not finite; the measurement may be unlike those of training")
-    facts = _facts(solution, len(x_hat))
+    facts: list[Record] = [{} for _ in x_hat]
+    for key, name in (("reason", "reasons"), *((key, key) for key in ("n_evaluations", "gamma", "restarts"))):
+        values = getattr(solution, name, None)  # per image what a solver says about itself
+        if values is not None:
+            for fact, value in zip(facts, values.tolist() if isinstance(values, Tensor) else values, strict=True):
+                fact[key] = value
     if x is not None:
         facts = [figure | fact for figure, fact in zip(figures(x_hat, x, y, physics, kind), facts, strict=True)]
     p_values = residual_p_value(x_hat, y, physics)
@@ -109,6 +119,26 @@ def estimate(
         Estimate(one, fact | shared | {"device": str(y.device)}, std)
         for one, fact, std in zip(x_hat.cpu(), facts, deviations, strict=True)
     ]
+
+
+def problem_of(trained: Mapping[str, Any], name: str | None, parameters: Values, whose: str) -> Problem:
+    """The problem of that name, by default the one in a model's card (``trained``), whose parameters hold where no others are
+    given; ValueError where no problem is known, with ``whose`` it is."""
+    name = name or trained.get("name")
+    if name is None:
+        raise ValueError(f"{whose} is for no problem in particular; give one with problem")
+    known = trained.get("parameters", {}) if name == trained.get("name") else {}
+    return Problem(name, known).replaced(**parameters)
+
+
+def channels_of(model: nn.Module) -> int | None:
+    """Channels of the images that a model takes, if a flow in it or its card tells."""
+    card: Card | None = getattr(model, "card", None)
+    if card is not None:
+        trained_on = card.training.get("recipe", {}).get("data", {})  # a ResNet or U-Net does not tell
+        if known := card.preprocessing.get("channels") or trained_on.get("channels"):
+            return int(known)
+    return next((part.n_channels for part in model.modules() if isinstance(part, Flow)), None)
 
 
 def calibration_of(network: object, problem: Problem, seed: int = 0) -> Intervals | None:
@@ -130,17 +160,6 @@ def doubts_of(network: object, calibration: Intervals | None) -> Doubts | None:
     if calibration is None or calibration.alarm is None or not isinstance(network, Unfolded) or not network.flows():
         return None
     return partial(calibration.alarm.records, flow=network.flows()[-1])
-
-
-def _facts(solution: Solution | None, n: int) -> list[Record]:
-    """Per image what a solver says about itself."""
-    facts: list[Record] = [{} for _ in range(n)]
-    for key, name in (("reason", "reasons"), *((key, key) for key in ("n_evaluations", "gamma", "restarts"))):
-        values = getattr(solution, name, None)
-        if values is not None:
-            for fact, value in zip(facts, values.tolist() if isinstance(values, Tensor) else values, strict=True):
-                fact[key] = value
-    return facts
 
 
 def figures(x_hat: Tensor, x: Tensor, y: Tensor, physics: Physics, kind: ProblemKind) -> list[Record]:
@@ -168,15 +187,6 @@ def figures(x_hat: Tensor, x: Tensor, y: Tensor, physics: Physics, kind: Problem
     lists = {key: values.cpu().tolist() for key, values in columns.items()}
     scaled = {"scaled_to_fit": True} if kind.loses_scale else {}
     return [{key: values[i] for key, values in lists.items()} | scaled for i in range(len(x))]
-
-
-def _forget_peak(device: torch.device) -> None:
-    """Begin to watch the memory anew; on the CPU only Linux can, elsewhere the mark stays that of the whole run."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        with suppress(OSError):  # not allowed in some containers: the mark then includes earlier methods
-            Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_mib(device: torch.device) -> float | None:

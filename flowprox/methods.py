@@ -45,18 +45,6 @@ from flowprox.noise import NOISES, FlowNoise, make_noise
 from flowprox.operators import PROBLEMS, Problem, fit_to_divisor, mirrored
 from flowprox.solvers import LBFGS, Adam, LatentMAP, NoiseMAP, PosteriorSampling, SamplerOptions, TorchLBFGS
 
-__all__ = [
-    "METHODS",
-    "Adjoint",
-    "Measurement",
-    "Method",
-    "Option",
-    "SelfEnsemble",
-    "check_options",
-    "make_method",
-    "method_options",
-]
-
 _PARTS = ("flow", "model", "noise")
 
 Settings: TypeAlias = LBFGS | Adam | TorchLBFGS | SamplerOptions
@@ -211,11 +199,8 @@ def _part(physics: Physics, rows: slice, columns: slice) -> Physics:
 def network(model: Reconstructor, tile: int = 1024, overlap: int = 64) -> Reconstructor:
     """A network trained to reconstruct; large pictures in tiles, see ``Tiled``."""
     if not isinstance(model, Reconstructor):
-        kind, remedy = (
-            type(model).__name__,
-            "give an unfolded network, or a method that uses it, such as latent-map with flow",
-        )
-        raise ValueError(f"model is a {kind}, which does not reconstruct by itself; {remedy}")
+        remedy = "give an unfolded network, or a method that uses it, such as latent-map with flow"
+        raise ValueError(f"model is a {type(model).__name__}, which does not reconstruct by itself; {remedy}")
     return Tiled(model, tile, overlap)
 
 
@@ -264,10 +249,9 @@ def _flat(make: Callable[..., Reconstructor], argument: str, **choices: Settings
         return make(**options, **{argument: dataclasses.replace(choices[word], **settings)})
 
     own = {name: p for name, p in inspect.signature(make).parameters.items() if name != argument}
-    fields = {
-        f.name: (getattr(one, f.name), f.type) for one in [*choices.values()][::-1] for f in dataclasses.fields(one)
-    }
-    fields = ({argument: (next(iter(choices)), "str")} if len(choices) > 1 else {}) | fields
+    fields = {argument: (next(iter(choices)), "str")} if len(choices) > 1 else {}
+    for one in reversed(choices.values()):  # the defaults of the first hold
+        fields |= {field.name: (getattr(one, field.name), field.type) for field in dataclasses.fields(one)}
     keyword = inspect.Parameter.KEYWORD_ONLY
     added = [inspect.Parameter(name, keyword, default=value, annotation=kind) for name, (value, kind) in fields.items()]
     make_flat.__signature__ = inspect.Signature([*own.values(), *added])  # type: ignore[attr-defined]
@@ -289,7 +273,7 @@ class Method(NamedTuple):
         needs: what must be given where its arguments do not say: "flow or model".
         defaults: problem -> options that differ from the defaults of ``make`` there.
         quick: the options that make it end within seconds, for trying a recipe out.
-        explained_in: classes whose docstrings say what the options mean; none means ``make`` is one.
+        explained_in: classes whose docstrings say what the options mean; none means ``make`` is one, or a part of one.
     """
 
     make: Callable[..., Reconstructor]
@@ -338,6 +322,7 @@ class Method(NamedTuple):
 # a line search cannot follow the straight-through gradient of a sign
 _STRAIGHT_THROUGH = {"optimizer": "adam", "n_iterations": 150, "learning_rate": 0.05, "final_learning_rate": 0.0}
 _OPTIMIZERS = {"lbfgs": LBFGS(n_iterations=200), "adam": Adam(), "torch-lbfgs": TorchLBFGS()}
+_FIVE = {"n_iterations": 5}
 _MASKED = ("inpainting", "random-inpainting")
 _OF_THE_IMAGES_SIZE = ("denoising", *_MASKED, "deblurring")
 
@@ -381,28 +366,14 @@ METHODS: dict[str, Method] = {
         partial(Pretrained, "drunet"),
         "a network of others (Zhang et al. 2021), where its weights are at hand",
         ("denoising",),
-        explained_in=(Pretrained,),
     ),
     "ram": Method(
         partial(Pretrained, "ram"),
         "a network of others for any operator (Terris et al. 2025), where its weights are at hand",
         needs_linear=True,
-        explained_in=(Pretrained,),
     ),
-    "lasso-dct": Method(
-        partial(Lasso, "dct"),
-        "sparse in a cosine basis",
-        needs_linear=True,
-        quick={"n_iterations": 5},
-        explained_in=(Lasso,),
-    ),
-    "lasso-wavelet": Method(
-        partial(Lasso, "wavelet"),
-        "sparse in a wavelet basis",
-        needs_linear=True,
-        quick={"n_iterations": 5},
-        explained_in=(Lasso,),
-    ),
+    "lasso-dct": Method(partial(Lasso, "dct"), "sparse in a cosine basis", needs_linear=True, quick=_FIVE),
+    "lasso-wavelet": Method(partial(Lasso, "wavelet"), "sparse in a wavelet basis", needs_linear=True, quick=_FIVE),
     "tv": Method(
         TotalVariation,
         "total variation",
@@ -413,9 +384,9 @@ METHODS: dict[str, Method] = {
             "compressed-sensing": {"regularization": 0.1},
             **{problem: {"regularization": 6e-3, "n_iterations": 4000} for problem in _MASKED},
         },
-        quick={"n_iterations": 5},
+        quick=_FIVE,
     ),
-    "wavelet": Method(WaveletPrior, "wavelet shrinkage prior", needs_linear=True, quick={"n_iterations": 5}),
+    "wavelet": Method(WaveletPrior, "wavelet shrinkage prior", needs_linear=True, quick=_FIVE),
     "gan": Method(
         gan,
         "in the range of a generator (Bora et al. 2017)",
@@ -458,7 +429,8 @@ def method_options(name: str, problem: str | None = None) -> dict[str, Option]:
     """
     method = _known(name)
     defaults = {**method.options, **method.defaults.get(problem or "", {})}
-    meanings = [_meanings(cls) for cls in (method.explained_in or (method.make,))]
+    explained_in = method.explained_in or (getattr(method.make, "func", method.make),)  # of partial the class
+    meanings = [_meanings(cls) for cls in explained_in]
     return {key: Option(value, next((m[key] for m in meanings if key in m), "")) for key, value in defaults.items()}
 
 

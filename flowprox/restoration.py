@@ -24,7 +24,7 @@ from torch import Tensor
 from flowprox.checkpoints import load_model
 from flowprox.data import ARRAY_SUFFIXES, load_image, load_measurement, picture_form, suffix_of
 from flowprox.data.files import as_pil, form_of_pil, from_pil
-from flowprox.estimates import calibration_of, doubts_of, estimate
+from flowprox.estimates import calibration_of, channels_of, doubts_of, estimate
 from flowprox.flows import Flow
 from flowprox.methods import make_method
 from flowprox.metrics import psnr
@@ -136,7 +136,7 @@ def restore(
         raise ValueError("denoising needs sigma, the standard deviation of the noise where pixels lie in [0, 1]")
 
     y, back = _as_tensor(image, "image")
-    channels = _n_channels(network) or y.shape[0]
+    channels = channels_of(network) or y.shape[0]
     if y.shape[0] not in (1, channels):
         raise ValueError(f"image has {y.shape[0]} channels, the model takes {channels}; convert it to gray")
     wide = y.expand(channels, -1, -1)[None].to(device, torch.float32)
@@ -176,21 +176,12 @@ def _operator_parameters(name: str, mask: Picture | None, kernel: object) -> Val
         parameters["mask"] = (_as_tensor(mask, "mask")[0].mean(0) > 0.5).float().numpy()
     if kernel is not None:
         if isinstance(kernel, str | os.PathLike) and Path(kernel).suffix != ".npy":
-            kernel = _scaled(load_image(Path(kernel), channels=1)[0])
+            kernel = load_image(Path(kernel), channels=1)[0]
+            if float(kernel.sum()) <= 0:
+                raise ValueError("kernel is a black picture; its bright pixels are the blur")
+            kernel = kernel / kernel.sum()
         parameters["kernel"] = kernel
     return parameters | ({"boundary": "replicate"} if name == "deblurring" else {})
-
-
-def _scaled(kernel: Tensor) -> Tensor:
-    if float(kernel.sum()) <= 0:
-        raise ValueError("kernel is a black picture; its bright pixels are the blur")
-    return kernel / kernel.sum()
-
-
-def _n_channels(network: torch.nn.Module) -> int | None:
-    card = getattr(network, "card", None)
-    known = None if card is None else card.preprocessing.get("channels")
-    return known or next((part.n_channels for part in network.modules() if isinstance(part, Flow)), None)
 
 
 def _method(network: Any, trained: Values, operator: Problem, device: str, tile: int) -> Reconstructor:
@@ -198,9 +189,8 @@ def _method(network: Any, trained: Values, operator: Problem, device: str, tile:
         return make_method("latent-map", operator, flow=network, device=device)
     if hasattr(network, "solve"):  # a solver as it is
         return network
-    if trained.get("name", operator.name) == operator.name:
-        return make_method("unfolded", operator, model=network, device=device, tile=tile)
-    return make_method("plug-and-play", operator, model=network, device=device, tile=tile)
+    name = "unfolded" if trained.get("name", operator.name) == operator.name else "plug-and-play"
+    return make_method(name, operator, model=network, device=device, tile=tile)
 
 
 def _as_tensor(picture: Picture, name: str) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -215,7 +205,10 @@ def _as_tensor(picture: Picture, name: str) -> tuple[Tensor, Callable[[Tensor], 
         if picture.ndim not in (2, 3):
             raise ValueError(f"{name} must have shape (H, W) or (H, W, C), got {picture.shape}")
         flat, dtype = picture.ndim == 2, picture.dtype
-        x, back = _from_tensor(torch.from_numpy(_native(picture if flat else np.moveaxis(picture, -1, 0))), name)
+        # contiguous and in the machine's byte order, as torch wants it; a copy: others may be read-only
+        pixels = np.array(picture if flat else np.moveaxis(picture, -1, 0), dtype=dtype.newbyteorder("="), order="C")
+        pixels = pixels.astype(np.int32) if pixels.dtype == np.uint16 else pixels  # which more of torch knows
+        x, back = _from_tensor(torch.from_numpy(pixels), name)
         return x, lambda x_hat: (back(x_hat).numpy() if flat else np.moveaxis(back(x_hat).numpy(), 0, -1)).astype(dtype)
     if not isinstance(picture, Tensor) or picture.ndim not in (2, 3, 4) or (picture.ndim == 4 and len(picture) != 1):
         shape = tuple(picture.shape) if isinstance(picture, Tensor) else type(picture).__name__
@@ -243,9 +236,3 @@ def _from_tensor(picture: Tensor, name: str) -> tuple[Tensor, Callable[[Tensor],
         return values.reshape(*shape[:-2], *x_hat.shape[-2:]).to(device, dtype)
 
     return x, back
-
-
-def _native(pixels: np.ndarray) -> np.ndarray:
-    """Contiguous and in the machine's byte order, as torch wants it; 16 bits as 32, which more of torch knows."""
-    pixels = np.array(pixels, dtype=pixels.dtype.newbyteorder("="), order="C")  # a copy: others may be read-only
-    return pixels.astype(np.int32) if pixels.dtype == np.uint16 else pixels

@@ -76,17 +76,15 @@ class Wiener(Baseline):
 
     def _estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
         transfer = transfer_function(physics, y)
-        power = transfer.abs().square() + self.regularization * self._penalty_spectrum(y)
-        # frequencies that the blur erased and the penalty leaves free stay zero instead of 0 / 0
-        gain = torch.where(power > 0, transfer.conj() / power.clamp_min(torch.finfo(power.dtype).tiny), 0.0)
-        return torch.fft.irfft2(gain * torch.fft.rfft2(y), s=y.shape[-2:])
-
-    def _penalty_spectrum(self, y: Tensor) -> Tensor:
         height, width = y.shape[-2:]
         rows = torch.fft.fftfreq(height, device=y.device, dtype=y.dtype)[:, None]
         columns = torch.fft.rfftfreq(width, device=y.device, dtype=y.dtype)[None, :]
         laplacian = 4 * torch.sin(torch.pi * rows) ** 2 + 4 * torch.sin(torch.pi * columns) ** 2
-        return {"identity": torch.ones_like(laplacian), "gradient": laplacian, "laplacian": laplacian**2}[self.penalty]
+        exponent = {"identity": 0, "gradient": 1, "laplacian": 2}[self.penalty]
+        power = transfer.abs().square() + self.regularization * laplacian**exponent
+        # frequencies that the blur erased and the penalty leaves free stay zero instead of 0 / 0
+        gain = torch.where(power > 0, transfer.conj() / power.clamp_min(torch.finfo(power.dtype).tiny), 0.0)
+        return torch.fft.irfft2(gain * torch.fft.rfft2(y), s=y.shape[-2:])
 
 
 class TotalVariation(Baseline):

@@ -37,26 +37,18 @@ class Basis(NamedTuple):
 
     def analyze(self, x: Tensor) -> Tensor:
         """Phi^T x, coefficients (B, C, H, W) of images (B, C, H, W)."""
-        c = x
-        for rows, columns in self.stages:
-            h, w = len(rows), len(columns)
-            corner = rows @ c[..., :h, :w] @ columns.mT
-            c = corner if corner.shape == c.shape else _with_corner(c, corner)
-        return c
+        return _applied(self.stages, x)
 
     def synthesize(self, c: Tensor) -> Tensor:
         """Phi c, images (B, C, H, W) of coefficients (B, C, H, W)."""
-        x = c
-        for rows, columns in reversed(self.stages):
-            h, w = len(rows), len(columns)
-            corner = rows.mT @ x[..., :h, :w] @ columns
-            x = corner if corner.shape == x.shape else _with_corner(x, corner)
-        return x
+        return _applied([(rows.mT, columns.mT) for rows, columns in reversed(self.stages)], c)
 
 
-def _with_corner(x: Tensor, corner: Tensor) -> Tensor:
-    x = x.clone()
-    x[..., : corner.shape[-2], : corner.shape[-1]] = corner
+def _applied(stages: list[tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
+    for rows, columns in stages:
+        corner = rows @ x[..., : len(rows), : len(columns)] @ columns.mT
+        x = x.clone()
+        x[..., : len(rows), : len(columns)] = corner
     return x
 
 
@@ -81,8 +73,14 @@ def wavelet_basis(height: int, width: int, like: Tensor, wavelet: str = "db1", n
         asked = "" if n_levels is None else f", n_levels is {n_levels}"
         raise ValueError(f"the wavelet basis: {height}x{width} images can be halved {possible} times{asked}; crop them")
     levels = range(possible if n_levels is None else n_levels)
-    filters = [(_wavelets(height >> i, wavelet), _wavelets(width >> i, wavelet)) for i in levels]
-    return Basis([(rows.to(like), columns.to(like)) for rows, columns in filters])
+    pywt = _require_wavelet(wavelet)
+
+    def one_level(n: int) -> Tensor:
+        """On n samples: the upper half of the rows averages, the lower half differences."""
+        halves = pywt.dwt(np.eye(n), wavelet, mode="periodization", axis=0)
+        return torch.from_numpy(np.concatenate(halves)).to(like)
+
+    return Basis([(one_level(height >> i), one_level(width >> i)) for i in levels])
 
 
 def _require_wavelet(wavelet: str) -> ModuleType:
@@ -91,12 +89,6 @@ def _require_wavelet(wavelet: str) -> ModuleType:
     if wavelet not in pywt.wavelist(kind="discrete") or not pywt.Wavelet(wavelet).orthogonal:
         raise ValueError(f"wavelet must name an orthogonal wavelet of PyWavelets, such as 'db4', got {wavelet!r}")
     return pywt
-
-
-def _wavelets(n: int, wavelet: str) -> Tensor:
-    """One level on n samples: the upper half of the rows averages, the lower half differences."""
-    halves = _require_wavelet(wavelet).dwt(np.eye(n), wavelet, mode="periodization", axis=0)
-    return torch.from_numpy(np.concatenate(halves))
 
 
 class Lasso(Baseline):
@@ -183,7 +175,8 @@ class Lasso(Baseline):
         if self.solver == "coordinate-descent":
             return self._coordinate_descent(y, physics, basis, back)
         step = 1 / squared_norm(physics, back)
-        weight = _first_weight(basis.analyze(back), self.regularization)
+        # a tenth of the weight from which on zero is the solution, or the final one where that is larger: (B, 1, 1, 1)
+        weight = (basis.analyze(back).abs().amax((1, 2, 3), keepdim=True) * 2 / 10).clamp_min(self.regularization)
         floor = weight.mul(1e-6).clamp_min(self.regularization)
         c = u = torch.zeros_like(back)
         t = torch.ones_like(weight)
@@ -219,11 +212,6 @@ class Lasso(Baseline):
         columns, rows = np.asfortranarray(matrix.double().cpu()), y.flatten(1).double().cpu().numpy()
         c = [torch.from_numpy(lasso.fit(columns, row).coef_).view(height, width, n_channels) for row in rows]
         return basis.synthesize(torch.stack(c).permute(0, 3, 1, 2).to(back)) if c else back
-
-
-def _first_weight(back: Tensor, regularization: float) -> Tensor:
-    """A tenth of the weight from which on zero is the solution, or the final one where that is larger: (B, 1, 1, 1)."""
-    return (2 * back.abs().amax((1, 2, 3), keepdim=True) / 10).clamp_min(regularization)
 
 
 class _Details(_Prior):

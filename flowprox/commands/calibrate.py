@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flowprox.checkpoints import Card
-    from flowprox.operators import Problem
     from flowprox.uncertainty import Intervals
     from flowprox.unfolding import Unfolded
 
@@ -88,10 +87,11 @@ def calibrate(options: CalibrateOptions) -> None:
     import torch
     from deepinv.physics import LinearPhysics
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from flowprox.checkpoints import load_model, save_model
     from flowprox.data import ImageDataset
+    from flowprox.estimates import channels_of, problem_of
+    from flowprox.evaluation.run import progress_bar
     from flowprox.methods import make_method
     from flowprox.operators import make_physics
     from flowprox.uncertainty import fit_intervals, measured_intervals
@@ -100,11 +100,13 @@ def calibrate(options: CalibrateOptions) -> None:
     required(options.n_calibration, options.alpha)
     network = load_model(options.model, device=options.device)
     card: Card = network.card
-    problem = _problem(options, card, parameters)
+    trained = card.problem or {}
+    problem = problem_of(trained, options.problem, parameters, card.name)
+    problem.to_json()  # what the card cannot hold is refused before anything is done
     method = make_method("unfolded", problem, model=network, device=options.device)
-    recipe_data = card.training.get("recipe", {}).get("data", {})
-    size = options.image_size or (card.preprocessing.get("image_shape") or [0, recipe_data.get("image_size") or 64])[1]
-    channels = int(card.preprocessing.get("channels") or recipe_data.get("channels") or 3)
+    trained_on = card.training.get("recipe", {}).get("data", {}).get("image_size") or 64
+    size = options.image_size or (card.preprocessing.get("image_shape") or [0, trained_on])[1]
+    channels = channels_of(network) or 3
     generator = torch.Generator().manual_seed(options.seed)
 
     def read(source: str, split: str = "all") -> torch.Tensor:
@@ -112,7 +114,7 @@ def calibrate(options: CalibrateOptions) -> None:
         return images[torch.randperm(len(images), generator=generator)]
 
     pool = read(options.data, options.split)
-    seed = int((card.problem or {}).get("seed", 0))
+    seed = int(trained.get("seed", 0))
     physics = make_physics(problem, (channels, size, size), seed=seed, device=options.device)
     assert isinstance(physics, LinearPhysics)  # method unfolded is for no other
     if options.intervals is not None:
@@ -154,8 +156,7 @@ def calibrate(options: CalibrateOptions) -> None:
         return (images.float() / 255).to(options.device)
 
     print(f"intervals of {card.name} for {problem.label}: at most {options.alpha:.0%} of the pixels outside on average")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as shown:
+    with progress_bar(Console(stderr=True)) as shown:
         bars: Values = {}
 
         def show(what: str, n: int, n_at_most: int) -> None:
@@ -240,17 +241,3 @@ def _with_density(
     print(f"a density of {len(x)} images, {options.n_steps} steps")
     density = fit_density(estimates, physics, n_steps=options.n_steps, seed=options.seed)
     return Intervals(intervals.scale, intervals.alpha, intervals.factor, intervals.alarm, density)
-
-
-def _problem(options: CalibrateOptions, card: Card, parameters: Values) -> Problem:
-    """The card's problem, with what was given in its place."""
-    from flowprox.operators import Problem
-
-    trained = card.problem or {}
-    name = options.problem or trained.get("name")
-    if name is None:
-        raise ValueError(f"{card.name} is for no problem in particular; give one with --problem")
-    known = trained.get("parameters", {}) if name == trained.get("name") else {}
-    problem = Problem(name, known).replaced(**parameters)
-    problem.to_json()  # what the card cannot hold is refused before anything is done
-    return problem

@@ -6,29 +6,13 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from flowprox.commands.terminal import (
-    check_device,
-    check_models,
-    check_picture,
-    find_recipe,
-    key_values,
-    list_recipes,
-    print_table,
-)
-from flowprox.naming import digits, require_count, require_package
+from flowprox.commands.terminal import check_device, check_models, find_recipe, key_values, list_recipes, print_table
+from flowprox.naming import digits, nearest, require_count, require_package
 
 if TYPE_CHECKING:
     from flowprox.checkpoints import Card
-
-
-class _Described(Protocol):
-    @property
-    def description(self) -> str: ...
-
-
-_Kind = TypeVar("_Kind", bound=_Described)
 
 
 def demo(out: str = "flowprox-demo", device: str = "cpu", seed: int = 0, overwrite: bool = False) -> None:
@@ -85,7 +69,8 @@ def sample(
         device: cpu, cuda or mps.
     """
     require_count("n", n)
-    check_picture(out)
+    if not out.lower().endswith(".png"):
+        raise ValueError(f"out must end in .png, got {out!r}")
     check_device(device)
     check_models(model)
     import torch
@@ -136,15 +121,16 @@ def export(
     import torch
 
     from flowprox.checkpoints import load_model
+    from flowprox.estimates import problem_of
     from flowprox.files import atomic_write
-    from flowprox.operators import Problem, make_physics
+    from flowprox.operators import make_physics
     from flowprox.unfolding import export_program
 
     network = load_model(model)
     trained, shape = network.card.problem, network.card.preprocessing.get("image_shape")
     if not trained or not shape:
         raise ValueError(f"model {model} was trained for no problem; only unfolded networks can be exported")
-    problem = Problem(trained["name"], trained.get("parameters", {})).replaced(**other)
+    problem = problem_of(trained, None, other, model)
     height, width = size or shape[1:]
     shape = (shape[0], height, width)
     physics = make_physics(problem, shape, seed=trained.get("seed", 0))
@@ -235,9 +221,9 @@ def problems(name: str | None = None) -> None:
     """
     from flowprox.operators import PROBLEMS
 
-    kind = _one_of("problem", "what is measured", "parameters", PROBLEMS, name)
-    if kind is None:
-        return
+    if name is None:
+        return _list_all("problem", "what is measured", "parameters", PROBLEMS)
+    kind = _one_of("problem", PROBLEMS, name)
     rows = [[key, _word(one.default), one.unit, one.meaning] for key, one in kind.parameters.items()]
     rows += [
         ["noise", "null", "", "another noise, by name: gaussian, sinusoidal, radial"],
@@ -248,14 +234,13 @@ def problems(name: str | None = None) -> None:
     print(f"as in --problem {name} --parameters {rows[0][0]}=VALUE; {value}")
 
 
-def _one_of(what: str, about: str, of_it: str, known: Mapping[str, _Kind], name: str | None) -> _Kind | None:
-    """The entry of that name, whose description is printed; without a name the table of all, and None."""
-    from flowprox.naming import nearest
+def _list_all(what: str, about: str, of_it: str, known: Mapping[str, Any]) -> None:
+    print_table([what, about], [[key, kind.description] for key, kind in known.items()], "left")
+    print(f"flowprox {what}s NAME lists the {of_it} of one")
 
-    if name is None:
-        print_table([what, about], [[key, kind.description] for key, kind in known.items()], "left")
-        print(f"flowprox {what}s NAME lists the {of_it} of one")
-        return None
+
+def _one_of(what: str, known: Mapping[str, Any], name: str) -> Any:
+    """The entry of that name, whose description is printed."""
     if name not in known:
         raise ValueError(f"unknown {what} {name!r}; {nearest(name, known)}")
     print(f"{name}: {known[name].description}")
@@ -293,9 +278,9 @@ def methods(name: str | None = None) -> None:
     """
     from flowprox.methods import METHODS, method_options
 
-    kind = _one_of("method", "what it is", "options", METHODS, name)
-    if kind is None or name is None:
-        return
+    if name is None:
+        return _list_all("method", "what it is", "options", METHODS)
+    kind = _one_of("method", METHODS, name)
     print(f"for {', '.join(kind.applicable)}")
     if kind.parts:
         used = (f"--{part}" + ("" if needed else " (if given)") for part, needed in kind.parts.items())

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import webbrowser
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from flowprox.commands.terminal import check_device, check_inputs
 from flowprox.evaluation import ReportOptions
 from flowprox.naming import printable
 from flowprox.options import EvaluationOptions
+
+_N_NAMED = 5
 
 
 def evaluate(options: EvaluationOptions) -> int:
@@ -23,6 +23,7 @@ def evaluate(options: EvaluationOptions) -> int:
     from flowprox.evaluation.plan import published_figures
     from flowprox.evaluation.run import evaluate
     from flowprox.files import atomic_write
+    from flowprox.records import NOT_RUN
     from flowprox.summary import summary_markdown, summary_rows, terminal_table
 
     records = evaluate(options)
@@ -32,7 +33,13 @@ def evaluate(options: EvaluationOptions) -> int:
     console = Console()
     (console if console.is_terminal else Console(width=120)).print(terminal_table(rows))
     print(f"records: {os.path.join(options.out, 'records.jsonl')}")
-    return _report_failures(records)
+    failures = [record for record in records if not str(record.get("failed", NOT_RUN)).startswith(NOT_RUN)]
+    for record in failures[:_N_NAMED]:
+        place = f"{record['problem']}, {record['method']}, {record['image']}"
+        print(printable(f"flowprox: failed: {place}: {record['failed']}"), file=sys.stderr)
+    if len(failures) > _N_NAMED:
+        print(f"flowprox: failed: {len(failures) - _N_NAMED} more, see the records", file=sys.stderr)
+    return 1 if failures else 0
 
 
 @dataclass(kw_only=True)
@@ -65,16 +72,3 @@ def report(options: ShowOptions) -> None:
     print(f"report: {page}")
     if options.open and not webbrowser.open(page.resolve().as_uri()):
         print("flowprox: no browser could be started; open the file by hand", file=sys.stderr)
-
-
-def _report_failures(records: Sequence[Mapping[str, Any]], n_shown: int = 5) -> int:
-    """One line per failure, on standard error; the exit status."""
-    from flowprox.records import NOT_RUN
-
-    failures = [r for r in records if not str(r.get("failed", NOT_RUN)).startswith(NOT_RUN)]
-    for record in failures[:n_shown]:
-        place = f"{record['problem']}, {record['method']}, {record['image']}"
-        print(printable(f"flowprox: failed: {place}: {record['failed']}"), file=sys.stderr)
-    if len(failures) > n_shown:
-        print(f"flowprox: failed: {len(failures) - n_shown} more, see the records", file=sys.stderr)
-    return 1 if failures else 0

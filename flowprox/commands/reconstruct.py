@@ -103,19 +103,16 @@ def reconstruct(options: ReconstructOptions) -> None:
 
 
 def _results(records: list[Values], n_shown: int = 40) -> tuple[list[str], list[list[str]]]:
-    known = [record for record in records if "psnr" in record]
-    head = ["image", "height x width", *(["PSNR (dB)", "SSIM"] if known else []), "seconds"]
-    rows = [_result(record, bool(known)) for record in records[:n_shown]]
+    figures = {"PSNR (dB)": ("psnr", 2), "SSIM": ("ssim", 3)} if any("psnr" in record for record in records) else {}
+    figures |= {"seconds": ("seconds", 3)}
+    rows = []
+    for record in records[:n_shown]:
+        size = f"{record['height']}x{record['width']}"
+        rows.append([record["image"], size, *(digits(record.get(key), n) for key, n in figures.values())])
     if len(records) > n_shown:
-        rows.append([f"... {len(records) - n_shown} more", *[""] * (len(head) - 1)])
-    means = {key: mean(records, key) for key in ("psnr", "ssim", "seconds")}
-    return head, [*rows, _result({"image": f"mean of {len(records)}", **means}, bool(known))]
-
-
-def _result(record: Values, with_figures: bool) -> list[str]:
-    size = f"{record['height']}x{record['width']}" if "height" in record else ""
-    figures = [digits(record.get("psnr"), 2), digits(record.get("ssim"), 3)] if with_figures else []
-    return [record["image"], size, *figures, digits(record["seconds"], 3)]
+        rows.append([f"... {len(records) - n_shown} more", *[""] * (1 + len(figures))])
+    rows.append([f"mean of {len(records)}", "", *(digits(mean(records, key), n) for key, n in figures.values())])
+    return ["image", "height x width", *figures], rows
 
 
 def _print_notes(records: list[Values]) -> None:
@@ -144,9 +141,7 @@ def _print_notes(records: list[Values]) -> None:
 
 def _print_doubts(records: list[Values]) -> None:
     """Which results are not to be trusted, and why."""
-    tested = [
-        record for record in records if "alarm" not in record
-    ]  # of a calibrated network the usual residual is known
+    tested = [one for one in records if "alarm" not in one]  # of a calibrated network the usual residual is known
     unexplained = [record for record in tested if record.get("residual_p_value", 1) < _RARE]
     alarming = [record for record in records if record.get("alarm", {}).get("raised")]
     for record in alarming[:_N_NAMED]:

@@ -58,8 +58,20 @@ def sweep(recipe: str, out: str = "runs/sweep") -> int:
                 raise KeyboardInterrupt("the same command continues")
             failed += status != 0
             if not status:
-                records.write({"id": run.name, "run": run.name, "options": options, "metrics": _metrics(run)})
-        _print(records.records, names)
+                from flowprox.checkpoints import load_card
+
+                metrics = {
+                    key: value for key, value in load_card(run).metrics.items() if isinstance(value, int | float)
+                }
+                records.write({"id": run.name, "run": run.name, "options": options, "metrics": metrics})
+        figures = list(dict.fromkeys(key for record in records.records for key in record["metrics"]))
+        rows = [
+            [record["run"], *(str(record["options"].get(name)) for name in names)]
+            + [f"{record['metrics'][key]:.4g}" if key in record["metrics"] else "-" for key in figures]
+            for record in records.records
+        ]
+        if rows:
+            print_table(["run", *(name.rpartition(".")[2] for name in names), *figures], rows)
     return 1 if failed else 0
 
 
@@ -87,21 +99,3 @@ def _name(setting: Values) -> str:
     if name == whole and len(set(keys)) == len(keys):
         return name
     return f"{name}-{hashlib.sha256(json.dumps(setting).encode()).hexdigest()[:8]}"
-
-
-def _metrics(run: Path) -> dict[str, float]:
-    """Figures of the run's model, the best one."""
-    from flowprox.checkpoints import load_card
-
-    return {key: value for key, value in load_card(run).metrics.items() if isinstance(value, int | float)}
-
-
-def _print(records: list[Values], names: list[str]) -> None:
-    figures = list(dict.fromkeys(key for record in records for key in record["metrics"]))
-    rows = [
-        [record["run"], *(str(record["options"].get(name)) for name in names)]
-        + [f"{record['metrics'][key]:.4g}" if key in record["metrics"] else "-" for key in figures]
-        for record in records
-    ]
-    if rows:
-        print_table(["run", *(name.rpartition(".")[2] for name in names), *figures], rows)

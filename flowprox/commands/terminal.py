@@ -90,12 +90,6 @@ def check_device(device: str) -> None:
         raise ValueError(f"device must be cpu, cuda, cuda:N or mps, got {device!r}")
 
 
-def check_picture(path: str) -> None:
-    """Raise ``ValueError`` for the name of a picture to write that does not end in .png."""
-    if Path(path).suffix.lower() != ".png":
-        raise ValueError(f"out must end in .png, got {path!r}")
-
-
 def _recipes_folder() -> Path:
     """In the wheel within the package, in a clone beside it."""
     package = Path(str(resources.files("flowprox")))

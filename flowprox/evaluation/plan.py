@@ -309,6 +309,11 @@ class EvaluatedImage(NamedTuple):
     hash: str
     group: str | None = None
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.x.shape  # type: ignore[return-value]
+
 
 def image_seed(seed: int, name: str) -> int:
     """Seed of an image's noise, below 2^62: it depends on the file's name without suffix, not on the other inputs.

@@ -26,6 +26,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import deepinv
 import torch
@@ -40,7 +41,7 @@ from flowprox import __version__
 from flowprox.checkpoints import CheckpointError, load_card, load_model
 from flowprox.data import save_image
 from flowprox.data.datasets import check_apart
-from flowprox.estimates import Estimate, estimate
+from flowprox.estimates import estimate
 from flowprox.evaluation.plan import Case, EvaluatedImage, at_scale, combinations, load_images, planned, write_recipe
 from flowprox.evaluation.report.pictures import HALF_WIDTHS, picture_path, truth_path
 from flowprox.files import refuse_foreign, remove_temporaries, sole_writer
@@ -89,22 +90,41 @@ def evaluate(options: EvaluationOptions, console: Console | None = None) -> list
         return evaluation.end()
 
 
+def progress_bar(console: Console) -> Progress:
+    """A bar with what is done, of how much, and the times, which vanishes at the end."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+
+
+class _Task(NamedTuple):
+    """A case, everything its reconstructions depend on apart from the image, and why it cannot run, "" if it can."""
+
+    case: Case
+    identity: Record
+    not_run: str
+
+    def id(self, image: EvaluatedImage) -> str:
+        """The image's name is left out: what it is called may depend on others that came later."""
+        return hashed({**self.identity, "image_hash": image.hash, "seed": image.seed})
+
+
 class _Evaluation:
     """One run of a recipe at its scale: what it has loaded, where it writes, how far it is."""
 
     def __init__(self, recipe: EvaluationOptions, cases: Sequence[Case], console: Console) -> None:
-        self.recipe, self.cases, self.console, self.out = recipe, cases, console, Path(recipe.out)
+        self.recipe, self.console, self.out = recipe, console, Path(recipe.out)
         self.models: dict[str, nn.Module] = {}
         self.methods: dict[str, Reconstructor] = {}
         self.hashes: dict[str, str] = {}
         self._last: tuple[str, tuple[int, ...], Physics] | None = None
         self.images = _images_of("images", recipe.images, recipe.seed, recipe.limit)
+        self.pictured = {image.name for image in self.images[: recipe.n_pictures]}
         self.tune_images: list[EvaluatedImage] = []
         if recipe.tune_images and any(case.method.tune for case in cases):
             self.tune_images = _images_of("tune_images", recipe.tune_images, recipe.seed, None)
         # every method and operator is made once, so that a mistake is found before the first hour of work
-        self.not_run = [self._why_not(case) for case in cases]
-        self.identities = [self._identity(case) for case in cases]
+        reasons = [self._why_not(case) for case in cases]
+        self.tasks = [_Task(case, self._identity(case), why) for case, why in zip(cases, reasons, strict=True)]
 
     def _why_not(self, case: Case) -> str:
         """What a case lacks to be run, "" if nothing: an optional package, or a network that is not trained yet."""
@@ -130,55 +150,49 @@ class _Evaluation:
 
     def begin(self, as_written: EvaluationOptions) -> None:
         """Make the folder, or check the one that an earlier run left, and forget its failures."""
-        if all(self.not_run):
-            raise ValueError(f"no method can run: {self.not_run[0]}")
+        if all(task.not_run for task in self.tasks):
+            raise ValueError(f"no method can run: {self.tasks[0].not_run}")
         refuse_foreign(self.out, ("records.jsonl",), ("recipe.yaml", "summary.md"))
         (self.out / "images").mkdir(parents=True, exist_ok=True)
         for folder in (self.out, self.out / "images"):
             remove_temporaries(folder)
-        earlier = read_records(self.out / "records.jsonl") if (self.out / "records.jsonl").exists() else []
-        self._check_earlier(filter(_is_success, earlier))
-        RecordWriter(self.out / "records.jsonl", resume=True, keep=_is_success).close()
-        write_recipe(as_written, self.out / "recipe.yaml")
-        (self.out / UNFINISHED).touch()
-        for image in filter(self._is_pictured, self.images):
-            save_image(image.x, truth_path(self.out, image.name))
-
-    def _check_earlier(self, records: Iterator[Record]) -> None:
-        """Two different reconstructions under one name in one file would be averaged by a reader."""
-        expected = {
-            (case.problem.label, case.label, image.name): _id(identity, image)
-            for case, identity in zip(self.cases, self.identities, strict=True)
-            for image in self.images
-        }
-        for record in records:
+        path = self.out / "records.jsonl"
+        # two different reconstructions under one name in one file would be averaged by a reader
+        expected = {(t.case.problem.label, t.case.label, i.name): t.id(i) for t in self.tasks for i in self.images}
+        for record in filter(_is_success, read_records(path) if path.exists() else []):
             if expected.get((record["problem"], record["method"], record["image"]), record["id"]) != record["id"]:
                 raise ValueError(
                     f"{self.out} holds {record['method']} on {record['problem']}, {record['image']}, from other options, "
                     "images, models or another seed; choose another out, or give the method another label"
                 )
-
-    def _is_pictured(self, image: EvaluatedImage) -> bool:
-        return image.name in {one.name for one in self.images[: self.recipe.n_pictures]}
+        RecordWriter(path, resume=True, keep=_is_success).close()
+        write_recipe(as_written, self.out / "recipe.yaml")
+        (self.out / UNFINISHED).touch()
+        for image in self.images:
+            if image.name in self.pictured:
+                save_image(image.x, truth_path(self.out, image.name))
 
     def progress(self) -> tuple[int, int]:
         """How many reconstructions there are, and how many of them are recorded."""
         ids = set(self.ids())
         return len(ids), len(ids & self._done())
 
-    def ids(self) -> Iterator[str]:
+    def ids(self) -> list[str]:
         """Of every reconstruction, in the recipe's order."""
-        return (_id(identity, image) for identity in self.identities for image in self.images)
+        return list(dict.fromkeys(task.id(image) for task in self.tasks for image in self.images))
+
+    def _done(self) -> set[str]:
+        return {record["id"] for record in read_records(self.out / "records.jsonl") if _is_success(record)}
 
     def end(self) -> list[Record]:
         """The records of the recipe, in its order, which is also that of the file."""
         path = self.out / "records.jsonl"
         left = {record["id"]: record for record in read_records(path)}
-        ordered = [left.pop(i) for i in dict.fromkeys(self.ids())]
+        ordered = [left.pop(i) for i in self.ids()]
         if self.recipe.devices > 1:
             write_records(path, [*ordered, *left.values()])
         (self.out / UNFINISHED).unlink()
-        for case, reason in zip(self.cases, self.not_run, strict=True):
+        for case, _, reason in self.tasks:
             if reason:
                 self._say(f"{NOT_RUN}{case.label} on {case.problem.label}: {reason}")
         return ordered
@@ -191,20 +205,15 @@ class _Evaluation:
     def run_all(self) -> None:
         """Do what is not recorded yet, on as many devices as the options say."""
         done = self._done()
-        left = [
-            case
-            for case, identity in zip(self.cases, self.identities, strict=True)
-            if any(_id(identity, image) not in done for image in self.images)
-        ]
+        left = [task.case for task in self.tasks if any(task.id(image) not in done for image in self.images)]
         n = min(self.recipe.devices, len(left))
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True) as progress:
+        with progress_bar(self.console) as progress:
             n_all, n_done = self.progress()
-            task = progress.add_task("", total=n_all, completed=n_done)
+            bar = progress.add_task("", total=n_all, completed=n_done)
             if n <= 1:
-                self.run_cases(lambda label, n: progress.update(task, description=label, advance=n))
+                self.run_cases(lambda label, n: progress.update(bar, description=label, advance=n))
             else:
-                self._run_shares([left[i::n] for i in range(n)], lambda n: progress.update(task, completed=n))
+                self._run_shares([left[i::n] for i in range(n)], lambda n: progress.update(bar, completed=n))
 
     def _run_shares(self, shares: Sequence[Sequence[Case]], show: Callable[[int], None]) -> None:
         """A process for each share; all append to one file."""
@@ -225,33 +234,31 @@ class _Evaluation:
         """Every case of this process, one after the other."""
         done = self._done()
         with RecordWriter(self.out / "records.jsonl", resume=True) as records:
-            for case, identity, reason in zip(self.cases, self.identities, self.not_run, strict=True):
-                left = [image for image in self.images if _id(identity, image) not in done]
-                label = f"{case.problem.label}: {case.label}"
+            for task in self.tasks:
+                left = [image for image in self.images if task.id(image) not in done]
+                label = f"{task.case.problem.label}: {task.case.label}"
                 advance(label, 0)
-                for record in self._reconstructed(case, identity, reason, left) if left else ():
+                for record in self._reconstructed(task, left) if left else ():
                     records.write(record)
                     advance(label, 1)
 
-    def _reconstructed(
-        self, case: Case, identity: Record, reason: str, images: Sequence[EvaluatedImage]
-    ) -> Iterator[Record]:
+    def _reconstructed(self, task: _Task, images: Sequence[EvaluatedImage]) -> Iterator[Record]:
         """The record of each image; its picture is written before."""
-        failure, chosen, method = {"failed": NOT_RUN + reason}, {}, None
-        if not reason:
-            try:
-                chosen = self._tuned(case, identity)
-                method = self._method(case, chosen)
-            except Exception as error:  # one method must not end the others' run; the message is recorded
-                failure = _failure(error)
+        case, identity, reason = task
+        try:
+            chosen = self._tuned(case, identity) if not reason else {}
+            method = self._method(case, chosen) if not reason else None
+            failure: Record = {"failed": NOT_RUN + reason}
+        except Exception as error:  # one method must not end the others' run; the message is recorded
+            method, failure = None, _failure(error)
         if method is None:
-            yield from (self._record(case, identity, image, {}) | failure for image in images)
+            yield from (self._record(task, image, {}) | failure for image in images)
             return
         for batch in _batches(images, case.method.batch_size):
             for image, (x_hat, facts) in zip(batch, self._attempt(case, method, batch), strict=True):
-                if x_hat is not None and self._is_pictured(image):
+                if x_hat is not None and image.name in self.pictured:
                     save_image(x_hat, picture_path(self.out, case.problem.label, image.name, case.label))
-                yield self._record(case, identity, image, chosen) | facts
+                yield self._record(task, image, chosen) | facts
 
     def _attempt(
         self, case: Case, method: Reconstructor, batch: Sequence[EvaluatedImage]
@@ -262,49 +269,39 @@ class _Evaluation:
             physics = self._physics(case, batch[0])
             y = measure_each(x, physics, [image.seed for image in batch])
             method = self._as_given(case, method, batch[0])
-            estimates: list[Estimate] = estimate(method, y, physics, PROBLEMS[case.problem.problem.name], x)
-            estimates = self._calibrated(case, estimates, x, y, physics, batch)
+            estimates = estimate(method, y, physics, PROBLEMS[case.problem.problem.name], x)
+            x_hat = torch.stack([one.x_hat for one in estimates]).to(x)
+            calibrated = self._calibrated(case, x_hat, x, y, physics, batch)
         except Exception as error:  # recorded, and the run ends with status 1
             if len(batch) > 1:
                 return [one for image in batch for one in self._attempt(case, method, [image])]
             return [(None, _failure(error))]
         if any(one.facts.get("reason") == "interrupted" for one in estimates):
             raise KeyboardInterrupt
-        return [(one.x_hat, one.facts) for one in estimates]
+        return [(one.x_hat, one.facts | more) for one, more in zip(estimates, calibrated, strict=True)]
 
     def _calibrated(
-        self,
-        case: Case,
-        estimates: list[Estimate],
-        x: Tensor,
-        y: Tensor,
-        physics: Physics,
-        batch: Sequence[EvaluatedImage],
-    ) -> list[Estimate]:
-        """The estimates with what their intervals are worth; a map of the half-widths stands beside each picture."""
+        self, case: Case, x_hat: Tensor, x: Tensor, y: Tensor, physics: Physics, batch: Sequence[EvaluatedImage]
+    ) -> list[Record]:
+        """What the intervals of estimates are worth; a map of the half-widths stands beside each picture."""
         intervals = self._intervals(case)
         if intervals is None or not isinstance(physics, LinearPhysics):
-            return estimates
-        x_hat = torch.stack([one.x_hat for one in estimates]).to(x)
+            return [{} for _ in batch]
         network = self.models[case.models["model"]]
         assert isinstance(network, Reconstructor)
         facts = calibration_records(intervals, network, x, x_hat, y, physics, batch[0].seed)
         for image, half_width in zip(batch, intervals(x_hat, y, physics).cpu(), strict=True):
-            if self._is_pictured(image):
+            if image.name in self.pictured:
                 path = picture_path(self.out, case.problem.label, image.name, case.label + HALF_WIDTHS)
                 save_image(half_width / half_width.max(), path)
-        return [
-            one._replace(facts=one.facts | {"calibration": fact}) for one, fact in zip(estimates, facts, strict=True)
-        ]
+        return [{"calibration": fact} for fact in facts]
 
     def _intervals(self, case: Case) -> Intervals | None:
         """Those of the method, if they are of its network and problem."""
         name = case.method.intervals
         if name is None:
             return None
-        if name not in self.models:
-            self.models[name] = load_model(name, device=self.recipe.device)
-        intervals = self.models[name]
+        intervals = self._model(name)
         if not isinstance(intervals, Intervals) or case.method.name != "unfolded":
             raise ValueError(f"intervals {name} of {case.label} must be intervals, of method unfolded")
         sha256 = load_card(case.models["model"]).sha256
@@ -354,12 +351,14 @@ class _Evaluation:
 
     # Parts ------------------------------------------------------------------------------------------------------------
 
-    def _done(self) -> set[str]:
-        return {record["id"] for record in read_records(self.out / "records.jsonl") if _is_success(record)}
+    def _model(self, name: str) -> nn.Module:
+        if name not in self.models:
+            self.models[name] = load_model(name, device=self.recipe.device)
+        return self.models[name]
 
     def _physics(self, case: Case, image: EvaluatedImage) -> Physics:
         """The operator of a problem for an image's size; the last one is kept, for a sensing matrix takes seconds to draw."""
-        shape = (image.x.shape[0], image.x.shape[1], image.x.shape[2])
+        shape = image.shape
         if self._last is None or self._last[:2] != (case.problem.label, shape):
             physics = make_physics(case.problem.problem, shape, seed=case.problem.seed, device=self.recipe.device)
             self._last = (case.problem.label, shape, physics)
@@ -367,28 +366,22 @@ class _Evaluation:
 
     def _as_given(self, case: Case, method: Reconstructor, image: EvaluatedImage) -> Reconstructor:
         """The method, with the operators of the case in place of the measuring one."""
-        shape = (image.x.shape[0], image.x.shape[1], image.x.shape[2])
-        operators = [make_physics(p, shape, seed=case.problem.seed, device=self.recipe.device) for p in case.operators]
+        seed, device = case.problem.seed, self.recipe.device
+        operators = [make_physics(problem, image.shape, seed=seed, device=device) for problem in case.operators]
         return _WithOperators(method, operators) if operators else method
 
     def _method(self, case: Case, chosen: Values) -> Reconstructor:
         """The method with its options, made once."""
         method, shape = case.method, None
         if method.noise is not None:
-            channels, height, width = self.images[0].x.shape
-            physics = self._physics(case, self.images[0])
-            shape = tuple(measurement_shape(physics, (channels, height, width), device=self.recipe.device))
+            image = self.images[0]
+            shape = tuple(measurement_shape(self._physics(case, image), image.shape, device=self.recipe.device))
         options = {**case.options, **chosen}
         problem = case.problem.problem
         key = hashed({"name": method.name, "problem": problem.name, "shape": shape, **case.parts, "options": options})
         if key not in self.methods:
-            for name in case.models.values():
-                if name not in self.models:
-                    self.models[name] = load_model(name, device=self.recipe.device)
-            parts = case.parts | {part: self.models[name] for part, name in case.models.items()}
-            self.methods[key] = make_method(
-                method.name, problem, **parts, shape=shape, device=self.recipe.device, **options
-            )
+            parts: Values = case.parts | {part: self._model(name) for part, name in case.models.items()} | options
+            self.methods[key] = make_method(method.name, problem, shape=shape, device=self.recipe.device, **parts)
         return self.methods[key]
 
     def _identity(self, case: Case) -> Record:
@@ -407,9 +400,11 @@ class _Evaluation:
             "models": case.parts | {part: self.hashes.get(name, name) for part, name in case.models.items()},
         } | tuned
 
-    def _record(self, case: Case, identity: Record, image: EvaluatedImage, chosen: Values) -> Record:
+    def _record(self, task: _Task, image: EvaluatedImage, chosen: Values) -> Record:
+        case, identity, _ = task
+        channels, height, width = image.shape
         return {
-            "id": _id(identity, image),
+            "id": task.id(image),
             "problem": case.problem.label,
             **{key: identity[key] for key in ("problem_name", "parameters", "operator_seed")},
             "method": case.label,
@@ -418,13 +413,13 @@ class _Evaluation:
             "tuned": dict(chosen),
             **case.parts,
             "model_hashes": identity["models"],
-            **{key: identity[key] for key in ("operators",) if key in identity},
+            **({"operators": identity["operators"]} if "operators" in identity else {}),
             "image": image.name,
             "image_hash": image.hash,
             **({} if image.group is None else {"group": image.group}),
-            "channels": image.x.shape[0],
-            "height": image.x.shape[1],
-            "width": image.x.shape[2],
+            "channels": channels,
+            "height": height,
+            "width": width,
             "seed": image.seed,
             "run_seed": self.recipe.seed,
             "recipe": self.recipe.name,
@@ -471,9 +466,8 @@ def _images_of(part: str, options: ImageOptions, seed: int, limit: int | None) -
 
 def _batches(images: Sequence[EvaluatedImage], size: int) -> Iterator[list[EvaluatedImage]]:
     """At most ``size`` images of one shape at a time."""
-    shapes = dict.fromkeys(image.x.shape for image in images)
-    for shape in shapes:
-        alike = [image for image in images if image.x.shape == shape]
+    for shape in dict.fromkeys(image.shape for image in images):
+        alike = [image for image in images if image.shape == shape]
         yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
@@ -484,11 +478,6 @@ def _failure(error: Exception) -> Record:
 def _is_success(record: Record) -> bool:
     """Whether a record holds figures, and not the message of a failure."""
     return "failed" not in record
-
-
-def _id(identity: Record, image: EvaluatedImage) -> str:
-    """The image's name is left out: what it is called may depend on others that came later."""
-    return hashed({**identity, "image_hash": image.hash, "seed": image.seed})
 
 
 def hashed(value: Mapping[str, object]) -> str:

@@ -27,17 +27,6 @@ from flowprox.data import (
 from flowprox.files import atomic_write, remove_temporaries
 from flowprox.records import UNFINISHED, Record, RecordWriter, read_records, write_records
 
-__all__ = [
-    "Input",
-    "earlier_records",
-    "list_inputs",
-    "results_folder",
-    "write_array",
-    "write_deviation",
-    "write_picture",
-    "write_volumes",
-]
-
 _USUAL = PictureForm()
 ARRAY, VOLUME = ".npy", ".nii.gz"
 RECORDS = "records.jsonl"

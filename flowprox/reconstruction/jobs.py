@@ -14,28 +14,18 @@ import torch
 from deepinv.models import Reconstructor
 from deepinv.physics import LinearPhysics, Physics
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowprox.checkpoints import load_model
 from flowprox.data import load_array, load_image, load_measurement, save_image
-from flowprox.estimates import Doubts, Estimate, calibration_of, doubts_of, estimate
+from flowprox.estimates import Doubts, Estimate, calibration_of, channels_of, doubts_of, estimate, problem_of
 from flowprox.evaluation.plan import image_seed
-from flowprox.evaluation.run import hashed
+from flowprox.evaluation.run import hashed, progress_bar
 from flowprox.files import check_place, sha256, sole_writer
 from flowprox.flows import Flow
 from flowprox.methods import METHODS, check_options, make_method
-from flowprox.naming import Values
 from flowprox.noise import NOISES
-from flowprox.operators import PROBLEMS, Problem, ProblemKind, make_physics, measure_each, measurement_shape
+from flowprox.operators import PROBLEMS, ProblemKind, make_physics, measure_each, measurement_shape
 from flowprox.reconstruction.files import (
     Input,
     earlier_records,
@@ -57,25 +47,18 @@ _HELD = 2**27  # pixels that are held between their check and their turn
 
 @dataclass
 class ReconstructionJob:
-    """What to reconstruct, with what, from what.
+    """What to reconstruct, with what, from what; fields as in ``flowprox.commands.reconstruct.ReconstructOptions``, but:
 
     Arguments:
-        model: folder of a trained network, name of a shipped one, or hf:ORG/NAME.
         problem: name of the measurement problem; None takes the one in the model's card.
         parameters: of the problem, where they differ. Without another problem those of the card hold otherwise.
         measured: image files are measurements (True), or clean images, which are measured first (False). None takes them
             for measurements where the model is used by itself and they can be. Arrays always are.
-        seed: of the noise; an image's own seed follows from it and the file's name (``image_seed``).
-        operator_seed: of what is drawn with the operator, such as a random mask; None takes the card's.
-        pad: extend images whose sides are not multiples of the model's divisor; otherwise they are refused.
-        device: where the method runs.
         method: a key of ``flowprox.methods.METHODS``; None is "unfolded", which needs a model.
         flow: the prior, for methods that need one; None takes the shipped one.
         noise: density of the noise, for methods that take one: see ``flowprox.methods.make_method``.
         options: of the method.
         size: (H, W) or (C, H, W) of the image behind measurements that do not show it; None takes that of the flow.
-        intervals: folder of calibrated intervals of the model (``flowprox calibrate``).
-        samples: how many images of the posterior to draw beside the estimate, of a model whose calibration has a density.
     """
 
     model: str | None = None
@@ -152,8 +135,7 @@ def reconstruct_files(
         if any(record.get("job") != task.hash for record in earlier):
             raise ValueError(f"{out} holds results of another job; choose another out, or overwrite them")
         finished: dict[str, Record] = {}
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        shown = Progress(*columns, TimeRemainingColumn(), console=console or Console(quiet=True), transient=True)
+        shown = progress_bar(console or Console(quiet=True))
         with results_folder(out, overwrite) as records, shown:
             done = {str(record["id"]): record for record in records.records if record.get("reason") != "interrupted"}
             bar = shown.add_task("", total=len(images))
@@ -164,9 +146,8 @@ def reconstruct_files(
                     record = done.get(key["id"], {})
                     if record.get("content") != key["content"]:
                         y, x, physics = task.measurement(image)
-                        show = partial(_show_part, shown, bar, i)
-                        parts = task.method(y.shape[1:]), y, physics, task.kind, x, show
-                        (found,) = estimate(*parts, doubts=task.doubts)
+                        show = partial(lambda before, n, n_most: shown.update(bar, completed=before + n / n_most), i)
+                        (found,) = estimate(task.method(y.shape[1:]), y, physics, task.kind, x, show, task.doubts)
                         half_width = task.half_width(found.x_hat, y, physics)
                         if task.density is not None:
                             found = task.with_samples(image, found, y, physics, out)
@@ -181,25 +162,18 @@ def reconstruct_files(
                     raise KeyboardInterrupt("no image is finished, nothing is written") from error
                 raise ReconstructionInterrupted(_progress(finished, images, out)) from error
             except Exception as error:
-                raise _explained(
-                    error, images[len(finished)].label, _progress(finished, images, out) if finished else ""
-                ) from error
+                after = f"; {_progress(finished, images, out)}" if finished else ""
+                raise _explained(error, images[len(finished)].label, after) from error
             write_volumes(images, out)
     return list(finished.values())
-
-
-def _show_part(shown: Progress, bar: TaskID, n_before: int, n: int, n_at_most: int) -> None:
-    """Move the bar as far as a solver has come with an image."""
-    shown.update(bar, completed=n_before + n / n_at_most)
 
 
 def _progress(found: Mapping[str, Record], images: Sequence[Input], out: Path) -> str:
     return f"{len(found)} of {len(images)} images are finished, in {out}; the same command continues"
 
 
-def _explained(error: Exception, label: str, progress: str) -> Exception:
+def _explained(error: Exception, label: str, after: str) -> Exception:
     """The error with the image and how far the run came; memory that does not suffice is a ``MemoryError``."""
-    after = f"; {progress}" if progress else ""
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "memory" in str(error).lower():
         reason = next(iter(str(error).splitlines()), "") or "out of memory"
         return MemoryError(f"{label}: not enough memory ({reason[:120]}); crop or shrink the image{after}")
@@ -243,9 +217,10 @@ class _Task:
         named = {key: value for key, value in {**names, "options": dict(job.options)}.items() if value}
         self.facts: Record = {} if self.name == "unfolded" else named
         source = self.parts["flow"] if self.parts["flow"] is not None else self.parts["model"]
-        self.channels = None if source is None else _n_channels(source)
+        self.channels = channels_of(source) or 3 if isinstance(source, nn.Module) else None
         self.image_shape: tuple[int, int, int] | None = getattr(source, "image_shape", None)
-        self.problem, self.operator_seed = self._problem()
+        self.problem = problem_of(self.trained, job.problem, dict(job.parameters or {}), self.label)
+        self.operator_seed = int(self.trained.get("seed", 0) if job.operator_seed is None else job.operator_seed)
         pictures = self.kind.measures_pictures
         self.measured = (job.method is None and pictures) if job.measured is None else job.measured
         self.assumed: list[str] = []
@@ -266,29 +241,15 @@ class _Task:
         """Of all that a reconstruction depends on apart from its input."""
         models = {part: getattr(getattr(model, "card", None), "sha256", model) for part, model in self.parts.items()}
         problem = {"name": self.problem.name, **self.problem.parameters}
-        job = {
-            "options": dict(self.job.options),
-            "seed": self.job.seed,
-            "size": self.job.size,
-            "measured": self.measured,
-        }
+        job = {key: getattr(self.job, key) for key in ("seed", "size")}
+        job |= {"options": dict(self.job.options), "measured": self.measured}
         if self.intervals is not None:
             models["intervals"] = self.intervals.card.sha256
         if self.job.samples:
             job["samples"] = self.job.samples
         return hashed({"method": self.name, "problem": problem, "operator": self.operator_seed, **models, **job})
 
-    def _problem(self) -> tuple[Problem, int]:
-        name = self.job.problem or self.trained.get("name")
-        if name is None:
-            raise ValueError(f"{self.label} is for no problem in particular; give one with problem")
-        known = self.trained.get("parameters", {}) if name == self.trained.get("name") else {}
-        problem = Problem(name, known).replaced(**(self.job.parameters or {}))
-        seed = self.trained.get("seed", 0) if self.job.operator_seed is None else self.job.operator_seed
-        return problem, int(seed)
-
     def _intervals(self) -> Intervals | None:
-        """Those of the job, if it is the network's."""
         if self.job.intervals is None:
             return None
         if self.name != "unfolded":
@@ -345,8 +306,7 @@ class _Task:
         """Read every input, and refuse what does not fit before anything is reconstructed."""
         measured = [image for image in images if image.is_measurement]
         if measured:
-            self._check_operator_is_known()
-            self._check_level_is_known()
+            self._check_problem_is_known()
         self._assume(pictures=[image for image in images if image.is_picture], measured=measured)
         ranges = {image.path: image.stack for image in images if image.stack is not None and image.stack.high != 1}
         self.assumed += [f"{path.name}: 0 is {s.low:g} in the file, 1 is {s.high:g}" for path, s in ranges.items()]
@@ -367,21 +327,17 @@ class _Task:
                     f"{image.label} has size {height}x{width}, and the model needs multiples of {divisor}; {remedy}"
                 )
 
-    def _check_operator_is_known(self) -> None:
-        """A measurement needs the random operator it was made with; another one would be believed silently."""
+    def _check_problem_is_known(self) -> None:
+        """A measurement needs the random operator and the noise level it was made with; others would be believed silently."""
         name, drawn = self.problem.name, self.kind.drawn
         if drawn and self.job.operator_seed is None and self.problem.parameters.get(drawn) is None:
             own = f"parameter {drawn} (an .npy file), or " if drawn in self.kind.parameters else ""
             raise ValueError(
                 f"measurements of {name} need the {drawn} they were made with: give {own}the operator_seed it was drawn with"
             )
-
-    def _check_level_is_known(self) -> None:
-        """A network that is told the level reconstructs at any other one too, and wrongly."""
-        if getattr(self.parts["model"], "levels", None) is None:
-            return
         known = {**self.trained.get("parameters", {}), **(self.job.parameters or {})}
-        if all(known.get(key) is None for key in ("sigma", "noise_norm", "noise")):
+        is_told = getattr(self.parts["model"], "levels", None) is not None
+        if is_told and all(known.get(key) is None for key in ("sigma", "noise_norm", "noise")):
             raise ValueError(
                 f"{self.label} is told the noise level of a measurement: give parameter sigma, its standard deviation "
                 "where images lie in [0, 1]"
@@ -395,12 +351,8 @@ class _Task:
                 if self.measured
                 else "pictures are clean: they were degraded first and compared (--measured takes them as they are)"
             )
-        if (
-            pictures
-            and self.measured
-            and "boundary" in self.kind.parameters
-            and "boundary" not in (self.job.parameters or {})
-        ):
+        has_border = "boundary" in self.kind.parameters and "boundary" not in (self.job.parameters or {})
+        if pictures and self.measured and has_border:
             self.problem, self._physics = self.problem.replaced(boundary="replicate"), None
             self._methods.clear()
             self.assumed.append("beyond its border a photograph goes on as its last pixel, boundary=replicate")
@@ -455,17 +407,14 @@ class _Task:
     @torch.no_grad()
     def half_width(self, x_hat: Tensor, y: Tensor, physics: Physics) -> Tensor | None:
         """Of the intervals (C, H, W), if there are any."""
-        if self.intervals is None:
-            return None
-        return self.intervals(x_hat[None].to(y.device), y, physics)[0].cpu()
+        return None if self.intervals is None else self.intervals(x_hat[None].to(y.device), y, physics)[0].cpu()
 
     def with_samples(self, image: Input, found: Estimate, y: Tensor, physics: Physics, out: Path) -> Estimate:
         """Draw and write the samples, with the image's seed: the estimate with their deviation."""
         assert self.density is not None and isinstance(physics, LinearPhysics)
         generator = torch.Generator().manual_seed(self._seed(image))
         samples = self.density.sample(y, physics, self.job.samples, generator)[:, 0].cpu()
-        folder = out / "samples" / image.name
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = _made(out, "samples", image.name)
         for i, x in enumerate(samples):
             save_image(x, folder / f"{i}.png")
         deviation = samples.std(0)
@@ -488,32 +437,28 @@ class _Task:
         """Write the image's files, or none; its record. What was measured in gray stays gray."""
         colored = half_width is not None or self.density is not None
         if image.is_measurement and not colored and y.ndim == 3 and len(y) == 3 and bool((y == y[:1]).all()):
-            std = found.deviation
-            found = found._replace(x_hat=_gray(found.x_hat), deviation=None if std is None else _gray(std))
-            y = y[:1]
+            std = None if found.deviation is None else found.deviation.mean(0, keepdim=True)
+            found, y = found._replace(x_hat=found.x_hat.mean(0, keepdim=True), deviation=std), y[:1]
         try:
             write_picture(found.x_hat, out, image.name, image.form)
             write = write_picture if self.kind.measures_pictures else write_array
             write(y.cpu(), out / "measurements", image.name)
             if found.deviation is not None:
-                (out / "deviations").mkdir(exist_ok=True)
-                write_deviation(found.deviation, out / "deviations", image.name)
+                write_deviation(found.deviation, _made(out, "deviations"), image.name)
             if half_width is not None:
-                ends = {"lower": found.x_hat - half_width, "upper": found.x_hat + half_width}
-                for folder in (*ends, "half-widths"):
-                    (out / folder).mkdir(exist_ok=True)
-                for folder, end in ends.items():
-                    write_array(end, out / folder, image.name)
-                write_deviation(half_width, out / "half-widths", image.name)
+                write_array(found.x_hat - half_width, _made(out, "lower"), image.name)
+                write_array(found.x_hat + half_width, _made(out, "upper"), image.name)
+                write_deviation(half_width, _made(out, "half-widths"), image.name)
         except BaseException:
             remove_image(out, image.name)
             raise
+        parameters = json.loads(json.dumps(self.problem.parameters, default=lambda value: type(value).__name__))
         return {
             "job": self.hash,
             "input": image.label,
             "image": image.name,
             "problem": self.problem.label,
-            "parameters": {key: value for key, value in self._parameters().items() if value is not None},
+            "parameters": {key: value for key, value in parameters.items() if value is not None},
             "method": self.label,
             **self.facts,
             "measured": image.is_measurement,
@@ -525,20 +470,9 @@ class _Task:
             **found.facts,
         }
 
-    def _parameters(self) -> Values:
-        """Those of the problem, as JSON has them."""
-        return json.loads(json.dumps(self.problem.parameters, default=lambda value: type(value).__name__))
 
-
-def _gray(x: Tensor) -> Tensor:
-    return x.mean(0, keepdim=True)
-
-
-def _n_channels(model: Any) -> int:
-    if isinstance(model, Flow):
-        return model.n_channels
-    card = getattr(model, "card", None)
-    if card is None:
-        return 3
-    trained_on = card.training.get("recipe", {}).get("data", {})  # a ResNet or U-Net does not tell
-    return int(card.preprocessing.get("channels") or trained_on.get("channels") or 3)
+def _made(*parts: str | Path) -> Path:
+    """A folder, made where it is missing."""
+    folder = Path(*parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -124,7 +124,7 @@ def to_latex(table: Table) -> str:
     return f"% {' '.join(table.caption.split())}\n" + text.to_latex(index=False, column_format=columns, escape=False)
 
 
-_TEX = {character: "\\" + character for character in "&%$#_{}"} | {"±": r"$\pm$", "×": r"$\times$"}
+_TEX: dict[str, str] = {character: "\\" + character for character in "&%$#_{}"} | {"±": r"$\pm$", "×": r"$\times$"}
 _TEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 _TEX |= {"<": r"\textless{}", ">": r"\textgreater{}", MINUS: "$-$", NOTHING: "--"}
 
@@ -179,8 +179,8 @@ class Contents:
     def ends(self, problem: str, method: str) -> tuple[str, str]:
         """The images with the worst and the best figure of a method that has any."""
         values = self.images[problem, method]
-        ends = str(values.idxmin()), str(values.idxmax())
-        return ends if self.metric.high_is_best else ends[::-1]
+        lowest, highest = str(values.idxmin()), str(values.idxmax())
+        return (lowest, highest) if self.metric.high_is_best else (highest, lowest)
 
     # Tables -----------------------------------------------------------------------------------------------------------
 
