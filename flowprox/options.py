@@ -6,6 +6,7 @@ heavy is imported here: ``flowprox --help`` stays fast. A wrong value raises whe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -24,11 +25,39 @@ def require(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _check_range(name: str, value: list[float]) -> None:
-    require(
-        len(value) == 2 and 0.0 <= value[0] <= value[1],
-        f"{name} must be two numbers, low <= high, both >= 0; got {value}",
-    )
+def _is_range(value: list[float]) -> bool:
+    return len(value) == 2 and 0 <= value[0] <= value[1]
+
+
+_COUNTS = """image_size limit n_scales projection_steps latent_size hidden_channels discriminator_channels n_folds batch_size
+    validate_every n_validation_images devices num_nodes max_steps num_threads""".split()
+_POSITIVE = ("step_size", "penalty", "shrinkage", "learning_rate", "max_epochs")
+_NOT_NEGATIVE = """patches likelihood_weight latent_weight weight_norm_penalty scalar_learning_rate weight_decay
+    warmup_steps gradient_clip skip_above n_rollbacks patience checkpoint_every n_pictures""".split()
+
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(_COUNTS, (lambda value: value >= 1, "be at least 1")),
+    **dict.fromkeys(_POSITIVE, (lambda value: value > 0, "be positive")),
+    **dict.fromkeys(_NOT_NEGATIVE, (lambda value: value >= 0, "be 0 or more")),
+    "channels": (lambda value: value in (1, 3), "be 1 or 3"),
+    "bit_depth": (lambda value: 1 <= value <= 8, "be between 1 and 8"),
+    "noise_range": (_is_range, "be two numbers, low <= high, both >= 0"),
+    "betas": (lambda value: len(value) == 2 and all(0 <= b < 1 for b in value), "be two numbers from 0 to below 1"),
+    "ema_decay": (lambda value: 0 <= value < 1, "be at least 0 and below 1"),
+    "teacher_weight": (lambda value: 0 < value <= 1, "lie in (0, 1]"),
+    "loss": (lambda value: value in ("mse", "log-mse"), 'be "mse" or "log-mse"'),
+}
+"""What holds of an option in every record that has it, where it is not null; and the words for it."""
+
+
+@dataclass
+class _Record:
+    """A record that checks its options when it is made."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            holds, rule = _RULES.get(name, (None, ""))
+            require(holds is None or value is None or holds(value), f"{name} must {rule}, got {value!r}")
 
 
 def parse_duration(value: str | float | int, name: str = "max_time") -> float:
@@ -54,7 +83,7 @@ def parse_duration(value: str | float | int, name: str = "max_time") -> float:
 
 
 @dataclass
-class DataOptions:
+class DataOptions(_Record):
     """Which images to train and validate on.
 
     Arguments:
@@ -79,15 +108,9 @@ class DataOptions:
     skip_corrupt: bool = False
     terms: str | None = None
 
-    def __post_init__(self) -> None:
-        require(self.image_size >= 1, f"image_size must be positive; got {self.image_size}")
-        require(self.channels in (1, 3), f"channels must be 1 or 3; got {self.channels}")
-        require(self.patches >= 0, f"patches must not be negative; got {self.patches}")
-        require(self.limit is None or self.limit >= 1, f"limit must be positive or null; got {self.limit}")
-
 
 @dataclass
-class NoiseOptions:
+class NoiseOptions(_Record):
     """Which noise a flow is to learn; every batch of it is drawn anew.
 
     Arguments:
@@ -105,10 +128,6 @@ class NoiseOptions:
     image_size: int = 64
     channels: int = 3
     terms: str | None = None
-
-    def __post_init__(self) -> None:
-        require(self.image_size >= 1, f"image_size must be positive; got {self.image_size}")
-        require(self.channels in (1, 3), f"channels must be 1 or 3; got {self.channels}")
 
 
 @dataclass
@@ -130,16 +149,15 @@ class ProblemOptions:
 
     def __post_init__(self) -> None:
         for name, ends in self.ranges.items():
-            _check_range(f"ranges.{name}", ends)
+            require(_is_range(ends), f"ranges.{name} must be two numbers, low <= high, both >= 0; got {ends}")
 
 
 @dataclass
-class LikelihoodOptions:
+class LikelihoodOptions(_Record):
     """How images become continuous before their likelihood is maximized.
 
     Arguments:
-        bit_depth: b; images are quantized to 2^b levels and dequantized, x = (floor(x 2^b) + u) / 2^b, u uniform in
-            [0, 1).
+        bit_depth: b; images are quantized to 2^b levels and dequantized, x = (floor(x 2^b) + u) / 2^b, u uniform in [0, 1).
         noise_range: lowest and highest standard deviation of Gaussian noise added to each image, drawn uniformly per
             image; [0, 0] adds none. A flow meant for unfolding should see images as noisy as its folds will.
         weight_norm_penalty: weight, in bits per dimension, of the sum of squared magnitudes of weight-normalized
@@ -150,16 +168,9 @@ class LikelihoodOptions:
     noise_range: list[float] = field(default_factory=lambda: [0.0, 0.0])
     weight_norm_penalty: float = 0.0
 
-    def __post_init__(self) -> None:
-        require(1 <= self.bit_depth <= 8, f"bit_depth must be between 1 and 8; got {self.bit_depth}")
-        require(
-            self.weight_norm_penalty >= 0, f"weight_norm_penalty must be at least 0; got {self.weight_norm_penalty}"
-        )
-        _check_range("noise_range", self.noise_range)
-
 
 @dataclass
-class DenoiserOptions:
+class DenoiserOptions(_Record):
     """A plain network, pre-trained to remove Gaussian noise, to start the folds of an unfolded network from.
 
     Arguments:
@@ -172,12 +183,9 @@ class DenoiserOptions:
     prox_arguments: Values = field(default_factory=dict)
     noise_range: list[float] = field(default_factory=lambda: [0.0, 0.3])
 
-    def __post_init__(self) -> None:
-        _check_range("noise_range", self.noise_range)
-
 
 @dataclass
-class GANOptions:
+class GANOptions(_Record):
     """A generative adversarial network: a DCGAN whose discriminator has spectral normalization.
 
     Arguments:
@@ -196,17 +204,9 @@ class GANOptions:
     betas: list[float] = field(default_factory=lambda: [0.5, 0.999])
     projection_steps: int = 100
 
-    def __post_init__(self) -> None:
-        for name in ("latent_size", "hidden_channels", "discriminator_channels", "n_scales", "projection_steps"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1; got {getattr(self, name)}")
-        require(
-            len(self.betas) == 2 and all(0.0 <= beta < 1.0 for beta in self.betas),
-            f"betas must be two numbers at least 0 and below 1; got {self.betas}",
-        )
-
 
 @dataclass
-class UnfoldedOptions:
+class UnfoldedOptions(_Record):
     """An unfolded network: n_folds times a gradient step and a learned prox.
 
     Arguments:
@@ -278,40 +278,22 @@ class UnfoldedOptions:
     learn_operator: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("n_folds", "step_size", "penalty", "shrinkage"):
-            require(getattr(self, name) > 0, f"{name} must be positive; got {getattr(self, name)}")
+        super().__post_init__()
         for name in ("likelihood_weight", "latent_weight"):
-            require(getattr(self, name) >= 0, f"{name} must not be negative; got {getattr(self, name)}")
-            require(
-                self.latent_mean is None or getattr(self, name) == 0,
-                f"{name} pulls the latents to 0 and latent_mean to the mean: use one of them",
-            )
-        require(0 < self.teacher_weight <= 1, f"teacher_weight must lie in (0, 1]; got {self.teacher_weight}")
-        require(self.loss in ("mse", "log-mse"), f'loss must be "mse" or "log-mse"; got {self.loss!r}')
-        for name, proxes in _OPTIONS_OF_A_PROX.items():
-            require(
-                self.prox in proxes or not getattr(self, name),
-                f'prox "{self.prox}" has no use for {name}, which is for {" and ".join(proxes)}: leave it out',
-            )
-        require(
-            self.flow is not None or self.prox in ("resnet", "unet"),
-            f'prox "{self.prox}" needs flow: the name or folder of a pretrained flow, or its specification',
-        )
-
-
-_OPTIONS_OF_A_PROX = {
-    "flow": ("flow", "plug-and-play"),
-    "pretrained": ("flow", "resnet", "unet"),
-    "prox_arguments": ("resnet", "unet"),
-    **dict.fromkeys(
-        ("channelwise", "log_determinant", "adaptation_rank", "latent_mean", "likelihood_weight", "latent_weight"),
-        ("flow",),
-    ),
-}
+            twice = self.latent_mean is not None and getattr(self, name) > 0
+            require(not twice, f"{name} pulls the latents to 0 and latent_mean to the mean: use one of them")
+        useful = {"flow": ("flow", "plug-and-play"), "pretrained": ("flow", "resnet", "unet")}
+        useful |= {"prox_arguments": ("resnet", "unet")}
+        of_flows = ("channelwise", "log_determinant", "adaptation_rank", "latent_mean", "likelihood_weight")
+        for name, proxes in {**useful, **dict.fromkeys((*of_flows, "latent_weight"), ("flow",))}.items():
+            needless = f'prox "{self.prox}" has no use for {name}, which is for {" and ".join(proxes)}: leave it out'
+            require(self.prox in proxes or not getattr(self, name), needless)
+        missing = f'prox "{self.prox}" needs flow: the name or folder of a pretrained flow, or its specification'
+        require(self.flow is not None or self.prox in ("resnet", "unet"), missing)
 
 
 @dataclass
-class TrainingOptions:
+class TrainingOptions(_Record):
     """How long, how fast and on what a model is trained. One run, its resumption included, shares the limits below.
 
     Arguments:
@@ -390,26 +372,14 @@ class TrainingOptions:
     loggers: list[Literal["tensorboard", "csv", "wandb", "mlflow"]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        positive = ("batch_size", "learning_rate", "validate_every", "n_validation_images", "devices", "num_nodes")
-        positive += ("max_steps", "max_epochs", "num_threads")
-        for name in positive:
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} must be positive; got {value}")
-        not_negative = ("scalar_learning_rate", "weight_decay", "warmup_steps", "gradient_clip", "skip_above")
-        for name in (*not_negative, "n_rollbacks", "patience", "checkpoint_every"):
-            require(getattr(self, name) >= 0, f"{name} must not be negative; got {getattr(self, name)}")
-        require(0.0 <= self.ema_decay < 1.0, f"ema_decay must be at least 0 and below 1; got {self.ema_decay}")
-        require(
-            any(limit is not None for limit in (self.max_steps, self.max_epochs, self.max_time)) or self.patience > 0,
-            "the run would never end: set max_steps, max_epochs, max_time or patience",
-        )
+        super().__post_init__()
+        ends = bool(self.max_steps or self.max_epochs or self.max_time is not None or self.patience)
+        require(ends, "the run would never end: set max_steps, max_epochs, max_time or patience")
         if self.max_time is not None:
             parse_duration(self.max_time)
-        processes = self.devices * self.num_nodes
-        require(
-            self.batch_size % processes == 0,
-            f"batch_size counts images over all processes: {self.batch_size} cannot be shared by {processes} processes",
-        )
+        processes, whole = self.devices * self.num_nodes, "batch_size counts images over all processes"
+        shared = self.batch_size % processes == 0
+        require(shared, f"{whole}: {self.batch_size} cannot be shared by {processes} processes")
 
 
 @dataclass
@@ -438,23 +408,16 @@ class TrainingResult:
 # Evaluation ----------------------------------------------------------------------------------------------------------
 
 
-def _check_lists(name: str, values: Grid) -> None:
+def _check_lists(name: str, values: Grid, equally_long: bool = True) -> None:
     for key, items in values.items():
-        require(
-            isinstance(items, list) and len(items) > 0, f"{name} {key} must be a list of values to try, got {items!r}"
-        )
-
-
-def _check_series(name: str, values: Grid) -> None:
-    _check_lists(name, values)
+        require(isinstance(items, list) and bool(items), f"{name} {key} must be a list of values to try, got {items!r}")
     lengths = {key: len(items) for key, items in values.items()}
-    require(
-        len(set(lengths.values())) <= 1, f"{name} takes its lists together, so they must be equally long: {lengths}"
-    )
+    same = not equally_long or len(set(lengths.values())) <= 1
+    require(same, f"{name} takes its lists together, so they must be equally long: {lengths}")
 
 
 @dataclass
-class ImageOptions:
+class ImageOptions(_Record):
     """Which images an evaluation uses.
 
     Arguments:
@@ -473,11 +436,6 @@ class ImageOptions:
     split: Literal["all", "train", "val", "test"] = "all"
     limit: int | None = None
 
-    def __post_init__(self) -> None:
-        require(self.image_size is None or self.image_size >= 1, f"image_size must be positive; got {self.image_size}")
-        require(self.channels in (1, 3), f"channels must be 1 or 3; got {self.channels}")
-        require(self.limit is None or self.limit >= 1, f"limit must be positive or null; got {self.limit}")
-
 
 @dataclass
 class EvaluatedProblem:
@@ -488,8 +446,7 @@ class EvaluatedProblem:
         parameters: what differs from the problem's defaults.
         series: parameter -> list of values, lists of equal length: one problem for each place in the lists.
         seed: of whatever is drawn once with the operator, such as a random mask or matrix.
-        published: label of a method -> published PSNR in dB, shown beside the measured one; a list where there is a
-            series.
+        published: label of a method -> published PSNR in dB, shown beside the measured one; a list where there is a series.
         label: what it is called in records and tables; by default its name and parameters. A series appends its values.
         published_in: where the published figures stand, such as "Asim et al. (2020), Fig. 4".
         scales: the scales at which it is used, "small" being the recipe as written; null: all.
@@ -505,7 +462,7 @@ class EvaluatedProblem:
     scales: list[str] | None = None
 
     def __post_init__(self) -> None:
-        _check_series(f"series of {self.name}:", self.series)
+        _check_lists(f"series of {self.name}:", self.series)
         twice = sorted(set(self.parameters) & set(self.series))
         require(not twice, f"{self.name}: {', '.join(twice)} stands in parameters and in series; leave one out")
         n = len(next(iter(self.series.values()))) if self.series else 1
@@ -519,7 +476,7 @@ class EvaluatedProblem:
 
 
 @dataclass
-class EvaluatedMethod:
+class EvaluatedMethod(_Record):
     """A reconstruction method, or a series of variants of it.
 
     Arguments:
@@ -559,9 +516,9 @@ class EvaluatedMethod:
     scales: list[str] | None = None
 
     def __post_init__(self) -> None:
-        require(self.batch_size >= 1, f"batch_size of {self.name} must be positive; got {self.batch_size}")
-        _check_series(f"series of {self.name}:", self.series)
-        _check_lists(f"tune of {self.name}:", self.tune)
+        super().__post_init__()
+        _check_lists(f"series of {self.name}:", self.series)
+        _check_lists(f"tune of {self.name}:", self.tune, equally_long=False)
         twice = sorted(set(self.tune) & (set(self.series) | set(self.options)))
         require(not twice, f"{self.name}: {', '.join(twice)} is to be tuned and is given as well; leave one out")
 
@@ -590,7 +547,7 @@ class ScaleOptions:
 
 
 @dataclass
-class EvaluationOptions:
+class EvaluationOptions(_Record):
     """An evaluation: what is compared, and how it is run.
 
     Arguments:
@@ -626,24 +583,17 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         require(len(self.problems) > 0, "problems is empty; name at least one, for example denoising")
         require(len(self.methods) > 0, "methods is empty; name at least one, for example tv")
-        require(self.limit is None or self.limit >= 1, f"limit must be positive, got {self.limit}")
-        require(self.n_pictures >= 0, f"n_pictures must be 0 or more, got {self.n_pictures}")
-        require(self.devices >= 1, f"devices must be positive, got {self.devices}")
+        super().__post_init__()
         single = f"device {self.device!r} is a single one; with devices={self.devices} give its kind only"
         require(self.devices == 1 or ":" not in self.device, single)
         known = {"smoke", "small", *self.scales}
         for one in (*self.problems, *self.methods):
-            unknown = sorted({*(one.scales or ())} - known)
-            require(
-                not unknown,
-                f"{one.label or one.name} is for the scale {', '.join(unknown)}, which the recipe has not; "
-                f"it has {', '.join(sorted(known))}",
-            )
-        tuned = [method.label or method.name for method in self.methods if method.tune]
-        require(
-            not tuned or self.tune_images is not None,
-            f"{', '.join(tuned)} is to be tuned: give tune_images, other images than those of the test",
-        )
+            unknown = ", ".join(sorted({*(one.scales or ())} - known))
+            has = f"which the recipe has not; it has {', '.join(sorted(known))}"
+            require(not unknown, f"{one.label or one.name} is for the scale {unknown}, {has}")
+        tuned = ", ".join(method.label or method.name for method in self.methods if method.tune)
+        missing = f"{tuned} is to be tuned: give tune_images, other images than those of the test"
+        require(not tuned or self.tune_images is not None, missing)
         if tuned and self.tune_images is not None and self.tune_images.source != SAMPLES:
             same = (self.tune_images.source, self.tune_images.split) == (self.images.source, self.images.split)
             require(not same, "tune_images are the test images; choose the split val or another source")
