@@ -2,9 +2,8 @@ r"""The contract of a noise: draw it, and say how likely a residual is. A traine
 
     y = A(x) + n,    n ~ p        sample_like(y) draws n,    log_prob(r) = log p(r),   r = y - A(x_hat)
 
-y measurement (B, ...), r residual of the same shape. Values are drawn in (B, C, H, W) order on the generator's device, so
-that the same seed gives the same noise on every device, in every memory layout and, with one generator per image, in
-every batch.
+y measurement (B, ...), r residual of the same shape. Values are drawn in (B, C, H, W) order on the generator's device, so that
+the same seed gives the same noise on every device, in every memory layout and, with one generator per image, in every batch.
 """
 
 from __future__ import annotations
@@ -79,20 +78,17 @@ class Noise(NoiseModel):
 
 def standard_normal(y: Tensor, generator: Generators) -> Tensor:
     """Standard normal values of y's shape, dtype and device."""
-    if generator is None:
-        return torch.randn(y.shape, dtype=y.dtype, device=y.device)
-    if isinstance(generator, torch.Generator):
-        return torch.randn(y.shape, generator=generator, dtype=y.dtype, device=generator.device).to(y.device)
+    if generator is None or isinstance(generator, torch.Generator):
+        device = y.device if generator is None else generator.device
+        return torch.randn(y.shape, generator=generator, dtype=y.dtype, device=device).to(y.device)
     each = [torch.randn(y.shape[1:], generator=g, dtype=y.dtype, device=g.device) for g in generator_each(y, generator)]
     return torch.stack(each).to(y.device)
 
 
 def generator_each(y: Tensor, generator: Generators) -> list[torch.Generator]:
     """A generator for each image of y, the same one every time if there is one for the batch; ValueError for another number."""
-    if generator is None:
-        return [torch.default_generator] * len(y)
-    if isinstance(generator, torch.Generator):
-        return [generator] * len(y)
+    if generator is None or isinstance(generator, torch.Generator):
+        return [generator or torch.default_generator] * len(y)
     if len(generator) != len(y):
         raise ValueError(f"generator must be one, or one per image: got {len(generator)} for {len(y)} images")
     return list(generator)
@@ -135,9 +131,6 @@ class FlowNoise(Specified, Noise):
     Arguments:
         flow: anything with ``log_prob(x)``, ``decode(z, image_size)`` and ``image_shape``, such as ``flowprox.Glow``.
         scale: the noise is so many times what the flow was trained on.
-
-    Raises:
-        ValueError: scale is not positive and finite.
 
     Example:
         >>> from flowprox.flows import Glow
@@ -189,7 +182,6 @@ class FlowNoise(Specified, Noise):
         channels, height, width = self.image_shape
         fits = y.ndim == 4 and y.shape[1] == channels and y.shape[2] % self.divisor == y.shape[3] % self.divisor == 0
         if not fits:
-            made_for = (
-                f"the noise flow was made for (B, {channels}, {height}, {width}) and sides divisible by {self.divisor}"
-            )
-            raise ValueError(f"{name} has shape {tuple(y.shape)}, but {made_for}; train one on noise of that shape")
+            own = f"(B, {channels}, {height}, {width}) and sides divisible by {self.divisor}"
+            made_for = f"the noise flow was made for {own}; train one on noise of that shape"
+            raise ValueError(f"{name} has shape {tuple(y.shape)}, but {made_for}")

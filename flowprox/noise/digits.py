@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flowprox.naming import require_count
+from flowprox.naming import require_choice, require_count
 from flowprox.noise.base import Generators, Noise, at_least_zero, generator_each, standard_normal
 
 
@@ -61,17 +61,19 @@ class MNISTNoise(Noise):
         self.register_buffer("amplitude", torch.tensor(float(amplitude)))
         self.register_buffer("sigma", torch.tensor(at_least_zero("sigma", sigma)))
         # not in the state: files of models and of physics must not carry the digits along
-        self.register_buffer("digits", _of_split(_read_idx(Path(path)), split), persistent=False)
+        all_digits = _read_idx(Path(path))
+        rest = torch.arange(len(all_digits)) % 10
+        chosen = {"train": rest < 8, "validation": rest == 8, "test": rest == 9, "all": rest >= 0}
+        require_choice("split", split, chosen)
+        self.register_buffer("digits", all_digits[chosen[split]], persistent=False)
 
     def sample_like(self, y: Tensor, generator: Generators = None) -> Tensor:
         """Digits and white noise of y's shape (B, C, H, W); ValueError for no image, or one smaller than a digit."""
         height, width = self.digits.shape[-2:]
         if y.ndim != 4 or y.shape[-2] < height or y.shape[-1] < width:
-            raise ValueError(
-                f"digits of {height}x{width} need images (B, C, H, W) of at least that size, got {tuple(y.shape)}"
-            )
-        generators = generator_each(y, generator)
-        places = torch.stack([self._draw(y, g) for g in generators])
+            size = f"images (B, C, H, W) of at least that size, got {tuple(y.shape)}"
+            raise ValueError(f"digits of {height}x{width} need {size}")
+        places = torch.stack([self._draw(y, g) for g in generator_each(y, generator)])
         white = standard_normal(y, generator)
         noise = torch.zeros(y.shape, dtype=y.dtype, device=y.device)
         digits = self.digits.to(y.device)
@@ -83,9 +85,7 @@ class MNISTNoise(Noise):
 
     def log_prob(self, residual: Tensor) -> Tensor:
         """Digit noise has no density that can be written down: a ValueError tells what to use."""
-        raise ValueError(
-            'digit noise has no closed-form density; use a flow trained on it: load_model("noise-mnist64")'
-        )
+        raise ValueError('digit noise has no closed-form density; use a trained flow: load_model("noise-mnist64")')
 
     def _draw(self, y: Tensor, generator: torch.Generator) -> Tensor:
         """Digit, row, column and channel of each digit of one image, (n_digits, 4) integers."""
@@ -110,11 +110,3 @@ def _read_idx(path: Path) -> Tensor:
     if kind != 0x0803 or len(content) != 16 + n * height * width or n < 10:
         raise ValueError(f"path: {str(path)!r} is no idx file of at least ten images; give MNIST's image file")
     return torch.frombuffer(bytearray(content[16:]), dtype=torch.uint8).view(n, height, width)
-
-
-def _of_split(digits: Tensor, split: str) -> Tensor:
-    remainder = torch.arange(len(digits)) % 10
-    chosen = {"train": remainder < 8, "validation": remainder == 8, "test": remainder == 9, "all": remainder >= 0}
-    if split not in chosen:
-        raise ValueError(f"split must be one of {', '.join(chosen)}; got {split!r}")
-    return digits[chosen[split]]

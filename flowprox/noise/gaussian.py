@@ -61,9 +61,6 @@ class GaussianNoise(_Normal, deepinv.physics.GaussianNoise):
         sigma: noise standard deviation, at least 0, in the units of the measurement.
         mean: of every entry, in the same units.
 
-    Raises:
-        ValueError: sigma is negative or not finite, or mean is not finite.
-
     Example:
         >>> noise, y = GaussianNoise(0.1), torch.zeros(1, 3, 4, 4)
         >>> torch.equal(noise(y, seed=1), noise(y, seed=1))
@@ -102,9 +99,6 @@ class HeteroscedasticNoise(_Normal):
             (H, 1) for one level per row.
         mean: a number, or one per entry likewise.
 
-    Raises:
-        ValueError: scale is negative, or scale or mean is not finite.
-
     Example:
         >>> noise = HeteroscedasticNoise(torch.tensor([[0.0], [2.0]]))
         >>> noise.sample_like(torch.zeros(100, 1, 2, 50)).std(dim=(0, 1, 3)).round()
@@ -129,10 +123,8 @@ class HeteroscedasticNoise(_Normal):
             own, sizes = tuple(value.shape), tuple(y.shape[1:])
             pairs = zip(reversed(own), reversed(sizes), strict=False)
             if len(own) > len(sizes) or any(a not in (1, b) for a, b in pairs):
-                raise ValueError(
-                    f"the noise's {name} has shape {own}, which does not fit measurements of shape {sizes} per image; "
-                    "make the noise for that shape"
-                )
+                misfit = f"{own}, which does not fit measurements of shape {sizes} per image"
+                raise ValueError(f"the noise's {name} has shape {misfit}; make the noise for that shape")
         return self.scale.to(y.device, y.real.dtype), self.mean.to(y.device, y.real.dtype)
 
 
@@ -213,9 +205,7 @@ def noise_density(noise: object, physics: nn.Module | None = None) -> Density:
     """The density of the noise, of None that of ``physics.noise_model``; ValueError where there is none, as with sigma 0."""
     model = as_noise(physics if noise is None else noise)
     if is_exact(model):
-        raise ValueError(
-            "noise of standard deviation 0 has no density: pass noise=... with the smallest you believe in"
-        )
+        raise ValueError("noise of standard deviation 0 has no density: pass noise=..., the smallest you believe in")
     if not callable(getattr(model, "log_prob", None)) or not getattr(model, "has_density", True):
         kind = type(model).__name__
         raise ValueError(f"the noise, {kind}, has no density: noise must have log_prob(residual) -> (B,)")
@@ -224,14 +214,12 @@ def noise_density(noise: object, physics: nn.Module | None = None) -> Density:
 
 def noise_level(physics: nn.Module, like: Tensor, *, allow_rms: bool = False) -> Tensor:
     """The standard deviation of the noise of ``physics`` for each image of ``like`` (B, ...): (B,); without noise it is 0.
+    ValueError for a noise without ``sigma``, or with another number of them.
 
     Arguments:
         physics: an operator with a ``noise_model``, or the noise itself.
         like: measurements or images; only their number, dtype and device are used.
         allow_rms: whether a noise with a level for each entry counts with their root mean square.
-
-    Raises:
-        ValueError: the noise has no level ``sigma``, or another number of them.
 
     Example:
         >>> noise_level(GaussianNoise(0.5), torch.zeros(2, 3, 8, 8)).tolist()
@@ -242,9 +230,8 @@ def noise_level(physics: nn.Module, like: Tensor, *, allow_rms: bool = False) ->
     if allow_rms and isinstance(noise, HeteroscedasticNoise):
         sigma = noise.scale.double().square().mean().sqrt()  # broadcasting repeats every entry equally often
     if sigma is None:
-        raise ValueError(
-            f"the noise, {type(noise).__name__}, has no level sigma; give the physics a GaussianNoise(sigma)"
-        )
+        kind = type(noise).__name__
+        raise ValueError(f"the noise, {kind}, has no level sigma; give the physics a GaussianNoise(sigma)")
     sigma = torch.as_tensor(sigma, dtype=like.dtype.to_real(), device=like.device).flatten()
     n = like.shape[0]  # not len(like), which would fix the batch size of an exported program
     if len(sigma) not in (1, n):

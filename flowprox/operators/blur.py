@@ -52,7 +52,7 @@ class CircularConvolution(ExactProx):
         return self._filtered(y, inverse)
 
     def _transfer(self, x: Tensor) -> Tensor:
-        kernel = self.kernel().to(_at_least_float32(x))
+        kernel = self.kernel().to(torch.promote_types(x.dtype, torch.float32))
         _check_fits(kernel, *x.shape[-2:])
         return filter_fft(kernel, (1, *x.shape[-2:]), dims=(-2, -1))
 
@@ -61,12 +61,8 @@ class CircularConvolution(ExactProx):
         return torch.fft.irfft2(transfer * _fourier(x), s=x.shape[-2:])
 
 
-def _at_least_float32(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _fourier(x: Tensor) -> Tensor:
-    return torch.fft.rfft2(x.to(_at_least_float32(x)))  # there is no FFT in bfloat16
+    return torch.fft.rfft2(x.to(torch.promote_types(x.dtype, torch.float32)))  # there is no FFT in bfloat16
 
 
 class CircularBlur(CircularConvolution):
@@ -76,9 +72,6 @@ class CircularBlur(CircularConvolution):
         kernel: (h, w) with h and w odd, used as it stands: a sum of 1 keeps the brightness.
         image_shape: (C, H, W) the operator is made for; any size that holds the kernel can be passed.
         device: where the kernel is kept.
-
-    Raises:
-        ValueError: the kernel is not a finite, non-zero matrix with odd sides, or is larger than the image.
 
     Example:
         >>> y = CircularBlur(torch.full((3, 3), 1 / 9)).A(torch.ones(1, 3, 8, 8))
@@ -161,9 +154,6 @@ class LearnedBlur(Specified, CircularConvolution):
         sigma: noise standard deviation, used only when this operator itself makes measurements.
         normalized: whether the kernel is kept positive with sum 1.
 
-    Raises:
-        ValueError: an even kernel_size, sigma_blur not positive, negative sigma.
-
     Example:
         >>> physics = LearnedBlur(kernel_size=3, sigma_blur=1.0)
         >>> physics.A(torch.rand(1, 3, 8, 8)).sum().backward()
@@ -189,9 +179,7 @@ class LearnedBlur(Specified, CircularConvolution):
 def gaussian_kernel(kernel_size: int, sigma_blur: float) -> Tensor:
     """Gaussian (kernel_size, kernel_size) of sum 1 with a standard deviation of sigma_blur pixels."""
     if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(
-            f"kernel_size must be a positive odd number of pixels, got {kernel_size!r}: an even one shifts"
-        )
+        raise ValueError(f"kernel_size must be a positive odd number of pixels, got {kernel_size!r}; even ones shift")
     if at_least_zero("sigma_blur", sigma_blur) == 0:
         raise ValueError("sigma_blur must be positive; for no blur use the problem denoising")
     return gaussian_blur(psf_size=(kernel_size, kernel_size), sigma=(sigma_blur, sigma_blur))[0, 0]

@@ -20,23 +20,10 @@ from deepinv.physics.functional import Radon
 from deepinv.physics.generator import EquispacedMaskGenerator, GaussianMaskGenerator, RandomMaskGenerator
 from torch import Tensor
 
-from flowprox.naming import nearest, require_count
+from flowprox.naming import nearest, require_choice, require_count
 from flowprox.noise import GaussianNoise
 from flowprox.operators.masks import checked_mask
 from flowprox.operators.measurements import ExactProx
-
-__all__ = [
-    "CT",
-    "FILTERS",
-    "MATRIX_LIMIT",
-    "PATTERNS",
-    "CoilMRI",
-    "RealMRI",
-    "SuperResolution",
-    "coil_sensitivities",
-    "filtered_backprojection",
-    "kspace_mask",
-]
 
 FILTERS = ("bicubic", "bilinear", "gaussian", "sinc")
 """What super-resolution filters the image with before it is sampled; None for nothing."""
@@ -62,9 +49,6 @@ class RealMRI(ExactProx):
         mask: (H, W) of ones (measured) and zeros, the zero frequency in the middle.
         image_shape: (C, H, W); every channel is measured alone, y is (B, 2 C, H, W).
         device: where the mask is kept.
-
-    Raises:
-        ValueError: the mask does not fit the image or holds other values.
 
     Example:
         >>> physics = RealMRI(kspace_mask(16, 16, acceleration=2), (1, 16, 16))
@@ -118,12 +102,9 @@ class RealMRI(ExactProx):
         return self.img_size[0]
 
     def _check(self, name: str, x: Tensor, factor: int) -> None:
-        height, width = self.get_buffer("mask").shape
-        expected = (factor * self._channels, height, width)
-        if tuple(x.shape[1:]) != expected:
-            raise ValueError(
-                f"{name} of shape {tuple(x.shape[1:])} do not fit the MRI operator, which takes {expected}"
-            )
+        expected, got = (factor * self._channels, *self.get_buffer("mask").shape), tuple(x.shape[1:])
+        if got != expected:
+            raise ValueError(f"{name} of shape {got} do not fit the MRI operator, which takes {expected}")
 
 
 class CoilMRI(MultiCoilMRI):
@@ -135,9 +116,6 @@ class CoilMRI(MultiCoilMRI):
         image_shape: (2, H, W) of complex images, real and imaginary part as channels, with y (B, 2, N, H, W); any other
             (C, H, W) of real images, every channel measured alone, with y (B, 2 C, N, H, W).
         device: where mask and maps are kept.
-
-    Raises:
-        ValueError: maps that are not complex or of another size.
 
     Example:
         >>> physics = CoilMRI(kspace_mask(16, 16), coil_sensitivities(4, 16, 16), (2, 16, 16))
@@ -179,9 +157,6 @@ def coil_sensitivities(n_coils: int, height: int, width: int) -> Tensor:
 
     As Biot and Savart's law has it, a coil's field falls with the distance, and its phase turns with the direction.
 
-    Raises:
-        ValueError: n_coils is not a positive whole number.
-
     Example:
         >>> float((coil_sensitivities(4, 8, 8).abs().square().sum(0) - 1).abs().max()) < 1e-6
         True
@@ -208,9 +183,6 @@ class SuperResolution(ExactProx):
         image_shape: (C, H, W).
         filter: h, one of ``FILTERS``; None for bare subsampling.
         device: where the weights are kept.
-
-    Raises:
-        ValueError: factor does not divide H and W, or the filter is unknown.
 
     Example:
         >>> physics = SuperResolution(2, (3, 16, 16))
@@ -271,10 +243,8 @@ class SuperResolution(ExactProx):
 def checked_factor(factor: object, height: int = 0, width: int = 0) -> int:
     """The factor, or an error if it is no positive whole number or does not divide the sides of the image."""
     if not isinstance(factor, int) or isinstance(factor, bool) or factor < 1 or height % factor or width % factor:
-        size = f", {height}x{width}" if height else ""
-        raise ValueError(
-            f"factor must be a positive whole number that divides the sides of the image{size}, got {factor!r}"
-        )
+        sides = "the sides of the image" + (f", {height}x{width}" if height else "")
+        raise ValueError(f"factor must be a positive whole number that divides {sides}, got {factor!r}")
     return factor
 
 
@@ -299,11 +269,8 @@ def _filter_value(t: Tensor, factor: int, filter: str) -> Tensor:
         return torch.where(t <= 1, inner, torch.where(t < 2, outer, 0.0))
     # a sinc of 4 f taps in a Kaiser window, as deepinv's sinc_filter has it
     attenuation = 2.285 * (4 * factor - 1) * math.pi * 2 * (2 - math.sqrt(2)) / factor + 7.95
-    beta = (
-        0.5842 * (attenuation - 21) ** 0.4 + 0.07886 * (attenuation - 21)
-        if attenuation < 50
-        else 0.1102 * (attenuation - 8.7)
-    )
+    below = attenuation - 21
+    beta = 0.5842 * below**0.4 + 0.07886 * below if below < 29 else 0.1102 * (attenuation - 8.7)
     inside = 1 - (2 * t * factor / (4 * factor - 1)).square()
     return torch.sinc(t) * torch.special.i0(beta * inside.clamp_min(0).sqrt()) * (inside >= 0)
 
@@ -321,9 +288,6 @@ class CT(Tomography):
         fan_beam: whether the beams come from one point.
         device: where the operator's tensors are kept.
 
-    Raises:
-        ValueError: n_angles is not a positive whole number; the image is not square.
-
     Example:
         >>> physics = CT(6, (1, 16, 16))
         >>> physics.A(torch.rand(2, 1, 16, 16)).shape
@@ -334,12 +298,11 @@ class CT(Tomography):
         self, n_angles: int, image_shape: ImageShape, *, fan_beam: bool = False, device: torch.device | str = "cpu"
     ) -> None:
         require_count("n_angles", n_angles)
-        if image_shape[1] != image_shape[2]:
-            raise ValueError(
-                f"computed tomography takes square images, got {image_shape[1]}x{image_shape[2]}; crop or pad them"
-            )
+        require_choice("fan_beam", fan_beam, (True, False))
+        width, height = image_shape[2], image_shape[1]
+        if width != height:
+            raise ValueError(f"computed tomography takes square images, got {height}x{width}; crop or pad them")
         # made on the CPU, so that its norm is the same on every device
-        width = image_shape[1]
         fan = {"fan_beam": fan_beam, "fan_parameters": _fan(width) if fan_beam else None}
         angles = torch.linspace(0, 360 if fan_beam else 180, n_angles + 1)[:-1]
         super().__init__(angles.tolist(), width, normalize=False, img_size=tuple(image_shape), **fan)
@@ -366,13 +329,12 @@ class CT(Tomography):
 
     def A_adjoint(self, y: Tensor, **kwargs: object) -> Tensor:
         """R^T y / ||R||: (B, C, W, W) from measurements (B, C, N, n_angles)."""
-        norm, dtype = self.get_buffer("operator_norm"), y.dtype
-        shape = (*y.shape[:2], self.img_width, self.img_width)
-        y = y.to(norm.dtype)
+        norm, shape = self.get_buffer("operator_norm"), (*y.shape[:2], self.img_width, self.img_width)
+        own = y.to(norm.dtype)
         if self.matrix is None:
-            return adjoint_function(self.A, shape, device=y.device, dtype=y.dtype)(y).to(dtype)  # pyright: ignore
-        x = _SparseProduct.apply(y.flatten(-2), self.transpose, self.matrix).view(shape)  # pyright: ignore
-        return (x / norm if self.normalize else x).to(dtype)
+            return adjoint_function(self.A, shape, device=y.device, dtype=own.dtype)(own).to(y.dtype)  # pyright: ignore
+        x = _SparseProduct.apply(own.flatten(-2), self.transpose, self.matrix).view(shape)  # pyright: ignore
+        return (x / norm if self.normalize else x).to(y.dtype)
 
 
 class PhotonNoise(LogPoissonNoise):
@@ -448,12 +410,9 @@ def _radon_matrix(width: int, angles: Tensor, **fan: Any) -> Tensor:
 
 
 def filtered_backprojection(y: Tensor, physics: LinearPhysics) -> Tensor:
-    """(B, C, W, W) from y of a tomography, with the ramp filter: deepinv's ``Tomography.fbp``.
+    """(B, C, W, W) from y of a tomography, with the ramp filter: deepinv's ``Tomography.fbp``. ValueError for another physics.
 
     A fan's beams are not weighted by their distance to the source there, which costs accuracy.
-
-    Raises:
-        ValueError: the physics is no tomography.
     """
     if not isinstance(physics, Tomography):
         raise ValueError("filtered backprojection needs a tomography (problem ct): this physics is none")

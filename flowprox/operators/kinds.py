@@ -50,6 +50,7 @@ class Parameter(NamedTuple):
 
 
 _SIGMA = "standard deviation of white Gaussian noise in each measurement"
+_MASK = Parameter(None, "own mask (H, W): 1 seen, 0 hidden; an array or a file, of a picture white")
 _NOISE = {
     "noise": Parameter(None, "another noise: a name of flowprox.noise.NOISES, or a flowprox.noise.Noise"),
     "noise_parameters": Parameter(None, "parameters of a noise by name"),
@@ -78,9 +79,8 @@ class ProblemKind:
         extend: ``(y, physics, divisor) -> Fitted`` extends a measurement to sides that a network takes; None where that
             cannot be done.
         ranges: the parameters, besides ``sigma``, that ``VariedProblem`` can draw for every image.
-        vary: ``(ranges, image_shape, n, generator) -> physics`` draws the operator of n images, ranges as
-            ``{parameter: (low, high)}``; None calls the constructor with a tensor (n,), drawn uniformly, in the place of
-            each of these parameters.
+        vary: ``(ranges, image_shape, n, generator) -> physics`` draws the operator of n images, ranges as ``{parameter: (low,
+            high)}``; None calls the constructor with a tensor (n,), drawn uniformly, in the place of each of these parameters.
     """
 
     constructor: Callable[..., Physics]
@@ -101,64 +101,39 @@ class ProblemKind:
         return {name: parameter.default for name, parameter in {**self.parameters, **_NOISE}.items()}
 
 
-def _denoising(image_shape: ImageShape, *, seed: int, device: Device) -> LinearPhysics:
-    return Denoising(device=device, img_size=image_shape)
+def _masking(shape: ImageShape, *, seed: int, device: Device, mask: Array | None, **pattern: Any) -> LinearPhysics:
+    """Inpainting with one's own mask, one that sees a part ``keep``, or one with a hole of ``mask_size``."""
+    if mask is not None:
+        seen = _array("mask", mask)
+    elif "keep" in pattern:
+        seen = random_mask(*shape[1:], pattern["keep"], seed)
+    else:
+        seen = center_mask(*shape[1:], pattern["mask_size"])
+    seen = checked_mask(seen, shape).expand(shape).contiguous()
+    return Inpainting(img_size=shape, mask=seen, device=device)  # pyright: ignore
 
 
-def _inpainting(
-    image_shape: ImageShape, *, seed: int, device: Device, mask_size: int | tuple[int, int], mask: Array | None
-) -> LinearPhysics:
-    pattern = center_mask(*image_shape[1:], mask_size) if mask is None else _array("mask", mask)
-    return _masking(pattern, image_shape, device)
+def _kernel(sigma_blur: float, kernel_size: int, kernel: Array | None, **others: object) -> Tensor:
+    return gaussian_kernel(kernel_size, sigma_blur) if kernel is None else _array("kernel", kernel)
 
 
-def _random_inpainting(
-    image_shape: ImageShape, *, seed: int, device: Device, keep: float, mask: Array | None
-) -> LinearPhysics:
-    pattern = random_mask(*image_shape[1:], keep, seed) if mask is None else _array("mask", mask)
-    return _masking(pattern, image_shape, device)
-
-
-def _masking(pattern: Tensor, image_shape: ImageShape, device: Device) -> LinearPhysics:
-    mask = checked_mask(pattern, image_shape).expand(image_shape).contiguous()
-    return Inpainting(img_size=image_shape, mask=mask, device=device)  # pyright: ignore
-
-
-def _deblurring(
-    image_shape: ImageShape,
-    *,
-    seed: int,
-    device: Device,
-    sigma_blur: float,
-    kernel_size: int,
-    boundary: str,
-    kernel: Array | None,
-) -> LinearPhysics:
+def _deblurring(shape: ImageShape, *, seed: int, device: Device, boundary: str, **kernel: Any) -> LinearPhysics:
     if boundary not in BOUNDARIES:
         raise ValueError(f"unknown boundary {boundary!r}; {nearest(str(boundary), BOUNDARIES)}")
-    k = gaussian_kernel(kernel_size, sigma_blur) if kernel is None else _own_kernel(kernel)
-    if boundary == "circular":
-        return CircularBlur(k, image_shape=image_shape, device=device)
-    return PaddedBlur(k, boundary, image_shape=image_shape, device=device)
-
-
-def _own_kernel(kernel: Array) -> Tensor:
-    k = _array("kernel", kernel)
+    k = _kernel(**kernel)
     if abs(float(k.sum()) - 1) > 0.01 or bool((k < 0).any()):
-        warnings.warn(
-            f"kernel sums to {float(k.sum()):.4g} and its smallest value is {float(k.min()):.4g}; a blur that keeps the "
-            "brightness has no negative values and the sum 1: divide the kernel by its sum",
-            stacklevel=2,
-        )
-    return k
+        has = f"kernel sums to {float(k.sum()):.4g} and its smallest value is {float(k.min()):.4g}"
+        wanted = "a blur that keeps the brightness has no negative values and the sum 1: divide the kernel by its sum"
+        warnings.warn(f"{has}; {wanted}", stacklevel=2)
+    if boundary == "circular":
+        return CircularBlur(k, image_shape=shape, device=device)
+    return PaddedBlur(k, boundary, image_shape=shape, device=device)
 
 
 def _blurred_image_size(height: int, width: int, parameters: Values) -> tuple[int, int]:
     if parameters["boundary"] != "valid":
         return height, width
-    own = parameters["kernel"]
-    k = gaussian_kernel(parameters["kernel_size"], parameters["sigma_blur"]) if own is None else _array("kernel", own)
-    h, w = checked_kernel(k, None).shape
+    h, w = checked_kernel(_kernel(**parameters), None).shape
     return height + h - 1, width + w - 1
 
 
@@ -167,54 +142,30 @@ def _enlarged_size(height: int, width: int, parameters: Values) -> tuple[int, in
     return height * factor, width * factor
 
 
-def _compressed_sensing(
-    image_shape: ImageShape, *, seed: int, device: Device, m: int, structured: bool
-) -> LinearPhysics:
+def _compressed_sensing(shape: ImageShape, *, m: int, structured: bool, **where: Any) -> LinearPhysics:
     require_choice("structured", structured, (True, False))
-    sensing = StructuredSensing if structured else DenseSensing
-    return sensing(m, image_shape, seed=seed, device=device)
+    return (StructuredSensing if structured else DenseSensing)(m, shape, **where)
 
 
-def _one_bit(
-    image_shape: ImageShape, *, seed: int, device: Device, m: int, structured: bool, noise_first: bool
-) -> Physics:
+def _one_bit(shape: ImageShape, *, noise_first: bool, **sensing: Any) -> Physics:
     require_choice("noise_first", noise_first, (True, False))
-    linear = _compressed_sensing(image_shape, seed=seed, device=device, m=m, structured=structured)
-    return OneBitSensing(linear, noise_first=noise_first).to(device)
+    return OneBitSensing(_compressed_sensing(shape, **sensing), noise_first=noise_first).to(sensing["device"])
 
 
-def _super_resolution(
-    image_shape: ImageShape, *, seed: int, device: Device, factor: int, filter: str | None
-) -> LinearPhysics:
-    return SuperResolution(factor, image_shape, filter=filter, device=device)
+def _mri(shape: ImageShape, *, device: Device, mask: Array | None, coils: Any = None, **kspace: Any) -> LinearPhysics:
+    """MRI by coils of the sensitivities ``coils``, or one that sees all alike."""
+    seen = kspace_mask(*shape[1:], **kspace) if mask is None else _array("mask", mask)
+    return RealMRI(seen, shape, device=device) if coils is None else CoilMRI(seen, coils, shape, device=device)
 
 
-def _mri(image_shape: ImageShape, *, device: Device, **kspace: Any) -> LinearPhysics:
-    return RealMRI(_measured(image_shape, **kspace), image_shape, device=device)
-
-
-def _multicoil_mri(
-    image_shape: ImageShape, *, device: Device, n_coils: int, coil_maps: Array | None, **kspace: Any
-) -> LinearPhysics:
-    size = image_shape[1:]
-    maps = coil_sensitivities(n_coils, *size) if coil_maps is None else _array("coil_maps", coil_maps, torch.complex64)
-    return CoilMRI(_measured(image_shape, **kspace), maps, image_shape, device=device)
-
-
-def _measured(image_shape: ImageShape, mask: Array | None, **kspace: Any) -> Tensor:
-    return kspace_mask(*image_shape[1:], **kspace) if mask is None else _array("mask", mask)
-
-
-def _ct(image_shape: ImageShape, *, seed: int, device: Device, n_angles: int, fan_beam: bool) -> LinearPhysics:
-    require_choice("fan_beam", fan_beam, (True, False))
-    return CT(n_angles, image_shape, fan_beam=fan_beam, device=device)
+def _multicoil_mri(shape: ImageShape, *, n_coils: int, coil_maps: Array | None, **single: Any) -> LinearPhysics:
+    own = None if coil_maps is None else _array("coil_maps", coil_maps, torch.complex64)
+    return _mri(shape, coils=coil_sensitivities(n_coils, *shape[1:]) if own is None else own, **single)
 
 
 _KSPACE = {
     "acceleration": Parameter(4, "one in so many columns of k-space is measured, or of its points by radial lines"),
-    "center_fraction": Parameter(
-        None, "fraction of the columns, in the middle, that always are; by default 0.08, and 0.04 from acceleration 8"
-    ),
+    "center_fraction": Parameter(None, "middle fraction always measured; by default 0.08, 0.04 from acceleration 8"),
     "pattern": Parameter("random", f"which: {', '.join(PATTERNS)}"),
     "sigma": Parameter(0.01, f"{_SIGMA}, real and imaginary part", "image range (orthonormal Fourier transform)"),
     "mask": Parameter(None, "own mask (H, W), zero frequency in the middle: 1 measured, 0 not; an array or file"),
@@ -223,20 +174,17 @@ _KSPACE = {
 
 PROBLEMS: dict[str, ProblemKind] = {
     "denoising": ProblemKind(
-        _denoising,
+        lambda shape, *, seed, device: Denoising(device=device, img_size=shape),
         {"sigma": Parameter(0.2, _SIGMA, "image range")},
         "white Gaussian noise of standard deviation sigma",
         extend=fit_to_divisor,
     ),
     "inpainting": ProblemKind(
-        _inpainting,
+        _masking,
         {
             "mask_size": Parameter(19, "side of the hidden square in the middle, or height and width", "pixels"),
             "sigma": Parameter(0.0, _SIGMA, "image range"),
-            "mask": Parameter(
-                None,
-                "own mask (H, W) in the place of the square: 1 seen, 0 hidden; an array or a file, of a picture white",
-            ),
+            "mask": _MASK,
         },
         "a hidden square of mask_size pixels in the middle, or a mask of your own",
         extend=fit_to_divisor,
@@ -244,11 +192,11 @@ PROBLEMS: dict[str, ProblemKind] = {
         vary=varied_masks,
     ),
     "random-inpainting": ProblemKind(
-        _random_inpainting,
+        _masking,
         {
             "keep": Parameter(0.5, "fraction of the pixels that are seen, at random places"),
             "sigma": Parameter(0.0, _SIGMA, "image range"),
-            "mask": Parameter(None, "own mask (H, W): 1 seen, 0 hidden; an array or a file, of a picture white"),
+            "mask": _MASK,
         },
         "a fraction keep of the pixels seen, at random places, or a mask of your own",
         drawn="mask",
@@ -263,9 +211,7 @@ PROBLEMS: dict[str, ProblemKind] = {
             "kernel_size": Parameter(9, "odd side of the square that the kernel is cut to", "pixels"),
             "boundary": Parameter("circular", f"what is seen outside: {', '.join(BOUNDARIES)} (nothing: y is smaller)"),
             "sigma": Parameter(0.01, _SIGMA, "image range"),
-            "kernel": Parameter(
-                None, "own kernel (h, w) with odd sides and sum 1; an array, an .npy file or a picture"
-            ),
+            "kernel": Parameter(None, "own kernel (h, w) with odd sides and sum 1; an array, .npy file or picture"),
         },
         "Gaussian blur of sigma_blur pixels cut to kernel_size, or a kernel of your own, and noise",
         image_size=_blurred_image_size,
@@ -275,9 +221,7 @@ PROBLEMS: dict[str, ProblemKind] = {
         _compressed_sensing,
         {
             "m": Parameter(1000, "number of measurements"),
-            "structured": Parameter(
-                False, "signs, a Hartley transform and a choice of its rows, without a matrix in memory"
-            ),
+            "structured": Parameter(False, "signs, a Hartley transform and a choice of its rows, in place of a matrix"),
             "noise_norm": Parameter(0.1, "sqrt(E||noise||^2) over all m measurements", "image range"),
             "sigma": Parameter(None, f"{_SIGMA}, in the place of noise_norm", "image range"),
         },
@@ -301,12 +245,10 @@ PROBLEMS: dict[str, ProblemKind] = {
         drawn="matrix",
     ),
     "super-resolution": ProblemKind(
-        _super_resolution,
+        lambda shape, *, seed, factor, **more: SuperResolution(factor, shape, **more),
         {
             "factor": Parameter(4, "how many times smaller the picture is in height and width"),
-            "filter": Parameter(
-                "bicubic", f"what filters the image before it is sampled: {', '.join(FILTERS)}, or none"
-            ),
+            "filter": Parameter("bicubic", f"what filters the image before sampling: {', '.join(FILTERS)}, or none"),
             "sigma": Parameter(0.01, _SIGMA, "image range"),
         },
         "an image factor times smaller in height and width, filtered before it is sampled, and noise",
@@ -331,16 +273,14 @@ PROBLEMS: dict[str, ProblemKind] = {
         drawn="mask",
     ),
     "ct": ProblemKind(
-        _ct,
+        lambda shape, *, seed, n_angles, **more: CT(n_angles, shape, **more),
         {
             "n_angles": Parameter(60, "number of angles, evenly spaced over 180 degrees, of a fan over 360"),
             "fan_beam": Parameter(
-                False, "whether the beams come from one point, two sides of the image from its middle"
+                False, "whether the beams come from one point, two sides of the image off its middle"
             ),
             "sigma": Parameter(0.01, _SIGMA, "of the line integrals divided by the operator's norm"),
-            "photons": Parameter(
-                None, "dose in the place of sigma: photons of a beam that meets nothing, Poisson counts"
-            ),
+            "photons": Parameter(None, "dose in place of sigma: photons of a beam that meets nothing, Poisson counts"),
             "attenuation": Parameter(0.03, "of a pixel of value one, for photons", "natural logarithm per pixel"),
         },
         "tomography of a square image from n_angles angles by parallel beams or a fan, divided by its norm",
@@ -365,14 +305,11 @@ def _array(name: str, value: Array, dtype: torch.dtype = torch.float32) -> Tenso
                     gray = np.asarray(picture.convert("L"), dtype=np.float64)
                 value = gray / gray.sum().clip(1) if name == "kernel" else gray >= 128
         except (ValueError, EOFError, OSError) as error:
-            raise ValueError(
-                f"{name}: {str(value)!r} is not a plain .npy array or a picture ({error}); write it with numpy.save"
-            ) from error
+            what = f"{name}: {str(value)!r} is not a plain .npy array or a picture"
+            raise ValueError(f"{what} ({error}); write it with numpy.save") from error
     try:
         if isinstance(value, np.ndarray):  # of any strides and byte order
             value = np.array(value, dtype=np.complex64 if dtype.is_complex else np.float32)
         return torch.as_tensor(value).to(dtype)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{name} must be an array of numbers or the path of a file that holds one ({error})"
-        ) from error
+        raise ValueError(f"{name} must be an array of numbers or the path of a file of one ({error})") from error

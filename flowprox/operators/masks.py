@@ -17,10 +17,7 @@ def center_mask(height: int, width: int, size: int | tuple[int, int] = 19) -> Te
 
     Arguments:
         height, width: of the image, in pixels.
-        size: side of the hidden square, or (h, w), in pixels.
-
-    Raises:
-        ValueError: the rectangle is empty or does not leave a pixel of the image.
+        size: side of the hidden square, or (h, w), in pixels; it leaves some of the image.
 
     Example:
         >>> center_mask(4, 4, 2).int().tolist()
@@ -31,9 +28,8 @@ def center_mask(height: int, width: int, size: int | tuple[int, int] = 19) -> Te
         raise ValueError(f"mask_size must be a positive number of pixels or a pair (h, w) of them, got {size!r}")
     h, w = pair
     if h > height or w > width or (h, w) == (height, width):
-        raise ValueError(
-            f"mask_size {h}x{w} does not fit in an image of {height}x{width}; choose one smaller than the image"
-        )
+        own, size = f"{h}x{w}", f"{height}x{width}"
+        raise ValueError(f"mask_size {own} does not fit in an image of {size}; choose one smaller than the image")
     top, left = (height - h) // 2, (width - w) // 2
     mask = torch.ones(height, width)
     mask[top : top + h, left : left + w] = 0.0
@@ -41,10 +37,8 @@ def center_mask(height: int, width: int, size: int | tuple[int, int] = 19) -> Te
 
 
 def random_mask(height: int, width: int, keep: float = 0.5, seed: int = 0) -> Tensor:
-    """Mask (H, W) that keeps exactly round(keep * H * W) pixels at random places: 1 kept, 0 hidden.
-
-    Raises:
-        ValueError: keep is outside (0, 1] or so small that no pixel is kept.
+    """Mask (H, W) that keeps exactly round(keep * H * W) pixels at random places: 1 kept, 0 hidden. ValueError for keep outside
+    of (0, 1], or so small that no pixel is kept.
 
     Example:
         >>> int(random_mask(8, 8, keep=0.25).sum())

@@ -24,13 +24,11 @@ ImageShape = tuple[int, int, int]
 
 
 def measure(x: Tensor, physics: Physics, generator: torch.Generator | None = None) -> Tensor:
-    """y = A x + noise of images x (B, C, H, W) in [0, 1], deterministic for a given generator, which advances.
+    """y = A x + noise of images x (B, C, H, W) in [0, 1], deterministic for a given generator, which advances. ValueError for
+    images that are not of the size of the operator's mask.
 
     The noise of a ``flowprox.noise.Noise``, as ``make_physics`` sets it, depends on neither the device nor the memory layout
     of x.
-
-    Raises:
-        ValueError: x is not of the size of the operator's mask.
 
     Example:
         >>> from flowprox.operators import make_physics
@@ -40,7 +38,6 @@ def measure(x: Tensor, physics: Physics, generator: torch.Generator | None = Non
         >>> torch.equal(a, b)
         True
     """
-    _check_image(x, physics)
     return _add_noise(_before_noise(x, physics), physics, generator)
 
 
@@ -49,7 +46,6 @@ def measure_each(x: Tensor, physics: Physics, seeds: Sequence[int]) -> Tensor:
     ValueError for another number of seeds, or images that are not of the size of the operator's mask."""
     if len(seeds) != len(x):
         raise ValueError(f"seeds must hold one number per image: got {len(seeds)} for {len(x)} images")
-    _check_image(x, physics)
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     y = _before_noise(x, physics)
     if isinstance(physics.noise_model, Noise):
@@ -59,6 +55,9 @@ def measure_each(x: Tensor, physics: Physics, seeds: Sequence[int]) -> Tensor:
 
 def _before_noise(x: Tensor, physics: Physics) -> Tensor:
     """What the noise is added to: A(x), but for an operator that says otherwise (``OneBitSensing``)."""
+    if isinstance(physics, Inpainting) and x.shape[-2:] != physics.get_buffer("mask").shape[-2:]:
+        own, (h, w) = "x".join(map(str, physics.get_buffer("mask").shape[-2:])), x.shape[-2:]
+        raise ValueError(f"images of {h}x{w} do not fit the operator's mask of {own}; make it for that size")
     return getattr(physics, "before_noise", physics.A)(x)
 
 
@@ -75,16 +74,6 @@ def _add_noise(y: Tensor, physics: Physics, generator: torch.Generator | Sequenc
     with torch.random.fork_rng(devices=[y.device] if y.is_cuda else []):
         torch.manual_seed(seed)
         return physics.sensor(physics.noise(y))
-
-
-def _check_image(x: Tensor, physics: Physics) -> None:
-    if not isinstance(physics, Inpainting):
-        return
-    (h, w), (mask_h, mask_w) = x.shape[-2:], physics.get_buffer("mask").shape[-2:]
-    if (h, w) != (mask_h, mask_w):
-        raise ValueError(
-            f"images of {h}x{w} do not fit the operator's mask of {mask_h}x{mask_w}; make it for that size"
-        )
 
 
 def measurement_shape(
@@ -141,35 +130,24 @@ def check_measurement(y: Tensor, physics: Physics | None = None, image_shape: Im
         raise ValueError(f"y must be a tensor of floating-point numbers, got {kind}; convert it with y.float()")
     if image_shape is None and (y.ndim < 2 or y.ndim == 3):
         raise ValueError(f"y must be a batch, (B, C, H, W) or (B, m), got shape {tuple(y.shape)}; use y[None]")
-    if physics is not None:
-        image_shape = _image_shape(y, physics) if image_shape is None else image_shape
+    if image_shape is None and isinstance(physics, LinearPhysics):
+        with torch.no_grad():
+            shape = tuple(physics.A_adjoint(y).shape)
+        if len(shape) != 4 or shape[0] != y.shape[0]:
+            raise ValueError(f"the adjoint of the operator maps y {tuple(y.shape)} to {shape}; images are (B, C, H, W)")
+        image_shape = shape[1:]
     if physics is not None and image_shape is not None:
         expected = measurement_shape(physics, image_shape, device=y.device, dtype=y.real.dtype)
         if y.shape[1:] != expected:
-            raise ValueError(
-                f"y has shape {tuple(y.shape)}, but the operator measures an image of shape {tuple(image_shape)} as "
-                f"{tuple(expected)}: y must be (B, {', '.join(map(str, expected))})"
-            )
+            measures = f"the operator measures an image of shape {tuple(image_shape)} as {tuple(expected)}"
+            wanted = f"(B, {', '.join(map(str, expected))})"
+            raise ValueError(f"y has shape {tuple(y.shape)}, but {measures}: y must be {wanted}")
         y = torch.where(measured_entries(y, physics, image_shape), y, 0)
-    finite = torch.isfinite(y)
-    if not bool(finite.all()):
-        bad = (~finite).flatten(1).sum(1)
-        raise ValueError(
-            f"y holds {int(bad.sum())} values that are NaN or infinite, in images {bad.nonzero().flatten().tolist()}; "
-            "hide them with a mask, or leave those images out"
-        )
+    bad = (~torch.isfinite(y)).flatten(1).sum(1)
+    if bool(bad.any()):
+        where = f"{int(bad.sum())} values that are NaN or infinite, in images {bad.nonzero().flatten().tolist()}"
+        raise ValueError(f"y holds {where}; hide them with a mask, or leave those images out")
     return y
-
-
-def _image_shape(y: Tensor, physics: Physics) -> ImageShape | None:
-    """(C, H, W) of the images behind y, as the adjoint of a linear operator tells; None for another operator."""
-    if not isinstance(physics, LinearPhysics):
-        return None
-    with torch.no_grad():
-        shape = tuple(physics.A_adjoint(y).shape)
-    if len(shape) != 4 or shape[0] != y.shape[0]:
-        raise ValueError(f"the adjoint of the operator maps y {tuple(y.shape)} to {shape}; images are (B, C, H, W)")
-    return shape[1:]
 
 
 def check_adjoint(
@@ -181,7 +159,7 @@ def check_adjoint(
     tol: float = 1e-3,
     n_images: int = 1,
 ) -> None:
-    """Raise if ``A_adjoint`` is not the adjoint of A; costs one application of each. Non-linear operators pass.
+    """Raise ValueError if ``A_adjoint`` is not the adjoint of A; costs one application of each. Non-linear operators pass.
 
     Arguments:
         physics: the operator; only a ``deepinv.physics.LinearPhysics`` is looked at.
@@ -189,9 +167,6 @@ def check_adjoint(
         device, dtype: of the operator, and of the images.
         tol: allowed |<A x, w> - <x, A^T w>| relative to ||A x|| ||w||, for random x and w of a fixed seed.
         n_images: how many random images; an operator with parameters per image, such as masks (B, 1, H, W), takes B.
-
-    Raises:
-        ValueError: A_adjoint gives another shape than the image, or the two inner products differ.
 
     Example:
         >>> from deepinv.physics import LinearPhysics
@@ -217,10 +192,9 @@ def check_adjoint(
             raise ValueError(f"A_adjoint gives shape {shapes}: it is not the adjoint of A; pass the transpose of A")
         left, right = (Ax * w).double().sum(), (x * back).double().sum()
         if not abs(left - right) <= tol * Ax.double().norm() * w.double().norm():
-            raise ValueError(
-                f"A_adjoint is not the adjoint of A: <A x, w> = {left:.4g} but <x, A^T w> = {right:.4g} for random x and w; "
-                "pass the transpose of A, or let deepinv.physics.adjoint_function derive it"
-            )
+            differ = f"<A x, w> = {left:.4g} but <x, A^T w> = {right:.4g} for random x and w"
+            remedy = "pass the transpose of A, or let deepinv.physics.adjoint_function derive it"
+            raise ValueError(f"A_adjoint is not the adjoint of A: {differ}; {remedy}")
 
 
 # Steps towards a measurement -------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ import torch
 from deepinv.physics import LinearPhysics, NoiseModel, Physics
 from torch import Tensor
 
-from flowprox.naming import Values, nearest, require_device
+from flowprox.naming import Values, nearest, require_device, require_positive
 from flowprox.noise import NOISES, GaussianNoise, Noise, make_noise
-from flowprox.noise.base import at_least_zero
+from flowprox.noise.base import at_least_zero, finite_number
 from flowprox.operators.imaging import PhotonNoise
 from flowprox.operators.kinds import PROBLEMS, ImageShape
 from flowprox.operators.measurements import measurement_shape
@@ -40,9 +40,6 @@ class Problem:
     Arguments:
         name: a key of ``PROBLEMS``.
         parameters: those that differ from the defaults; the defaults are filled in.
-
-    Raises:
-        ValueError: unknown name or parameter; the message offers the nearest ones.
 
     Example:
         >>> problem = Problem("inpainting", {"mask_size": 16})
@@ -78,15 +75,15 @@ class Problem:
     @property
     def label(self) -> str:
         """Short name for tables and files: the first parameter, and every other one that is not at its default."""
-        defaults = PROBLEMS[self.name].defaults
-        pattern = next((key for key in ("mask", "kernel") if self.parameters.get(key) is not None), None)
-        first = pattern or next(iter(defaults))
-        shown = [
-            key
-            for key, value in self.parameters.items()
-            if value is not None and (key == first or (isinstance(value, np.ndarray) or value != defaults[key]))
+        defaults, given = PROBLEMS[self.name].defaults, self.parameters
+        first = next((key for key in ("mask", "kernel") if given.get(key) is not None), next(iter(defaults)))
+        shown = {key: value for key, value in given.items() if value is not None}
+        parts = [
+            _label_part(key, value)
+            for key, value in shown.items()
+            if key == first or isinstance(value, np.ndarray) or value != defaults[key]
         ]
-        return "-".join([self.name, *(_label_part(key, self.parameters[key]) for key in shown)])
+        return "-".join([self.name, *parts])
 
     def to_json(self) -> str:
         """One line of JSON, ``name`` and ``parameters``; ValueError where one of these is an array or a noise object."""
@@ -148,13 +145,13 @@ def noise_of(
     """The noise of a problem, for what its operator measures."""
     sigma, noise_norm, noise, noise_parameters = (problem.parameters.get(key) for key in _NOISE)
     if problem.parameters.get("photons") is not None:
-        photons, attenuation = (_positive(key, problem.parameters[key]) for key in _PHOTONS)
+        photons, attenuation = (finite_number(key, problem.parameters[key]) for key in _PHOTONS)
+        for key, value in zip(_PHOTONS, (photons, attenuation), strict=True):
+            require_positive(key, value)
         return PhotonNoise(photons, attenuation * float(physics.get_buffer("operator_norm"))).to(device)
     if noise is None and isinstance(sigma, int | float) and sigma > 1 and PROBLEMS[problem.name].measures_pictures:
-        warnings.warn(
-            f"sigma is {sigma:g}, and images lie in [0, 1]: one in 8-bit gray levels is divided by 255, here {sigma / 255:.3g}",
-            stacklevel=3,
-        )
+        remedy = f"one in 8-bit gray levels is divided by 255, here {sigma / 255:.3g}"
+        warnings.warn(f"sigma is {sigma:g}, and images lie in [0, 1]: {remedy}", stacklevel=3)
     if noise is None and noise_norm is None:
         return GaussianNoise(0.0 if sigma is None else sigma).to(device)
     measured = measurement_shape(physics, image_shape, device=device)
@@ -167,12 +164,6 @@ def noise_of(
         noise.sample_like(torch.zeros(1, *measured), torch.Generator().manual_seed(0))
     assert isinstance(noise, NoiseModel)  # Problem has seen to it
     return noise.to(device)
-
-
-def _positive(name: str, value: object) -> float:
-    if not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a positive number, got {value!r}")
-    return float(value)
 
 
 class VariedProblem:
@@ -207,21 +198,23 @@ class VariedProblem:
         channels, height, width = image_shape
         self.image_shape = (channels, height, width)
         self.problem, self.seed = Problem(name, parameters), seed
-        self._kind = PROBLEMS[name]
-        for key in ranges:
-            known = ("sigma", *self._kind.ranges)
+        self._kind, self._ranges = PROBLEMS[name], dict[str, tuple[float, float]]()
+        known = ("sigma", *self._kind.ranges)
+        for key, ends in ranges.items():
             if key not in known:
                 raise ValueError(f"{key} cannot vary in {name}; what can: {', '.join(known)}")
             if key in parameters:
                 raise ValueError(f"{key} is both in parameters and in ranges; give it once")
             if key != "sigma" and "mask" in parameters:
                 raise ValueError(f"{key} in ranges draws a mask for every image: leave the mask out of the parameters")
+            is_pair = isinstance(ends, Sequence) and not isinstance(ends, str) and len(ends) == 2
+            if not is_pair or not 0 <= ends[0] <= ends[1]:
+                raise ValueError(f"the range of {key} must be two numbers, 0 <= low <= high; got {ends!r}")
+            self._ranges[key] = float(ends[0]), float(ends[1])
         if "noise" in parameters and "sigma" in ranges:
             raise ValueError("ranges of sigma are for white noise: leave out noise")
-        ends = {key: _checked(key, ends) for key, ends in ranges.items()}
-        self._level = ends.pop("sigma", None)
-        self._ranges = ends
-        if ends:  # a range that is none is refused now
+        self._level = self._ranges.pop("sigma", None)
+        if self._ranges:  # a range that is none is refused now
             self._fixed = self._varied(1, torch.Generator().manual_seed(0))
             self._fixed.set_noise_model(noise_of(self.problem, self._fixed, self.image_shape))
         else:
@@ -239,28 +232,21 @@ class VariedProblem:
             physics = self._varied(n, generator)
             physics.set_noise_model(self._fixed.noise_model)
         if self._level is not None:
-            low, high = self._level
             noise = GaussianNoise(0.0).to(generator.device)
-            share = torch.rand(n, generator=generator, device=generator.device)
-            noise.update_parameters(sigma=low + (high - low) * share)
+            noise.update_parameters(sigma=_uniform(self._level, n, generator))
             physics.set_noise_model(noise)
         return physics
 
     def _varied(self, n: int, generator: torch.Generator) -> LinearPhysics:
         if self._kind.vary is not None:
             return self._kind.vary(self._ranges, self.image_shape, n, generator)
-        values = {
-            key: low + (high - low) * torch.rand(n, generator=generator, device=generator.device)
-            for key, (low, high) in self._ranges.items()
-        }
+        values = {key: _uniform(ends, n, generator) for key, ends in self._ranges.items()}
         constructor, fixed = self._kind.constructor, self.problem.operator_parameters
         return constructor(self.image_shape, seed=self.seed, device=generator.device, **{**fixed, **values})  # pyright: ignore
 
 
-def _checked(key: str, ends: Sequence[float]) -> tuple[float, float]:
-    if isinstance(ends, str) or not isinstance(ends, Sequence) or len(ends) != 2 or not 0 <= ends[0] <= ends[1]:
-        raise ValueError(f"the range of {key} must be two numbers, 0 <= low <= high; got {ends!r}")
-    return float(ends[0]), float(ends[1])
+def _uniform(ends: tuple[float, float], n: int, generator: torch.Generator) -> Tensor:
+    return ends[0] + (ends[1] - ends[0]) * torch.rand(n, generator=generator, device=generator.device)
 
 
 def _complete(name: str, parameters: Values, defaults: Values) -> Values:
@@ -282,19 +268,18 @@ def _complete(name: str, parameters: Values, defaults: Values) -> Values:
             raise ValueError(f"{name}: {own} takes the place of what {stated[0]} describes; leave one of them out")
         set_ -= of_no_use
     complete = {key: _canonical(parameters.get(key, default)) for key, default in defaults.items()}
-    if displaced := _displaced(parameters):
-        complete.update({key: None for key in displaced if key in defaults and key not in set_})
-    return complete
+    return complete | {key: None for key in _displaced(parameters) if key in defaults and key not in set_}
 
 
 def _displaced(parameters: Values) -> set[str]:
     """The parameters whose former values, or defaults, what is given replaces."""
-    own = {key for name, keys in _OF_ONES_OWN.items() if parameters.get(name) is not None for key in keys}
-    if parameters.get("noise") is not None:
-        return own | {"sigma", "noise_norm", "noise_parameters"}
-    if parameters.get("noise_norm") is not None:
-        return own | {"sigma", "noise", "noise_parameters"}
-    return own | {"noise_norm", "photons"} if parameters.get("sigma") is not None else own
+    levels = {
+        "noise": ("sigma", "noise_norm", "noise_parameters"),
+        "noise_norm": ("sigma", "noise", "noise_parameters"),
+        "sigma": ("noise_norm", "photons"),
+    }
+    level = next((levels[name] for name in levels if parameters.get(name) is not None), ())
+    return {*level, *(key for name, keys in _OF_ONES_OWN.items() if parameters.get(name) is not None for key in keys)}
 
 
 def _canonical(value: object) -> object:
@@ -314,18 +299,12 @@ def _label_part(key: str, value: object) -> str:
         return key if value else f"no_{key}"
     if isinstance(value, dict):
         return "-".join(_label_part(name, part) for name, part in value.items())
-    return key + _label_value(value)
-
-
-def _label_value(value: object) -> str:
     if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, np.ndarray):
-        return "-given"
+        return f"{key}{value:g}"
     if isinstance(value, tuple):
-        return "x".join(str(part) for part in value)
+        return key + "x".join(map(str, value))
     if isinstance(value, str):
-        return f"-{Path(value).stem}"
-    if isinstance(value, NoiseModel):
-        return f"-{type(value).__name__}"
-    return str(value)
+        return f"{key}-{Path(value).stem}"
+    if isinstance(value, np.ndarray | NoiseModel):
+        return f"{key}-{'given' if isinstance(value, np.ndarray) else type(value).__name__}"
+    return f"{key}{value}"

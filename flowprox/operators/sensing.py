@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
 from flowprox.naming import require_count
@@ -43,11 +42,8 @@ class _Sensing(LinearPhysics):
         raise NotImplementedError
 
     def _vector(self, x: Tensor) -> Tensor:
-        if tuple(x.shape[1:]) != self.img_size:
-            shape = tuple(x.shape[1:])
-            raise ValueError(
-                f"images of shape {shape} do not fit the sensing matrix, which was drawn for {self.img_size}"
-            )
+        if (shape := tuple(x.shape[1:])) != self.img_size:
+            raise ValueError(f"images of shape {shape} do not fit the sensing matrix, drawn for {self.img_size}")
         return x.reshape(len(x), -1)
 
     def _image(self, x: Tensor) -> Tensor:
@@ -56,9 +52,7 @@ class _Sensing(LinearPhysics):
 
     def _measured(self, y: Tensor) -> Tensor:
         if tuple(y.shape[1:]) != (self.m,):
-            raise ValueError(
-                f"y has shape {tuple(y.shape)} but the operator takes {self.m} measurements: (B, {self.m})"
-            )
+            raise ValueError(f"y has shape {tuple(y.shape)} but the operator takes {self.m} measurements: (B, m)")
         return y
 
 
@@ -85,7 +79,9 @@ class DenseSensing(_Sensing):
     """
 
     def _draw(self, generator: torch.Generator, device: torch.device | str) -> None:
-        check_memory(self.m, self.n, device)
+        remedy = "use structured=True, which keeps no matrix, a smaller m or smaller images"
+        for place in dict.fromkeys(("cpu", str(device))):
+            check_free(4 * self.m * self.n, f"the dense sensing matrix of {self.m} x {self.n}", remedy, place)
         # deepinv's CompressedSensing computes the pseudo-inverse of this matrix: minutes, and twice the memory
         matrix = torch.randn(self.m, self.n, generator=generator).div_(math.sqrt(self.m))
         self.register_buffer("matrix", matrix, persistent=False)
@@ -109,9 +105,6 @@ class StructuredSensing(_Sensing, ExactProx):
     References:
         Do, Gan, Nguyen, Tran 2012, Fast compressive sensing using structurally random matrices, https://arxiv.org/abs/1106.5037
 
-    Raises:
-        ValueError: m is not a whole number from 1 to n.
-
     Example:
         >>> physics = StructuredSensing(64, (1, 8, 8))  # all rows: an orthogonal matrix
         >>> x = torch.rand(2, 1, 8, 8)
@@ -121,10 +114,8 @@ class StructuredSensing(_Sensing, ExactProx):
 
     def _draw(self, generator: torch.Generator, device: torch.device | str) -> None:
         if self.m > self.n:
-            more = f"m={self.m} is more than the {self.n} pixels of an image"
-            raise ValueError(
-                f"{more}, and structured sensing has one row per pixel; use structured=False or a smaller m"
-            )
+            more = f"m={self.m} is more than the {self.n} pixels of an image, and structured sensing has a row for each"
+            raise ValueError(f"{more}; use structured=False or a smaller m")
         signs = torch.randint(0, 2, (self.n,), generator=generator) * 2.0 - 1.0
         self.register_buffer("signs", signs, persistent=False)
         self.register_buffer("rows", torch.randperm(self.n, generator=generator)[: self.m], persistent=False)
@@ -182,7 +173,7 @@ class OneBitSensing(Physics):
 
     def A(self, x: Tensor, **kwargs: object) -> Tensor:
         """sign(A x): (B, m) of -1 and 1 from images (B, C, H, W)."""
-        return _Sign.apply(self.linear.A(x))  # pyright: ignore[reportReturnType]
+        return _sign(self.linear.A(x))
 
     def A_adjoint(self, y: Tensor, **kwargs: object) -> Tensor:
         """A^T y of the linear part: the straight-through gradient of <y, A(x)>."""
@@ -198,34 +189,16 @@ class OneBitSensing(Physics):
 
     def sensor(self, x: Tensor) -> Tensor:
         """What follows the noise: the sign if the noise comes first, otherwise nothing."""
-        return _Sign.apply(x) if self.noise_first else x  # pyright: ignore[reportReturnType]
+        return _sign(x) if self.noise_first else x
 
     def forward(self, x: Tensor, **kwargs: object) -> Tensor:
         """y, with noise."""
         return self.sensor(self.noise(self.before_noise(x), **kwargs))
 
 
-class _Sign(torch.autograd.Function):
+def _sign(x: Tensor) -> Tensor:
     """+1 or -1 with the gradient of the identity."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: object, output: object) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> Tensor:
-        return gradients[0]
-
-
-def check_memory(m: int, n: int, device: torch.device | str = "cpu") -> None:
-    """An error that says how much a float32 matrix (m, n) needs, where that is more than there is."""
-    remedy = "use structured=True, which keeps no matrix, a smaller m or smaller images"
-    for place in dict.fromkeys(("cpu", str(device))):
-        check_free(4 * m * n, f"the dense sensing matrix of {m} x {n}", remedy, place)
+    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype) + (x - x.detach())
 
 
 def check_free(n_bytes: int, what: str, remedy: str = "use a smaller one", device: str = "cpu") -> None:

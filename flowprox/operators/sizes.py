@@ -37,12 +37,10 @@ class Fitted(NamedTuple):
 
 
 def fit_to_divisor(y: Tensor, physics: LinearPhysics, divisor: int) -> Fitted:
-    """Extend a measurement (B, C, H, W) and its operator to sides that ``divisor`` divides, by the rules above.
+    """Extend a measurement (B, C, H, W) and its operator to sides that ``divisor`` divides, by the rules above. ValueError for
+    other operators than these, or a noise that belongs to one size.
 
     Both stay as they are where the sides of y are multiples already and those of the image.
-
-    Raises:
-        ValueError: the operator is none of denoising, inpainting and blur, or its noise belongs to one size.
 
     Example:
         >>> from flowprox.operators import make_physics
@@ -59,9 +57,11 @@ def fit_to_divisor(y: Tensor, physics: LinearPhysics, divisor: int) -> Fitted:
         noise_level(physics, y)
     except ValueError as error:
         raise ValueError(f"noise cannot be extended ({error}): use sizes divisible by {divisor}") from error
-    kernel = _kernel(physics)
+    kernel = physics.kernel() if isinstance(physics, CircularConvolution) else None
+    kernel = physics.get_buffer("filter") if isinstance(physics, Blur) else kernel
     margin = max(kernel.shape[-2:]) // 2 if kernel is not None else 0
-    before, sizes = zip(*(_placed(side, margin, divisor) for side in sides), strict=True)
+    sizes = [-(-(side + 2 * margin) // divisor) * divisor for side in sides]
+    before = [(size - side) // 2 for size, side in zip(sizes, sides, strict=True)]
     radii = [n // 2 for n in kernel.shape[-2:]] if kernel is not None and is_valid else [0, 0]
     inside = [slice(start - r, start + side + r) for start, side, r in zip(before, sides, radii, strict=True)]
     if kernel is not None:
@@ -74,29 +74,17 @@ def fit_to_divisor(y: Tensor, physics: LinearPhysics, divisor: int) -> Fitted:
         operator = Inpainting(img_size=mask.shape[-3:], mask=mask, device=mask.device, noise_model=physics.noise_model)  # pyright: ignore
         extended = _extended(y, before, sizes, "reflect")
     else:
-        raise ValueError(
-            f"measurements of {type(physics).__name__} cannot be extended: use sizes divisible by {divisor}"
-        )
+        kind = type(physics).__name__
+        raise ValueError(f"measurements of {kind} cannot be extended: use sizes divisible by {divisor}")
     return Fitted(extended, operator, *inside)
-
-
-def _placed(side: int, margin: int, divisor: int) -> tuple[int, int]:
-    """Where the original starts, and the extended side."""
-    size = -(-(side + 2 * margin) // divisor) * divisor
-    return (size - side) // 2, size
-
-
-def _kernel(physics: LinearPhysics) -> Tensor | None:
-    if isinstance(physics, CircularConvolution):
-        return physics.kernel()
-    return physics.get_buffer("filter") if isinstance(physics, Blur) else None
 
 
 def _extended_blur(
     y: Tensor, physics: LinearPhysics, kernel: Tensor, before: Sequence[int], sizes: Sequence[int]
 ) -> tuple[Tensor, LinearPhysics]:
     boundary = "circular" if isinstance(physics, CircularConvolution) else str(getattr(physics, "padding", ""))
-    continued = boundary == "circular" or (boundary == "reflect" and _is_symmetric(kernel))
+    is_symmetric = all(torch.allclose(kernel, kernel.flip(dim)) for dim in (-1, -2))
+    continued = boundary == "circular" or (boundary == "reflect" and is_symmetric)
     seen = torch.zeros(sizes[0], sizes[1])
     if continued:  # all but a frame that the window's own border reaches
         top, left = kernel.shape[-2] // 2, kernel.shape[-1] // 2
@@ -107,16 +95,10 @@ def _extended_blur(
     return _extended(y, before, sizes, mode), WindowedBlur(kernel[0, 0], seen)
 
 
-def _is_symmetric(kernel: Tensor) -> bool:
-    return all(torch.allclose(kernel, kernel.flip(dim)) for dim in (-1, -2))
-
-
 def _extended(x: Tensor, before: Sequence[int], sizes: Sequence[int], mode: str) -> Tensor:
     """x (..., H, W) continued to ``sizes``, its first pixel at ``before``."""
-    rows, columns = (
-        _continued(n, start, size, mode).to(x.device)
-        for n, start, size in zip(x.shape[-2:], before, sizes, strict=True)
-    )
+    places = map(_continued, x.shape[-2:], before, sizes, (mode, mode))
+    rows, columns = (place.to(x.device) for place in places)
     return x[..., rows, :][..., columns]
 
 
@@ -133,11 +115,9 @@ def _continued(n: int, start: int, size: int, mode: str) -> Tensor:
 
 def mirrored(physics: LinearPhysics) -> LinearPhysics:
     """The operator of mirror images, left and right exchanged: M A M, with M the mirror, masks and kernels mirrored alike.
+    ValueError for an operator that has none that is known.
 
     A hole that is not in the middle stands elsewhere in the mirror image: a network that reconstructs both must be told so.
-
-    Raises:
-        ValueError: the operator has no mirror image that is known.
 
     Example:
         >>> from flowprox.operators import make_physics
