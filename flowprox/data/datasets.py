@@ -15,6 +15,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatch
+from functools import partial
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path, PurePath
@@ -28,8 +29,6 @@ from torch.utils.data import Dataset
 from flowprox.data.files import StrPath, as_float, fitted, read_file
 from flowprox.naming import few, require_choice, require_count
 from flowprox.operators.sensing import check_free
-
-__all__ = ["IMAGE_SUFFIXES", "SPLITS", "Entry", "ImageDataset", "entries_of_split", "split_indices"]
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
 SPLITS = ("train", "val", "test")
@@ -99,17 +98,6 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
         entries = entries[:limit]
         self.skipped: list[str] = []
         self.names: list[str] = []
-        self.images = self._decode_all(entries, image_size, patches, channels, skip_corrupt)[:limit]
-        del self.names[len(self.images) :]
-        if self.skipped:
-            warnings.warn(
-                f"skipped {len(self.skipped)} of {len(entries)} images, which cannot be read: {few(self.skipped)}",
-                stacklevel=2,
-            )
-
-    def _decode_all(
-        self, entries: Sequence[Entry], image_size: int | None, patches: int, channels: int, skip_corrupt: bool
-    ) -> Tensor:
         images: np.ndarray | None = None
         per_image = max(1, patches)
         for entry in entries:
@@ -125,15 +113,17 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
             if images is None:
                 images = np.empty((len(entries) * per_image, *image.shape[1:]), dtype=np.uint8)
             if image.shape[1:] != images.shape[1:]:
-                raise ValueError(
-                    f"{entry.name} is {image.shape[2]}x{image.shape[3]} but {self.names[0]} is "
-                    f"{images.shape[2]}x{images.shape[3]}; give an image_size"
-                )
+                own, first = ("{2}x{3}".format(*one.shape) for one in (image, images))
+                raise ValueError(f"{entry.name} is {own} but {self.names[0]} is {first}; give an image_size")
             images[len(self.names) : len(self.names) + per_image] = image
             self.names += [entry.name] if not patches else [f"{entry.name}[{i}]" for i in range(patches)]
         if images is None:
             raise ValueError(f"none of the {len(entries)} images can be read, the first is {entries[0].name}")
-        return torch.from_numpy(images[: len(self.names)])
+        self.images = torch.from_numpy(images[: len(self.names)])[:limit]
+        del self.names[len(self.images) :]
+        if self.skipped:
+            n = f"{len(self.skipped)} of {len(entries)} images"
+            warnings.warn(f"skipped {n}, which cannot be read: {few(self.skipped)}", stacklevel=2)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -170,14 +160,18 @@ def entries_of_split(source: StrPath | Sequence[StrPath], split: str) -> list[En
     if not sources:
         raise ValueError("source names no file; give a folder, an .npz shard or a glob")
     known = [entry for one in sources for entry in _entries_of(Path(one), split)]
-    entries = _of_split(known, split)
+    if split == "all":
+        return known
+    hashed = [i for i, entry in enumerate(known) if entry.split is None]
+    chosen = {hashed[j] for j in split_indices([known[i].key for i in hashed])[split]}
+    entries = [entry for i, entry in enumerate(known) if entry.split == split or i in chosen]
     if not entries:
-        share = FRACTIONS[SPLITS.index(split)]
-        remedy = "give others to validate on with data.validation" if split == "val" else "use the split 'all'"
-        raise ValueError(
-            f"none of the {len(known)} image(s) in {few([str(one) for one in sources])} falls into the split {split!r}, which "
-            f"their names decide and which is {share:.0%} of them on average; add images, or {remedy}"
+        none = (
+            f"none of the {len(known)} image(s) in {few([str(one) for one in sources])} falls into the split {split!r}"
         )
+        decided = f"which their names decide and which is {FRACTIONS[SPLITS.index(split)]:.0%} of them on average"
+        remedy = "give others to validate on with data.validation" if split == "val" else "use the split 'all'"
+        raise ValueError(f"{none}, {decided}; add images, or {remedy}")
     return entries
 
 
@@ -196,18 +190,13 @@ def _entries_of(source: Path, split: str) -> Iterator[Entry]:
     elif source.exists():
         yield from _entries_of_file(source, source.name)
     else:
-        matches = [
-            match for match in map(Path, sorted(glob.glob(str(source), recursive=True))) if _is_data(match, source)
-        ]
+        matches = [Path(match) for match in sorted(glob.glob(str(source), recursive=True))]
+        named = source.parents  # folders of results count where the pattern names them
+        matches = [one for one in matches if not any(f not in named and _is_result(f) for f in (one, *one.parents))]
         if not matches:
             raise FileNotFoundError(f"source {str(source)!r}: no such file or folder, and no file matches it as a glob")
         for match in matches:
             yield from _entries_of_folder(match, split) if match.is_dir() else _entries_of_file(match, match.name)
-
-
-def _is_data(match: Path, pattern: Path) -> bool:
-    """Whether what matches a glob lies in no folder of results, but for one that the pattern names."""
-    return not any(folder not in pattern.parents and _is_result(folder) for folder in (match, *match.parents))
 
 
 def _is_result(folder: Path) -> bool:
@@ -245,19 +234,11 @@ def _entries_of_folder(folder: Path, split: str) -> Iterator[Entry]:
 
 
 def _entries_of_file(path: Path, key: str) -> Iterable[Entry]:
-    if path.suffix.lower() == ".npz":
-        return _entries_of_shard(path, key)
-    return [Entry(str(path), key, None, lambda: read_file(path))]
-
-
-def _entries_of_shard(path: Path, key: str) -> list[Entry]:
+    if path.suffix.lower() != ".npz":
+        return [Entry(str(path), key, None, partial(read_file, path))]
     data, offsets = _read_shard(path)
-
-    def reader(start: int, stop: int) -> Callable[[], bytes]:
-        return lambda: data[start:stop].tobytes()
-
     return [
-        Entry(f"{path}[{i}]", f"{key}[{i}]", _named_split(path), reader(int(start), int(stop)))
+        Entry(f"{path}[{i}]", f"{key}[{i}]", _named_split(path), data[int(start) : int(stop)].tobytes)
         for i, (start, stop) in enumerate(pairwise(offsets))
     ]
 
@@ -301,14 +282,6 @@ def _check_member(archive: zipfile.ZipFile, name: str) -> None:
 def _named_split(path: Path) -> str | None:
     match = re.match("train|val|test", path.name)
     return match.group() if match else None
-
-
-def _of_split(entries: Sequence[Entry], split: str) -> list[Entry]:
-    if split == "all":
-        return list(entries)
-    hashed = [i for i, entry in enumerate(entries) if entry.split is None]
-    chosen = {hashed[j] for j in split_indices([entries[i].key for i in hashed])[split]}
-    return [entry for i, entry in enumerate(entries) if entry.split == split or i in chosen]
 
 
 def split_indices(names: Sequence[str]) -> dict[str, list[int]]:

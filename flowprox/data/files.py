@@ -34,24 +34,6 @@ from flowprox.operators.sensing import check_free
 if TYPE_CHECKING:
     import h5py
 
-__all__ = [
-    "ARRAY_SUFFIXES",
-    "SCAN_SUFFIXES",
-    "PictureForm",
-    "Stack",
-    "StrPath",
-    "as_float",
-    "fitted",
-    "load_array",
-    "load_image",
-    "load_measurement",
-    "load_stack",
-    "picture_form",
-    "read_file",
-    "save_image",
-    "suffix_of",
-]
-
 StrPath = str | PathLike[str]
 
 ARRAY_SUFFIXES = (".npy", ".mat", ".h5", ".hdf5", ".mrd")
@@ -85,14 +67,19 @@ def load_image(path: StrPath, channels: int | None = None) -> Tensor:
     """
     if channels not in (None, 1, 3):
         raise ValueError(f"channels must be 1 (gray), 3 (color) or None (as in the file), got {channels}")
-    if suffix_of(path) in SCAN_SUFFIXES:
-        return _only_slice(path, channels)
-    content = read_file(Path(path))
-    image, deep = _open(content, str(path)), _deep_color(content)
-    x = from_pil(image, str(path)) if deep is None else deep
-    if channels == 1 and len(x) == 3:  # of 8 bits as Pillow rounds it
-        gray = (x * torch.tensor(_LUMA).view(3, 1, 1)).sum(0, keepdim=True)
-        return gray if deep is not None else from_pil(_opaque(image).convert("L"), str(path))
+    if stack := load_stack(path) if suffix_of(path) in SCAN_SUFFIXES else None:
+        x, *others = stack.slices
+        if others:
+            n = len(stack.slices)
+            raise ValueError(f"{path} holds {n} slices; flowprox reconstruct takes them all, load_stack reads them")
+    else:
+        content = read_file(Path(path))
+        image, deep = _open(content, str(path)), _deep_color(content)
+        if channels == 1 and deep is None and not _is_deep(image):  # as Pillow rounds it
+            image = _opaque(image).convert("L")
+        x = from_pil(image, str(path)) if deep is None else deep
+    if channels == 1 and len(x) == 3:
+        return (x * torch.tensor(_LUMA).view(3, 1, 1)).sum(0, keepdim=True)
     return x.repeat(channels, 1, 1) if channels == 3 and len(x) == 1 else x
 
 
@@ -122,7 +109,8 @@ def picture_form(path: StrPath) -> PictureForm:
 
 def form_of_pil(image: Image.Image) -> PictureForm:
     """How a Pillow image is stored."""
-    alpha = as_float(torch.from_numpy(_pixels(image.convert("RGBA"))[3])) if _has_alpha(image) else None
+    has_alpha = image.has_transparency_data
+    alpha = as_float(torch.from_numpy(_pixels(image.convert("RGBA"))[3])) if has_alpha else None
     return PictureForm(16 if _is_deep(image) else 8, alpha)
 
 
@@ -197,15 +185,12 @@ def load_measurement(path: StrPath, channels: int | None = None) -> Tensor:
     y = y[None] if y.ndim == 3 else y
     _check_shape(y, name, 4)
     if channels is not None and y.shape[1] != channels:
-        raise ValueError(
-            f"{name} has {y.shape[1]} channel(s) but the model takes {channels}; convert it or use another model"
-        )
+        has = f"{name} has {y.shape[1]} channel(s)"
+        raise ValueError(f"{has} but the model takes {channels}; convert it or use another model")
     _check_finite(y, name)
-    if y.abs().max() > 10:
-        raise ValueError(
-            f"{name} holds values up to {y.abs().max().item():g}; a measurement is in the units of images in [0, 1]: "
-            "divide by 255 if it was made from 8-bit images"
-        )
+    if (largest := y.abs().max().item()) > 10:
+        units = "a measurement is in the units of images in [0, 1]: divide by 255 if it was made from 8-bit images"
+        raise ValueError(f"{name} holds values up to {largest:g}; {units}")
     return y
 
 
@@ -225,8 +210,7 @@ def load_array(path: StrPath, shape: Sequence[int]) -> Tensor:
     y = torch.view_as_real(y).movedim(-1, -len(wanted)) if y.is_complex() else y
     y = y[None] if tuple(y.shape) == wanted else y
     if tuple(y.shape[1:]) != wanted or len(y) == 0:
-        shape = tuple(y.shape)
-        raise ValueError(f"{path} has shape {shape} but the operator measures {wanted}, or (B, ...) of these")
+        raise ValueError(f"{path} has shape {tuple(y.shape)} but the operator measures {wanted}, or (B, ...) of these")
     _check_finite(y, str(path))
     return y
 
@@ -302,9 +286,8 @@ def _in_srgb(image: Image.Image, name: str) -> Image.Image:
     mode = {"P": "RGB", "RGBA": "RGB", "LA": "L"}.get(image.mode)
     colors = image if mode is None else image.convert(mode)
     try:
-        transform = ImageCms.buildTransform(
-            ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), colors.mode, "RGB"
-        )
+        own, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+        transform = ImageCms.buildTransform(own, srgb, colors.mode, "RGB")
         if colors.mode == "RGB" and _changes_nothing(transform):
             return image
         converted = ImageCms.applyTransform(colors, transform)
@@ -355,18 +338,12 @@ def _deep_color(content: bytes) -> Tensor | None:
     return x if len(x) % 2 else x[:-1] * x[-1:] + (1 - x[-1:])
 
 
-def _has_alpha(image: Image.Image) -> bool:
-    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
-
-
 def _opaque(image: Image.Image) -> Image.Image:
     """The image on white, where it is transparent."""
-    if not _has_alpha(image):
+    if not image.has_transparency_data:
         return image
-    gray = image.mode in ("L", "LA", "La")
-    over = image.convert("RGBA")
-    white = Image.new("RGBA", over.size, "white")
-    return Image.alpha_composite(white, over).convert("L" if gray else "RGB")
+    mode, over = "L" if image.mode in ("L", "LA", "La") else "RGB", image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert(mode)
 
 
 def _is_deep(image: Image.Image) -> bool:
@@ -384,8 +361,7 @@ def _deep_gray(image: Image.Image, name: str) -> np.ndarray:
 
 def _pixels(image: Image.Image) -> np.ndarray:
     """The image as an array (C, H, W)."""
-    array = np.array(image)
-    return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
+    return np.ascontiguousarray(np.atleast_3d(np.array(image)).transpose(2, 0, 1))
 
 
 # What scanners write --------------------------------------------------------------------------------------------------
@@ -444,17 +420,6 @@ def load_stack(path: StrPath) -> Stack | None:
     return Stack((slices - low) / ((high - low) or 1.0), low, high, affine)
 
 
-def _only_slice(path: StrPath, channels: int | None) -> Tensor:
-    stack = load_stack(path)
-    assert stack is not None
-    x = stack.slices
-    if len(x) > 1:
-        raise ValueError(f"{path} holds {len(x)} slices; flowprox reconstruct takes them all, load_stack reads them")
-    if channels == 1 and x.shape[1] == 3:
-        return (x[0] * torch.tensor(_LUMA).view(3, 1, 1)).sum(0, keepdim=True)
-    return x[0].expand(channels or x.shape[1], -1, -1)
-
-
 def suffix_of(path: StrPath) -> str:
     """The suffix in small letters, that of a packed NIfTI whole."""
     name = Path(path).name.lower()
@@ -481,39 +446,33 @@ def _told(path: Path, form: str, read: Callable[[], _Content]) -> _Content:
 def _read_array(path: Path, kinds: str) -> np.ndarray:
     """The array of floats ("f") or complex numbers ("c") in a file."""
     _check_file(path)
-    array = _read_npy(path) if suffix_of(path) == ".npy" else _read_named(path)
-    if array.dtype.kind not in kinds:
-        raise ValueError(
-            f"{path} holds {array.dtype}; a measurement holds floats in the units of images in [0, 1]: "
-            "divide 8-bit values by 255 and save as float32"
-        )
-    check_free(4 * array.size, str(path))
-    return np.array(array, dtype=np.complex64 if array.dtype.kind == "c" else np.float32, order="C")
-
-
-def _read_npy(path: Path) -> np.ndarray:
-    try:
-        array = np.load(
-            path, mmap_mode="r", allow_pickle=False
-        )  # mapped, a header that declares too much fails at once
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path} is not a plain .npy array ({error}); write it with numpy.save, without objects"
-        ) from error
+    if suffix_of(path) != ".npy":
+        array = _read_named(path)
+    else:
+        try:  # mapped, a header that declares too much fails at once
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+            remedy = "write it with numpy.save, without objects"
+            raise ValueError(f"{path} is not a plain .npy array ({error}); {remedy}") from error
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{path} is an .npz archive; give one array written with numpy.save")
-    return array
+    if array.dtype.kind not in kinds:
+        units = "floats in the units of images in [0, 1]: divide 8-bit values by 255 and save as float32"
+        raise ValueError(f"{path} holds {array.dtype}; a measurement holds {units}")
+    check_free(4 * array.size, str(path))
+    return np.array(array, dtype=np.complex64 if array.dtype.kind == "c" else np.float32, order="C")
 
 
 def _read_named(path: Path) -> np.ndarray:
     """The array of a MAT or HDF5 file: its only one, or the one called kspace; slices first."""
     import h5py
 
-    if not h5py.is_hdf5(path):
-        return _slices_first(_one_of(_told(path, "MAT", lambda: load_mat(str(path))), path))
-    if suffix_of(path) == ".mat":  # of MATLAB 7.3
-        require_package("mat73", "mat73", path.name, extra="files")
-        return _slices_first(_one_of(_told(path, "MAT", lambda: load_mat(str(path), mat73=True)), path))
+    is_hdf5 = h5py.is_hdf5(path)
+    if not is_hdf5 or suffix_of(path) == ".mat":  # of MATLAB 7.3, or before
+        if is_hdf5:
+            require_package("mat73", "mat73", path.name, extra="files")
+        array = np.asarray(_one_of(_told(path, "MAT", lambda: load_mat(str(path), mat73=is_hdf5)), path))
+        return array if array.ndim < 3 else np.moveaxis(array, -1, 0)  # it has slices last, as it has colors
     with h5py.File(path) as file:
         if "dataset/xml" not in file:
             arrays: dict[str, h5py.Dataset] = {}
@@ -536,11 +495,6 @@ def _one_of(arrays: Mapping[str, h5py.Dataset] | Mapping[str, np.ndarray], path:
         listed = ", ".join(f"{name} {a.shape}" for name, a in numbers.items()) or "none"
         raise ValueError(f"{path} must hold one array, or one called kspace; it holds {listed}")
     return next(iter(numbers.values()))
-
-
-def _slices_first(array: h5py.Dataset | np.ndarray) -> np.ndarray:
-    """MATLAB has them last, as it has colors."""
-    return np.asarray(array if array.ndim < 3 else np.moveaxis(np.asarray(array), -1, 0))
 
 
 def _check_shape(x: Tensor, name: str, n_dims: int) -> None:
