@@ -56,17 +56,19 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(target.parent)
+    if os.name == "posix":  # the rename is to last; on Windows folders cannot be opened, and it need not
+        descriptor = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def refuse_foreign(folder: Path, own: tuple[str, ...], names: tuple[str, ...]) -> None:
     """Raise ``FileExistsError`` for the first of ``names`` in a folder that holds none of ``own``: it is no earlier run's."""
-    if not any((folder / name).exists() for name in own):
-        for name in names:
-            if (folder / name).exists():
-                raise FileExistsError(
-                    f"{folder / name} is of no earlier run and would be overwritten; choose another out"
-                )
+    found = next((folder / name for name in names if (folder / name).exists()), None)
+    if found is not None and not any((folder / name).exists() for name in own):
+        raise FileExistsError(f"{found} is of no earlier run and would be overwritten; choose another out")
 
 
 def check_place(out: Path) -> None:
@@ -118,23 +120,9 @@ def force_to_disk(file: IO[Any]) -> None:
     os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; folders cannot be opened on Windows, where this is not needed."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def sha256(path: str | os.PathLike[str]) -> str:
     """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def first_line(error: BaseException) -> str:

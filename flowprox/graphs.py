@@ -54,9 +54,7 @@ class HostReads(TorchDispatchMode):
         {'_local_scalar_dense'}
     """
 
-    READS = frozenset(
-        "_local_scalar_dense item is_nonzero equal nonzero masked_select unique _unique2 bincount".split()
-    )
+    READS = "_local_scalar_dense item is_nonzero equal nonzero masked_select unique _unique2 bincount"
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,12 +63,9 @@ class HostReads(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, out = func.overloadpacket.__name__, func(*args, **(kwargs or {}))
         by_mask = name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1])
-        to_host = (
-            name in ("_to_copy", "copy_")
-            and out.device.type == "cpu"
-            and any(isinstance(t, Tensor) and t.device.type != "cpu" for t in args)
-        )
-        if name in self.READS or by_mask or to_host:
+        copies = name in ("_to_copy", "copy_") and out.device.type == "cpu"
+        to_host = copies and any(isinstance(t, Tensor) and t.device.type != "cpu" for t in args)
+        if name in self.READS.split() or by_mask or to_host:
             self.names.add(name)
         return out
 
@@ -113,21 +108,17 @@ class Replayed(Generic[_T]):
             if reads.names:
                 self.refusal = f"the host waits for {', '.join(sorted(reads.names))}"
                 return result
-            self._record(x)
-        assert self._input is not None
+            with torch.cuda.device(x.device):
+                self._input = x.detach().clone()
+                stream = torch.cuda.Stream()
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):  # the plans of the libraries are not to be part of it
+                    for _ in range(2):
+                        self.function(self._input)
+                torch.cuda.current_stream().wait_stream(stream)
+                self._graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._graph):
+                    self._output = self.function(self._input)
         self._input.copy_(x)
         self._graph.replay()
         return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, self._output)
-
-    def _record(self, x: Tensor) -> None:
-        with torch.cuda.device(x.device):
-            self._input = x.detach().clone()
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # the plans of the libraries are not to be part of it
-                for _ in range(2):
-                    self.function(self._input)
-            torch.cuda.current_stream().wait_stream(stream)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._output = self.function(self._input)

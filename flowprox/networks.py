@@ -35,17 +35,11 @@ class ResNet(nn.Module):
 
     def __init__(self, n_channels: int = 3, hidden_channels: int = 128, n_blocks: int = 2) -> None:
         super().__init__()
-        self.first = nn.Conv2d(n_channels, hidden_channels, 3, padding=1)
-        self.blocks = nn.ModuleList(
-            _convolutions(hidden_channels, hidden_channels, hidden_channels) for _ in range(n_blocks)
-        )
-        self.last = nn.Sequential(
-            nn.Conv2d(hidden_channels, hidden_channels, 1),
-            nn.ReLU(),
-            nn.Conv2d(hidden_channels, hidden_channels, 1),
-            nn.ReLU(),
-            nn.Conv2d(hidden_channels, n_channels, 1),
-        )
+        width = hidden_channels
+        self.first = nn.Conv2d(n_channels, width, 3, padding=1)
+        self.blocks = nn.ModuleList(_convolutions(width, width, width) for _ in range(n_blocks))
+        inner = [nn.Conv2d(width, width, 1), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU()]
+        self.last = nn.Sequential(*inner, nn.Conv2d(width, n_channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x)
@@ -84,9 +78,7 @@ class UNet(nn.Module):
         super().__init__()
         widths = [hidden_channels * 2**i for i in range(n_scales)]
         self.residual = residual
-        self.contract = nn.ModuleList(
-            _convolutions(a, b, b) for a, b in zip([n_channels, *widths], widths, strict=False)
-        )
+        self.contract = nn.ModuleList(_convolutions(a, b, b) for a, b in pairwise([n_channels, *widths]))
         self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in pairwise(widths))
         self.expand = nn.ModuleList(_convolutions(2 * a, a, a) for a in widths[:-1])
         self.last = nn.Conv2d(widths[0], n_channels, 1)
@@ -120,9 +112,6 @@ class DCGANGenerator(Specified, nn.Module):
         latent_size: length of z, drawn from N(0, I).
         hidden_channels: width at half the image's resolution; it doubles at each coarser scale.
         n_scales: number of doublings.
-
-    Raises:
-        ValueError: sides that are not divisible, or a size below 1.
 
     Example:
         >>> generator = DCGANGenerator((3, 16, 16), latent_size=8, hidden_channels=4, n_scales=2).eval()
@@ -196,7 +185,6 @@ def _coarsest(image_shape: Sequence[int], hidden_channels: int, n_scales: int) -
     _, height, width = image_shape
     factor = 2**n_scales
     if height < factor or width < factor or height % factor or width % factor:
-        raise ValueError(
-            f"the sides of image_shape must be divisible by {factor} (n_scales {n_scales}), got {image_shape}"
-        )
+        sides = f"divisible by {factor} (n_scales {n_scales})"
+        raise ValueError(f"the sides of image_shape must be {sides}, got {image_shape}")
     return height // factor, width // factor

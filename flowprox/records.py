@@ -51,9 +51,11 @@ class RecordWriter:
     def __init__(self, path: str | Path, resume: bool = False, keep: Callable[[Record], bool] | None = None) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        content = self.path.read_bytes() if resume and self.path.exists() else b""
         earlier = read_records(self.path) if resume and self.path.exists() else []
         self.records = [record for record in earlier if keep is None or keep(record)]
-        if not resume or len(self.records) < len(earlier) or not _is_whole(self.path):
+        is_whole = not content or (content.endswith(b"\n") and _parse(content.splitlines()[-1]) is not None)
+        if not resume or len(self.records) < len(earlier) or not is_whole:
             write_records(self.path, self.records)
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
 
@@ -103,12 +105,6 @@ def read_records(path: str | Path) -> list[Record]:
         elif line:
             warnings.warn(f"{path}: the last line was cut short and is left out", stacklevel=2)
     return list(records.values())
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a file ends with a whole line, or there is none yet."""
-    content = path.read_bytes() if path.exists() else b""
-    return not content or (content.endswith(b"\n") and _parse(content.splitlines()[-1]) is not None)
 
 
 def _line(record: Mapping[str, object]) -> bytes:

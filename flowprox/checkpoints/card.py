@@ -17,8 +17,6 @@ from typing import Any
 
 from flowprox.naming import Values
 
-__all__ = ["CARD", "PREVIOUS", "WEIGHTS", "Card", "CheckpointError", "read_card", "read_weights"]
-
 FORMAT_VERSION = 1
 CARD = "card.json"
 WEIGHTS = "model.safetensors"
@@ -97,8 +95,8 @@ class Card:
             if not isinstance(value, expected) and not (key == "problem" and value is None):
                 form = {str: "text", int: "a whole number"}.get(expected, "an object")
                 raise CheckpointError(f"the card's {key!r} must be {form}, got {type(value).__name__}")
-        for (part, key), form in _FORMS.items():
-            if key in (values.get(part) or {}) and not _HOLDS[form](values[part][key]):
+        for (part, key), (form, holds) in _FORMS.items():
+            if key in (values.get(part) or {}) and not holds(values[part][key]):
                 raise CheckpointError(f"the card's {key!r} of {part!r} must be {form}, got {values[part][key]!r:.60}")
         return cls(**values)
 
@@ -109,9 +107,8 @@ class Card:
         if self.problem:
             spans = {key: f"{low:g} to {high:g}" for key, (low, high) in self.problem.get("ranges", {}).items()}
             values = {**self.problem.get("parameters", {}), **spans}
-            facts["problem"] = ", ".join(
-                [str(self.problem["name"]), *(f"{key} {value}" for key, value in values.items())]
-            )
+            parts = [str(self.problem["name"]), *(f"{key} {value}" for key, value in values.items())]
+            facts["problem"] = ", ".join(parts)
         taken = {key: self.preprocessing.get(key) for key in ("channels", "divisor")}
         facts |= {key: str(value) for key, value in taken.items() if value is not None}
         facts["parameters"] = f"{self.n_parameters:,}"
@@ -143,24 +140,15 @@ def _is_shape(value: object) -> bool:
     return value is None or (isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_count, value)))
 
 
-_FORMS = {
-    ("model", "arguments"): "an object",
-    ("problem", "name"): "text",
-    ("problem", "parameters"): "an object",
-    ("problem", "ranges"): "an object",
-    ("preprocessing", "channels"): "a whole number",
-    ("preprocessing", "divisor"): "a whole number to 4096",
-    ("preprocessing", "image_shape"): "three whole numbers",
+_OBJECT = ("an object", lambda value: isinstance(value, Mapping))
+_FORMS: dict[tuple[str, str], tuple[str, Callable[[object], bool]]] = {
+    **dict.fromkeys((("model", "arguments"), ("problem", "parameters"), ("problem", "ranges")), _OBJECT),
+    ("problem", "name"): ("text", lambda value: isinstance(value, str)),
+    ("preprocessing", "channels"): ("a whole number", _is_count),
+    ("preprocessing", "divisor"): ("a whole number to 4096", lambda value: _is_count(value, 4096)),
+    ("preprocessing", "image_shape"): ("three whole numbers", _is_shape),
 }
-"""What other modules read from a card, where present."""
-
-_HOLDS: dict[str, Callable[[object], bool]] = {
-    "an object": lambda value: isinstance(value, Mapping),
-    "text": lambda value: isinstance(value, str),
-    "a whole number": _is_count,
-    "a whole number to 4096": lambda value: _is_count(value, 4096),
-    "three whole numbers": _is_shape,
-}
+"""What other modules read from a card, where present: what it must be."""
 
 
 def read_card(path: Path) -> Card:
@@ -209,9 +197,8 @@ def plain(value: object, where: str) -> object:
     to_list = getattr(value, "tolist", None)  # numpy and torch
     if callable(to_list):
         return plain(to_list(), where)
-    raise TypeError(
-        f"cannot write {type(value).__name__} into the card at {where}; pass numbers, text, lists or mappings"
-    )
+    kind = type(value).__name__
+    raise TypeError(f"cannot write {kind} into the card at {where}; pass numbers, text, lists or mappings")
 
 
 def refuse_pickle(path: Path) -> None:
@@ -221,10 +208,10 @@ def refuse_pickle(path: Path) -> None:
     # a safetensors file starts with a length, which may happen to look like a pickle's first bytes, and then "{"
     looks_like_one = start.startswith((b"PK\x03\x04", b"\x80")) and start[8:] != b"{"
     if path.suffix in PICKLE_SUFFIXES or looks_like_one:
-        raise CheckpointError(
-            f"{path} is a pickle or zip archive: pickles are never read as models, for they can run code. To convert: make the "
-            "model, model.load_state_dict(torch.load(file, weights_only=True)), then flowprox.save_model(model, folder)"
-        )
+        why = "pickles are never read as models, for they can run code"
+        read = "make the model, model.load_state_dict(torch.load(file, weights_only=True))"
+        remedy = f"To convert: {read}, then flowprox.save_model(model, folder)"
+        raise CheckpointError(f"{path} is a pickle or zip archive: {why}. {remedy}")
 
 
 def read_weights(folder: Path, card: Card) -> bytes:

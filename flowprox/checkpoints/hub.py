@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 from flowprox.checkpoints.card import CARD, WEIGHTS, Card, CheckpointError, read_card, read_weights
@@ -121,7 +120,11 @@ def _readme(card: Card, repo_id: str) -> str:
         "Training": card.training,
         "Notes": card.notes,
     }
-    tables = [f"## {title}\n\n{_table(values)}" for title, values in sections.items() if values]
+    tables = []
+    for title, values in sections.items():
+        cells = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (values or {}).items()}
+        rows = ["| {} | {} |".format(key, cell.replace("|", "\\|").replace("\n", " ")) for key, cell in cells.items()]
+        tables += ["\n".join([f"## {title}\n\n| | |", "|---|---|", *rows])] if rows else []
     arguments = json.dumps(card.model.get("arguments", {}), indent=2)
     text = [
         f"---\n{data.to_yaml()}\n---",
@@ -138,9 +141,3 @@ def _readme(card: Card, repo_id: str) -> str:
     ]
     content = "\n\n".join(text) + "\n"
     return str(huggingface_hub.ModelCard(content, ignore_metadata_errors=False))
-
-
-def _table(values: Mapping[str, object]) -> str:
-    cells = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
-    rows = ["| {} | {} |".format(key, cell.replace("|", "\\|").replace("\n", " ")) for key, cell in cells.items()]
-    return "\n".join(["| | |", "|---|---|", *rows])

@@ -44,12 +44,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-__all__ = ["Pretrained", "find_model", "list_models", "load_card", "load_model", "save_model"]
-
 MODELS = "FLOWPROX_MODELS"
 """Environment variable; a folder of models, or of training runs, that are found by their names."""
 
 _SMALL = 1024  # tensors with fewer elements stay float32 in a half-precision file: they weigh nothing and steer much
+_BOTH = (CARD, WEIGHTS)
 
 
 # From disk -----------------------------------------------------------------------------------------------------------
@@ -81,8 +80,12 @@ def load_model(
 
     No code from the folder is run, whoever made it: a card can name registered classes only, weights are numbers.
     """
+    import torch
+
     target = require_device(device)
-    float_type = _float_type(dtype)
+    float_type = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(float_type, torch.dtype) and float_type.is_floating_point):
+        raise ValueError(f"dtype must be a floating-point type such as 'float32' or 'float64', got {dtype!r}")
     folder = find_model(name, (CARD, WEIGHTS), revision)
     card = read_card(folder / CARD)
     tensors, shared = _unpack(read_weights(folder, card), folder / WEIGHTS)
@@ -124,9 +127,7 @@ def _within(path: Path) -> Path | None:
     return next((folder for folder in (path, path / "model") if (folder / CARD).exists()), None)
 
 
-def find_model(
-    name: str | os.PathLike[str], files: tuple[str, ...] = (CARD, WEIGHTS), revision: str | None = None
-) -> Path:
+def find_model(name: str | os.PathLike[str], files: tuple[str, ...] = _BOTH, revision: str | None = None) -> Path:
     """The folder of a model, named as in ``load_model``; of a hub's model ``files`` are downloaded. Imports no torch."""
     text = os.fspath(name)
     if text.startswith(HUB):
@@ -144,20 +145,8 @@ def find_model(
         return path  # read_card says what it lacks
     near = difflib.get_close_matches(text, list_models(), n=3, cutoff=0.4) or list_models()
     hint = f"nearest shipped models: {', '.join(near)}" if near else "no models are shipped with this installation"
-    raise CheckpointError(
-        f"no model {text!r}: neither a folder here nor a shipped model; {hint}; one of the hub is written {HUB}ORG/NAME"
-    )
-
-
-def _float_type(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    import torch
-
-    if dtype is None:
-        return None
-    known = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(known, torch.dtype) or not known.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point type such as 'float32' or 'float64', got {dtype!r}")
-    return known
+    hint = f"neither a folder here nor a shipped model; {hint}; one of the hub is written {HUB}ORG/NAME"
+    raise CheckpointError(f"no model {text!r}: {hint}")
 
 
 def _unpack(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -186,8 +175,9 @@ def _rebuild(spec: Mapping[str, object], where: str, tensors: Mapping[str, Tenso
     """
     import torch
 
+    kinds = {value for key, value in _leaves(spec) if key == "kind"}
     for module in MODEL_MODULES:
-        if _kinds(spec) <= set(registered_kinds()):
+        if kinds <= set(registered_kinds()):
             break
         importlib.import_module(module)
     try:
@@ -210,7 +200,7 @@ def _limited(spec: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Itera
     n_numbers = max(1 << 20, 4 * sum(tensor.numel() for tensor in tensors.values()))
     n_calls = 2_000 + 200 * len(tensors)
     message = f"the card asks for a much larger model than its {len(tensors)} tensors can fill; restore the card"
-    if _largest(spec) > n_numbers:
+    if any(isinstance(value, int) and abs(value) > n_numbers for _, value in _leaves(spec)):
         raise ValueError(message)
 
     class Limit(TorchFunctionMode):
@@ -227,20 +217,13 @@ def _limited(spec: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Itera
         yield
 
 
-def _kinds(value: object) -> set[str]:
-    """All names of classes in a spec."""
-    if isinstance(value, Mapping):
-        own = {value["kind"]} if isinstance(value.get("kind"), str) else set()
-        return own.union(*(_kinds(item) for item in value.values()))
-    return set().union(*(_kinds(item) for item in value)) if isinstance(value, list) else set()
-
-
-def _largest(value: object) -> int:
-    """The largest whole number in a spec."""
+def _leaves(value: object, key: str = "") -> Iterator[tuple[str, object]]:
+    """Everything in a spec that is no mapping or list, each with the key that leads to it."""
     if isinstance(value, Mapping | list):
-        items = value.values() if isinstance(value, Mapping) else value
-        return max((_largest(item) for item in items), default=0)
-    return abs(value) if isinstance(value, int) else 0
+        for name, item in value.items() if isinstance(value, Mapping) else ((key, item) for item in value):
+            yield from _leaves(item, name)
+    else:
+        yield key, value
 
 
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor], shared: Mapping[str, str], where: str) -> None:
@@ -248,7 +231,7 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], shared: Mapping[str, 
     import torch
 
     known = dict(tensors) | {name: tensors[kept] for name, kept in shared.items()}
-    problems = _misfits(_forms(model.state_dict()), _forms(known))
+    problems = _misfits(model.state_dict(), known)
     problems += [
         f"{name} must be shared with {kept}, but is stored on its own"
         for name, kept in distinct_tensors(model)[1].items()
@@ -266,23 +249,21 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], shared: Mapping[str, 
     model.load_state_dict(filled | {name: filled[kept] for name, kept in shared.items()}, assign=True)
 
 
-def _forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and kind of number of every tensor; floats of any usual precision count as one kind."""
-    usual = ("torch.float16", "torch.bfloat16", "torch.float32", "torch.float64")
-    return {
-        name: (tuple(tensor.shape), "float" if str(tensor.dtype) in usual else str(tensor.dtype).removeprefix("torch."))
-        for name, tensor in tensors.items()
-    }
+def _misfits(expected: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> list[str]:
+    """What differs in names, shapes and kinds of numbers; floats of any usual precision count as one kind."""
 
+    def kind(tensor: Tensor) -> str:
+        name = str(tensor.dtype).removeprefix("torch.")
+        return "float" if name in ("float16", "bfloat16", "float32", "float64") else name
 
-def _misfits(
-    expected: Mapping[str, tuple[tuple[int, ...], str]], known: Mapping[str, tuple[tuple[int, ...], str]]
-) -> list[str]:
     problems = [f"{name} is missing" for name in expected if name not in known]
     problems += [f"{name} is unexpected" for name in known if name not in expected]
-    for name in (name for name in expected if name in known):
-        for what, wanted, there in zip(("shape", "type"), expected[name], known[name], strict=True):
-            problems += [f"{name} has {what} {there} instead of {wanted}"] if wanted != there else []
+    for name, wanted in expected.items():
+        there = known.get(name, wanted)
+        if there.shape != wanted.shape:
+            problems.append(f"{name} has shape {tuple(there.shape)} instead of {tuple(wanted.shape)}")
+        if kind(there) != kind(wanted):
+            problems.append(f"{name} has type {kind(there)} instead of {kind(wanted)}")
     return problems
 
 
@@ -332,7 +313,14 @@ def save_model(
     half = "float16" if half is True else half
     if half not in (False, "float16", "bfloat16"):
         raise ValueError(f"half must be False, True, 'float16' or 'bfloat16', got {half!r}")
-    _check_rebuild(model, spec)
+    rebuilt = _rebuild(spec, f"cannot save this {spec['kind']}")  # fails before writing
+    tensors, shared = distinct_tensors(model)
+    problems = _misfits(rebuilt.state_dict(), model.state_dict())
+    tied = distinct_tensors(rebuilt)[1].items()
+    problems += [f"{name} is no longer shared with {kept}" for name, kept in tied if shared.get(name) != kept]
+    if problems:
+        differs = f"built again from its constructor arguments it differs ({few(problems)})"
+        raise CheckpointError(f"cannot save this {spec['kind']}: {differs}; construct it with the parts it is to have")
 
     values = vars(card) if isinstance(card, Card) else dict(card or {})
     problem = {"problem": plain(values.get("problem"), "problem")}
@@ -343,7 +331,6 @@ def save_model(
     card.training = _provenance(model) | dict(card.training)
     card.n_parameters = sum(p.numel() for p in model.parameters())
     card.weights_dtype = half or str(next(model.parameters(), torch.empty(0)).dtype).removeprefix("torch.")
-    tensors, shared = distinct_tensors(model)
     data = safetensors.torch.save(
         {name: _stored(name, tensor, half) for name, tensor in tensors.items()},
         metadata={"shared": json.dumps(shared)},  # one key only: safetensors writes several in random order
@@ -364,18 +351,6 @@ def _unwrapped(model: nn.Module) -> tuple[nn.Module, Values]:
             raise TypeError(f"cannot save a {type(model).__name__} without its constructor arguments: {needed}")
         model = inner
     return model, model.spec()  # type: ignore[return-value]
-
-
-def _check_rebuild(model: nn.Module, spec: Mapping[str, object]) -> None:
-    """Fail before writing if ``build(spec)`` gives other tensors than the model has."""
-    kind = spec["kind"]
-    rebuilt = _rebuild(spec, f"cannot save this {kind}")
-    problems = _misfits(_forms(rebuilt.state_dict()), _forms(model.state_dict()))
-    tied, wanted = distinct_tensors(rebuilt)[1], distinct_tensors(model)[1]
-    problems += [f"{name} is no longer shared with {kept}" for name, kept in tied.items() if wanted.get(name) != kept]
-    if problems:
-        differs = f"built again from its constructor arguments it differs ({few(problems)})"
-        raise CheckpointError(f"cannot save this {kind}: {differs}; construct it with the parts it is to have")
 
 
 def distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -413,8 +388,14 @@ def _stored(name: str, tensor: Tensor, half: bool | str) -> Tensor:
 def _write(folder: Path, card: str, weights: bytes) -> None:
     """Put a card and its weights in the place of those that are there."""
     folder.mkdir(parents=True, exist_ok=True)
-    _settle_interrupted_save(folder)
-    with atomic_write(folder / CARD, "w") as card_file:
+    previous, place = folder / PREVIOUS, folder / CARD
+    if previous.exists():  # after a killed save: its card's weights get their name back, what is left over goes
+        # searched, not parsed: a damaged card must not keep a new model from being saved
+        if place.exists() and sha256(previous).encode() in place.read_bytes():
+            os.replace(previous, folder / WEIGHTS)
+        else:
+            previous.unlink()
+    with atomic_write(place, "w") as card_file:
         card_file.write(card)
         force_to_disk(card_file)
         with atomic_write(folder / WEIGHTS, "wb") as weights_file:
@@ -422,20 +403,8 @@ def _write(folder: Path, card: str, weights: bytes) -> None:
             force_to_disk(weights_file)
             # Both files are on disk, only renames are left. Between them the old card finds its weights under PREVIOUS.
             if (folder / WEIGHTS).exists():
-                os.replace(folder / WEIGHTS, folder / PREVIOUS)
-    (folder / PREVIOUS).unlink(missing_ok=True)
-
-
-def _settle_interrupted_save(folder: Path) -> None:
-    """After a killed save: give the weights that belong to the card their name back, or drop what is left over."""
-    previous = folder / PREVIOUS
-    if not previous.exists():
-        return
-    # searched, not parsed: a damaged card must not keep a new model from being saved
-    if (folder / CARD).exists() and sha256(previous).encode() in (folder / CARD).read_bytes():
-        os.replace(previous, folder / WEIGHTS)
-    else:
-        previous.unlink()
+                os.replace(folder / WEIGHTS, previous)
+    previous.unlink(missing_ok=True)
 
 
 def _preprocessing(model: Any) -> Values:
@@ -486,9 +455,8 @@ class Pretrained:
         """``load_model``, with a CheckpointError also for a model of another class; "hf:ORG/NAME" is one of the hub."""
         model = load_model(name, device, dtype, revision=revision)
         if not isinstance(model, cls):
-            raise CheckpointError(
-                f"{os.fspath(name)!r} is a {type(model).__name__}, not a {cls.__name__}; see load_model"
-            )
+            kinds = f"a {type(model).__name__}, not a {cls.__name__}"
+            raise CheckpointError(f"{os.fspath(name)!r} is {kinds}; see load_model")
         return model
 
     def save_pretrained(
@@ -551,10 +519,8 @@ def _check_state(value: Any, where: str) -> None:
         for i, item in enumerate(value):
             _check_state(item, f"{where}[{i}]")
     else:
-        kind = f"{type(value).__module__}.{type(value).__qualname__}"
-        raise TypeError(
-            f"{where} is a {kind}, which cannot be read back without unpickling objects; store tensors or text"
-        )
+        kind, remedy = f"{type(value).__module__}.{type(value).__qualname__}", "store tensors or text"
+        raise TypeError(f"{where} is a {kind}, which cannot be read back without unpickling objects; {remedy}")
 
 
 def load_training_state(path: str | os.PathLike[str]) -> Values:
