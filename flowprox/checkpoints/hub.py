@@ -26,7 +26,8 @@ def push_to_hub(
     revision: str | None = None,
     token: str | None = None,
 ) -> str:
-    """Upload a saved model to the Hugging Face hub, in one commit, with a README made from its card.
+    """Upload a saved model to the Hugging Face hub, in one commit, whose address it returns, with a README made from its card.
+    CheckpointError where the folder is not a whole model, or the hub refused.
 
     Arguments:
         folder: a folder written by ``save_model``.
@@ -34,12 +35,6 @@ def push_to_hub(
         private: whether a repository that is created is private.
         revision: branch to commit to; the main one by default.
         token: access token; by default the one stored by ``hf auth login``.
-
-    Returns:
-        the address of the commit.
-
-    Raises:
-        CheckpointError: the folder is not a whole model, or the hub refused.
     """
     import huggingface_hub
 

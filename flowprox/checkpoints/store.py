@@ -524,12 +524,8 @@ def _check_state(value: Any, where: str) -> None:
 
 
 def load_training_state(path: str | os.PathLike[str]) -> Values:
-    """Read what ``save_training_state`` wrote, tensors on the CPU. Objects are never unpickled.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: the file is damaged, or holds more than tensors and plain values.
-    """
+    """Read what ``save_training_state`` wrote, tensors on the CPU. Objects are never unpickled. FileNotFoundError without one,
+    CheckpointError where it is damaged, or holds more than tensors and plain values."""
     import pickle
     import zipfile
 

@@ -41,7 +41,8 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
 
     Every image is turned upright (EXIF), converted to sRGB, put on white where it is transparent, converted to gray or color,
     cropped to its central square and resized with the Lanczos filter. A folder is searched recursively, linked folders too;
-    hidden files and folders and results of flowprox are left out, the last with a warning.
+    hidden files and folders and results of flowprox are left out, the last with a warning. FileNotFoundError where nothing is
+    there; ValueError for no image, an unreadable one, which it names, or several sizes.
 
     Splits: an image of a folder belongs to the split that a hash of its name chooses (``split_indices``). Shards whose names
     begin with train, val or test carry their split in their name; in a folder exactly ``train-*.npz`` is the split train.
@@ -60,10 +61,6 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
         images: all images, uint8 (N, C, H, W).
         names: N names, a path or ``shard.npz[i]``.
         skipped: names of the images that could not be read.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: no image or an unreadable one (the message names it), images of several sizes, an unknown option.
 
     Example:
         >>> import tempfile

@@ -262,9 +262,7 @@ def make_noise(name: str, shape: Sequence[int], **parameters: object) -> Noise:
     """Build a noise for measurements of a shape, (C, H, W) or (m,): "gaussian" (sigma, mean), "sinusoidal" (sigma, period,
     mean), "radial" (sigma, length, floor, mean) or "mnist" (path, n_digits, amplitude, sigma, split), see ``NOISES``.
 
-    Raises:
-        ValueError: unknown name or parameter, or a value that does not fit; the message offers the nearest ones.
-        FileNotFoundError: the file of the digits does not exist.
+    ValueError for an unknown name or parameter, for which the message offers the nearest ones, or a value that does not fit.
 
     Example:
         >>> make_noise("radial", (3, 64, 64), sigma=0.5).scale.max().item()

@@ -28,8 +28,8 @@ def center_mask(height: int, width: int, size: int | tuple[int, int] = 19) -> Te
         raise ValueError(f"mask_size must be a positive number of pixels or a pair (h, w) of them, got {size!r}")
     h, w = pair
     if h > height or w > width or (h, w) == (height, width):
-        own, size = f"{h}x{w}", f"{height}x{width}"
-        raise ValueError(f"mask_size {own} does not fit in an image of {size}; choose one smaller than the image")
+        hole, image = f"{h}x{w}", f"{height}x{width}"
+        raise ValueError(f"mask_size {hole} does not fit in an image of {image}; choose one smaller than the image")
     top, left = (height - h) // 2, (width - w) // 2
     mask = torch.ones(height, width)
     mask[top : top + h, left : left + w] = 0.0

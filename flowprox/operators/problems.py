@@ -175,10 +175,7 @@ class VariedProblem:
         ranges: parameter -> (low, high); each is drawn uniformly and independently for every image. ``sigma`` of any problem
             with white noise, and what its ``ProblemKind.ranges`` says.
         seed: of what is drawn once with the operator.
-        parameters: the fixed ones.
-
-    Raises:
-        ValueError: an unknown problem or parameter, a parameter that cannot vary or is given twice, or a range that is none.
+        parameters: the fixed ones, none of them in ``ranges``.
 
     Example:
         >>> problem = VariedProblem("denoising", (3, 8, 8), {"sigma": (0.0, 0.2)})

@@ -69,7 +69,6 @@ class DenseSensing(_Sensing):
         device: where the matrix is kept; it is drawn on the CPU.
 
     Raises:
-        ValueError: m is not a positive whole number.
         MemoryError: the matrix does not fit; the message says how much it needs.
 
     Example:
