@@ -402,7 +402,6 @@ class _Evaluation:
 
     def _record(self, task: _Task, image: EvaluatedImage, chosen: Values) -> Record:
         case, identity, _ = task
-        channels, height, width = image.shape
         return {
             "id": task.id(image),
             "problem": case.problem.label,
@@ -417,9 +416,7 @@ class _Evaluation:
             "image": image.name,
             "image_hash": image.hash,
             **({} if image.group is None else {"group": image.group}),
-            "channels": channels,
-            "height": height,
-            "width": width,
+            **dict(zip(("channels", "height", "width"), image.shape, strict=True)),
             "seed": image.seed,
             "run_seed": self.recipe.seed,
             "recipe": self.recipe.name,

@@ -25,7 +25,7 @@ from flowprox.files import check_place, sha256, sole_writer
 from flowprox.flows import Flow
 from flowprox.methods import METHODS, check_options, make_method
 from flowprox.noise import NOISES
-from flowprox.operators import PROBLEMS, ProblemKind, make_physics, measure_each, measurement_shape
+from flowprox.operators import PROBLEMS, make_physics, measure_each, measurement_shape
 from flowprox.reconstruction.files import (
     Input,
     earlier_records,
@@ -221,20 +221,24 @@ class _Task:
         self.image_shape: tuple[int, int, int] | None = getattr(source, "image_shape", None)
         self.problem = problem_of(self.trained, job.problem, dict(job.parameters or {}), self.label)
         self.operator_seed = int(self.trained.get("seed", 0) if job.operator_seed is None else job.operator_seed)
-        pictures = self.kind.measures_pictures
-        self.measured = (job.method is None and pictures) if job.measured is None else job.measured
+        self.kind = PROBLEMS[self.problem.name]
+        self.measured = job.method is None and self.kind.measures_pictures if job.measured is None else job.measured
         self.assumed: list[str] = []
-        self.intervals = self._intervals()
+        self.intervals: Intervals | None = None
+        if job.intervals is not None:
+            if self.name != "unfolded":
+                raise ValueError(
+                    f"intervals are of a trained network by itself, not of method {self.name}; leave one out"
+                )
+            self.intervals = load_model(job.intervals, device=job.device)
+            if not isinstance(self.intervals, Intervals):
+                kind = type(self.intervals).__name__
+                raise ValueError(f"intervals {job.intervals!r} is a {kind}; make some with flowprox calibrate")
         self.doubts: Doubts | None = None
         self.density: ConditionalDensity | None = None
         self._physics: tuple[tuple[int, ...], Physics] | None = None
         self._methods: dict[tuple[int, ...] | None, Reconstructor] = {}
         self._held: dict[str, Tensor] = {}
-
-    @property
-    def kind(self) -> ProblemKind:
-        """What there is to know of the operator."""
-        return PROBLEMS[self.problem.name]
 
     @property
     def hash(self) -> str:
@@ -248,18 +252,6 @@ class _Task:
         if self.job.samples:
             job["samples"] = self.job.samples
         return hashed({"method": self.name, "problem": problem, "operator": self.operator_seed, **models, **job})
-
-    def _intervals(self) -> Intervals | None:
-        if self.job.intervals is None:
-            return None
-        if self.name != "unfolded":
-            raise ValueError(f"intervals are of a trained network by itself, not of method {self.name}; leave one out")
-        intervals = load_model(self.job.intervals, device=self.job.device)
-        if not isinstance(intervals, Intervals):
-            raise ValueError(
-                f"intervals {self.job.intervals!r} is a {type(intervals).__name__}; make some with flowprox calibrate"
-            )
-        return intervals
 
     def physics(self, shape: tuple[int, ...]) -> Physics:
         """The operator for images (C, H, W); the last one is kept."""

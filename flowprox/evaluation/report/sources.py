@@ -92,7 +92,14 @@ def _read(source: Path, recipe: str | Path | None) -> list[Chapter]:
     if not chapter.records and not chapter.illustrations:
         raise FileNotFoundError(f"no records and no figures in {source}; flowprox evaluate --out {source} writes them")
     for number, record in enumerate(chapter.records, start=1):
-        _check(record, number, source)
+        if missing := [key for key in ("problem", "method", "image") if key not in record]:
+            raise ValueError(
+                f"{source}: record {number} lacks {', '.join(missing)}; make the records with flowprox evaluate"
+            )
+        for key in NUMBERS:
+            value = record.get(key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ValueError(f"{source}: {key} of record {number} must be a number, got {value!r}; mend the line")
     if (conflict := _conflict(chapter.records)) is not None:
         raise ValueError(f"{source} holds records of two recipes under one name: {conflict}; report them apart")
     scales = {str(record["scale"]) for record in chapter.records if record.get("scale")}
@@ -136,18 +143,6 @@ def _records(path: Path, notes: list[str]) -> list[Record]:
         records = read_records(path) if path.exists() else []
     notes += [str(warning.message) for warning in caught]
     return records
-
-
-def _check(record: Record, number: int, source: Path) -> None:
-    missing = [key for key in ("problem", "method", "image") if key not in record]
-    if missing:
-        raise ValueError(
-            f"{source}: record {number} lacks {', '.join(missing)}; make the records with flowprox evaluate"
-        )
-    for key in NUMBERS:
-        value = record.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ValueError(f"{source}: {key} of record {number} must be a number, got {value!r}; mend the line")
 
 
 def _conflict(records: Iterable[Record]) -> str | None:
