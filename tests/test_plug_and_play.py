@@ -130,6 +130,20 @@ def test_holes_are_filled_by_default() -> None:
     assert PlugAndPlay(Blur())(y[:0], physics).shape == (0, *SHAPE)
 
 
+@pytest.mark.parametrize("filtering", ["bicubic", None])
+def test_super_resolution_starts_from_the_enlarged_picture(filtering: str | None) -> None:
+    x = smooth_images()
+    physics = make_physics("super-resolution", SHAPE, factor=2, filter=filtering, sigma=0.02)
+    y = physics.A(x)
+    shares = []
+    for start in ("adjoint", None):
+        x_hat = PlugAndPlay(MedianFilter(), start=start, n_iterations=2)(y, physics)
+        shares.append(((x_hat - x).norm() / x.norm()).item())
+    assert shares[1] < min(0.1, shares[0])
+    with pytest.raises(ValueError, match="start 'bicubic' is for super-resolution, not Denoising"):
+        PlugAndPlay(MedianFilter(), start="bicubic")(x, make_physics("denoising", SHAPE, sigma=0.1))
+
+
 def test_a_perfect_denoiser_gives_the_image_back() -> None:
     x = smooth_images()
 

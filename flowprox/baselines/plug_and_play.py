@@ -14,6 +14,7 @@ from itertools import count
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from deepinv.models import Denoiser, Reconstructor
 from deepinv.optim import HQS, L2, PGD, PnP
 from deepinv.physics import Inpainting, LinearPhysics, Physics
@@ -25,6 +26,7 @@ from flowprox.flows import Flow
 from flowprox.naming import Values, require_choice, require_count, require_positive
 from flowprox.noise import noise_level
 from flowprox.operators import data_prox
+from flowprox.operators.imaging import SuperResolution
 from flowprox.priors import FlowDenoiser, ReconstructorDenoiser
 from flowprox.prox import FlowProx
 
@@ -49,12 +51,12 @@ class PlugAndPlay(Baseline):
         flow: the prior, if no denoiser is given.
         sigma: noise standard deviation in units of the image range; None takes ``physics.noise_model.sigma``. Below 0.01
             it counts as 0.01.
-        n_iterations: K, one denoising each. None takes 8, and 24 for inpainting, whose holes fill slowly.
+        n_iterations: K, one denoising each. None takes 8, and 24 for inpainting and super-resolution, which fill slowly.
         sigma_start: s_1; a sigma above it is used throughout. None takes 49 / 255, and 0.1 for inpainting.
         weight: of closeness to the denoised image in the data step of "hqs".
         iteration: "hqs" (the data step is solved exactly) or "pgd" (a gradient step).
-        start: x before the first step: "adjoint" (A^T y), or for inpainting "biharmonic" (``Biharmonic``): a denoiser takes
-            black holes for content. None takes what fits the operator.
+        start: x before the first step: "adjoint" (A^T y), for inpainting "biharmonic" (``Biharmonic``), for super-resolution
+            "bicubic" (y enlarged): a denoiser takes black holes for content. None takes what fits the operator.
 
     Raises:
         ValueError: neither or both of denoiser and flow, a ``FlowProx`` (which is no denoiser), a number out of range; on
@@ -78,7 +80,7 @@ class PlugAndPlay(Baseline):
         sigma_start: float | None = None,
         weight: float = 0.23,
         iteration: Literal["hqs", "pgd"] = "hqs",
-        start: Literal["adjoint", "biharmonic"] | None = None,
+        start: Literal["adjoint", "biharmonic", "bicubic"] | None = None,
     ) -> None:
         super().__init__()
         if (denoiser is None) == (flow is None):
@@ -88,7 +90,7 @@ class PlugAndPlay(Baseline):
         require_positive("weight", weight)
         require_positive("sigma", sigma or 0.0, or_zero=True)
         require_choice("iteration", iteration, ("hqs", "pgd"))
-        require_choice("start", start, (None, "adjoint", "biharmonic"))
+        require_choice("start", start, (None, "adjoint", "biharmonic", "bicubic"))
         self.denoiser = _as_denoiser(flow if denoiser is None else denoiser)
         self.sigma, self.n_iterations, self.sigma_start = sigma, n_iterations, sigma_start
         self.weight, self.iteration, self.start = weight, iteration, start
@@ -105,8 +107,7 @@ class PlugAndPlay(Baseline):
 
     @torch.no_grad()
     def _estimate(self, y: Tensor, physics: LinearPhysics) -> Tensor:
-        fills = self.start == "biharmonic" or (self.start is None and isinstance(physics, Inpainting))
-        start = Biharmonic()(y, physics) if fills else physics.A_adjoint(y)
+        start = self._start(y, physics)
         levels, sigma = self.schedule(start, physics)
         settings: Values = {
             "data_fidelity": _DataStep(),
@@ -118,6 +119,14 @@ class PlugAndPlay(Baseline):
             steps = [level.square() / (self.weight * sigma.square()) for level in levels]
             return HQS(stepsize=steps, **settings)(y, physics, init=start)  # type: ignore[arg-type]
         return PGD(stepsize=1 / squared_norm(physics, start), **settings)(y, physics, init=start)
+
+    def _start(self, y: Tensor, physics: LinearPhysics) -> Tensor:
+        x, is_enlarged = physics.A_adjoint(y), isinstance(physics, SuperResolution)
+        if self.start == "bicubic" and not is_enlarged:
+            raise ValueError(f"start 'bicubic' is for super-resolution, not {type(physics).__name__}; use 'adjoint'")
+        if self.start == "biharmonic" or (self.start is None and isinstance(physics, Inpainting)):
+            return Biharmonic()(y, physics)
+        return F.interpolate(y, x.shape[-2:], mode="bicubic") if is_enlarged and self.start != "adjoint" else x
 
     def schedule(self, x: Tensor, physics: Physics) -> tuple[list[Tensor], Tensor]:
         """Noise levels of the denoiser s_1, ..., s_K and of the measurement sigma, each (B,), for images like x."""
@@ -131,7 +140,8 @@ class PlugAndPlay(Baseline):
 
     def _defaults(self, physics: Physics) -> tuple[int, float]:
         """n_iterations and sigma_start."""
-        return (24, 0.1) if isinstance(physics, Inpainting) else (8, 49 / 255)
+        is_filled = isinstance(physics, Inpainting | SuperResolution)
+        return 24 if is_filled else 8, 0.1 if isinstance(physics, Inpainting) else 49 / 255
 
 
 class _DataStep(L2):
