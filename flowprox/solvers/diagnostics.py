@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
 
 
@@ -34,7 +35,10 @@ def split_r_hat(draws: Tensor) -> Tensor:
         (True, True)
     """
     halves = _split(draws)
-    folded = (halves - _median(halves)).abs()
+    ordered = halves.flatten(-2).sort(dim=-1).values
+    n = ordered.shape[-1]
+    median = (0.5 * (ordered[..., (n - 1) // 2] + ordered[..., n // 2]))[..., None, None]
+    folded = (halves - median).abs()
     return torch.maximum(_r_hat(_normal_scores(halves)), _r_hat(_normal_scores(folded)))
 
 
@@ -51,33 +55,41 @@ def effective_sample_size(draws: Tensor) -> Tensor:
         >>> bool(effective_sample_size(draws) > 1500), bool(effective_sample_size(draws.cumsum(-1)) < 50)
         (True, True)
     """
-    return _effective_sample_size(_normal_scores(_split(draws)))
+    draws = _normal_scores(_split(draws))
+    n_chains, n = draws.shape[-2:]
+    within, total = _variances(draws)
+    # 1/n sum_i d_i d_(i+t) for t = 0 ... n - 1, by the Fourier transform
+    spectrum = torch.fft.rfft(draws - draws.mean(dim=-1, keepdim=True), n=2 * n)
+    autocovariance = torch.fft.irfft(spectrum.abs().square(), n=2 * n)[..., :n] / n
+    # autocorrelation combined over the chains as in Vehtari et al. 2021; the lags in pairs
+    rho = 1 - (within[..., None] - autocovariance.mean(dim=-2)) / total[..., None]
+    rho[..., 0] = 1.0
+    n_pairs = max(1, (n - 1) // 2)
+    pairs = rho[..., : 2 * n_pairs].unflatten(-1, (-1, 2)).sum(dim=-1)
+    positive = (pairs > 0).long().cumprod(dim=-1)
+    positive[..., -1] = 0
+    monotone = pairs.cummin(dim=-1).values * positive
+    # of the pair at which the sum is cut the even lag still counts, once (Stan's and ArviZ's estimate)
+    next_lag = rho.gather(-1, 2 * positive.sum(dim=-1, keepdim=True)).squeeze(-1).clamp(min=0)
+    n_total = n_chains * n
+    tau = (-1 + 2 * monotone.sum(dim=-1) + next_lag).clamp(min=1 / math.log10(n_total))
+    return torch.where(within > 0, n_total / tau, torch.full_like(tau, math.nan))
 
 
 def _split(draws: Tensor) -> Tensor:
     """Every chain as two, (..., 2 n_chains, n_draws // 2) in float64; the middle draw of an odd number is left out."""
     if draws.ndim < 2 or draws.shape[-1] < 4 or draws.shape[-2] < 1:
-        raise ValueError(
-            f"draws must have shape (..., n_chains, n_draws) with at least 4 draws, got {tuple(draws.shape)}; sample longer"
-        )
+        wanted = "(..., n_chains, n_draws) with at least 4 draws"
+        raise ValueError(f"draws must have shape {wanted}, got {tuple(draws.shape)}; sample longer")
     half = draws.shape[-1] // 2
     draws = draws.detach().to(torch.float64)
     return torch.cat([draws[..., :half], draws[..., -half:]], dim=-2)
 
 
-def _median(draws: Tensor) -> Tensor:
-    """Median over chains and draws, (..., 1, 1): the middle value, or the mean of the middle two."""
-    ordered = draws.flatten(-2).sort(dim=-1).values
-    n = ordered.shape[-1]
-    return (0.5 * (ordered[..., (n - 1) // 2] + ordered[..., n // 2]))[..., None, None]
-
-
 def _normal_scores(draws: Tensor) -> Tensor:
     """Normal scores of the ranks over all chains (Vehtari et al. 2021); ties share their mean rank."""
-    pooled = draws.flatten(-2).contiguous()
-    ordered = pooled.sort(dim=-1).values
-    below, up_to = (torch.searchsorted(ordered, pooled, right=right) for right in (False, True))
-    rank = 0.5 * (below + up_to + 1).to(draws.dtype)
+    pooled = draws.flatten(-2)
+    rank = torch.as_tensor(rankdata(pooled.cpu().numpy(), axis=-1)).to(pooled)
     scores = torch.special.ndtri((rank - 0.375) / (pooled.shape[-1] + 0.25)).view_as(draws)
     finite = torch.isfinite(pooled).all(dim=-1)[..., None, None]
     return torch.where(finite, scores, torch.full_like(scores, math.nan))
@@ -93,29 +105,3 @@ def _variances(draws: Tensor) -> tuple[Tensor, Tensor]:
 def _r_hat(draws: Tensor) -> Tensor:
     within, total = _variances(draws)
     return torch.sqrt(total / within)
-
-
-def _effective_sample_size(draws: Tensor) -> Tensor:
-    n_chains, n = draws.shape[-2:]
-    within, total = _variances(draws)
-    # autocorrelation combined over the chains as in Vehtari et al. 2021; the lags in pairs
-    rho = 1 - (within[..., None] - _autocovariance(draws).mean(dim=-2)) / total[..., None]
-    rho[..., 0] = 1.0
-    n_pairs = max(1, (n - 1) // 2)
-    pairs = rho[..., : 2 * n_pairs].unflatten(-1, (-1, 2)).sum(dim=-1)
-    positive = (pairs > 0).long().cumprod(dim=-1)
-    positive[..., -1] = 0
-    monotone = pairs.cummin(dim=-1).values * positive
-    # of the pair at which the sum is cut the even lag still counts, once (Stan's and ArviZ's estimate)
-    next_lag = rho.gather(-1, 2 * positive.sum(dim=-1, keepdim=True)).squeeze(-1).clamp(min=0)
-    n_total = n_chains * n
-    tau = (-1 + 2 * monotone.sum(dim=-1) + next_lag).clamp(min=1 / math.log10(n_total))
-    return torch.where(within > 0, n_total / tau, torch.full_like(tau, math.nan))
-
-
-def _autocovariance(draws: Tensor) -> Tensor:
-    """1/n sum_i d_i d_(i+t) for t = 0 ... n - 1, by the Fourier transform, (..., n)."""
-    n = draws.shape[-1]
-    centered = draws - draws.mean(dim=-1, keepdim=True)
-    spectrum = torch.fft.rfft(centered, n=2 * n)
-    return torch.fft.irfft(spectrum.abs().square(), n=2 * n)[..., :n] / n

@@ -154,9 +154,8 @@ def importance_samples(
     log_q = proposal.log_prob(x).double()
     with frozen(flow):
         log_prior = torch.cat([flow.log_prob(part) for part in x.flatten(0, 1).split(_BATCH)]).view(log_q.shape)
-    log_likelihood = torch.stack(
-        [noise.log_prob(y - physics.A(one)) for one in x]
-    )  # an operator may differ between images
+    # one after the other, for an operator may differ between images
+    log_likelihood = torch.stack([noise.log_prob(y - physics.A(one)) for one in x])
     log_ratios = log_prior.double() + log_likelihood.double() - log_q
     weights, k_hat = _smoothed(log_ratios)
     return WeightedSamples(x, log_ratios, weights.to(x), k_hat)

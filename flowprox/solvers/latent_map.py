@@ -60,9 +60,6 @@ class Discrepancy:
             0.7 sigma^2 for the image form, whose density is best trusted by a third (docs/evidence/log.md).
         limit: largest factor between the middle gamma and the last.
         n_stages: how often gamma is set.
-
-    Raises:
-        ValueError: a value out of its range.
     """
 
     tau: float = 0.98
@@ -196,9 +193,8 @@ class LatentMAP(Reconstructor):
         for name, value, choices in (("norm", norm, NORMS), ("form", form, FORMS), ("space", space, SPACES)):
             require_choice(name, value, choices)
         if space == "image" and form == "latent" and norm == "unsquared":
-            raise ValueError(
-                "space 'image' needs form 'image' or norm 'squared': ||z|| has a kink that x does not show"
-            )
+            why = "||z|| has a kink that x does not show"
+            raise ValueError(f"space 'image' needs form 'image' or norm 'squared': {why}")
         if isinstance(gamma, str):
             if gamma != "discrepancy":
                 raise ValueError(f"gamma must be a number, one per image, or 'discrepancy'; got {gamma!r}")
@@ -229,29 +225,24 @@ class LatentMAP(Reconstructor):
             objective = Objective(problem, squared_error, 0.0, prior, self.space, callback=callback)
             objective.n_evaluations = self.optimizer.max_trials
             u = objective.start(self.start, self.seed)
-            if self._preconditions():
+            wanted = self.precondition
+            if wanted is None:
+                wanted = isinstance(self.gamma, Discrepancy) or bool(torch.as_tensor(self.gamma).any())
+            if wanted and self.space == "latent":
                 objective.scales = problem.channel_scales(self.seed)
             if isinstance(self.gamma, Discrepancy):
                 trace, gamma = self._with_discrepancy(objective, u, self.gamma)
             else:
-                objective.weight = gamma = self._gamma_each(self.gamma, u)
+                each = torch.as_tensor(self.gamma).to(u)
+                if each.ndim and each.shape != (len(u),):
+                    raise ValueError(
+                        f"gamma has shape {tuple(each.shape)}; give one number, or one for each of {len(u)}"
+                    )
+                objective.weight = gamma = each.expand(len(u))
                 if objective.scales is not None and self.precondition is None:  # where nothing holds z back, the plain
                     objective.scales = torch.where(gamma[:, None] > 0, objective.scales, 1.0)  # descent does
                 trace = objective.minimize(self.optimizer, u)
             return objective.solution(trace, gamma)
-
-    def _gamma_each(self, gamma: float | Tensor, u: Tensor) -> Tensor:
-        """gamma (B,)."""
-        each = torch.as_tensor(gamma).to(u)
-        if each.ndim and each.shape != (len(u),):
-            raise ValueError(f"gamma has shape {tuple(each.shape)}; give one number, or one for each of {len(u)}")
-        return each.expand(len(u))
-
-    def _preconditions(self) -> bool:
-        if self.precondition is None:
-            holds = isinstance(self.gamma, Discrepancy) or bool(torch.as_tensor(self.gamma).any())
-            return holds and self.space == "latent"
-        return self.precondition and self.space == "latent"
 
     def _with_discrepancy(self, objective: Objective, u: Tensor, rule: Discrepancy) -> tuple[Trace, Tensor]:
         problem = objective.problem

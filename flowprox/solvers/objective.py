@@ -90,7 +90,15 @@ class Objective:
 
     def value(self, u: Tensor) -> Tensor:
         """F (B,) at u (B, D), differentiable."""
-        x, z, logdet = self._point(u)
+        problem, z, logdet = self.problem, u, 0.0
+        if self.space == "image":
+            x = problem.as_images(u)
+            z, back = problem.flow(x)
+            logdet = -back if self.prior == "density" else 0.0
+        elif self.prior == "density":
+            x, logdet = problem.flow.inverse_image(problem.as_images(u))
+        else:
+            x = problem.decode(u)
         if self.prior == "unsquared":  # Asim, Eq. (2): ||z||
             prior = torch.linalg.vector_norm(z, dim=1)
         elif self.prior == "squared":  # Asim, Eq. (4): ||z||^2
@@ -100,18 +108,6 @@ class Objective:
         # Asim, Eqs. (1) to (4): ||y - A x||^2 + gamma prior
         # Whang, Eqs. (3), (4): -log p_noise(y - A x) - log p(x); Eq. (5) with the weight 0, Eq. (10) with beta
         return self.misfit(self.problem.residual(x)) + self.weight * prior
-
-    def _point(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
-        """(x, z, log|det Dg(z)|) of what is minimized over; the last is 0 where the prior does not ask for it."""
-        problem = self.problem
-        if self.space == "image":
-            x = problem.as_images(u)
-            z, logdet = problem.flow(x)
-            return x, z, -logdet if self.prior == "density" else 0.0
-        if self.prior == "density":
-            x, logdet = problem.flow.inverse_image(problem.as_images(u))
-            return x, u, logdet
-        return problem.decode(u), u, 0.0
 
     def image(self, u: Tensor) -> Tensor:
         """x (B, C, H, W)."""

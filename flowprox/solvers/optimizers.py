@@ -68,14 +68,8 @@ class Trace:
             return self
         lowest = torch.nan_to_num(self.losses, nan=torch.inf).amin(dim=0).view(-1, n)  # Adam's last is not its best
         chosen = lowest.argmin(dim=1) + torch.arange(len(lowest), device=lowest.device) * n
-        return Trace(
-            self.z[chosen],
-            self.losses[:, chosen],
-            self.norms[:, chosen],
-            self.status[chosen],
-            self.n_evaluations.view(-1, n).sum(dim=1),
-            self.restarts.view(-1, n).sum(dim=1),
-        )
+        sums = (counts.view(-1, n).sum(dim=1) for counts in (self.n_evaluations, self.restarts))
+        return Trace(self.z[chosen], self.losses[:, chosen], self.norms[:, chosen], self.status[chosen], *sums)
 
     @property
     def interrupted(self) -> bool:
@@ -97,10 +91,8 @@ class Optimizer(Protocol):
         ...
 
     def minimize(self, evaluate: Evaluate, z: Tensor, scales: Tensor | None = None) -> Trace:
-        """Minimize from z (B, D); ``scales`` (D,) or (B, D) says by how much dimensions differ: as 1 / curvature.
-
-        Raises:
-            ValueError: F or its gradient is not finite at z.
+        """Minimize from z (B, D); ``scales`` (D,) or (B, D) says by how much dimensions differ: as 1 / curvature. ValueError
+        where F or its gradient is not finite there.
         """
         ...
 
@@ -115,9 +107,6 @@ class LBFGS:
         n_pairs: changes of z and of the gradient that are remembered.
         tolerance: an image has converged when a step lowers F by less than this part of F.
         max_evaluations: of F and its gradient per image; None allows 1.25 n_iterations + 20.
-
-    Raises:
-        ValueError: a value that is not positive (``tolerance`` may be 0).
 
     Example:
         >>> def evaluate(z):  # the sum over (z - 3)^2
@@ -134,10 +123,9 @@ class LBFGS:
 
     def __post_init__(self) -> None:
         require_count("n_iterations", self.n_iterations)
-        require_positive("learning_rate", self.learning_rate)
         require_count("n_pairs", self.n_pairs)
-        if self.max_evaluations is not None:
-            require_count("max_evaluations", self.max_evaluations)
+        require_count("max_evaluations", 1 if self.max_evaluations is None else self.max_evaluations)
+        require_positive("learning_rate", self.learning_rate)
         require_positive("tolerance", self.tolerance, or_zero=True)
 
     @property
@@ -187,18 +175,17 @@ class _Search:
     def look(self) -> bool:
         """Whether any image goes on; if half of them or more have stopped, they leave the batch."""
         left = (self.status == RUNNING).nonzero().flatten()
-        if 0 < len(left) <= len(self.images) // 2:
-            select = getattr(self.whole, "select", None)
-            smaller = None if select is None else select(self.members[left])
-            if smaller is not None:
-                self._store()
-                self.evaluate, n_images = smaller, len(self.images)
-                for name, value in vars(self).items():
-                    if isinstance(value, Tensor) and value.ndim and name != "images":
-                        dim = 1 if name in ("s", "y", "rho") else 0
-                        if value.shape[dim] == n_images:
-                            setattr(self, name, value.index_select(dim, left))
-                self.images = self.images[: len(left)]
+        select = getattr(self.whole, "select", None)
+        smaller = select(self.members[left]) if select and 0 < len(left) <= len(self.images) // 2 else None
+        if smaller is not None:
+            self._store()
+            self.evaluate, n_images = smaller, len(self.images)
+            for name, value in vars(self).items():
+                if isinstance(value, Tensor) and value.ndim and name != "images":
+                    dim = 1 if name in ("s", "y", "rho") else 0
+                    if value.shape[dim] == n_images:
+                        setattr(self, name, value.index_select(dim, left))
+            self.images = self.images[: len(left)]
         return len(left) > 0
 
     def _store(self) -> None:
@@ -233,8 +220,11 @@ class _Search:
         self._accept(settled, self.t_lo, self.f_lo, self.g_lo)
         if last:
             self.stop(self.status == RUNNING, EVALUATIONS)
-        else:
-            self._give_up(exhausted & ~settled)
+        else:  # no step along d lowers F: down the gradient without a history; if that was it already, stop
+            lost, fresh = exhausted & ~settled, self.n_pushed == 0
+            self.stop(lost & fresh, LINE_SEARCH)
+            self.restarts += lost & ~fresh
+            self._forget(lost)
         self._begin_search(accepted | exhausted)
 
     def _narrow(self, searching: Tensor, f: Tensor, g: Tensor, slope: Tensor, lower: Tensor, finite: Tensor) -> None:
@@ -280,11 +270,7 @@ class _Search:
         self.stop(where & (small | (self.g.norm(dim=1) == 0)), CONVERGED)
         self.stop(where & (self.iteration >= self.options.n_iterations), ITERATIONS)
 
-    def _give_up(self, where: Tensor) -> None:
-        """No step along d lowers F: forget the history and go down the gradient; if that was it already, stop."""
-        fresh = self.n_pushed == 0
-        self.stop(where & fresh, LINE_SEARCH)
-        self.restarts += where & ~fresh
+    def _forget(self, where: Tensor) -> None:
         self.rho = torch.where(where, 0.0, self.rho)
         self.n_pushed = torch.where(where, 0, self.n_pushed)
 
@@ -295,8 +281,7 @@ class _Search:
         slope = _dot(d, self.g)
         uphill = ~(slope < 0)  # rounding has spoilt the history
         d = torch.where(uphill[:, None], -self.scales * self.g, d)
-        self.rho = torch.where(where & uphill, 0.0, self.rho)
-        self.n_pushed = torch.where(where & uphill, 0, self.n_pushed)
+        self._forget(where & uphill)
         t = torch.where(uphill, self._first_step(), t)
         self.d = torch.where(where[:, None], d, self.d)
         self.slope = torch.where(where, _dot(self.d, self.g), self.slope)
@@ -376,9 +361,6 @@ class Adam:
         betas: decay of the averages of gradient and squared gradient.
         epsilon: added to the root of the latter.
 
-    Raises:
-        ValueError: a value out of its range.
-
     Example:
         >>> def evaluate(z):
         ...     return (z - 3).square().sum(1), 2 * (z - 3)
@@ -431,9 +413,10 @@ class Adam:
                 square = torch.where(finite[:, None], torch.lerp(clean.square(), square, self.betas[1]), square)
                 mean, square = (torch.where(lost[:, None], 0.0, moment) for moment in (mean, square))
                 n_moments = torch.where(lost, 0, n_moments + finite)
-                forward = -(self._share((n - 1) / self.n_iterations) * rate)[:, None] * self._direction(
-                    mean, square, n_moments
-                )
+                progress = (n - 1) / self.n_iterations
+                left = 1 - progress if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+                share = self.final_learning_rate + (1 - self.final_learning_rate) * left
+                forward = -(share * rate)[:, None] * self._direction(mean, square, n_moments)
                 # a bad trial is taken back by half of the step that led to it
                 step = torch.where(finite[:, None], forward, torch.where(lost[:, None], 0.0, step / 2))
                 z = torch.where(lost[:, None], best_z, torch.where(finite[:, None], z + step, z - step))
@@ -447,11 +430,6 @@ class Adam:
             status = INTERRUPTED
         codes = torch.full_like(restarts, status)
         return Trace(best_z, losses.finish(), norms.finish(), codes, torch.full_like(restarts, n + 1), restarts)
-
-    def _share(self, progress: float) -> float:
-        """The step size as a part of the first one."""
-        left = 1 - progress if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-        return self.final_learning_rate + (1 - self.final_learning_rate) * left
 
     def _direction(self, mean: Tensor, square: Tensor, n: Tensor) -> Tensor:
         """m / (sqrt(v) + e), both corrected for their start at zero after n averages."""
@@ -472,9 +450,6 @@ class TorchLBFGS:
         learning_rate: 1 and 0.1 there.
         n_inner: iterations of each call, torch's default.
         n_pairs: changes that are remembered, torch's default.
-
-    Raises:
-        ValueError: a value that is not positive.
 
     Example:
         >>> def evaluate(z):  # the sum over (z - 3)^2
@@ -551,11 +526,8 @@ class _Curve:
 
 
 def _at_start(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    if not bool(torch.isfinite(f).all()) or not bool(torch.isfinite(g).all()):
-        bad = (~(torch.isfinite(f) & torch.isfinite(g).all(dim=1))).nonzero().flatten().tolist()
-        raise ValueError(
-            f"the objective or its gradient is not finite at the start for image {bad}; choose another start"
-        )
+    if bad := (~(torch.isfinite(f) & torch.isfinite(g).all(dim=1))).nonzero().flatten().tolist():
+        raise ValueError(f"the objective or its gradient is not finite at the start for image {bad}; choose another")
     return f, g
 
 

@@ -9,18 +9,15 @@ mean squared error under the model, their standard deviation per pixel its uncer
 
 References:
     Asim et al. 2020, Invertible generative models for inverse problems, https://arxiv.org/abs/1905.11672 (the latent
-        objective whose exponential is sampled here)
-    Cotter, Roberts, Stuart, White 2013, MCMC methods for functions, https://arxiv.org/abs/1202.0709
-    Vehtari et al. 2021, https://arxiv.org/abs/1903.08008 (R-hat and effective sample size)
+        objective whose exponential is sampled here); of chains and diagnostics see ``sampling`` and ``diagnostics``
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, Literal, NamedTuple, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +33,7 @@ from flowprox.solvers.diagnostics import effective_sample_size, split_r_hat
 from flowprox.solvers.importance import Proposal
 from flowprox.solvers.objective import Callback
 from flowprox.solvers.problem import LatentProblem, Solution, Start
-from flowprox.solvers.sampling import KERNELS, Chains, Kernel, Moments, Position, Randomness
+from flowprox.solvers.sampling import KERNELS, Chains, Moments, Position, Randomness
 
 MIXED_BELOW = 1.05
 """Chains whose R-hat is smaller count as mixed."""
@@ -103,9 +100,6 @@ class SamplerOptions:
             for each chain, twice, and 16 D^2 bytes for each image.
         n_kept: draws per chain that are returned, evenly spaced; mean and standard deviation are over all of them.
         jitter: relative spread of the step size, at least 0 and less than 1.
-
-    Raises:
-        ValueError: a value outside of its range.
     """
 
     n_leapfrog: int | None = None
@@ -153,9 +147,6 @@ class PosteriorSampling(Reconstructor):
             to rounding); None takes torch's global generator.
         options: ``SamplerOptions``.
 
-    Raises:
-        ValueError: unknown sampler, a count that is too small, a noise without ``log_prob``.
-
     Example:
         >>> from flowprox.flows import ActNorm, Flow, HaarSqueeze, Sequential, Unsqueeze
         >>> from flowprox.operators import make_physics
@@ -189,7 +180,13 @@ class PosteriorSampling(Reconstructor):
             raise ValueError("n_warmup is 0, so that nothing adapts the step size: give options.step_size")
         self.flow, self.noise, self.sampler, self.seed, self.options = flow, noise, sampler, seed, options
         self.n_samples, self.n_warmup, self.n_chains = n_samples, n_warmup, n_chains
-        self.kernel = _kernel(sampler, options)
+        if KERNELS[sampler].n_leapfrog == 1 and options.n_leapfrog not in (None, 1):
+            raise ValueError(f"n_leapfrog is for hmc and split-hmc; {sampler} takes one step per draw")
+        given: dict[str, Any] = {"n_leapfrog": options.n_leapfrog, "target_acceptance": options.target_acceptance}
+        if options.precondition is not None:
+            given["preconditions"] = bool(options.precondition)
+        given = {name: value for name, value in given.items() if value is not None}
+        self.kernel = KERNELS[sampler]._replace(**given)
 
     def forward(self, y: Tensor, physics: Physics, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """The posterior mean (B, C, H, W); see ``solve`` for the arguments."""
@@ -230,24 +227,28 @@ class PosteriorSampling(Reconstructor):
         if isinstance(generator, Sequence) and len(generator) != len(y):
             raise ValueError(f"generator: got {len(generator)} for {len(y)} images; pass one, or one per image")
         randomness = Randomness(self.seed if generator is None else generator, y)
+
+        def proposed(proposal: Proposal) -> Tensor:
+            return torch.stack([self.flow.encode(one) for one in proposal.sample(self.n_chains)])
+
+        def log_q(x: Tensor) -> Tensor:  # of the latents of images
+            assert proposal is not None
+            logdet = torch.stack([self.flow(one)[1] for one in x])
+            return (proposal.log_prob(x) - logdet).to(x)
+
+        def jump() -> None:  # every chain to a sample of the proposal, if it is accepted
+            if proposal is not None:
+                chains.jump(target.coordinates(proposed(proposal)), log_q)
+
         with frozen(self.flow):
-            z = (
-                self._start(start, randomness, problem)
-                if proposal is None
-                else _encoded(self.flow, proposal.sample(self.n_chains))
-            )
+            z = self._start(start, randomness, problem) if proposal is None else proposed(proposal)
             dense = self.options.precondition == "dense"
             if dense:
                 sigma = noise_level(physics if self.noise is None else self.noise, y)
                 target.whiten(z[:1], sigma)
-            chains = Chains(
-                target,
-                _finite_position(target, target.coordinates(z)),
-                self.kernel,
-                randomness,
-                self.options.step_size,
-                self.options.jitter,
-            )
+            position = _finite_position(target, target.coordinates(z))
+            steps = self.options.step_size, self.options.jitter
+            chains = Chains(target, position, self.kernel, randomness, *steps)
             record = _Record(chains, self.n_samples, self.options.n_kept, callback, self.n_warmup + self.n_samples)
             interrupted = False
             try:
@@ -260,7 +261,7 @@ class PosteriorSampling(Reconstructor):
                     target.whiten(z, sigma)
                     chains.restart(target(target.coordinates(z)))
                 chains.warm_up(self.n_warmup - n_first, record.add_loss, descend, precision)
-                chains.sample(self.n_samples, record.add_draw, partial(self._jump, chains, target, proposal))
+                chains.sample(self.n_samples, record.add_draw, jump)
             except KeyboardInterrupt:
                 if not record.samples:
                     raise
@@ -269,38 +270,16 @@ class PosteriorSampling(Reconstructor):
         state = target.latents(solution.state.transpose(0, 1)).transpose(0, 1)
         return replace(solution, state=state, residual_p_value=residual_p_value(solution.estimate, problem.y, physics))
 
-    def _jump(self, chains: Chains, target: _Target, proposal: Proposal | None) -> None:
-        """Try to move every chain to a sample of the proposal."""
-        if proposal is not None:
-            z = _encoded(self.flow, proposal.sample(self.n_chains))
-
-            def log_q(x: Tensor) -> Tensor:  # of the latents
-                logdet = torch.stack([self.flow(one)[1] for one in x])
-                return (proposal.log_prob(x) - logdet).to(z)
-
-            chains.jump(target.coordinates(z), log_q)
-
     def _nothing(self, problem: LatentProblem) -> PosteriorSolution:
         """Of an empty batch."""
         empty = problem.nothing()
         image, one, shape = empty.estimate, empty.losses[0], (0, self.n_chains, 0)
-        return PosteriorSolution(
-            image,
-            None,
-            empty.losses,
-            [],
-            empty.n_evaluations,
-            samples=image.new_zeros(*shape, *image.shape[1:]),
-            std=image,
-            standard_error=image,
-            ess=one,
-            r_hat=one,
-            traces=one.new_zeros(*shape, len(TRACES)),
-            acceptance=one,
-            jumps=one,
-            step_size=one,
-            state=one.new_zeros(0, self.n_chains, problem.dimension),
-        )
+        values: dict[str, Any] = dict.fromkeys(("std", "standard_error"), image)
+        values |= dict.fromkeys(("ess", "r_hat", "acceptance", "jumps", "step_size"), one)
+        values["samples"] = image.new_zeros(*shape, *image.shape[1:])
+        values["traces"] = one.new_zeros(*shape, len(TRACES))
+        values["state"] = one.new_zeros(0, self.n_chains, problem.dimension)
+        return PosteriorSolution(**{**vars(empty), "latent": None}, **values)
 
     def _start(self, start: Start, randomness: Randomness, problem: LatentProblem) -> Tensor:
         shape = (self.n_chains, problem.n_images, problem.dimension)
@@ -310,16 +289,10 @@ class PosteriorSampling(Reconstructor):
             return problem.latents(start, self.seed or 0).expand(shape).contiguous()
         each = start[:, None].expand(-1, self.n_chains, -1) if start.ndim == 2 else start
         if each.shape != (shape[1], shape[0], shape[2]):
-            raise ValueError(
-                f"start has shape {tuple(start.shape)}; pass latents ({problem.n_images}, {problem.dimension}) "
-                f"or ({problem.n_images}, {self.n_chains}, {problem.dimension}), or images"
-            )
+            n, d = problem.n_images, problem.dimension
+            wanted = f"pass latents ({n}, {d}) or ({n}, {self.n_chains}, {d}), or images"
+            raise ValueError(f"start has shape {tuple(start.shape)}; {wanted}")
         return each.transpose(0, 1).to(randomness.like).contiguous()
-
-
-def _encoded(flow: Flow, x: Tensor) -> Tensor:
-    """f(x) (M, B, D) of images (M, B, C, H, W)."""
-    return torch.stack([flow.encode(one) for one in x])
 
 
 def _is_latent(start: Any) -> TypeGuard[Tensor]:
@@ -327,47 +300,18 @@ def _is_latent(start: Any) -> TypeGuard[Tensor]:
     return isinstance(start, Tensor) and start.ndim != 4
 
 
-def _kernel(sampler: str, options: SamplerOptions) -> Kernel:
-    """The sampler's kernel with the options that were given."""
-    kernel = KERNELS[sampler]
-    if options.n_leapfrog is not None:
-        if kernel.n_leapfrog == 1 and options.n_leapfrog != 1:
-            raise ValueError(f"n_leapfrog is for hmc and split-hmc; {sampler} takes one step per draw")
-        kernel = kernel._replace(n_leapfrog=options.n_leapfrog)
-    if options.target_acceptance is not None:
-        kernel = kernel._replace(target_acceptance=options.target_acceptance)
-    if options.precondition is not None:
-        kernel = kernel._replace(preconditions=bool(options.precondition))
-    return kernel
-
-
-class _Whitening(NamedTuple):
-    """z = m + L^-T w with H = L L^T, so that w is white where the posterior is N(m, H^-1)."""
-
-    origin: Tensor  # m (B, D)
-    factor: Tensor  # L (B, D, D), lower
-
-    def latents(self, w: Tensor) -> Tensor:
-        """z of w (M, B, D)."""
-        columns = torch.linalg.solve_triangular(self.factor.mT, w.permute(1, 2, 0), upper=True)
-        return self.origin + columns.permute(2, 0, 1).contiguous()
-
-    def coordinates(self, z: Tensor) -> Tensor:
-        """w of z (M, B, D)."""
-        return torch.einsum("mbd,bde->mbe", z - self.origin, self.factor)
-
-
 class _Target:
     """log p(z, y) with its gradient, of M chains of B images at once; the images repeat within the batch, M times.
 
-    On a GPU it is recorded once and replayed. After ``whiten`` it takes coordinates w in the place of z.
+    On a GPU it is recorded once and replayed. After ``whiten`` it takes coordinates w in the place of z: z = m + L^-T w with
+    H = L L^T, so that w is white where the posterior is N(m, H^-1); m (B, D), L (B, D, D) lower.
     """
 
     def __init__(self, problem: LatentProblem, noise: Any, n_chains: int) -> None:
         self.problem, self.noise, self.n_chains = problem, noise, n_chains
         self.y, self.physics = problem.y, problem.physics
         self.n_evaluations, self.replayed = 0, Replayed(self._position)
-        self.whitening: _Whitening | None = None
+        self.whitening: tuple[Tensor, Tensor] | None = None  # m and L
         # an operator or noise per image fits a batch of B images only: then one chain after the other
         self.per_image = problem.n_images > 1 and not problem.is_separable(noise.log_prob)
 
@@ -383,32 +327,43 @@ class _Target:
         for image, level in enumerate(sigma.expand(z.shape[1]).tolist()):
             hessian = torch.eye(z.shape[2], dtype=torch.float64, device=z.device)
             for one in z[:, image]:
-                here = self._measure(self.problem.decode(one[None])).flatten()
+                here = self.physics.A(self.problem.decode(one[None])).flatten()
                 steps = torch.eye(len(one)).to(one).mul_(_STEP).split(_BATCH)
-                columns = [(self._measure(self.problem.decode(one + step)).flatten(1) - here) / _STEP for step in steps]
+                columns = [
+                    (self.physics.A(self.problem.decode(one + step)).flatten(1) - here) / _STEP for step in steps
+                ]
                 jacobian = torch.cat(columns).double() / level  # (D, m)
                 hessian.addmm_(jacobian, jacobian.T, alpha=1 / len(z))
                 self.n_evaluations += len(one)
             factors.append(torch.linalg.cholesky(hessian).to(z))
-        self.whitening = _Whitening(z.mean(0), torch.stack(factors))
+        self.whitening = z.mean(0), torch.stack(factors)
 
     def latents(self, w: Tensor) -> Tensor:
         """z (M, B, D) of what the chains move in."""
-        return w if self.whitening is None else self.whitening.latents(w)
+        if self.whitening is None:
+            return w
+        origin, factor = self.whitening
+        columns = torch.linalg.solve_triangular(factor.mT, w.permute(1, 2, 0), upper=True)
+        return origin + columns.permute(2, 0, 1).contiguous()
 
     def coordinates(self, z: Tensor) -> Tensor:
         """What the chains move in, of z (M, B, D)."""
-        return z if self.whitening is None else self.whitening.coordinates(z)
+        if self.whitening is None:
+            return z
+        origin, factor = self.whitening
+        return torch.einsum("mbd,bde->mbe", z - origin, factor)
 
     def _position(self, w: Tensor) -> Position:
         with torch.enable_grad():
             w = w.detach().requires_grad_()
             z = self.latents(w)
             x = self.problem.decode(z)
-            log_likelihood = self._log_likelihood(x)
+            y = self.y.repeat(self.n_chains, *(1,) * (self.y.ndim - 1))
+            log_likelihood = self._each(self.noise.log_prob, y - self._each(self.physics.A, x))
             if not log_likelihood.requires_grad:
                 raise ValueError("the posterior is not differentiable: physics.A or noise.log_prob cuts the graph")
-            log_prob = log_likelihood.view(z.shape[:2]) + self._log_prior(z)
+            log_prior = self.problem.flow.base_log_prob(z.flatten(0, 1))
+            log_prob = log_likelihood.view(z.shape[:2]) + log_prior.view(z.shape[:2])
             gradient = torch.autograd.grad(log_prob.sum(), w)[0]
         return Position(w.detach(), log_prob.detach(), gradient, x.detach().unflatten(0, z.shape[:2]))
 
@@ -421,32 +376,16 @@ class _Target:
             self.n_evaluations += len(z)
             with torch.enable_grad():
                 z = z.detach().requires_grad_()
-                x = self.problem.decode(z)
-                measured = self._measure(x)
-                log_prob = self._log_density(noise + measured.detach() - measured)
+                measured = self._each(self.physics.A, self.problem.decode(z))
+                log_prob = self._each(self.noise.log_prob, noise + measured.detach() - measured)
                 squares += torch.autograd.grad(log_prob.sum(), z)[0].square().mean(dim=0)
         return 1 + squares / n_probes
 
-    def _log_prior(self, z: Tensor) -> Tensor:
-        return self.problem.flow.base_log_prob(z.flatten(0, 1)).view(z.shape[:2])
-
-    def _log_likelihood(self, x: Tensor) -> Tensor:
-        y = self.y.repeat(self.n_chains, *(1,) * (self.y.ndim - 1))
-        return self._log_density(y - self._measure(x))
-
-    def _measure(self, x: Tensor) -> Tensor:
-        """A x; with an operator per image, one chain after the other."""
-        return (
-            torch.cat([self.physics.A(chain) for chain in x.split(len(self.y))])
-            if self.per_image
-            else self.physics.A(x)
-        )
-
-    def _log_density(self, residual: Tensor) -> Tensor:
-        """log p_noise likewise."""
-        if self.per_image:
-            return torch.cat([self.noise.log_prob(chain) for chain in residual.split(len(self.y))])
-        return self.noise.log_prob(residual)
+    def _each(self, function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+        """Operator or noise of all chains; where they have parameters per image, of one chain after the other."""
+        if not self.per_image:
+            return function(values)
+        return torch.cat([function(chain) for chain in values.split(len(self.y))])
 
 
 class _Record:
@@ -491,9 +430,8 @@ class _Record:
         traces = torch.stack(self.traces, dim=0).permute(2, 1, 0, 3)
         n_draws, n_batches = traces.shape[2], self.batch_means.count
         one = torch.ones_like(chains.n_accepted)
-        if n_draws < 4:
-            ess = r_hat = math.nan * one
-        else:
+        ess = r_hat = math.nan * one
+        if n_draws >= 4:
             scalars = traces.permute(0, 3, 1, 2)
             ess = effective_sample_size(scalars).amin(dim=1).to(one)
             r_hat = split_r_hat(scalars).amax(dim=1).to(one)

@@ -64,23 +64,18 @@ class SolverInterrupted(KeyboardInterrupt):
 
 
 class LatentProblem:
-    """A flow, an operator and measurements that fit together; of an empty batch, a measurement of zeros.
+    """A flow, an operator and measurements that fit together, or a ValueError; of an empty batch, a measurement of zeros.
 
     Arguments:
         flow: the prior: a flow, or a decoder that maps (B, latent_size) to images and has ``image_shape``.
         y: measurement (B, ...).
         physics: its operator.
-
-    Raises:
-        ValueError: y is not finite, is no batch, or does not fit operator and flow; the message says what does not.
     """
 
     def __init__(self, flow: Any, y: Tensor, physics: Physics) -> None:
         if not isinstance(flow, Flow) and not isinstance(getattr(flow, "latent_size", None), int):
-            kind = type(flow).__name__
-            raise ValueError(
-                f"flow must be a Flow, or a decoder with latent_size, got {kind}; load_model(name) gives one"
-            )
+            kind = f"{type(flow).__name__}; load_model(name) gives one"
+            raise ValueError(f"flow must be a Flow, or a decoder with latent_size, got {kind}")
         self.is_empty = isinstance(y, Tensor) and y.ndim > 1 and not len(y)
         y = y.new_zeros(1, *y.shape[1:]) if self.is_empty else y
         self.flow, self.y, self.physics = flow, check_measurement(y, physics).detach(), physics
@@ -93,10 +88,8 @@ class LatentProblem:
         if not self.has_density and shape != tuple(flow.image_shape):
             raise ValueError(f"the operator takes images {shape} and {type(flow).__name__} makes {flow.image_shape}")
         if self.has_density and any(side % flow.divisor for side in self.size):
-            size = "{}x{}".format(*self.size)
-            raise ValueError(
-                f"the operator takes images of {size}, and the flow needs sides divisible by {flow.divisor}"
-            )
+            size = "the operator takes images of {}x{}".format(*self.size)
+            raise ValueError(f"{size}, and the flow needs sides divisible by {flow.divisor}")
         self.image_shape = (shape[0], shape[1], shape[2])
         if self.y.dtype.to_real() != self._like.dtype:
             raise ValueError(f"y is {self.y.dtype} and the flow {self._like.dtype}; convert one of them")
@@ -131,16 +124,12 @@ class LatentProblem:
         """y - A x."""
         residual = self.y - self.physics.A(x)
         if x.requires_grad and not residual.requires_grad:
-            raise ValueError(
-                "physics.A cuts the graph (numpy, detach or no_grad inside): the solver needs its derivative"
-            )
+            raise ValueError("physics.A cuts the graph (numpy, detach or no_grad): the solver needs its derivative")
         return residual
 
     def latents(self, start: Start, seed: int = 0, n_restarts: int = 1) -> Tensor:
         """Latents (B, D) to begin from. Random ones are the same for all images, and different for successive n_restarts.
-
-        Raises:
-            ValueError: an unknown start, a negative standard deviation, or images of another shape.
+        ValueError for another start, a negative standard deviation, or images of another shape.
         """
         zeros = torch.zeros(self.n_images, self.dimension, dtype=self._like.dtype, device=self._like.device)
         if isinstance(start, str):
@@ -211,9 +200,8 @@ class LatentProblem:
 
     def _encoded(self, x: Tensor) -> Tensor:
         if not self.has_density:
-            raise ValueError(
-                f"start must be 'zero' or a number for {type(self.flow).__name__}, which encodes no images"
-            )
+            kind = type(self.flow).__name__
+            raise ValueError(f"start must be 'zero' or a number for {kind}, which encodes no images")
         expected = (self.n_images, self.channels, *self.size)
         if tuple(x.shape) != expected:
             raise ValueError(f"start has shape {tuple(x.shape)}; images to begin from must be {expected}")

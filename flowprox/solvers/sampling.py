@@ -30,8 +30,6 @@ from torch import Tensor
 
 from flowprox.solvers.optimizers import Adam
 
-__all__ = ["KERNELS", "Chains", "Kernel", "Moments", "Position", "Randomness"]
-
 
 class Kernel(NamedTuple):
     """One way to move: what distinguishes the samplers."""
@@ -119,19 +117,13 @@ class Randomness:
         return self._draw(torch.rand, shape)
 
     def _draw(self, function: Callable[..., Tensor], shape: Sequence[int]) -> Tensor:
-        n_chains, _, *rest = shape
-        if isinstance(self.generators, list):
-            each = [self._numbers(function, (n_chains, 1, *rest), generator) for generator in self.generators]
-            return torch.cat(each, dim=1)
-        if self.shared:
-            return self._numbers(function, (n_chains, 1, *rest), self.generators).expand(*shape)
-        return self._numbers(function, shape, self.generators)
-
-    def _numbers(
-        self, function: Callable[..., Tensor], shape: Sequence[int], generator: torch.Generator | None
-    ) -> Tensor:
-        device = self.like.device if generator is None else generator.device
-        return function(shape, generator=generator, dtype=self.like.dtype, device=device).to(self.like.device)
+        each = isinstance(self.generators, list)
+        one = (shape[0], 1, *shape[2:]) if each or self.shared else shape
+        parts = []
+        for generator in self.generators if isinstance(self.generators, list) else [self.generators]:
+            device = self.like.device if generator is None else generator.device
+            parts.append(function(one, generator=generator, dtype=self.like.dtype, device=device).to(self.like.device))
+        return torch.cat(parts, dim=1).expand(*shape)
 
 
 class DualAveraging:
@@ -190,11 +182,10 @@ class Chains:
         step_size: float | None = None,
         jitter: float = 0.2,
     ) -> None:
-        self.target, self.position, self.kernel = target, position, kernel
+        self.target, self.kernel = target, kernel
         self.randomness, self.jitter = randomness, jitter
         self.n_chains, n_targets, self.n_dimensions = position.z.shape
         one = position.z.new_ones(n_targets)
-        self.reference = Reference(torch.zeros_like(position.z[0]), torch.ones_like(position.z[0]))
         self.fixed = step_size is not None
         self.first_step = 0.5 * self.n_dimensions**-0.25 * one
         self.averaging = DualAveraging(
@@ -203,9 +194,9 @@ class Chains:
             # a quarter oscillation makes a whitened Gaussian forget its start; half of one keeps its energy
             0.5 * math.pi / kernel.n_leapfrog,
         )
-        self.n_accepted = self.n_jumps = torch.zeros_like(one)
+        self.n_accepted = self.n_jumps = self.n_not_finite = torch.zeros_like(one)
         self.n_steps = 0
-        self.n_not_finite = torch.zeros_like(one)
+        self.restart(position)
 
     @property
     def step_size(self) -> Tensor:
@@ -243,7 +234,12 @@ class Chains:
             if i not in ends:
                 continue
             if i > ends[1] and self.kernel.preconditions and places.count >= 40:
-                self._estimate_reference(places, gradients)
+                # s^2 = sqrt(var z / var grad): exact for a Gaussian of independent entries, even from few draws
+                smallest = torch.finfo(places.mean.dtype).tiny
+                variances = places.variance.clamp(min=smallest), gradients.variance.clamp(min=smallest)
+                usable = (places.variance > 0) & (gradients.variance > 0)
+                scale = torch.where(usable, (variances[0] / variances[1]) ** 0.25, self.reference.scale)
+                self._set_reference(places.mean, scale)
                 if not self.fixed:
                     self.averaging.restart(self.first_step)
             places = gradients = Moments.like(self.position.z[0])
@@ -270,7 +266,7 @@ class Chains:
         log_ratio = there.log_prob - log_q(there.image) - here.log_prob + log_q(here.image)
         finite = torch.isfinite(log_ratio) & torch.isfinite(there.gradient).all(dim=-1)
         accepted = finite & (self.randomness.uniform(*log_ratio.shape).log() < log_ratio)
-        self.position = Position(*(_choose(accepted, new, old) for new, old in zip(there, here, strict=True)))
+        self._move(there, accepted)
         self.n_jumps = self.n_jumps + accepted.to(log_ratio.dtype).mean(dim=0)
 
     def step(self, step_size: Tensor, adapt: bool = True) -> None:
@@ -286,12 +282,17 @@ class Chains:
         finite = torch.isfinite(log_ratio) & torch.isfinite(there.gradient).all(dim=-1)
         probability = torch.where(finite, log_ratio.clamp(max=0).exp(), torch.zeros_like(log_ratio))
         accepted = (u[..., 1] < probability) if self.kernel.metropolis else finite
-        self.position = Position(*(_choose(accepted, new, old) for new, old in zip(there, here, strict=True)))
+        self._move(there, accepted)
         self.n_not_finite = self.n_not_finite + (~finite).sum(dim=0)
         self.n_accepted = self.n_accepted + accepted.to(h.dtype).mean(dim=0)
         self.n_steps += 1
         if adapt and not self.fixed:
             self.averaging.update(probability.mean(dim=0))
+
+    def _move(self, there: Position, where: Tensor) -> None:
+        """Take the chains in ``where`` (M, B) to another position."""
+        pairs = zip(there, self.position, strict=True)
+        self.position = Position(*(torch.where(where[(...,) + (None,) * (t.ndim - 2)], t, old) for t, old in pairs))
 
     def _trajectory(self, here: Position, q: Tensor, h: Tensor) -> tuple[Position, Tensor]:
         mean, scale = self.reference
@@ -304,22 +305,12 @@ class Chains:
         push = force(here, w)
         for _ in range(self.kernel.n_leapfrog):
             q = q + kick * push
-            w, q = (
-                (w * torch.cos(h) + q * torch.sin(h), q * torch.cos(h) - w * torch.sin(h))
-                if self.kernel.rotates
-                else (w + h * q, q)
-            )
+            turned = w * torch.cos(h) + q * torch.sin(h), q * torch.cos(h) - w * torch.sin(h)
+            w, q = turned if self.kernel.rotates else (w + h * q, q)
             here = self.target(mean + scale * w)
             push = force(here, w)
             q = q + kick * push
         return here, q
-
-    def _estimate_reference(self, places: Moments, gradients: Moments) -> None:
-        """s^2 = sqrt(var z / var grad): exact for a Gaussian of independent entries, even from few draws."""
-        smallest = torch.finfo(places.mean.dtype).tiny
-        scale = (places.variance.clamp(min=smallest) / gradients.variance.clamp(min=smallest)) ** 0.25
-        usable = (places.variance > 0) & (gradients.variance > 0)
-        self._set_reference(places.mean, torch.where(usable, scale, self.reference.scale))
 
     def _set_reference(self, mean: Tensor, scale: Tensor) -> None:
         scale = torch.where(torch.isfinite(scale), scale, self.reference.scale).clamp(1e-4, 1e4)
@@ -335,9 +326,7 @@ class Chains:
             nonlocal n
             there = self.target(z.view(shape)) if n else self.position
             finite = torch.isfinite(there.log_prob) & torch.isfinite(there.gradient).all(dim=-1)
-            self.position = Position(
-                *(_choose(finite, new, old) for new, old in zip(there, self.position, strict=True))
-            )
+            self._move(there, finite)
             self.n_not_finite = self.n_not_finite + (~finite).sum(dim=0)
             if n and n % self.kernel.n_leapfrog == 0:
                 after_step()
@@ -349,8 +338,3 @@ class Chains:
         if trace.interrupted:
             raise KeyboardInterrupt
         self.position = self.target(trace.z.view(shape))
-
-
-def _choose(accepted: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """New where accepted (M, B), else old; both (M, B, ...)."""
-    return torch.where(accepted[(...,) + (None,) * (new.ndim - 2)], new, old)
