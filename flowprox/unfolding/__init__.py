@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from flowprox.unfolding.conditioning import Conditioning, LatentMeanNet, MultiScaleNet
 from flowprox.unfolding.density import BoundDensity, ConditionalDensity, ErrorDensity, fit_density
-from flowprox.unfolding.networks import (
-    GradientStep,
-    ProximalStep,
-    Unfolded,
-    UnfoldedHQS,
-    UnfoldedPGD,
-    export_program,
-)
+from flowprox.unfolding.networks import GradientStep, ProximalStep, Unfolded, UnfoldedHQS, UnfoldedPGD, export_program
 
 __all__ = [
     "BoundDensity",

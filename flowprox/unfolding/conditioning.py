@@ -50,9 +50,6 @@ class Conditioning(Specified):
             constant for blurs, and noise for random matrices. None shrinks towards 0.
         adaptation_rank: the folds' flows share the weights of the first one's coupling nets but for a correction of this rank
             in each fold (the later flows' own are given up). None: every fold has its own.
-
-    Raises:
-        ValueError: levels that are not positive and rising.
     """
 
     def __init__(
@@ -82,12 +79,10 @@ class Conditioning(Specified):
             "n_folds": {len(proxes)},
         }
         for name, values in needs.items():
-            if values != {getattr(self.latent_mean, name)}:
+            if values != {own := getattr(self.latent_mean, name)}:
                 wanted = " or ".join(map(str, sorted(values)))
                 hint = ", one entry of hidden_channels for each" if name == "n_levels" else ""
-                raise ValueError(
-                    f"latent_mean has {name} {getattr(self.latent_mean, name)} and the proxes need {wanted}{hint}"
-                )
+                raise ValueError(f"latent_mean has {name} {own} and the proxes need {wanted}{hint}")
 
 
 class MultiScaleNet(nn.Module):
@@ -97,9 +92,6 @@ class MultiScaleNet(nn.Module):
         n_inputs: channels of what it is given.
         hidden_channels: one width per scale, finest first.
         n_blocks: residual blocks per scale and direction, one number or one per scale.
-
-    Raises:
-        ValueError: no widths, numbers that are not whole or below 1, or lists of different lengths.
     """
 
     def __init__(self, n_inputs: int, hidden_channels: Sequence[int], n_blocks: int | Sequence[int] = 1) -> None:
@@ -107,9 +99,8 @@ class MultiScaleNet(nn.Module):
         widths = _whole_numbers("hidden_channels", hidden_channels)
         depths = _whole_numbers("n_blocks", [n_blocks] * len(widths) if isinstance(n_blocks, int) else n_blocks)
         if len(depths) != len(widths):
-            raise ValueError(
-                f"n_blocks must be one number, or one per entry of hidden_channels, {len(widths)}; got {n_blocks}"
-            )
+            wanted = f"one number, or one per entry of hidden_channels, {len(widths)}"
+            raise ValueError(f"n_blocks must be {wanted}; got {n_blocks}")
         self.n_inputs = n_inputs
         self.first = nn.Conv2d(4 * n_inputs, widths[0], 3, padding=1)
         self.contract = nn.ModuleList(_blocks(w, n) for w, n in zip(widths, depths, strict=True))
@@ -144,9 +135,6 @@ class LatentMeanNet(Specified, MultiScaleNet):
         n_blocks: residual blocks per scale and direction, one number or one per level.
         every_fold: predict anew in every fold from its own v, not once from the first fold's.
 
-    Raises:
-        ValueError: no widths, numbers that are not whole or below 1, or lists of different lengths.
-
     Example:
         >>> net = LatentMeanNet(n_inputs=4, n_channels=3, n_folds=2, hidden_channels=[8, 16])
         >>> means = net(torch.rand(5, 4, 16, 16))
@@ -165,12 +153,12 @@ class LatentMeanNet(Specified, MultiScaleNet):
     ) -> None:
         _whole_numbers("n_inputs, n_channels and n_folds", [n_inputs, n_channels, n_folds])
         super().__init__(n_inputs, hidden_channels, n_blocks)
-        widths = list(hidden_channels)
         self.n_channels, self.n_folds, self.every_fold = n_channels, n_folds, every_fold
-        finished = _finished_channels(n_channels, len(widths))
-        self.means = nn.ModuleList(
-            nn.Conv2d(w, n_folds * n, 3, padding=1) for w, n in zip(widths, finished, strict=True)
-        )
+        # channels that end at each level of nested ``Squeeze``, ``Split`` and ``Unsqueeze``: half, at the last all
+        finished = [4 * n_channels * 2**level // 2 for level in range(len(hidden_channels))]
+        finished[-1] *= 2
+        pairs = zip(hidden_channels, finished, strict=True)
+        self.means = nn.ModuleList(nn.Conv2d(w, n_folds * n, 3, padding=1) for w, n in pairs)
         for convolution in self.means:
             nn.init.zeros_(convolution.weight)  # type: ignore[arg-type]
             nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
@@ -192,10 +180,9 @@ class LatentMeanNet(Specified, MultiScaleNet):
     def forward(self, x: Tensor) -> list[Tensor]:
         """One image-shaped latent mean (B, C, H, W) per fold, from x (B, n_inputs, H, W), H and W divisible by 2^n_levels."""
         divisor = 2**self.n_levels
-        if x.shape[-2] % divisor or x.shape[-1] % divisor:
-            raise ValueError(
-                f"x has size {tuple(x.shape[-2:])}; height and width must be divisible by {divisor}: pad or crop"
-            )
+        if any(side % divisor for side in x.shape[-2:]):
+            size = tuple(x.shape[-2:])
+            raise ValueError(f"x has size {size}; height and width must be divisible by {divisor}: pad or crop")
         features = self.features(x)
         with torch.autocast(x.device.type, enabled=False):  # what becomes part of the image is not rounded to bfloat16
             levels = [mean(F.relu(h).to(x.dtype)) for mean, h in zip(self.means, features, strict=True)]
@@ -223,16 +210,6 @@ def _whole_numbers(name: str, values: object) -> list[int]:
 
 def _blocks(width: int, n: int) -> nn.Module:
     return nn.Sequential(*(_Residual(width) for _ in range(n)))
-
-
-def _finished_channels(n_channels: int, n_levels: int) -> list[int]:
-    """Channels of the latent that end at each level of nested ``Squeeze``, ``Split`` and ``Unsqueeze``."""
-    finished = []
-    for level in range(n_levels):
-        channels = 4 * n_channels
-        n_channels = channels // 2  # what goes on to the next level
-        finished.append(channels if level + 1 == n_levels else channels - n_channels)
-    return finished
 
 
 def _assembled(levels: Sequence[Tensor]) -> Tensor:
@@ -278,10 +255,8 @@ def adapt(flows: Sequence[Flow], rank: int) -> None:
     if len(shapes) > 1 or shapes == {()}:
         raise ValueError("adaptation needs flows with the same coupling nets of convolutions in every fold")
     if any(parametrize.is_parametrized(c) for found in convolutions for c in found):
-        raise ValueError(
-            "these convolutions are parametrized already, by weight normalization (RealNVP) or an earlier adaptation; "
-            "adapt fresh Glows"
-        )
+        how = "by weight normalization (RealNVP) or an earlier adaptation"
+        raise ValueError(f"these convolutions are parametrized already, {how}; adapt fresh Glows")
     for same in zip(*convolutions, strict=True):
         for convolution in same:
             correction = _LowRankCorrection(convolution.weight, rank)

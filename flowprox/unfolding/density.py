@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from deepinv.physics import LinearPhysics
 from torch import Tensor, nn
 
+from flowprox.flows import HaarSqueeze
 from flowprox.naming import Specified
 from flowprox.operators import visibility
 from flowprox.unfolding.conditioning import MultiScaleNet
@@ -69,9 +70,8 @@ class ErrorDensity(Specified, nn.Module):
         self.top, self.left, self.height, self.width = box
         self.net = MultiScaleNet(2 * n_channels + 1, hidden_channels)
         shapes = [level.shape[1:] for level in _levels(self.inside(torch.zeros(1, *image_shape)), len(hidden_channels))]
-        self.heads = nn.ModuleList(
-            nn.Conv2d(width, 2 * shape[0], 3, padding=1) for width, shape in zip(hidden_channels, shapes, strict=True)
-        )
+        pairs = zip(hidden_channels, shapes, strict=True)
+        self.heads = nn.ModuleList(nn.Conv2d(width, 2 * shape[0], 3, padding=1) for width, shape in pairs)
         for head in self.heads:
             nn.init.zeros_(head.weight)  # type: ignore[arg-type]
             nn.init.zeros_(head.bias)  # type: ignore[arg-type]
@@ -148,9 +148,8 @@ class ErrorDensity(Specified, nn.Module):
             self.tails.data[i] = tail
             rows, columns = (factors[i].square().sum(2) for factors in (self.rows, self.columns))
             variance = rows[:, :, None] * columns[:, None] * tail / (tail - 2)
-            variance = spread.log_scale.exp().square() * torch.einsum(
-                "cd,dhw->chw", self.channels[i].square(), variance
-            )
+            mixed = torch.einsum("cd,dhw->chw", self.channels[i].square(), variance)
+            variance = spread.log_scale.exp().square() * mixed
             own = (coefficients - spread.shift * spread.log_scale.exp()).square().sum()
             self.channels[i].data *= (own / variance.sum()).sqrt()
 
@@ -210,24 +209,19 @@ def _autocorrelation_factors(w: Tensor) -> Tensor:
 
 def _levels(x: Tensor, n_levels: int) -> list[Tensor]:
     """Orthonormal Haar coefficients of (B, C, H, W), finest first: 3 C channels each, and C more, the means, at the last."""
-    levels = []
+    fine, n_channels, haar = [], x.shape[1], HaarSqueeze().to(x.device)
     for _ in range(n_levels):
-        a, b, c, d = (0.5 * x[..., i::2, j::2] for i in (0, 1) for j in (0, 1))
-        x, details = a + b + c + d, torch.cat([a - b + c - d, a + b - c - d, a - b - c + d], dim=1)
-        levels.append(details)
-    levels[-1] = torch.cat([x, levels[-1]], dim=1)
-    return levels
+        x, details = haar.encode(x).split([n_channels, 3 * n_channels], dim=1)
+        fine.append(details)
+    return [*fine[:-1], torch.cat([x, fine[-1]], dim=1)]
 
 
 def _assembled(levels: Sequence[Tensor]) -> Tensor:
     """The images (B, C, H, W) of ``_levels``."""
-    n_channels = levels[-1].shape[1] // 4
-    x, details = levels[-1].split([n_channels, 3 * n_channels], dim=1)
-    for i in reversed(range(len(levels))):
-        s, (h, v, d) = 0.5 * x, (0.5 * details).chunk(3, dim=1)
-        corners = torch.stack([s + h + v + d, s - h + v - d, s + h - v - d, s - h - v + d], dim=2)
-        x, details = F.pixel_shuffle(corners.flatten(1, 2), 2), levels[i - 1]
-    return x
+    haar, x = HaarSqueeze().to(levels[0].device), levels[-1]
+    for details in reversed(levels[:-1]):
+        x = torch.cat([haar.decode(x), details], dim=1)
+    return haar.decode(x)
 
 
 class BoundDensity(NamedTuple):
@@ -250,10 +244,8 @@ class BoundDensity(NamedTuple):
 
     @torch.no_grad()
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x | y) in nats, (..., B), of images (..., B, C, H, W).
-
-        Raises:
-            ValueError: the network ends with a data step, whose samples have no density, or the density is of a part only.
+        """log p(x | y) in nats, (..., B), of images (..., B, C, H, W). ValueError for a network that ends with a data step,
+        whose samples have no density, or a density of a part only.
         """
         if self.network.ends_with_data_step:
             raise ValueError("a network that ends with a data step puts what was measured into its samples: no density")
@@ -287,16 +279,12 @@ class ConditionalDensity:
     @torch.no_grad()
     def of(self, y: Tensor, physics: LinearPhysics) -> BoundDensity:
         """The density of the images behind measurements (B, ...): samples and ``log_prob`` without the network's run.
-
-        Raises:
-            ValueError: the images are not of the size of the training.
+        ValueError for images of another size than in training.
         """
         x_hat = self.network(y, physics)
         if tuple(x_hat.shape[-2:]) != self.density.image_size:
-            sizes = ["x".join(map(str, size)) for size in (self.density.image_size, tuple(x_hat.shape[-2:]))]
-            raise ValueError(
-                f"samples are of images of {sizes[0]} pixels, as the density was trained on, not {sizes[1]}"
-            )
+            own, other = ("x".join(map(str, size)) for size in (self.density.image_size, x_hat.shape[-2:]))
+            raise ValueError(f"samples are of images of {own} pixels, as the density was trained on, not {other}")
         spreads = self.density(self.density.inside(_features(x_hat, y, physics)))
         return BoundDensity(self.network, x_hat, spreads, self.density, y, physics)
 
@@ -342,7 +330,8 @@ def fit_density(
     """
     squares = torch.stack([(x - x_hat).square().sum((0, 1)) for x, _, x_hat in estimates]).sum(0)
     image_shape = estimates[0][0].shape[1:]
-    box = _box(squares)
+    places = [(p > 1e-3 * p.amax()).nonzero().flatten().tolist() for p in (squares.amax(1), squares.amax(0))]
+    box = places[0][0], places[1][0], places[0][-1] + 1 - places[0][0], places[1][-1] + 1 - places[1][0]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         density = ErrorDensity(image_shape, box, hidden_channels).to(squares.device)
@@ -374,9 +363,3 @@ def fit_density(
             spreads = [Spread(*map(torch.cat, zip(*level, strict=True))) for level in parts]
             density.fit_correlations([level[n_training:] for level in coefficients], spreads)
     return density.eval().requires_grad_(False)
-
-
-def _box(squares: Tensor) -> tuple[int, int, int, int]:
-    """(top, left, height, width) around where squared errors (H, W) are."""
-    places = [(p > 1e-3 * p.amax()).nonzero().flatten().tolist() for p in (squares.amax(1), squares.amax(0))]
-    return places[0][0], places[1][0], places[0][-1] + 1 - places[0][0], places[1][-1] + 1 - places[1][0]

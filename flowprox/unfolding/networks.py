@@ -15,7 +15,8 @@ leaves the last shrinkage out, which makes the last flow the identity: ``shrink_
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -139,10 +140,11 @@ class Unfolded(Pretrained, Specified, Reconstructor):
         self.start_image = None
         if start == "flow":
             if not isinstance(proxes[0], FlowProx):
-                raise ValueError(
-                    "start='flow' needs a FlowProx in the first fold; use start='adjoint' with other proxes"
-                )
-            self.start_image = nn.Parameter(_most_likely_image(proxes[0].flow))
+                raise ValueError("start='flow' needs a FlowProx in the first fold; use start='adjoint' with others")
+            flow = proxes[0].flow
+            like = next(chain(flow.parameters(), flow.buffers()), torch.empty(()))  # it may have no step, only squeezes
+            with torch.no_grad():  # g(0), the image of the most likely latent (Wei et al. 2022, Sec. III-C)
+                self.start_image = nn.Parameter(flow.decode(like.new_zeros(1, math.prod(flow.image_shape))))
 
     def forward(self, y: Tensor, physics: LinearPhysics | Sequence[LinearPhysics]) -> Tensor:
         """Reconstruct x (B, C, H, W) from the measurement y of ``physics``.
@@ -163,18 +165,19 @@ class Unfolded(Pretrained, Specified, Reconstructor):
 
     def iterates(self, y: Tensor, physics: LinearPhysics | Sequence[LinearPhysics]) -> list[Tensor]:
         """The start image and the result of every fold, the last with its final data step: K + 1 images (B, C, H, W)."""
-        operators = self._operators(physics)
+        n = len(self.log_data_weight)
+        operators = list(physics) if isinstance(physics, Sequence) else [physics] * n
+        operators = operators if self.operator is None else [self.operator] * n
+        if len(operators) != n:
+            raise ValueError(f"physics has {len(operators)} operators for {n} data steps; give one, or one for each")
         adjoint = self._checked_adjoint(y, operators[0])
-        if not torch.compiler.is_compiling() and not len(
-            adjoint
-        ):  # pixel_unshuffle leaves the shape of an empty batch as it is
+        # pixel_unshuffle leaves the shape of an empty batch as it is
+        if not torch.compiler.is_compiling() and not len(adjoint):
             return [adjoint] * (len(self.proxes) + 1)
         if not any(side % self.divisor for side in adjoint.shape[-2:]):
             return self._folds(y, operators, adjoint)
         if any(operator is not operators[0] for operator in operators):
-            raise ValueError(
-                f"with several operators height and width must be divisible by {self.divisor}: pad or crop"
-            )
+            raise ValueError(f"with several operators the sides must be divisible by {self.divisor}: pad or crop")
         fitted = fit_to_divisor(y, operators[0], self.divisor)
         images = self._folds(fitted.y, [fitted.physics] * len(operators), fitted.physics.A_adjoint(fitted.y))
         return [image[..., fitted.rows, fitted.columns] for image in images]
@@ -213,15 +216,6 @@ class Unfolded(Pretrained, Specified, Reconstructor):
         sigma = None if self.levels is None else noise_level(physics, x).clamp(max=self.levels[-1])
         return self.data_step(x, y, physics, self._scalars(self.log_data_weight, sigma)[-1])
 
-    def _operators(self, physics: LinearPhysics | Sequence[LinearPhysics]) -> list[LinearPhysics]:
-        """One operator per data step."""
-        n = len(self.log_data_weight)
-        if self.operator is not None or not isinstance(physics, Sequence):
-            return [physics if self.operator is None else self.operator] * n  # type: ignore[list-item]
-        if len(physics) != n:
-            raise ValueError(f"physics has {len(physics)} operators for {n} data steps; give one, or one for each")
-        return list(physics)
-
     def _scalars(self, logarithms: Tensor, sigma: Tensor | None) -> Tensor:
         """One number per step (n,), or one per step and image (n, B) at the images' noise levels sigma (B,)."""
         if self.levels is None or sigma is None:
@@ -241,19 +235,18 @@ class Unfolded(Pretrained, Specified, Reconstructor):
         """A^T y (B, C, H, W), or an error that says what is wrong with y."""
         own = self.log_data_weight.dtype
         if own not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"a flow is not inverted in {own}: call model.float(), and torch.autocast for half precision"
-            )
+            remedy = "call model.float(), and torch.autocast for half precision"
+            raise ValueError(f"a flow is not inverted in {own}: {remedy}")
         if not isinstance(y, Tensor) or y.dtype != own:
             dtype = y.dtype if isinstance(y, Tensor) else type(y).__name__
             raise ValueError(f"y must be a tensor of {own} like the model, got {dtype}; convert it")
         adjoint = physics.A_adjoint(y)
         n_channels = getattr(self.proxes[0], "n_channels", None)
         if adjoint.ndim != 4 or n_channels not in (None, adjoint.shape[1]):
-            raise ValueError(
-                f"y of shape {tuple(y.shape)} measures an image {tuple(adjoint.shape)}; the model takes batches "
-                f"(B, {n_channels or 'C'}, H, W): add the missing dimensions, or repeat a gray channel with expand"
-            )
+            measured = f"y of shape {tuple(y.shape)} measures an image {tuple(adjoint.shape)}"
+            wanted = f"the model takes batches (B, {n_channels or 'C'}, H, W)"
+            remedy = "add the missing dimensions, or repeat a gray channel with expand"
+            raise ValueError(f"{measured}; {wanted}: {remedy}")
         return adjoint
 
     def check(self, problem: Problem) -> list[str]:
@@ -264,10 +257,8 @@ class Unfolded(Pretrained, Specified, Reconstructor):
         card = getattr(self, "card", None)
         if card is None or not card.problem:
             return []
-        trained, ranges = (
-            Problem(card.problem["name"], card.problem.get("parameters") or {}),
-            card.problem.get("ranges") or {},
-        )
+        trained = Problem(card.problem["name"], card.problem.get("parameters") or {})
+        ranges = card.problem.get("ranges") or {}
         varied = PROBLEMS[problem.name].ranges
         if problem.name != trained.name and not (varied and set(varied) <= set(ranges)):
             return [f"{card.name} was trained for {trained.name} and is used for {problem.name}"]
@@ -305,23 +296,25 @@ class Unfolded(Pretrained, Specified, Reconstructor):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """n images (n, C, H, W) of the density of every fold's prox, fold after fold, those of tied folds once; with ``levels``
-        at the lowest one.
-
-        Raises:
-            ValueError: a fold without a flow, or a predicted mean: without a measurement there is no density.
+        at the lowest one. ValueError for a fold without a flow, or a predicted mean: without a measurement there is no density.
         """
         proxes = [prox for prox in dict.fromkeys(self.proxes) if isinstance(prox, FlowProx)]
         if self.latent_mean is not None or not proxes:
-            raise ValueError(
-                "there is no density to draw images from: the proxes are no flows, or latent_mean makes them depend on a "
-                "measurement; use proxes[k].sample(n, mean=...)"
-            )
+            why = "the proxes are no flows, or latent_mean makes them depend on a measurement"
+            raise ValueError(f"there is no density to draw images from: {why}; use proxes[k].sample(n, mean=...)")
         sigma = None if self.levels is None else self._levels[:1].expand(n)
         return torch.cat([prox.sample(n, temperature, image_size, generator, sigma=sigma) for prox in proxes])
 
     @torch.no_grad()
     def latents(self, y: Tensor, physics: LinearPhysics | Sequence[LinearPhysics]) -> list[Tensor]:
         """z_k = f_k(v_k) (B, C, H, W): what each fold with a flow shrinks when y is reconstructed."""
+        with self.noting_latents() as latents:
+            self(y, physics)
+        return latents
+
+    @contextmanager
+    def noting_latents(self) -> Iterator[list[Tensor]]:
+        """Within the block every fold with a flow appends f_k(v_k) (B, C, H, W), at the cost of one more pass of its flow."""
         latents: list[Tensor] = []
 
         def keep(prox: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -330,11 +323,10 @@ class Unfolded(Pretrained, Specified, Reconstructor):
 
         hooks = [prox.register_forward_pre_hook(keep) for prox in dict.fromkeys(self.proxes)]
         try:
-            self(y, physics)
+            yield latents
         finally:
             for hook in hooks:
                 hook.remove()
-        return latents
 
     def parameter_groups(self, learning_rate: float, scalar_learning_rate: float) -> list[dict]:
         """Groups for an optimizer: networks, the start image, and the scalars (mu or rho, lambda, latent weights), which Wei et
@@ -365,9 +357,6 @@ class UnfoldedPGD(Unfolded):
         proxes, shrinkage, start, shrink_last, final_data_step, operator: see ``Unfolded``.
         step_size: mu at the start, see ``GradientStep``.
         conditioning: levels, latent_mean and adaptation_rank, see ``Conditioning``.
-
-    Raises:
-        ValueError: as ``Unfolded``.
     """
 
     def __init__(
@@ -394,12 +383,7 @@ class UnfoldedHQS(Unfolded):
     """Unfolded half-quadratic splitting: ``Unfolded`` with a ``ProximalStep``.
 
     Arguments:
-        proxes, shrinkage, start, shrink_last, final_data_step, operator: see ``Unfolded``.
-        penalty: rho at the start, see ``ProximalStep``.
-        conditioning: levels, latent_mean and adaptation_rank, see ``Conditioning``.
-
-    Raises:
-        ValueError: as ``Unfolded``.
+        penalty: rho at the start, see ``ProximalStep``; the others and errors are those of ``UnfoldedPGD``.
     """
 
     def __init__(
@@ -444,38 +428,21 @@ def _log_parameter(
     return nn.Parameter(logarithms[:, None] + power * relative.log())
 
 
-@torch.no_grad()
-def _most_likely_image(flow: Flow) -> Tensor:
-    """g(0), (1, C, H, W): the image of the most likely latent (Wei et al. 2022, Sec. III-C)."""
-    like = next(chain(flow.parameters(), flow.buffers()), torch.empty(()))  # a flow may have no step, only squeezes
-    return flow.decode(like.new_zeros(1, math.prod(flow.image_shape)))
-
-
 # Export ---------------------------------------------------------------------------------------------------------------
 
 
 class _Reconstruction(nn.Module):
-    """y -> x_hat for one operator, whose tensors become constants."""
+    """y and values of some of the operator's tensors -> x_hat; the other tensors become constants."""
 
-    def __init__(self, model: Reconstructor, physics: Physics) -> None:
+    def __init__(self, model: Reconstructor, physics: Physics, names: Sequence[str]) -> None:
         super().__init__()
-        self.model = model
-        self.physics = physics
-
-    def forward(self, y: Tensor) -> Tensor:
-        return self.model(y, self.physics)
-
-
-class _WithInputs(nn.Module):
-    """(y, values of the operator's tensors) -> x_hat."""
-
-    def __init__(self, reconstruction: _Reconstruction, names: list[str]) -> None:
-        super().__init__()
-        self.reconstruction = reconstruction
-        self.names = names
+        self.model, self.physics, self.names = model, physics, names
 
     def forward(self, y: Tensor, *values: Tensor) -> Tensor:
-        return functional_call(self.reconstruction, dict(zip(self.names, values, strict=True)), (y,))
+        if not values:
+            return self.model(y, self.physics)
+        given = {f"physics.{name}": value for name, value in zip(self.names, values, strict=True)}
+        return functional_call(_Reconstruction(self.model, self.physics, ()), given, (y,))
 
 
 def export_program(model: Reconstructor, physics: Physics, y: Tensor, inputs: Sequence[str] = ()) -> ExportedProgram:
@@ -515,12 +482,8 @@ def export_program(model: Reconstructor, physics: Physics, y: Tensor, inputs: Se
         if name not in tensors:
             raise ValueError(f"inputs: {type(physics).__name__} has no tensor {name!r}; {nearest(name, tensors)}")
     values = tuple(physics.get_buffer(tensors[name]) for name in inputs)
-    reconstruction = _Reconstruction(model, physics)
+    reconstruction = _Reconstruction(model, physics, [tensors[name] for name in inputs])
     with torch.no_grad(), frozen(model):
         model(y, physics)  # whatever is computed once and kept is not to be part of the program
-        batch = Dim("batch", min=1)
-        if not inputs:
-            return torch.export.export(reconstruction, (y,), dynamic_shapes=({0: batch},), strict=False)
-        opened = _WithInputs(reconstruction, [f"physics.{tensors[name]}" for name in inputs])
-        shapes = ({0: batch}, (None,) * len(values))
-        return torch.export.export(opened, (y, *values), dynamic_shapes=shapes, strict=False)
+        shapes = ({0: Dim("batch", min=1)}, (None,) * len(values))
+        return torch.export.export(reconstruction, (y, *values), dynamic_shapes=shapes, strict=False)
