@@ -44,14 +44,13 @@ def train_flow(
             or folder) to train on.
         training: limits, optimizer and devices.
         data: the images.
-        noise: what to learn in place of images, as the density of a measurement's noise; the model is then a
-            ``FlowNoise``.
+        noise: what to learn in place of images, as the density of a measurement's noise; the model is then a ``FlowNoise``.
         likelihood: bit depth and added noise of images.
         out: folder of the run; the model is written to OUT/model.
         resume: continue the run in OUT, if there is one.
         name: the model's name in its card.
 
-    Errors, of all four functions, are those of ``flowprox.training.loop.fit``, and ValueError for what cannot be built.
+    Errors, of all four functions: see ``flowprox.training.loop.fit``; and ValueError for what cannot be built.
     """
     from flowprox.training.loop import fit
     from flowprox.training.tasks import likelihood_task, noise_task
@@ -114,9 +113,6 @@ def train_denoiser(
         out: folder of the run; the network is written to OUT/model.
         resume: continue the run in OUT, if there is one.
         name: the model's name in its card.
-
-    Raises:
-        FileExistsError, ValueError, NonFiniteError: see ``flowprox.training.loop.fit``.
     """
     from flowprox.training.loop import fit
     from flowprox.training.tasks import denoising_task
@@ -142,9 +138,6 @@ def train_gan(
         out: folder of the run; the generator is written to OUT/model.
         resume: continue the run in OUT, if there is one.
         name: the model's name in its card.
-
-    Raises:
-        FileExistsError, ValueError, NonFiniteError: see ``flowprox.training.loop.fit``.
     """
     from flowprox.training.loop import fit
     from flowprox.training.tasks import gan_task

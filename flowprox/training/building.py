@@ -18,6 +18,9 @@ from flowprox.options import DataOptions, NoiseOptions, ProblemOptions, Unfolded
 from flowprox.prox import FlowProx, ResNetProx, UNetProx, at_level
 from flowprox.unfolding import Unfolded, UnfoldedHQS, UnfoldedPGD
 
+_FIRST = "latent_mean.first.weight"
+_NETS = {"resnet": ResNetProx, "unet": UNetProx}
+
 
 def image_shape(data: DataOptions | NoiseOptions) -> tuple[int, int, int]:
     """(C, H, W) of the images that are trained on."""
@@ -50,21 +53,17 @@ def make_flow(flow: str | Values, data: DataOptions | NoiseOptions) -> Flow:
 
 def make_net_prox(kind: str, arguments: Values, data: DataOptions) -> nn.Module:
     """A ResNet or U-Net prox, untrained, for images of ``data``; ``kind`` is "resnet" or "unet"."""
-    prox = {"resnet": "ResNetProx", "unet": "UNetProx"}[kind]
-    return build({"kind": prox, "arguments": {"n_channels": data.channels, **arguments}})
+    return build({"kind": _NETS[kind].__name__, "arguments": {"n_channels": data.channels, **arguments}})
 
 
 def _make_prox(options: UnfoldedOptions, data: DataOptions) -> nn.Module:
     if options.prox in ("flow", "plug-and-play"):
         assert options.flow is not None
-        levels = options.levels if options.channelwise else None
-        return FlowProx(
-            make_flow(options.flow, data), options.base, options.channelwise, levels, options.log_determinant
-        )
+        flow, levels = make_flow(options.flow, data), options.levels if options.channelwise else None
+        return FlowProx(flow, options.base, options.channelwise, levels, options.log_determinant)
     if options.pretrained is None:
         return make_net_prox(options.prox, options.prox_arguments, data)
-    prox = load_model(options.pretrained)
-    if not isinstance(prox, {"resnet": ResNetProx, "unet": UNetProx}[options.prox]):
+    if not isinstance(prox := load_model(options.pretrained), _NETS[options.prox]):
         raise ValueError(f"pretrained {options.pretrained!r} is a {type(prox).__name__}, not a {options.prox} prox")
     return prox
 
@@ -76,16 +75,18 @@ def make_unfolded(options: UnfoldedOptions, problem: ProblemOptions, data: DataO
     shared = options.tied or options.prox == "plug-and-play"
     proxes = [first if shared or k == 0 else copy.deepcopy(first) for k in range(options.n_folds)]
     alike = ("shrinkage", "shrink_last", "final_data_step", "levels", "adaptation_rank")
-    arguments: Values = {
-        **{name: getattr(options, name) for name in alike},
-        "start": options.start or ("flow" if isinstance(first, FlowProx) else "adjoint"),
-        "operator": _learned_blur(problem) if options.learn_operator else None,
-        "latent_mean": _latent_mean(options, data),
-    }
-    if options.iteration == "hqs":
-        model: Unfolded = UnfoldedHQS(proxes, options.penalty, **arguments)
-    else:
-        model = UnfoldedPGD(proxes, options.step_size, **arguments)
+    arguments: Values = {name: getattr(options, name) for name in alike}
+    default = "flow" if isinstance(first, FlowProx) else "adjoint"
+    arguments |= {"start": options.start or default, "latent_mean": None}
+    if options.learn_operator:
+        arguments["operator"] = _learned_blur(problem)
+    if options.latent_mean is not None:
+        n_inputs = data.channels + 1 + int(options.levels is not None)
+        sizes = {"n_inputs": n_inputs, "n_channels": data.channels, "n_folds": options.n_folds}
+        arguments["latent_mean"] = build({"kind": "LatentMeanNet", "arguments": {**sizes, **options.latent_mean}})
+    is_hqs = options.iteration == "hqs"
+    weight = options.penalty if is_hqs else options.step_size
+    model: Unfolded = (UnfoldedHQS if is_hqs else UnfoldedPGD)(proxes, weight, **arguments)
     if options.prox == "plug-and-play":
         model.freeze_proxes()
     if isinstance(first, FlowProx) and options.pretrained is not None:
@@ -93,12 +94,11 @@ def make_unfolded(options: UnfoldedOptions, problem: ProblemOptions, data: DataO
     return model
 
 
-def _latent_mean(options: UnfoldedOptions, data: DataOptions) -> nn.Module | None:
-    if options.latent_mean is None:
-        return None
-    n_inputs = data.channels + 1 + int(options.levels is not None)
-    sizes = {"n_inputs": n_inputs, "n_channels": data.channels, "n_folds": options.n_folds}
-    return build({"kind": "LatentMeanNet", "arguments": {**sizes, **options.latent_mean}})
+def load_unfolded(option: str, name: str) -> Unfolded:
+    """The trained network that an option names; ValueError where it is none."""
+    if not isinstance(trained := load_model(name), Unfolded):
+        raise ValueError(f"{option} {name!r} is a {type(trained).__name__}, not an unfolded network")
+    return trained
 
 
 def _start_from(model: Unfolded, name: str) -> None:
@@ -108,20 +108,21 @@ def _start_from(model: Unfolded, name: str) -> None:
     did not have, a level or a predicted mean, has no effect at the start. Data steps of another kind or number keep their own
     weights, so that a denoiser can start what deblurs; a start image stays, too.
     """
-    trained = load_model(name)
-    if not isinstance(trained, Unfolded):
-        raise ValueError(f"pretrained {name!r} is a {type(trained).__name__}, not an unfolded network")
+    trained = load_unfolded("pretrained", name)
     own, loaded = model.state_dict(), _at_levels(trained, model.levels)
     weights = "log_data_weight"
     if type(trained.data_step) is not type(model.data_step) or len(own[weights]) != len(loaded[weights]):
         loaded[weights] = own[weights]
     missing = {key for key in own.keys() - loaded.keys() if not key.startswith(("latent_mean.", "start_image"))}
     unlike = sorted(missing | (loaded.keys() - own.keys()))
-    unlike += [key for key in own.keys() & loaded.keys() if not _fits(key, own[key], loaded[key])]
+    for key in own.keys() & loaded.keys():
+        mine, theirs = own[key].shape, loaded[key].shape
+        grows = key == _FIRST and mine[0] == theirs[0] and mine[1] == theirs[1] + 4  # by an input, of 2x2 pixels
+        is_scalar = key != _FIRST and len(theirs) == 1 and len(mine) == 2 and theirs[0] in mine
+        unlike += [] if mine == theirs or grows or is_scalar else [key]
     if unlike:
-        raise ValueError(
-            f"pretrained {name!r} is another network: {', '.join(unlike[:3])} differ; use its own model options"
-        )
+        differing = ", ".join(unlike[:3])
+        raise ValueError(f"pretrained {name!r} is another network: {differing} differ; use its own model options")
     for key, value in loaded.items():
         if own[key].shape == value.shape:
             own[key].copy_(value)
@@ -145,15 +146,6 @@ def _at_levels(trained: Unfolded, levels: Sequence[float] | None) -> dict[str, T
         elif key in ("log_data_weight", "log_shrinkage"):  # (n, J)
             state[key] = at_level(value.T, trained.levels, sigma).T
     return state
-
-
-_FIRST = "latent_mean.first.weight"
-
-
-def _fits(key: str, own: Tensor, loaded: Tensor) -> bool:
-    if key == _FIRST:
-        return own.shape[0] == loaded.shape[0] and own.shape[1] in (loaded.shape[1], loaded.shape[1] + 4)
-    return own.shape == loaded.shape or (loaded.ndim == 1 and own.ndim == 2 and loaded.shape[0] in own.shape)
 
 
 def _learned_blur(problem: ProblemOptions) -> LearnedBlur:

@@ -45,14 +45,7 @@ class ResumableSampler(Sampler[list[int]]):
     """
 
     def __init__(
-        self,
-        n: int,
-        batch_size: int = 1,
-        seed: int = 0,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        drop_last: bool = True,
+        self, n: int, batch_size: int = 1, seed: int = 0, *, rank: int = 0, world_size: int = 1, drop_last: bool = True
     ) -> None:
         if n < 1 or batch_size < 1:
             raise ValueError(f"n and batch_size must be positive, got n={n}, batch_size={batch_size}")
@@ -77,20 +70,17 @@ class ResumableSampler(Sampler[list[int]]):
         while self.position < len(self):
             start = self.position * self.batch_size
             self.position += 1
-            yield self._share(order, start)
+            batch = order[start : start + self.batch_size]
+            while len(batch) % self.world_size:
+                batch += order[: self.world_size - len(batch) % self.world_size]
+            share = len(batch) // self.world_size
+            yield batch[self.rank * share : (self.rank + 1) * share]
         self.epoch, self.position = self.epoch + 1, 0
 
     def order(self, epoch: int) -> list[int]:
         """All n indices in the order of an epoch."""
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         return torch.randperm(self.n, generator=generator).tolist()
-
-    def _share(self, order: list[int], start: int) -> list[int]:
-        batch = order[start : start + self.batch_size]
-        while len(batch) % self.world_size:
-            batch += order[: self.world_size - len(batch) % self.world_size]
-        share = len(batch) // self.world_size
-        return batch[self.rank * share : (self.rank + 1) * share]
 
     def seek(self, step: int) -> None:
         """Go to where ``step`` batches since the start of training have been used."""
@@ -119,10 +109,9 @@ class TrainingImages:
         self.options, self.device = options, device
         self.fingerprint: dict[str, str] = {}
         if isinstance(data, NoiseOptions):
-            blank, shape = torch.zeros((), dtype=torch.uint8), (data.channels, data.image_size, data.image_size)
-            train, self.validation = (
-                blank.expand(n, *shape) for n in (options.batch_size, options.n_validation_images)
-            )
+            blank = torch.zeros(data.channels, 1, 1, dtype=torch.uint8)
+            size, numbers = (data.image_size, data.image_size), (options.batch_size, options.n_validation_images)
+            train, self.validation = (blank.expand(n, -1, *size) for n in numbers)
         else:
             train, self.validation = _read(data, options.n_validation_images)
             for part, images in (("training", train), ("validation", self.validation)):
@@ -166,15 +155,15 @@ class TrainingImages:
 
 def _read(data: DataOptions, n_validation: int) -> tuple[Tensor, Tensor]:
     """Training and validation images: two sources, or two parts of the split of one that consists of folders."""
+
+    def images(source: str | list[str], split: str, limit: int | None) -> Tensor:
+        options = {"patches": data.patches, "channels": data.channels, "skip_corrupt": data.skip_corrupt}
+        return ImageDataset(source, data.image_size, split, limit=limit, **options).images
+
     sources = [data.train] if isinstance(data.train, str) else data.train
-    if data.validation is not None:
-        return _images(data, sources, "all", data.limit), _images(data, data.validation, "all", n_validation)
-    if all(Path(source).is_dir() for source in sources):
-        return _images(data, sources, "train", data.limit), _images(data, sources, "val", n_validation)
-    train = _images(data, sources, "all", data.limit)
-    return train, train[:0]
-
-
-def _images(data: DataOptions, source: str | list[str], split: str, limit: int | None) -> Tensor:
-    options = {"patches": data.patches, "channels": data.channels, "skip_corrupt": data.skip_corrupt}
-    return ImageDataset(source, data.image_size, split, limit=limit, **options).images
+    has_parts = data.validation is None and all(Path(source).is_dir() for source in sources)
+    train = images(sources, "train" if has_parts else "all", data.limit)
+    if data.validation is None and not has_parts:
+        return train, train[:0]
+    validation = sources if data.validation is None else data.validation
+    return train, images(validation, "val" if has_parts else "all", n_validation)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import math
 import os
 import sys
@@ -32,6 +31,7 @@ from flowprox.data import save_image
 from flowprox.files import atomic_write
 from flowprox.naming import Values
 from flowprox.options import TrainingOptions
+from flowprox.records import RecordWriter
 
 
 class RunLog:
@@ -46,18 +46,19 @@ class RunLog:
 
     def __init__(self, folder: Path, recipe: Values, step: int, options: TrainingOptions) -> None:
         self.folder, self.batch_size, self.show = folder, options.batch_size, options.progress
-        folder.mkdir(parents=True, exist_ok=True)
-        self.rows = [row for row in _read_rows(folder / "metrics.jsonl") if row["step"] <= step]
-        with atomic_write(folder / "metrics.jsonl", mode="w") as f:
-            f.writelines(json.dumps(row) + "\n" for row in self.rows)
+        self.writer = RecordWriter(folder / "metrics.jsonl", True, lambda row: row.get("step", math.inf) <= step)
+        self.rows = self.writer.records
         with atomic_write(folder / "recipe.yaml", mode="w") as f:
             yaml.safe_dump(recipe, f, sort_keys=False)
-        self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")
-        self.loggers = [make_logger(name, folder, recipe, self.rows) for name in options.loggers]
+        self.loggers = [_LOGGERS[name](folder, recipe, self.rows) for name in options.loggers]
         self.measured = (step, time.monotonic())
         self.validated = ""
-        console = Console()
-        self.bar = _progress_bar(console) if self.show and console.is_terminal else None
+        self.bar: Progress | None = None
+        if self.show and (console := Console()).is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            self.bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=console, refresh_per_second=1)
+            self.bar.add_task("starting", total=1.0, text="")
+            self.bar.start()
 
     def training(self, step: int, elapsed: float, figures: Mapping[str, float], progress: float) -> None:
         """Note training figures; ``progress`` of the run is between 0 and 1."""
@@ -76,7 +77,8 @@ class RunLog:
         self._write(step, elapsed, {f"validation_{name}": value for name, value in figures.items()})
         self.validated = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
         if self.show and self.bar is None:
-            loss, speed = self._latest("loss", "{:.4g}"), self._latest("images_per_second", "{:.0f}")
+            losses, speeds = self._columns("loss")[1], self._columns("images_per_second")[1]
+            loss, speed = f"{losses[-1]:.4g}" if losses else "-", f"{speeds[-1]:.0f}" if speeds else "-"
             print(f"step {step}  {elapsed:.0f} s  loss {loss}  {self.validated}  {speed} images/s", flush=True)
 
     def pictures(self, step: int, rows: Sequence[Tensor]) -> None:
@@ -86,16 +88,9 @@ class RunLog:
         for logger in self.loggers:
             logger.picture(grid, step)
 
-    def _latest(self, name: str, form: str) -> str:
-        """The last figure of that name, or a dash before there is one."""
-        return next((form.format(row[name]) for row in reversed(self.rows) if row.get(name) is not None), "-")
-
     def _write(self, step: int, elapsed: float, figures: Mapping[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-        row = {"step": step, "elapsed": round(elapsed, 2), **finite}
-        self.rows.append(row)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        self.writer.write({"step": step, "elapsed": round(elapsed, 2), **finite})
         for logger in self.loggers:
             logger.figures({name: value for name, value in finite.items() if value is not None}, step)
 
@@ -127,37 +122,26 @@ class RunLog:
         """Stop the bar and close the files."""
         if self.bar is not None:
             self.bar.stop()
-        self.file.close()
+        self.writer.close()
         for logger in self.loggers:
             logger.close()
-
-
-def _read_rows(path: Path) -> list[Values]:
-    """The rows of a metrics.jsonl, a last line that a kill cut short left out; ValueError where one is no row."""
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
-    try:
-        rows = [json.loads(line) for line in lines]
-        return [row for row in rows if row["step"] >= 0]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged; move it away, the run continues without its earlier rows") from error
-
-
-def _progress_bar(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=console, refresh_per_second=1)
-    bar.add_task("starting", total=1.0, text="")
-    bar.start()
-    return bar
 
 
 # Loggers --------------------------------------------------------------------------------------------------------------
 
 
 class Logger:
-    """Where the figures and pictures of a run go."""
+    """Where the figures and pictures of a run go: that of Lightning Fabric, or a client that replaces its methods."""
+
+    logger: Any
+
+    def __init__(self, folder: Path, recipe: Values, rows: Sequence[Values]) -> None:
+        """For a run in a folder that goes on after ``rows``, the figures of an earlier part of it."""
+        raise NotImplementedError
 
     def figures(self, values: Mapping[str, float], step: int) -> None:
         """Note figures by name, all of them finite."""
+        self.logger.log_metrics(dict(values), step)
 
     def picture(self, x: Tensor, step: int) -> None:
         """Note the grid of samples (C, H, W) in [0, 1]; a logger of numbers leaves it out."""
@@ -172,9 +156,6 @@ class _TensorBoard(Logger):
 
         purge_step = rows[-1]["step"] + 1 if rows else None  # what a killed predecessor wrote beyond its state
         self.logger = TensorBoardLogger(folder, "tensorboard", "", purge_step=purge_step)
-
-    def figures(self, values: Mapping[str, float], step: int) -> None:
-        self.logger.log_metrics(dict(values), step)
 
     def picture(self, x: Tensor, step: int) -> None:
         self.logger.experiment.add_image("samples", x, step)
@@ -191,9 +172,6 @@ class _CSV(Logger):
         self.logger = CSVLogger(folder, "csv", "")
         for row in rows:
             self.figures({key: value for key, value in row.items() if key != "step" and value is not None}, row["step"])
-
-    def figures(self, values: Mapping[str, float], step: int) -> None:
-        self.logger.log_metrics(dict(values), step)
 
     def close(self) -> None:
         self.logger.save()
@@ -240,8 +218,6 @@ def _pixels(x: Tensor) -> np.ndarray:
 
 
 _LOGGERS: dict[str, type[Logger]] = {"tensorboard": _TensorBoard, "csv": _CSV, "wandb": _WandB, "mlflow": _MLflow}
-
-
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny"}
 
 
@@ -251,8 +227,3 @@ def check_loggers(names: Sequence[str]) -> None:
         if name in _PACKAGES and (sys.modules.get(name, "") is None or not importlib.util.find_spec(name)):
             package = _PACKAGES[name]
             raise ImportError(f"logger {name} needs the package {package}: pip install {package}")
-
-
-def make_logger(name: str, folder: Path, recipe: Values, rows: Sequence[Values]) -> Logger:
-    """The logger of that name, for a run that goes on after ``rows``, the figures of an earlier part of it."""
-    return _LOGGERS[name](folder, recipe, rows)  # type: ignore[call-arg]

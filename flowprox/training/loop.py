@@ -110,10 +110,16 @@ def fit(
     plain = {key: asdict(part) if is_dataclass(part) else part for key, part in parts.items()}  # type: ignore[arg-type]
     plain |= {"out": str(out), "name": name}
     job = _Job(make_task, data, training, folder, plain, resume, name, current_callbacks())
-    places = {"accelerator": training.accelerator, "devices": training.devices, "num_nodes": training.num_nodes}
-    fabric = Fabric(**places, strategy=_strategy(training))
+    strategy: DDPStrategy | str = "auto"
+    if training.devices * training.num_nodes > 1:
+        start = "spawn" if training.strategy == "ddp_spawn" else "popen"
+        # buffers are not broadcast in every step: only batch normalization's change, and they are before a validation
+        known = inspect.signature(DistributedDataParallel).parameters
+        quiet: Values = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+        strategy = DDPStrategy(start_method=start, gradient_as_bucket_view=True, **quiet)
     try:
-        return fabric.launch(functools.partial(_run, job=job))
+        places = {"accelerator": training.accelerator, "devices": training.devices, "num_nodes": training.num_nodes}
+        return Fabric(**places, strategy=strategy).launch(functools.partial(_run, job=job))
     except ProcessExitedException as error:
         how = error.signal_name or f"exit status {error.exit_code}"
         raise ChildProcessError(_ended(f"process {error.error_index}", folder, how)) from error
@@ -123,16 +129,6 @@ def fit(
 
 def _ended(which: str, folder: Path, how: str) -> str:
     return f"{which} of the run in {folder} has ended ({how}); the same command with --resume continues the run"
-
-
-def _strategy(training: TrainingOptions) -> DDPStrategy | str:
-    if training.devices * training.num_nodes == 1:
-        return "auto"
-    start = "spawn" if training.strategy == "ddp_spawn" else "popen"
-    # buffers are not broadcast in every step: only batch normalization's change, and they are before a validation
-    known = inspect.signature(DistributedDataParallel).parameters
-    quiet: Values = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
-    return DDPStrategy(start_method=start, gradient_as_bucket_view=True, **quiet)
 
 
 def _run(fabric: Fabric, job: _Job) -> TrainingResult:
@@ -155,11 +151,8 @@ def _only_run(fabric: Fabric, folder: Path) -> Iterator[None]:
                     leftover.unlink()
             except (ValueError, OSError) as refusal:
                 error = refusal
-        message = fabric.broadcast(str(error) if error else "")
-        if error is not None:
-            raise error
-        if message:
-            raise ValueError(message)
+        if message := fabric.broadcast(str(error) if error else ""):
+            raise error or ValueError(message)
         yield
 
 
@@ -167,13 +160,14 @@ def _only_run(fabric: Fabric, folder: Path) -> Iterator[None]:
 def _threads(n: int | None) -> Iterator[None]:
     """n threads within the block. Untouched for None: setting their number breaks batched LU (pytorch/pytorch#142815)."""
     before = torch.get_num_threads()
-    if n is not None and n != before:
-        torch.set_num_threads(n)
+    if n in (None, before):
+        yield
+        return
+    torch.set_num_threads(n)
     try:
         yield
     finally:
-        if torch.get_num_threads() != before:
-            torch.set_num_threads(before)
+        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -204,12 +198,11 @@ def _one_line_failures(fabric: Fabric, job: _Job) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         text = str(error)
-        allocator = any(words in text for words in ("allocate memory", "not enough memory"))
+        allocator = "allocate memory" in text or "not enough memory" in text
         if allocator or isinstance(error, MemoryError | torch.OutOfMemoryError):
-            raise MemoryError(
-                f"{first_line(error)}; what is in {job.out} stays, --resume continues from there; train with a batch_size "
-                f"below {job.training.batch_size} or on more devices"
-            ) from error
+            remedy = f"train with a batch_size below {job.training.batch_size} or on more devices"
+            stays = f"what is in {job.out} stays, --resume continues from there"
+            raise MemoryError(f"{first_line(error)}; {stays}; {remedy}") from error
         if fabric.world_size > 1 and ("onnection" in text or isinstance(error, torch.distributed.DistError)):
             raise ChildProcessError(_ended("another process", job.out, "the connection to it broke")) from error
         raise
@@ -254,10 +247,6 @@ class _Tally:
         skipped, in_a_row, counts.typical_norm, *counts.losses = self.values.tolist()
         counts.skipped, counts.skipped_in_a_row = int(skipped), int(in_a_row)
 
-    def forget(self) -> None:
-        """The weights are others: no step was skipped, no norm is usual."""
-        self.values[1:3].zero_()
-
 
 class _OfTensors(nn.Module):
     """A task as a module of the tensors among its inputs; the others stay what they are."""
@@ -278,12 +267,16 @@ class _Run:
         self.fabric, self.job, self.stop, self.options = fabric, job, stop, job.training
         self.device, self.distributed = fabric.device, fabric.world_size > 1
         self.images = TrainingImages(job.data, job.training, self.device, fabric.global_rank, fabric.world_size)
-        self.limit = self._step_limit()
+        epochs = self.options.max_epochs
+        if epochs is not None and isinstance(job.data, NoiseOptions):
+            raise ValueError("noise is drawn anew for every batch and has no epochs: set max_steps or max_time")
+        by_epochs = math.inf if epochs is None else max(1, round(epochs * len(self.images.sampler)))
+        self.limit = min(self.options.max_steps or math.inf, by_epochs)
         self.max_time = math.inf if self.options.max_time is None else parse_duration(self.options.max_time)
         self.in_bfloat16 = self.options.precision == "bf16"
         if self.in_bfloat16 and self.device.type == "cpu" and not _computes_in_bfloat16():
             self.in_bfloat16 = False
-            self._say("this CPU has no arithmetic in bfloat16 (AVX512-BF16 or AMX): training in float32")
+            fabric.print("this CPU has no arithmetic in bfloat16 (AVX512-BF16 or AMX): training in float32", flush=True)
         self.counts, self.started, self.reason = Counts(), time.monotonic(), ""
         self.error: NonFiniteError | None = None
 
@@ -316,17 +309,6 @@ class _Run:
         self.log = RunLog(*place, self.options) if fabric.is_global_zero else None
 
     # -- before the first step
-
-    def _say(self, message: str) -> None:
-        if self.fabric.is_global_zero:
-            print(message, flush=True)
-
-    def _step_limit(self) -> float:
-        epochs = self.options.max_epochs
-        if epochs is not None and isinstance(self.job.data, NoiseOptions):
-            raise ValueError("noise is drawn anew for every batch and has no epochs: set max_steps or max_time")
-        by_epochs = math.inf if epochs is None else max(1, round(epochs * len(self.images.sampler)))
-        return min(self.options.max_steps or math.inf, by_epochs)
 
     def _initialize_model(self, state: Values | None) -> None:
         model = self.task.model
@@ -408,14 +390,13 @@ class _Run:
         if self.log is not None:
             self.log.draw_loss(self.task.figure)
 
-    def _clock(self) -> float:
-        return time.monotonic() - self.started
-
     # -- one step
 
     def _take_step(self) -> Tensor:
         """The step's loss; NaN if it was skipped."""
-        generator = self._seed_step()
+        seed = mixed_seed("step", self.options.seed, self.counts.step, self.fabric.global_rank)
+        seed_global_generators(seed, self.device)
+        generator = torch.Generator(self.device).manual_seed(seed)
         inputs = self.task.batch(self.images.flip(next(self.batches), generator), generator)
         for earlier, live in zip(self.earlier_statistics, self.statistics, strict=True):
             earlier.copy_(live)
@@ -475,7 +456,7 @@ class _Run:
         }
         refused = [reason for reason, holds in reasons.items() if holds]
         if refused:
-            self._say(f"cuda_graph: trains without, since {refused[0]}")
+            self.fabric.print(f"cuda_graph: trains without, since {refused[0]}", flush=True)
             return
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.in_bfloat16, cache_enabled=False):
             replayed: Callable[..., Tensor] = torch.cuda.make_graphed_callables(  # type: ignore[assignment]
@@ -485,14 +466,9 @@ class _Run:
         for earlier, live in zip(self.earlier_statistics, self.statistics, strict=True):
             live.copy_(earlier)
 
-    def _seed_step(self) -> torch.Generator:
-        seed = mixed_seed("step", self.options.seed, self.counts.step, self.fabric.global_rank)
-        seed_global_generators(seed, self.device)
-        return torch.Generator(self.device).manual_seed(seed)
-
     def _agree(self, has_loss: bool) -> bool:
         """Whether all processes have a loss; process 0's clock and requests to stop travel along."""
-        self.counts.elapsed = self._clock()
+        self.counts.elapsed = time.monotonic() - self.started
         if not self.distributed:
             return has_loss
         vote = [float(not has_loss), float(self.stop.is_set()), self.counts.elapsed * self.fabric.is_global_zero]
@@ -520,11 +496,10 @@ class _Run:
         if self.counts.skipped_in_a_row < _MOST_SKIPPED:
             return
         if self.counts.rollbacks >= self.options.n_rollbacks:
-            reason = f" ({self.error})" if self.error else ""
-            raise NonFiniteError(
-                f"{self.counts.skipped_in_a_row} steps in a row, up to step {self.counts.step}, had an outlying or not finite "
-                f"gradient{reason}; lower learning_rate or gradient_clip, or tighten the flow's scale_bound"
-            )
+            reason = f"an outlying or not finite gradient{f' ({self.error})' if self.error else ''}"
+            steps = f"{self.counts.skipped_in_a_row} steps in a row, up to step {self.counts.step}"
+            remedy = "lower learning_rate or gradient_clip, or tighten the flow's scale_bound"
+            raise NonFiniteError(f"{steps}, had {reason}; {remedy}")
         self._go_back()
 
     def _keep_weights(self) -> None:
@@ -539,7 +514,7 @@ class _Run:
         """To the best weights, more slowly: the run has come to a place from which no step leads on."""
         self.counts.rollbacks += 1
         self.counts.skipped_in_a_row, self.counts.typical_norm = 0, 0.0
-        self.tally.forget()
+        self.tally.values[1:3].zero_()
         self.task.model.load_state_dict(self.kept["model"])
         self.average.load_state_dict(self.kept["average"])
         self.optimizer.state.clear()
@@ -561,7 +536,12 @@ class _Run:
                         sums[name] = sums.get(name, 0.0) + float(values.double().sum())
         except NonFiniteError as error:  # the run goes on: such a model is never the best one
             self.error, sums = error, dict.fromkeys([self.task.figure, *sums], math.nan)
-        figures = {name: value / len(images) for name, value in self._sum_over_processes(sums).items()}
+        parts = [sums]
+        if self.distributed:
+            parts = [{} for _ in range(self.fabric.world_size)]
+            torch.distributed.all_gather_object(parts, sums)
+        names = dict.fromkeys(name for part in parts for name in part)
+        figures = {name: sum(part.get(name, 0.0) for part in parts) / len(images) for name in names}
         self.counts.figures = {**figures, "step": self.counts.step}
         if self.log is not None:
             self.log.validation(self.counts.step, self.counts.elapsed, figures, time.monotonic() - started)
@@ -572,13 +552,6 @@ class _Run:
 
     def _validation_generator(self, start: int) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(mixed_seed("validation", self.options.seed, start))
-
-    def _sum_over_processes(self, sums: dict[str, float]) -> dict[str, float]:
-        if not self.distributed:
-            return sums
-        parts: list[dict[str, float]] = [{} for _ in range(self.fabric.world_size)]
-        torch.distributed.all_gather_object(parts, sums)
-        return {name: sum(part.get(name, 0.0) for part in parts) for name in sorted(set().union(*parts))}
 
     def _note_best(self, value: float) -> None:
         """Save the best model; go back to it where this one has lost its way, NaN included."""
@@ -635,7 +608,7 @@ class _Run:
                 pictures = self.task.pictures(model, x, self._validation_generator(0))
             self.log.pictures(self.counts.step, pictures)
         except NonFiniteError as error:
-            self._say(f"no samples.png: {error}")
+            self.fabric.print(f"no samples.png: {error}", flush=True)
         self.task.train()
 
     # -- resumption
@@ -646,7 +619,7 @@ class _Run:
         self.tally.read(self.counts)
         state = {
             "identity": self.identity,
-            "counters": asdict(self.counts) | {"elapsed": self._clock()},
+            "counters": asdict(self.counts) | {"elapsed": time.monotonic() - self.started},
             "model": self.task.model.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),

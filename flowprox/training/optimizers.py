@@ -33,19 +33,20 @@ def make_optimizer(kind: str, groups: list[Values], fused: bool, weight_decay: f
 
     ``groups`` have ``params`` and their learning rate ``lr`` each; Muon splits them in two, all rates stay theirs.
     """
-    groups = [
-        {
-            **group,
-            "params": [p for p in group["params"] if p.requires_grad],
-            "weight_decay": 0.0 if group.get("name") in _WITHOUT_DECAY else weight_decay,
-        }
-        for group in groups
-    ]
-    if kind == "muon":
-        groups = [part for group in groups for part in _split(group)]
-    groups = [group for group in groups if group["params"]]
+    parts: list[Values] = []
+    for group in groups:
+        learned = [p for p in group["params"] if p.requires_grad]
+        decay = 0.0 if group.get("name") in _WITHOUT_DECAY else weight_decay
+        group = {**group, "params": learned, "weight_decay": decay}
+        if kind == "muon":  # convolutions' weights of more than one row and column; Adam has the others
+            matrices = [p for p in learned if p.ndim == 4 and min(len(p), p[0].numel()) > 1]
+            others = [p for p in learned if not any(p is one for one in matrices)]
+            parts.append({**group, "params": matrices, "use_muon": True, "use_adjusted_lr": True})
+            group = {**_ADAM, **group, "params": others, "use_muon": False}
+        parts.append(group)
+    parts = [part for part in parts if part["params"]]
     # AdamW is Adam where nothing decays
-    return Muon(groups) if kind == "muon" else torch.optim.AdamW(groups, fused=fused or None, **_ADAM)
+    return Muon(parts) if kind == "muon" else torch.optim.AdamW(parts, fused=fused or None, **_ADAM)
 
 
 def apply_if(is_good: Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -59,18 +60,6 @@ def apply_if(is_good: Tensor, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
     elif bool(is_good):
         optimizer.step()
-
-
-def _split(group: Values) -> tuple[Values, Values]:
-    """Muon's share of a group, convolutions' weights of more than one row and column, and Adam's."""
-    matrices: list[Tensor] = []
-    others: list[Tensor] = []
-    for p in group["params"]:
-        (matrices if p.ndim == 4 and min(len(p), p[0].numel()) > 1 else others).append(p)
-    return (
-        {**group, "params": matrices, "use_muon": True, "use_adjusted_lr": True},
-        {**_ADAM, **group, "params": others, "use_muon": False},
-    )
 
 
 def schedule_factor(schedule: str, progress: float) -> float:

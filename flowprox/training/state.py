@@ -108,16 +108,15 @@ def _form(tensor: Tensor) -> str:
 def check_optimizer(given: Values, optimizer: torch.optim.Optimizer, where: str) -> Values:
     """The state that an optimizer can load: moments of the right shapes and counters of steps, its own rates and decays.
     ValueError where parameters are grouped otherwise or a moment is of another form: it would be written beyond its memory."""
-    own, groups = optimizer.state_dict()["param_groups"], given.get("param_groups")
-    sound = isinstance(groups, list) and isinstance(given.get("state"), dict) and all(map(_is_group, groups))
-    require(sound, f"{where} is damaged; {_REMEDY}")
-    assert groups is not None
+    own, found = optimizer.state_dict()["param_groups"], given.get("param_groups")
+    groups: list[Values] = found if isinstance(found, list) else [{}]
+    lists = [group.get("params") if isinstance(group, dict) else None for group in groups]
+    sound = all(isinstance(one, list) and all(type(index) is int for index in one) for one in lists)
+    require(sound and isinstance(given.get("state"), dict), f"{where} is damaged; {_REMEDY}")
     indices, own_indices = ([group["params"] for group in part] for part in (groups, own))
-    require(
-        indices == own_indices,
-        f"{where} has groups of {[len(group) for group in indices]} parameters, this version with these options has "
-        f"{[len(group) for group in own_indices]}; {_REMEDY}",
-    )
+    sizes, own_sizes = ([len(group) for group in part] for part in (indices, own_indices))
+    has = f"{where} has groups of {sizes} parameters, this version with these options has {own_sizes}"
+    require(indices == own_indices, f"{has}; {_REMEDY}")
     moments = {}
     for group, numbers in zip(optimizer.param_groups, own_indices, strict=True):
         for index, parameter in zip(numbers, group["params"], strict=True):
@@ -128,11 +127,6 @@ def check_optimizer(given: Values, optimizer: torch.optim.Optimizer, where: str)
     steps = [{"step": group["step"]} if "step" in group else {} for group in groups]
     require(all(type(step.get("step", 0)) is int for step in steps), f"{where} has no number of steps; {_REMEDY}")
     return {"state": moments, "param_groups": [{**g, **step} for g, step in zip(own, steps, strict=True)]}
-
-
-def _is_group(group: object) -> bool:
-    indices = group.get("params") if isinstance(group, dict) else None
-    return isinstance(indices, list) and all(type(index) is int for index in indices)
 
 
 def _moments(parameter: Tensor, group: Values) -> dict[str, Tensor]:

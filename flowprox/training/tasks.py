@@ -13,17 +13,16 @@ Symbols: x clean image (B, C, H, W) in [0, 1], D = C H W, b bit depth, y measure
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from deepinv.physics import Denoising, LinearPhysics
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from flowprox.baselines import GANPrior
-from flowprox.checkpoints import load_model
 from flowprox.flows import Flow
 from flowprox.metrics import psnr
 from flowprox.naming import Values, require_choice
@@ -40,9 +39,7 @@ from flowprox.options import (
     TrainingOptions,
     UnfoldedOptions,
 )
-from flowprox.prox import FlowProx
-from flowprox.training.building import image_shape, make_flow, make_net_prox, make_unfolded
-from flowprox.unfolding import Unfolded
+from flowprox.training.building import image_shape, load_unfolded, make_flow, make_net_prox, make_unfolded
 
 
 class Task(nn.Module):
@@ -169,7 +166,7 @@ class NoiseTask(Task):
         return {self.figure: nats, "excess_nats": self.validation.log_prob(n) + nats * n[0].numel()}
 
     def initialize(self, x: Tensor) -> None:
-        likes = x[:1].expand(_N_INITIAL, *x.shape[1:])
+        likes = x[:1].expand(256, *x.shape[1:])
         _initialize_flow(self.model.flow, _noise_like(self.noise, likes, torch.Generator(x.device).manual_seed(0)))  # type: ignore[arg-type]
 
     def pictures(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> list[Tensor]:
@@ -178,9 +175,6 @@ class NoiseTask(Task):
         n = _noise_like(self.validation, x, generator)
         low, high = n.amin(), n.amax()
         return [(row - low) / (high - low) for row in (n, model.sample_like(x, generator))]
-
-
-_N_INITIAL = 256  # noise images from which a flow is initialized
 
 
 @torch.no_grad()
@@ -268,13 +262,17 @@ class ReconstructionTask(Task):
         for teacher in self._teacher:
             with torch.no_grad():
                 x = torch.lerp(x, teacher(y, physics).to(x.dtype).clamp(0, 1), self.teacher_weight)
-        latents: list[Tensor] = []
-        with _latents_into(latents, self.model) if self.latent_weight else nullcontext():
+        with self.model.noting_latents() if self.latent_weight else nullcontext() as latents:  # type: ignore[operator]
             x_hat = self.model(y, physics)
-        loss = nn.functional.mse_loss(x_hat, x, reduction="none").flatten(1).mean(1)
-        loss = (_logarithm(loss) if self.loss == "log-mse" else loss).mean()
+        loss = F.mse_loss(x_hat, x, reduction="none").flatten(1).mean(1)
+        if self.loss == "log-mse":
+            beyond = (loss - _LARGE_ERROR).clamp(min=0) / (_LARGE_ERROR + _SMALL_ERROR)
+            loss = torch.log(loss.clamp(max=_LARGE_ERROR) + _SMALL_ERROR) + beyond
+        loss = loss.mean()
         if latents:
-            loss = loss + self.latent_weight * torch.stack([_divergence_from_normal(z) for z in latents]).mean()
+            parts = (torch.var_mean(z, dim=(0, 2, 3)) for z in latents)
+            divergences = [0.5 * (mean.square() + variance - 1 - variance.log()).mean() for variance, mean in parts]
+            loss = loss + self.latent_weight * torch.stack(divergences).mean()
         if self.likelihood_weight:
             flows = self.model.flows()  # type: ignore[operator]
             bits = sum(flow.bits_per_dimension(inputs[3]).mean() for flow in flows) / len(flows)
@@ -315,7 +313,7 @@ class DenoisingTask(Task):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         x, v = inputs
-        return nn.functional.mse_loss(self.model(v, 1.0), x)
+        return F.mse_loss(self.model(v, 1.0), x)
 
     def evaluate(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         return {"psnr": psnr(model(_add_noise(x, self.noise_range, generator), 1.0), x).clamp(max=_HIGHEST)}
@@ -327,34 +325,6 @@ class DenoisingTask(Task):
 
 _SMALL_ERROR, _LARGE_ERROR = 1e-4, 1e-2
 _HIGHEST = 120.0  # dB; a mean over images must stay finite
-
-
-def _logarithm(error: Tensor) -> Tensor:
-    """ln(e + 1e-4), above e = 0.01 its tangent there."""
-    beyond = (error - _LARGE_ERROR).clamp(min=0) / (_LARGE_ERROR + _SMALL_ERROR)
-    return torch.log(error.clamp(max=_LARGE_ERROR) + _SMALL_ERROR) + beyond
-
-
-@contextmanager
-def _latents_into(latents: list[Tensor], model: nn.Module) -> Iterator[None]:
-    """Within the block every fold with a flow appends f_k(v_k) (B, C, H, W), at the cost of one more pass of its flow."""
-
-    def note(prox: nn.Module, inputs: tuple[Any, ...]) -> None:
-        latents.append(prox.flow.encode_image(inputs[0]))  # type: ignore[operator, union-attr]
-
-    proxes = [prox for prox in dict.fromkeys(model.proxes) if isinstance(prox, FlowProx)]  # type: ignore[arg-type]
-    hooks = [prox.register_forward_pre_hook(note) for prox in proxes]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _divergence_from_normal(z: Tensor) -> Tensor:
-    """Mean over channels of KL(N(m, s^2) || N(0, 1)), for latents (B, C, H, W)."""
-    variance, mean = torch.var_mean(z, dim=(0, 2, 3))
-    return 0.5 * (mean.square() + variance - 1 - variance.log()).mean()
 
 
 def dequantize(x: Tensor, bit_depth: int, generator: torch.Generator | None = None) -> Tensor:
@@ -403,16 +373,9 @@ def reconstruction_task(options: UnfoldedOptions, problem: ProblemOptions, data:
     make = functools.partial(VariedProblem, ranges=problem.ranges) if problem.ranges else make_physics
     physics = make(problem.name, image_shape(data), seed=problem.seed, **problem.parameters)
     model = make_unfolded(options, problem, data)
-    teacher = None if options.teacher is None else _make_teacher(options.teacher)
+    teacher = None if options.teacher is None else load_unfolded("teacher", options.teacher)
     weights = options.likelihood_weight, options.latent_weight
     return ReconstructionTask(model, physics, *weights, options.loss, teacher, options.teacher_weight)
-
-
-def _make_teacher(name: str) -> nn.Module:
-    teacher = load_model(name)
-    if not isinstance(teacher, Unfolded):
-        raise ValueError(f"teacher {name!r} is a {type(teacher).__name__}, not an unfolded network")
-    return teacher
 
 
 # A generator and its discriminator ------------------------------------------------------------------------------------
@@ -421,26 +384,14 @@ _SETTLING = 8  # batches of 64 latents
 _STEEPEST = 20.0  # exp(-l) is bounded there: such an image gives no gradient to speak of
 
 
-class _Pair(nn.Module):
-    """Generator and discriminator as one model."""
-
-    def __init__(self, generator: DCGANGenerator, discriminator: DCGANDiscriminator) -> None:
-        super().__init__()
-        self.generator = generator
-        self.discriminator = discriminator
-
-
 class GANTask(Task):
     """Generator against discriminator; validated by projection of images onto the generator's range."""
 
     figure = "projection_psnr"
 
-    def __init__(
-        self, generator: DCGANGenerator, discriminator: DCGANDiscriminator, options: GANOptions | None = None
-    ) -> None:
-        super().__init__(_Pair(generator, discriminator))
-        self.latent_size = generator.latent_size
-        self.options = options or GANOptions()
+    def __init__(self, generator: DCGANGenerator, discriminator: DCGANDiscriminator, options: GANOptions) -> None:
+        super().__init__(nn.ModuleDict({"generator": generator, "discriminator": discriminator}))
+        self.latent_size, self.options = generator.latent_size, options
 
     def batch(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         return x, torch.randn(len(x), self.latent_size, generator=generator, device=x.device)
@@ -475,29 +426,20 @@ class GANTask(Task):
         return GANPrior(_settled(model), regularization=0.0, **options)(x, Denoising())
 
 
-@torch.no_grad()
 def _settled(model: nn.Module) -> DCGANGenerator:
     """The generator of a pair with batch statistics of its own weights: averaged weights come with those of the last ones."""
     generator = model.generator
     assert isinstance(generator, DCGANGenerator)
-    norms = [layer for layer in generator.modules() if isinstance(layer, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain average of all batches
     device = next(generator.parameters()).device
     random = torch.Generator(device).manual_seed(0)
-    generator.train()
-    for _ in range(_SETTLING):
-        generator.sample(64, random)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    latents = (torch.randn(64, generator.latent_size, generator=random, device=device) for _ in range(_SETTLING))
+    update_bn(latents, generator)
     return generator.eval()
 
 
 def gan_task(options: GANOptions, data: DataOptions) -> GANTask:
     """The task of ``train_gan``."""
-    shape = (data.channels, data.image_size, data.image_size)
+    shape = image_shape(data)
     generator = DCGANGenerator(shape, options.latent_size, options.hidden_channels, options.n_scales)
     discriminator = DCGANDiscriminator(shape, options.discriminator_channels, options.n_scales)
     return GANTask(generator, discriminator, options)
