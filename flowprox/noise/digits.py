@@ -85,7 +85,8 @@ class MNISTNoise(Noise):
 
     def log_prob(self, residual: Tensor) -> Tensor:
         """Digit noise has no density that can be written down: a ValueError tells what to use."""
-        raise ValueError('digit noise has no closed-form density; use a trained flow: load_model("noise-mnist64")')
+        remedy = 'use a flow trained on it: load_model("noise-mnist64")'
+        raise ValueError(f"digit noise has no closed-form density; {remedy}")
 
     def _draw(self, y: Tensor, generator: torch.Generator) -> Tensor:
         """Digit, row, column and channel of each digit of one image, (n_digits, 4) integers."""

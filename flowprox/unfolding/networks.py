@@ -485,5 +485,5 @@ def export_program(model: Reconstructor, physics: Physics, y: Tensor, inputs: Se
     reconstruction = _Reconstruction(model, physics, [tensors[name] for name in inputs])
     with torch.no_grad(), frozen(model):
         model(y, physics)  # whatever is computed once and kept is not to be part of the program
-        shapes = ({0: Dim("batch", min=1)}, (None,) * len(values))
+        shapes = ({0: Dim("batch", min=1)}, *([(None,) * len(values)] if values else []))
         return torch.export.export(reconstruction, (y, *values), dynamic_shapes=shapes, strict=False)
