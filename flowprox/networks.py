@@ -113,6 +113,9 @@ class DCGANGenerator(Specified, nn.Module):
         hidden_channels: width at half the image's resolution; it doubles at each coarser scale.
         n_scales: number of doublings.
 
+    Raises:
+        ValueError: sides that are not divisible, or a size below 1.
+
     Example:
         >>> generator = DCGANGenerator((3, 16, 16), latent_size=8, hidden_channels=4, n_scales=2).eval()
         >>> generator(torch.randn(5, 8)).shape

@@ -132,6 +132,9 @@ class FlowNoise(Specified, Noise):
         flow: anything with ``log_prob(x)``, ``decode(z, image_size)`` and ``image_shape``, such as ``flowprox.Glow``.
         scale: the noise is so many times what the flow was trained on.
 
+    Raises:
+        ValueError: scale is not positive and finite.
+
     Example:
         >>> from flowprox.flows import Glow
         >>> noise = FlowNoise(Glow((3, 8, 8), n_levels=1, n_steps=1, hidden_channels=8))

@@ -61,6 +61,9 @@ class GaussianNoise(_Normal, deepinv.physics.GaussianNoise):
         sigma: noise standard deviation, at least 0, in the units of the measurement.
         mean: of every entry, in the same units.
 
+    Raises:
+        ValueError: sigma is negative or not finite, or mean is not finite.
+
     Example:
         >>> noise, y = GaussianNoise(0.1), torch.zeros(1, 3, 4, 4)
         >>> torch.equal(noise(y, seed=1), noise(y, seed=1))
@@ -98,6 +101,9 @@ class HeteroscedasticNoise(_Normal):
         scale: standard deviation per entry, at least 0; broadcasts to the measurement without its batch axis, such as
             (H, 1) for one level per row.
         mean: a number, or one per entry likewise.
+
+    Raises:
+        ValueError: scale is negative, or scale or mean is not finite.
 
     Example:
         >>> noise = HeteroscedasticNoise(torch.tensor([[0.0], [2.0]]))

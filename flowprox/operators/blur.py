@@ -73,6 +73,9 @@ class CircularBlur(CircularConvolution):
         image_shape: (C, H, W) the operator is made for; any size that holds the kernel can be passed.
         device: where the kernel is kept.
 
+    Raises:
+        ValueError: the kernel is not a finite, non-zero matrix with odd sides, or is larger than the image.
+
     Example:
         >>> y = CircularBlur(torch.full((3, 3), 1 / 9)).A(torch.ones(1, 3, 8, 8))
         >>> torch.allclose(y, torch.ones(1, 3, 8, 8))
@@ -153,6 +156,9 @@ class LearnedBlur(Specified, CircularConvolution):
         sigma_blur: standard deviation of the Gaussian at the start, in pixels.
         sigma: noise standard deviation, used only when this operator itself makes measurements.
         normalized: whether the kernel is kept positive with sum 1.
+
+    Raises:
+        ValueError: an even kernel_size, sigma_blur not positive, negative sigma.
 
     Example:
         >>> physics = LearnedBlur(kernel_size=3, sigma_blur=1.0)

@@ -50,6 +50,9 @@ class RealMRI(ExactProx):
         image_shape: (C, H, W); every channel is measured alone, y is (B, 2 C, H, W).
         device: where the mask is kept.
 
+    Raises:
+        ValueError: the mask does not fit the image or holds other values.
+
     Example:
         >>> physics = RealMRI(kspace_mask(16, 16, acceleration=2), (1, 16, 16))
         >>> physics.A(torch.rand(3, 1, 16, 16)).shape
@@ -117,6 +120,9 @@ class CoilMRI(MultiCoilMRI):
             (C, H, W) of real images, every channel measured alone, with y (B, 2 C, N, H, W).
         device: where mask and maps are kept.
 
+    Raises:
+        ValueError: maps that are not complex or of another size.
+
     Example:
         >>> physics = CoilMRI(kspace_mask(16, 16), coil_sensitivities(4, 16, 16), (2, 16, 16))
         >>> physics.A(torch.rand(3, 2, 16, 16)).shape
@@ -157,6 +163,9 @@ def coil_sensitivities(n_coils: int, height: int, width: int) -> Tensor:
 
     As Biot and Savart's law has it, a coil's field falls with the distance, and its phase turns with the direction.
 
+    Raises:
+        ValueError: n_coils is not a positive whole number.
+
     Example:
         >>> float((coil_sensitivities(4, 8, 8).abs().square().sum(0) - 1).abs().max()) < 1e-6
         True
@@ -183,6 +192,9 @@ class SuperResolution(ExactProx):
         image_shape: (C, H, W).
         filter: h, one of ``FILTERS``; None for bare subsampling.
         device: where the weights are kept.
+
+    Raises:
+        ValueError: factor does not divide H and W, or the filter is unknown.
 
     Example:
         >>> physics = SuperResolution(2, (3, 16, 16))
@@ -287,6 +299,9 @@ class CT(Tomography):
         image_shape: (C, H, W) with H = W; every channel is measured alone.
         fan_beam: whether the beams come from one point.
         device: where the operator's tensors are kept.
+
+    Raises:
+        ValueError: n_angles is not a positive whole number; the image is not square.
 
     Example:
         >>> physics = CT(6, (1, 16, 16))

@@ -19,6 +19,9 @@ def center_mask(height: int, width: int, size: int | tuple[int, int] = 19) -> Te
         height, width: of the image, in pixels.
         size: side of the hidden square, or (h, w), in pixels; it leaves some of the image.
 
+    Raises:
+        ValueError: the rectangle is empty or does not leave a pixel of the image.
+
     Example:
         >>> center_mask(4, 4, 2).int().tolist()
         [[1, 1, 1, 1], [1, 0, 0, 1], [1, 0, 0, 1], [1, 1, 1, 1]]

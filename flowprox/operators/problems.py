@@ -41,6 +41,9 @@ class Problem:
         name: a key of ``PROBLEMS``.
         parameters: those that differ from the defaults; the defaults are filled in.
 
+    Raises:
+        ValueError: unknown name or parameter; the message offers the nearest ones.
+
     Example:
         >>> problem = Problem("inpainting", {"mask_size": 16})
         >>> problem.label
@@ -176,6 +179,9 @@ class VariedProblem:
             with white noise, and what its ``ProblemKind.ranges`` says.
         seed: of what is drawn once with the operator.
         parameters: the fixed ones, none of them in ``ranges``.
+
+    Raises:
+        ValueError: an unknown problem or parameter, a parameter that cannot vary or is given twice, or a range that is none.
 
     Example:
         >>> problem = VariedProblem("denoising", (3, 8, 8), {"sigma": (0.0, 0.2)})

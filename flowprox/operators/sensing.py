@@ -104,6 +104,9 @@ class StructuredSensing(_Sensing, ExactProx):
     References:
         Do, Gan, Nguyen, Tran 2012, Fast compressive sensing using structurally random matrices, https://arxiv.org/abs/1106.5037
 
+    Raises:
+        ValueError: m is not a whole number from 1 to n.
+
     Example:
         >>> physics = StructuredSensing(64, (1, 8, 8))  # all rows: an orthogonal matrix
         >>> x = torch.rand(2, 1, 8, 8)

@@ -60,6 +60,9 @@ class Discrepancy:
             0.7 sigma^2 for the image form, whose density is best trusted by a third (docs/evidence/log.md).
         limit: largest factor between the middle gamma and the last.
         n_stages: how often gamma is set.
+
+    Raises:
+        ValueError: a value out of its range.
     """
 
     tau: float = 0.98

@@ -41,10 +41,11 @@ class NoiseMAP(Reconstructor):
             ``latent_size`` and ``image_shape``. Left as it is.
         noise: density of the noise, anything with ``log_prob(residual) -> (B,)``: a member of ``flowprox.noise``, a
             trained flow among them. None takes ``physics.noise_model``.
-        beta: weight of the prior's log-density, at least 0. 1 is Bayes' rule; less trusts the prior less. form: "image", as
-        published, or "latent", without the log-determinant; a decoder that is no flow has none. start: see ``LatentMAP``; for a
-        decoder, "zero" or the standard deviation of random latents. n_restarts: random starts per image, of which the best
-        objective wins; needs a positive number as start. optimizer: ``LBFGS``, ``Adam`` (the published one) or ``TorchLBFGS``.
+        beta: weight of the prior's log-density, at least 0. 1 is Bayes' rule; less trusts the prior less.
+        form: "image", as published, or "latent", without the log-determinant; a decoder that is no flow has none.
+        start: see ``LatentMAP``; for a decoder, "zero" or the standard deviation of random latents.
+        n_restarts: random starts per image, of which the best objective wins; needs a positive number as start.
+        optimizer: ``LBFGS``, ``Adam`` (the published one) or ``TorchLBFGS``.
         seed: of the starts.
         space: minimize over the "latent" z, or for a flow over the "image" x: the same function.
 
@@ -149,6 +150,9 @@ class GANPrior(NoiseMAP):
         regularization: weight of ||z||^2, at least 0.
         seed: of the first latents.
         optimizer: instead of Adam.
+
+    Raises:
+        ValueError: a number out of range, a generator without ``latent_size``; on call: see ``NoiseMAP``.
 
     Example:
         >>> from deepinv.physics import Inpainting

@@ -108,6 +108,9 @@ class LBFGS:
         tolerance: an image has converged when a step lowers F by less than this part of F.
         max_evaluations: of F and its gradient per image; None allows 1.25 n_iterations + 20.
 
+    Raises:
+        ValueError: a value that is not positive (``tolerance`` may be 0).
+
     Example:
         >>> def evaluate(z):  # the sum over (z - 3)^2
         ...     return (z - 3).square().sum(1), 2 * (z - 3)
@@ -361,6 +364,9 @@ class Adam:
         betas: decay of the averages of gradient and squared gradient.
         epsilon: added to the root of the latter.
 
+    Raises:
+        ValueError: a value out of its range.
+
     Example:
         >>> def evaluate(z):
         ...     return (z - 3).square().sum(1), 2 * (z - 3)
@@ -450,6 +456,9 @@ class TorchLBFGS:
         learning_rate: 1 and 0.1 there.
         n_inner: iterations of each call, torch's default.
         n_pairs: changes that are remembered, torch's default.
+
+    Raises:
+        ValueError: a value that is not positive.
 
     Example:
         >>> def evaluate(z):  # the sum over (z - 3)^2

@@ -100,6 +100,9 @@ class SamplerOptions:
             for each chain, twice, and 16 D^2 bytes for each image.
         n_kept: draws per chain that are returned, evenly spaced; mean and standard deviation are over all of them.
         jitter: relative spread of the step size, at least 0 and less than 1.
+
+    Raises:
+        ValueError: a value outside of its range.
     """
 
     n_leapfrog: int | None = None
@@ -146,6 +149,9 @@ class PosteriorSampling(Reconstructor):
         seed: of the chains, the same numbers for all images, so that a result does not depend on what else is in the batch (up
             to rounding); None takes torch's global generator.
         options: ``SamplerOptions``.
+
+    Raises:
+        ValueError: unknown sampler, a count that is too small, a noise without ``log_prob``.
 
     Example:
         >>> from flowprox.flows import ActNorm, Flow, HaarSqueeze, Sequential, Unsqueeze

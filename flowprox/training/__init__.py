@@ -113,6 +113,9 @@ def train_denoiser(
         out: folder of the run; the network is written to OUT/model.
         resume: continue the run in OUT, if there is one.
         name: the model's name in its card.
+
+    Raises:
+        FileExistsError, ValueError, NonFiniteError: see ``flowprox.training.loop.fit``.
     """
     from flowprox.training.loop import fit
     from flowprox.training.tasks import denoising_task
@@ -138,6 +141,9 @@ def train_gan(
         out: folder of the run; the generator is written to OUT/model.
         resume: continue the run in OUT, if there is one.
         name: the model's name in its card.
+
+    Raises:
+        FileExistsError, ValueError, NonFiniteError: see ``flowprox.training.loop.fit``.
     """
     from flowprox.training.loop import fit
     from flowprox.training.tasks import gan_task

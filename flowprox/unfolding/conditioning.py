@@ -50,6 +50,9 @@ class Conditioning(Specified):
             constant for blurs, and noise for random matrices. None shrinks towards 0.
         adaptation_rank: the folds' flows share the weights of the first one's coupling nets but for a correction of this rank
             in each fold (the later flows' own are given up). None: every fold has its own.
+
+    Raises:
+        ValueError: levels that are not positive and rising.
     """
 
     def __init__(
@@ -92,6 +95,9 @@ class MultiScaleNet(nn.Module):
         n_inputs: channels of what it is given.
         hidden_channels: one width per scale, finest first.
         n_blocks: residual blocks per scale and direction, one number or one per scale.
+
+    Raises:
+        ValueError: no widths, numbers that are not whole or below 1, or lists of different lengths.
     """
 
     def __init__(self, n_inputs: int, hidden_channels: Sequence[int], n_blocks: int | Sequence[int] = 1) -> None:
@@ -134,6 +140,9 @@ class LatentMeanNet(Specified, MultiScaleNet):
         hidden_channels: one width per level, finest first.
         n_blocks: residual blocks per scale and direction, one number or one per level.
         every_fold: predict anew in every fold from its own v, not once from the first fold's.
+
+    Raises:
+        ValueError: no widths, numbers that are not whole or below 1, or lists of different lengths.
 
     Example:
         >>> net = LatentMeanNet(n_inputs=4, n_channels=3, n_folds=2, hidden_channels=[8, 16])

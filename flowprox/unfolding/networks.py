@@ -357,6 +357,9 @@ class UnfoldedPGD(Unfolded):
         proxes, shrinkage, start, shrink_last, final_data_step, operator: see ``Unfolded``.
         step_size: mu at the start, see ``GradientStep``.
         conditioning: levels, latent_mean and adaptation_rank, see ``Conditioning``.
+
+    Raises:
+        ValueError: as ``Unfolded``.
     """
 
     def __init__(
@@ -384,6 +387,9 @@ class UnfoldedHQS(Unfolded):
 
     Arguments:
         penalty: rho at the start, see ``ProximalStep``; the others and errors are those of ``UnfoldedPGD``.
+
+    Raises:
+        ValueError: as ``Unfolded``.
     """
 
     def __init__(
