@@ -224,9 +224,11 @@ def plug_and_play(
     model: nn.Module | None = None, flow: Flow | None = None, tile: int = 1024, **options: Any
 ) -> PlugAndPlay:
     """``PlugAndPlay`` with a trained denoiser, large pictures in tiles (``Tiled``), or a flow."""
-    if isinstance(model, Reconstructor) and getattr(model, "levels", None) is not None:
-        model = Tiled(model, tile)
-    return PlugAndPlay(model, flow, **options)
+    if (denoiser := flow if model is None else model) is None or (model is not None and flow is not None):
+        raise ValueError("plug-and-play needs either a model (a denoiser) or a flow")
+    if isinstance(denoiser, Reconstructor) and getattr(denoiser, "levels", None) is not None:
+        denoiser = Tiled(denoiser, tile)
+    return PlugAndPlay(denoiser, **options)
 
 
 def _flat(make: Callable[..., Reconstructor], argument: str, **choices: Settings) -> Callable[..., Reconstructor]:

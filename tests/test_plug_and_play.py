@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from pathlib import Path
+from typing import Literal
 
 import deepinv
 import pytest
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from flowprox.baselines import Biharmonic, PlugAndPlay, TotalVariation
 from flowprox.flows import Glow
+from flowprox.methods import make_method
 from flowprox.metrics import psnr
 from flowprox.noise import GaussianNoise
 from flowprox.operators import make_physics, measure_each
@@ -144,6 +146,16 @@ def test_super_resolution_starts_from_the_enlarged_picture(filtering: str | None
         PlugAndPlay(MedianFilter(), start="bicubic")(x, make_physics("denoising", SHAPE, sigma=0.1))
 
 
+@pytest.mark.parametrize("iteration", ["hqs", "pgd"])
+def test_a_data_step_at_the_end_comes_close_to_what_was_measured(iteration: Literal["hqs", "pgd"]) -> None:
+    x, physics = smooth_images(), make_physics("inpainting", SHAPE, mask_size=4)
+    left = []
+    for final_data_step in (False, True):
+        method = PlugAndPlay(MedianFilter(), weight=0.05, iteration=iteration, final_data_step=final_data_step)
+        left.append((physics.A(method(physics(x), physics)) - physics.A(x)).norm())
+    torch.testing.assert_close(left[1], left[0] * 0.05 / 1.05)
+
+
 def test_a_perfect_denoiser_gives_the_image_back() -> None:
     x = smooth_images()
 
@@ -198,12 +210,12 @@ def test_a_prox_trained_as_a_denoiser_is_one(net) -> None:
 def test_a_flow_stands_for_its_denoiser() -> None:
     flow = tiny_glow()
     assert isinstance(PlugAndPlay(flow).denoiser, FlowDenoiser)
-    assert PlugAndPlay(flow=flow).denoiser.flow is flow
+    assert PlugAndPlay(flow).denoiser.flow is flow
 
 
 WRONG = {
-    "neither": (lambda: PlugAndPlay(), "either denoiser or flow"),
-    "both": (lambda: PlugAndPlay(Blur(), flow=tiny_glow()), "either denoiser or flow"),
+    "neither": (lambda: make_method("plug-and-play", "denoising"), "needs flow or model"),
+    "both": (lambda: make_method("plug-and-play", "denoising", model=Blur(), flow=tiny_glow()), "either a model"),
     "flow prox": (lambda: PlugAndPlay(FlowProx(tiny_glow())), "FlowDenoiser"),
     "method": (lambda: PlugAndPlay(TotalVariation()), "must map"),
     "iterations": (lambda: PlugAndPlay(Blur(), n_iterations=0), "n_iterations"),
@@ -238,7 +250,7 @@ def methods() -> dict[str, Reconstructor]:
     found: dict[str, Reconstructor] = {
         "unfolded": UnfoldedPGD([FlowProx(flow), FlowProx(flow)]),
         "total variation": TotalVariation(n_iterations=3),
-        "plug-and-play": PlugAndPlay(flow=flow, n_iterations=2),
+        "plug-and-play": PlugAndPlay(flow, n_iterations=2),
         "deepinv PGD": PGD(prior=FlowPrior(flow), data_fidelity=L2(), stepsize=0.5, lambda_reg=0.1, max_iter=2),
         "deepinv PGD, unfolded": PGD(prior=FlowPrior(flow), data_fidelity=L2(), **FlowPrior.unfolding(2)),
         "latent MAP": LatentMAP(flow, gamma=0.1, optimizer=Adam(n_iterations=2)),

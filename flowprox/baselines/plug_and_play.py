@@ -48,7 +48,6 @@ class PlugAndPlay(Baseline):
         denoiser: x_hat = denoiser(x, s), images (B, C, H, W), s a noise level per image (B,): a ``deepinv.models.Denoiser``,
             or a ``ResNetProx`` or ``UNetProx`` trained as a denoiser, which need not be told s. A ``Flow`` stands for
             ``FlowDenoiser(flow)``, an unfolded network that is told the level for ``ReconstructorDenoiser(network)``.
-        flow: the prior, if no denoiser is given.
         sigma: noise standard deviation in units of the image range; None takes ``physics.noise_model.sigma``. Below 0.01
             it counts as 0.01.
         n_iterations: K, one denoising each. None takes 8, and 24 for inpainting and super-resolution, which fill slowly.
@@ -57,9 +56,10 @@ class PlugAndPlay(Baseline):
         iteration: "hqs" (the data step is solved exactly) or "pgd" (a gradient step).
         start: x before the first step: "adjoint" (A^T y), for inpainting "biharmonic" (``Biharmonic``), for super-resolution
             "bicubic" (y enlarged): a denoiser takes black holes for content. None takes what fits the operator.
+        final_data_step: end with a data step instead of a denoising, for measurements without noise.
 
     Raises:
-        ValueError: neither or both of denoiser and flow, a ``FlowProx`` (which is no denoiser), a number out of range; on
+        ValueError: a ``FlowProx`` (which is no denoiser), a number out of range; on
             call: an operator that is not linear, an unknown noise level, a measurement that is not finite.
 
     Example:
@@ -73,27 +73,26 @@ class PlugAndPlay(Baseline):
 
     def __init__(
         self,
-        denoiser: nn.Module | None = None,
-        flow: Flow | None = None,
+        denoiser: nn.Module,
         sigma: float | None = None,
         n_iterations: int | None = None,
         sigma_start: float | None = None,
         weight: float = 0.23,
         iteration: Literal["hqs", "pgd"] = "hqs",
         start: Literal["adjoint", "biharmonic", "bicubic"] | None = None,
+        final_data_step: bool = False,
     ) -> None:
         super().__init__()
-        if (denoiser is None) == (flow is None):
-            raise ValueError("give either denoiser or flow: PlugAndPlay(denoiser) or PlugAndPlay(flow=flow)")
         require_count("n_iterations", 1 if n_iterations is None else n_iterations)
         require_positive("sigma_start", 1.0 if sigma_start is None else sigma_start)
         require_positive("weight", weight)
         require_positive("sigma", sigma or 0.0, or_zero=True)
         require_choice("iteration", iteration, ("hqs", "pgd"))
         require_choice("start", start, (None, "adjoint", "biharmonic", "bicubic"))
-        self.denoiser = _as_denoiser(flow if denoiser is None else denoiser)
+        self.denoiser = _as_denoiser(denoiser)
         self.sigma, self.n_iterations, self.sigma_start = sigma, n_iterations, sigma_start
         self.weight, self.iteration, self.start = weight, iteration, start
+        self.final_data_step = final_data_step
 
     def forward(self, y: Tensor, physics: Physics, callback: Callable[[int, int], None] | None = None) -> Tensor:  # type: ignore[override]
         """As every baseline's; ``callback`` is called after every denoising with their number so far and in all."""
@@ -117,8 +116,10 @@ class PlugAndPlay(Baseline):
         }
         if self.iteration == "hqs":
             steps = [level.square() / (self.weight * sigma.square()) for level in levels]
-            return HQS(stepsize=steps, **settings)(y, physics, init=start)  # type: ignore[arg-type]
-        return PGD(stepsize=1 / squared_norm(physics, start), **settings)(y, physics, init=start)
+            x = HQS(stepsize=steps, **settings)(y, physics, init=start)  # type: ignore[arg-type]
+        else:
+            x = PGD(stepsize=1 / squared_norm(physics, start), **settings)(y, physics, init=start)
+        return data_prox(x, y, physics, self.weight) if self.final_data_step else x
 
     def _start(self, y: Tensor, physics: LinearPhysics) -> Tensor:
         x, is_enlarged = physics.A_adjoint(y), isinstance(physics, SuperResolution)
