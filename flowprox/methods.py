@@ -40,6 +40,7 @@ from flowprox.baselines import (
 )
 from flowprox.checkpoints import load_model
 from flowprox.flows import Flow, frozen
+from flowprox.graphs import compile_regions
 from flowprox.naming import Values, nearest
 from flowprox.noise import NOISES, FlowNoise, make_noise
 from flowprox.operators import PROBLEMS, Problem, fit_to_divisor, mirrored
@@ -196,11 +197,18 @@ def _part(physics: Physics, rows: slice, columns: slice) -> Physics:
 # Factories -----------------------------------------------------------------------------------------------------------
 
 
-def network(model: Reconstructor, tile: int = 1024, overlap: int = 64) -> Reconstructor:
-    """A network trained to reconstruct; large pictures in tiles, see ``Tiled``."""
+def network(model: Reconstructor, tile: int = 1024, overlap: int = 64, compile: bool = False) -> Reconstructor:
+    """A network trained to reconstruct; large pictures in tiles, see ``Tiled``.
+
+    Arguments:
+        compile: compile what the network repeats (``flowprox.graphs.compile_regions``), for a GPU. The first image of every
+            size waits for it.
+    """
     if not isinstance(model, Reconstructor):
         remedy = "give an unfolded network, or a method that uses it, such as latent-map with flow"
         raise ValueError(f"model is a {type(model).__name__}, which does not reconstruct by itself; {remedy}")
+    if compile:
+        compile_regions(model)
     return Tiled(model, tile, overlap)
 
 
@@ -275,7 +283,7 @@ class Method(NamedTuple):
         needs: what must be given where its arguments do not say: "flow or model".
         defaults: problem -> options that differ from the defaults of ``make`` there.
         quick: the options that make it end within seconds, for trying a recipe out.
-        explained_in: classes whose docstrings say what the options mean; none means ``make`` is one, or a part of one.
+        explained_in: classes and functions whose docstrings say what the options mean; none means ``make`` is one, or a part of one.
     """
 
     make: Callable[..., Reconstructor]
@@ -285,7 +293,7 @@ class Method(NamedTuple):
     needs: str = ""
     defaults: Mapping[str, Values] = {}
     quick: Mapping[str, object] = {}
-    explained_in: tuple[type, ...] = ()
+    explained_in: tuple[Callable[..., object], ...] = ()
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -331,7 +339,7 @@ _OF_THE_IMAGES_SIZE = ("denoising", *_MASKED, "deblurring")
 METHODS: dict[str, Method] = {
     "measurement": Method(Measurement, "the measurement itself", _OF_THE_IMAGES_SIZE),
     "adjoint": Method(Adjoint, "A^T y: the measurement carried back", needs_linear=True),
-    "unfolded": Method(network, "a network trained for the operator", needs_linear=True, explained_in=(Tiled,)),
+    "unfolded": Method(network, "a network trained for the operator", needs_linear=True, explained_in=(Tiled, network)),
     "self-ensemble": Method(
         SelfEnsemble,
         "a trained network, averaged over the image and its mirror image",

@@ -80,6 +80,16 @@ def test_a_self_ensemble_commutes_with_the_mirror(problem: str) -> None:
         method(torch.rand(1, 6, *SHAPE[1:]), make_physics("mri", SHAPE))
 
 
+def test_a_network_is_compiled_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[object] = []
+    monkeypatch.setattr("flowprox.methods.compile_regions", compiled.append)
+    model = _parts("unfolded")["model"]
+    make_method("unfolded", "denoising", model=model)
+    assert not compiled
+    make_method("unfolded", "denoising", model=model, compile=True)
+    assert compiled == [model]
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_option_has_a_meaning_and_defaults_are_options(name: str) -> None:
     assert all(option.meaning for option in method_options(name).values())
