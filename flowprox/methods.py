@@ -283,7 +283,7 @@ class Method(NamedTuple):
         needs: what must be given where its arguments do not say: "flow or model".
         defaults: problem -> options that differ from the defaults of ``make`` there.
         quick: the options that make it end within seconds, for trying a recipe out.
-        explained_in: classes and functions whose docstrings say what the options mean; none means ``make`` is one, or a part of one.
+        explained_in: what explains the options in its docstring; none means that ``make`` does, or a part of it.
     """
 
     make: Callable[..., Reconstructor]
