@@ -8,6 +8,7 @@ Symbols: y_i measurement of image i, x_hat_i its estimate.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import sys
 import time
@@ -27,6 +28,7 @@ from flowprox.flows import Flow, NonFiniteError
 from flowprox.metrics import best_scaled, psnr, ssim
 from flowprox.naming import Values
 from flowprox.operators import Fitted, Problem, ProblemKind
+from flowprox.priors import ReconstructorDenoiser
 from flowprox.records import Record
 from flowprox.solvers import Solution, SolverInterrupted
 from flowprox.uncertainty import Intervals, residual_p_value
@@ -45,6 +47,13 @@ class Estimate(NamedTuple):
     x_hat: Tensor
     facts: Record
     deviation: Tensor | None
+
+
+def divisor_of(method: nn.Module) -> int:
+    """What height and width must be multiples of; a ``ReconstructorDenoiser`` takes any."""
+    if isinstance(method, ReconstructorDenoiser):
+        return 1
+    return math.lcm(int(getattr(method, "divisor", 1)), *(divisor_of(part) for part in method.children()))
 
 
 @torch.no_grad()
@@ -75,7 +84,7 @@ def estimate(
         NonFiniteError: an estimate holds NaN or infinity.
         ValueError: what the method refuses.
     """
-    divisor = max(int(getattr(part, "divisor", 1)) for part in method.modules())
+    divisor = divisor_of(method)
     fitted = Fitted(y, physics, slice(None), slice(None))  # type: ignore[arg-type]
     if kind.extend is not None and any(side % divisor for side in y.shape[-2:]):
         fitted = kind.extend(y, physics, divisor)  # type: ignore[arg-type]

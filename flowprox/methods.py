@@ -11,8 +11,10 @@ arguments are its options. To add one, enter it:
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -144,7 +146,9 @@ class Tiled(Reconstructor):
         """x_hat (B, C, H, W); ``callback`` is called after every tile with their number so far and in all."""
         is_local = isinstance(physics, Denoising | Inpainting)
         if is_local and y.shape[1] == 1 and self.n_channels not in (None, 1):
-            return self(y.expand(-1, self.n_channels, -1, -1), physics, callback).mean(1, keepdim=True)
+            # the colors' noise is one: gray has as much of it as colors of sqrt(C) times the level have
+            colors, louder = y.expand(-1, self.n_channels, -1, -1), _louder(physics, math.sqrt(self.n_channels))
+            return self(colors, louder, callback).mean(1, keepdim=True)
         if not is_local or not self.tile or y.shape[-2] * y.shape[-1] <= self.tile**2:
             return self.model(y, physics)
         fitted = fit_to_divisor(y, physics, self.divisor)
@@ -183,6 +187,15 @@ def _weights(where: slice, side: int, overlap: int) -> Tensor:
     rise = ((torch.arange(n) + 0.5 - overlap / 4) / (overlap / 2 or 1)).clamp(0, 1)
     first = torch.ones(n) if where.start == 0 else rise
     return first if where.stop == side else torch.minimum(first, rise.flip(0))
+
+
+def _louder(physics: LinearPhysics, factor: float) -> LinearPhysics:
+    """The operator with so many times its noise level, if it states one."""
+    if not isinstance(getattr(physics.noise_model, "sigma", None), Tensor):
+        return physics
+    louder = copy.deepcopy(physics)
+    louder.noise_model.update_parameters(sigma=factor * physics.noise_model.sigma)  # type: ignore[union-attr, operator]
+    return louder
 
 
 def _part(physics: Physics, rows: slice, columns: slice) -> Physics:

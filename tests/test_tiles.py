@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from deepinv.models import Reconstructor
+from torch import Tensor
 
-from flowprox import FlowProx, Glow, UnfoldedPGD
+from flowprox import FlowProx, Glow, UnfoldedPGD, load_model
+from flowprox.estimates import divisor_of, estimate
 from flowprox.methods import Tiled, _places, _weights, make_method
-from flowprox.operators import make_physics
+from flowprox.operators import PROBLEMS, make_physics
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +66,8 @@ def test_a_gray_picture_goes_through_a_network_of_color(network: UnfoldedPGD) ->
     physics = make_physics("denoising", (1, 16, 16), sigma=0.1)
     y = torch.rand(2, 1, 16, 16)
     x_hat = make_method("unfolded", "denoising", model=network)(y, physics)
-    torch.testing.assert_close(x_hat, network(y.expand(-1, 3, -1, -1), physics).mean(1, keepdim=True))
+    louder = make_physics("denoising", (3, 16, 16), sigma=0.1 * 3**0.5)
+    torch.testing.assert_close(x_hat, network(y.expand(-1, 3, -1, -1), louder).mean(1, keepdim=True))
 
 
 def test_a_tile_that_the_network_cannot_take_is_refused(network: UnfoldedPGD) -> None:
@@ -69,3 +75,33 @@ def test_a_tile_that_the_network_cannot_take_is_refused(network: UnfoldedPGD) ->
         Tiled(network, tile=33, overlap=8)
     with pytest.raises(ValueError, match="more than twice the overlap"):
         Tiled(network, tile=32, overlap=16)
+
+
+def test_a_network_of_color_is_told_more_noise_of_a_gray_picture() -> None:
+    """Its three colors share one noise; mean colors of independent noise of sqrt(3) times the level have as much."""
+    seen: list[Tensor] = []
+
+    class Listening(Reconstructor):
+        n_channels = 3
+
+        def forward(self, y: Tensor, physics: Any) -> Tensor:  # type: ignore[override]
+            seen.append(physics.noise_model.sigma)
+            return y
+
+    physics = make_physics("denoising", (1, 8, 8), sigma=0.1)
+    y = torch.rand(2, 1, 8, 8)
+    torch.testing.assert_close(Tiled(Listening())(y, physics), y)
+    torch.testing.assert_close(seen[0].flatten()[0], torch.tensor(0.1 * 3**0.5))
+    assert float(physics.noise_model.sigma) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("problem", "size"), [("deblurring", (1, 11, 13)), ("super-resolution", (1, 12, 20))])
+def test_plug_and_play_takes_any_size_without_extending_the_measurement(
+    problem: str, size: tuple[int, int, int]
+) -> None:
+    network = load_model("unfolded-denoising-natural")
+    method = make_method("plug-and-play", problem, model=network, n_iterations=1)
+    assert divisor_of(method) == 1 and divisor_of(network) == 8
+    physics = make_physics(problem, size, sigma=0.05)
+    y = physics(torch.rand(1, *size))
+    assert estimate(method, y, physics, PROBLEMS[problem])[0].x_hat.shape == size

@@ -18,7 +18,16 @@ from torch import Tensor, nn
 
 from flowprox.checkpoints import load_model
 from flowprox.data import load_array, load_image, load_measurement, save_image
-from flowprox.estimates import Doubts, Estimate, calibration_of, channels_of, doubts_of, estimate, problem_of
+from flowprox.estimates import (
+    Doubts,
+    Estimate,
+    calibration_of,
+    channels_of,
+    divisor_of,
+    doubts_of,
+    estimate,
+    problem_of,
+)
 from flowprox.evaluation.plan import image_seed
 from flowprox.evaluation.run import hashed, progress_bar
 from flowprox.files import check_place, sha256, sole_writer
@@ -308,7 +317,7 @@ class _Task:
                 self._held[image.label] = content
             try:
                 y_shape = measurement_shape(self.physics(shape), shape, device=self.job.device)  # type: ignore[arg-type]
-                divisor = max(int(getattr(part, "divisor", 1)) for part in self.method(y_shape).modules())
+                divisor = divisor_of(self.method(y_shape))
             except ValueError as error:
                 raise ValueError(f"{image.label}: {error}") from error
             (_, height, width), can_extend = shape, self.kind.extend is not None
