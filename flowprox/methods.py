@@ -147,8 +147,12 @@ class Tiled(Reconstructor):
         is_local = isinstance(physics, Denoising | Inpainting)
         if is_local and y.shape[1] == 1 and self.n_channels not in (None, 1):
             # the colors' noise is one: gray has as much of it as colors of sqrt(C) times the level have
-            colors, louder = y.expand(-1, self.n_channels, -1, -1), _louder(physics, math.sqrt(self.n_channels))
-            return self(colors, louder, callback).mean(1, keepdim=True)
+            contrast, louder = 1.0, _louder(physics, math.sqrt(self.n_channels))
+            if isinstance(physics, Denoising) and self.levels and louder is not physics:  # no more than it knows
+                contrast = float((max(self.levels) / louder.noise_model.sigma.max()).clamp(max=1))  # type: ignore[union-attr, operator]
+                louder = _louder(louder, contrast)
+            colors = (0.5 + contrast * (y - 0.5)).expand(-1, self.n_channels, -1, -1)
+            return 0.5 + (self(colors, louder, callback).mean(1, keepdim=True) - 0.5) / contrast
         if not is_local or not self.tile or y.shape[-2] * y.shape[-1] <= self.tile**2:
             return self.model(y, physics)
         fitted = fit_to_divisor(y, physics, self.divisor)

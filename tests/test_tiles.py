@@ -68,6 +68,13 @@ def test_a_gray_picture_goes_through_a_network_of_color(network: UnfoldedPGD) ->
     x_hat = make_method("unfolded", "denoising", model=network)(y, physics)
     louder = make_physics("denoising", (3, 16, 16), sigma=0.1 * 3**0.5)
     torch.testing.assert_close(x_hat, network(y.expand(-1, 3, -1, -1), louder).mean(1, keepdim=True))
+    # beyond the highest level, 0.2, the contrast falls until the noise has it
+    physics, highest = (
+        make_physics("denoising", (1, 16, 16), sigma=0.4 / 3**0.5),
+        make_physics("denoising", (3, 16, 16), sigma=0.2),
+    )
+    half = network((0.25 + 0.5 * y).expand(-1, 3, -1, -1), highest).mean(1, keepdim=True)
+    torch.testing.assert_close(make_method("unfolded", "denoising", model=network)(y, physics), 2 * half - 0.5)
 
 
 def test_a_tile_that_the_network_cannot_take_is_refused(network: UnfoldedPGD) -> None:
