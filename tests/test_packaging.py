@@ -32,7 +32,7 @@ def test_the_project_says_what_it_is() -> None:
 
 def test_the_weights_have_their_terms() -> None:
     terms = (ROOT / "LICENSES" / "LicenseRef-flowprox-weights.txt").read_text(encoding="utf-8")
-    assert list_models() and all(name in terms for name in ("CelebA", "BSDS500", "MNIST"))
+    assert list_models() and all(name in terms for name in ("CelebA", "BSDS500", "MNIST", "TCGA"))
 
 
 SMOKE = {
@@ -57,7 +57,7 @@ def test_every_command_of_the_readme_runs_in_an_empty_folder(tmp_path: Path, mon
     for name, command in zip(names, commands, strict=True):
         head, inputs, files = command.partition(" -- ")
         assert main(f"{head} {SMOKE.get(name, '')}{inputs}{files}".split()[1:]) == 0, command
-    assert (tmp_path / "clean" / "photo.png").exists() and (tmp_path / "runs" / "table1" / "report.html").exists()
+    assert (tmp_path / "clean" / "photo.png").exists() and (tmp_path / "runs" / "pictures" / "report.html").exists()
 
 
 def test_the_reference_lists_modules_that_there_are() -> None:
