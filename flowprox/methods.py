@@ -117,6 +117,8 @@ class Tiled(Reconstructor):
         tile: side of a tile in pixels, a multiple of the model's divisor; pictures of more than tile x tile pixels are
             computed in tiles. 0: never.
         overlap: of two tiles, in pixels; the outer quarter of it is thrown away, and the tiles are faded over within.
+        is_measured: the level is that of a measurement. Then a gray picture, whose colors share one noise, is told to a network
+            of C colors as sqrt(C) times as noisy. The levels of plug and play are a schedule and stay as they are.
 
     Raises:
         ValueError: a tile that the divisor does not divide, or not larger than twice the overlap.
@@ -130,13 +132,13 @@ class Tiled(Reconstructor):
         True
     """
 
-    def __init__(self, model: Reconstructor, tile: int = 1024, overlap: int = 64) -> None:
+    def __init__(self, model: Reconstructor, tile: int = 1024, overlap: int = 64, is_measured: bool = True) -> None:
         super().__init__()
         self.divisor = int(getattr(model, "divisor", 1))
         if tile and (tile % self.divisor or overlap % self.divisor or not 0 <= 2 * overlap < tile):
             form = f"a multiple of {self.divisor} and more than twice the overlap, another multiple, or 0"
             raise ValueError(f"tile must be {form}; got tile {tile} and overlap {overlap}")
-        self.model, self.tile, self.overlap = model, tile, overlap
+        self.model, self.tile, self.overlap, self.is_measured = model, tile, overlap, is_measured
         self.levels = getattr(model, "levels", None)
         self.n_channels = next((n for part in model.modules() if (n := getattr(part, "n_channels", None))), None)
 
@@ -147,7 +149,7 @@ class Tiled(Reconstructor):
         is_local = isinstance(physics, Denoising | Inpainting)
         if is_local and y.shape[1] == 1 and self.n_channels not in (None, 1):
             # the colors' noise is one: gray has as much of it as colors of sqrt(C) times the level have
-            contrast, louder = 1.0, _louder(physics, math.sqrt(self.n_channels))
+            contrast, louder = 1.0, _louder(physics, math.sqrt(self.n_channels)) if self.is_measured else physics
             if isinstance(physics, Denoising) and self.levels and louder is not physics:  # no more than it knows
                 contrast = float((max(self.levels) / louder.noise_model.sigma.max()).clamp(max=1))  # type: ignore[union-attr, operator]
                 louder = _louder(louder, contrast)
@@ -252,7 +254,7 @@ def plug_and_play(
     if (denoiser := flow if model is None else model) is None or (model is not None and flow is not None):
         raise ValueError("plug-and-play needs either a model (a denoiser) or a flow")
     if isinstance(denoiser, Reconstructor) and getattr(denoiser, "levels", None) is not None:
-        denoiser = Tiled(denoiser, tile)
+        denoiser = Tiled(denoiser, tile, is_measured=False)
     return PlugAndPlay(denoiser, **options)
 
 

@@ -100,6 +100,8 @@ def test_a_network_of_color_is_told_more_noise_of_a_gray_picture() -> None:
     torch.testing.assert_close(Tiled(Listening())(y, physics), y)
     torch.testing.assert_close(seen[0].flatten()[0], torch.tensor(0.1 * 3**0.5))
     assert float(physics.noise_model.sigma) == pytest.approx(0.1)
+    Tiled(Listening(), is_measured=False)(y, physics)
+    torch.testing.assert_close(seen[1].flatten()[0], torch.tensor(0.1))
 
 
 @pytest.mark.parametrize(("problem", "size"), [("deblurring", (1, 11, 13)), ("super-resolution", (1, 12, 20))])
