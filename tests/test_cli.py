@@ -649,9 +649,12 @@ def test_recipes_by_name_and_other_training_images(monkeypatch: pytest.MonkeyPat
     assert "--config=glow-faces64" in completed(["train-flow", "--config", "glow-faces64"])
 
 
-def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipes_are_listed_and_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "600")
     assert main(["recipes"]) == 0
-    assert "evaluate/readme" in capsys.readouterr().out
+    table = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[3:-1])
+    assert "evaluate/readme" in table and all(what.rstrip().endswith(".") for what in table.values())
+    assert "Sec. VII" in table["ablation/tied"]
     assert main(["recipes", "evaluate/readme"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["name"] == "readme"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -265,8 +266,9 @@ def recipes(name: str | None = None) -> None:
         return
     rows = []
     for known in list_recipes():
-        first = find_recipe(known).read_text(encoding="utf-8").partition("\n")[0]
-        rows.append([known, first.removeprefix("#").strip() if first.startswith("#") else ""])
+        comment = re.split(r"\n(?!#)", find_recipe(known).read_text(encoding="utf-8"))[0]
+        sentences = re.split(r"(?<=\.)(?<!Sec\.)(?<!App\.) (?=[A-Z])", " ".join(comment.replace("#", "").split()))
+        rows.append([known, sentences[0]])
     print_table(["recipe", "what for"], rows, "left")
 
 
