@@ -19,27 +19,10 @@ if TYPE_CHECKING:
     from flowprox.unfolding import LatentMeanNet, UnfoldedHQS, UnfoldedPGD
 
 __all__ = [
-    "FlowDenoiser",
-    "FlowPrior",
-    "FlowProx",
-    "Glow",
-    "LatentMeanNet",
-    "NoiseFidelity",
-    "PlugAndPlay",
-    "RealNVP",
-    "ReconstructorDenoiser",
-    "ResNetProx",
-    "SoftThreshold",
-    "UNetProx",
-    "UnfoldedHQS",
-    "UnfoldedPGD",
-    "__version__",
-    "list_models",
-    "load_model",
-    "make_physics",
-    "restore",
-    "save_model",
-]
+    "FlowDenoiser", "FlowPrior", "FlowProx", "Glow", "LatentMeanNet", "NoiseFidelity", "PlugAndPlay", "RealNVP",
+    "ReconstructorDenoiser", "ResNetProx", "SoftThreshold", "UNetProx", "UnfoldedHQS", "UnfoldedPGD", "__version__",
+    "list_models", "load_model", "make_physics", "restore", "save_model",
+]  # fmt: skip
 
 __version__ = "0.2.0"
 

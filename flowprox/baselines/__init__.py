@@ -12,16 +12,6 @@ from flowprox.baselines.sparse import Lasso, WaveletPrior
 from flowprox.solvers import GANPrior
 
 __all__ = [
-    "BM3D",
-    "Biharmonic",
-    "FFDNet",
-    "FilteredBackprojection",
-    "GANPrior",
-    "Lasso",
-    "PlugAndPlay",
-    "Pretrained",
-    "TotalVariation",
-    "WaveletPrior",
-    "Wiener",
-    "transfer_function",
-]
+    "BM3D", "Biharmonic", "FFDNet", "FilteredBackprojection", "GANPrior", "Lasso", "PlugAndPlay", "Pretrained",
+    "TotalVariation", "WaveletPrior", "Wiener", "transfer_function",
+]  # fmt: skip

@@ -22,18 +22,6 @@ from flowprox.checkpoints.store import (
 )
 
 __all__ = [
-    "CARD",
-    "Card",
-    "CheckpointError",
-    "PREVIOUS",
-    "Pretrained",
-    "WEIGHTS",
-    "find_model",
-    "list_models",
-    "load_card",
-    "load_model",
-    "load_training_state",
-    "push_to_hub",
-    "save_model",
-    "save_training_state",
-]
+    "CARD", "Card", "CheckpointError", "PREVIOUS", "Pretrained", "WEIGHTS", "find_model", "list_models", "load_card",
+    "load_model", "load_training_state", "push_to_hub", "save_model", "save_training_state",
+]  # fmt: skip

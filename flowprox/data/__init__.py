@@ -20,18 +20,6 @@ from flowprox.data.files import (
 )
 
 __all__ = [
-    "ARRAY_SUFFIXES",
-    "IMAGE_SUFFIXES",
-    "SCAN_SUFFIXES",
-    "ImageDataset",
-    "PictureForm",
-    "Stack",
-    "load_array",
-    "load_image",
-    "load_measurement",
-    "load_stack",
-    "picture_form",
-    "save_image",
-    "split_indices",
-    "suffix_of",
-]
+    "ARRAY_SUFFIXES", "IMAGE_SUFFIXES", "SCAN_SUFFIXES", "ImageDataset", "PictureForm", "Stack", "load_array",
+    "load_image", "load_measurement", "load_stack", "picture_form", "save_image", "split_indices", "suffix_of",
+]  # fmt: skip

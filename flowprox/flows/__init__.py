@@ -19,27 +19,7 @@ from flowprox.flows.layers import (
 from flowprox.flows.reversible import DriftError, Reversible
 
 __all__ = [
-    "ActNorm",
-    "AffineCoupling",
-    "Bijection",
-    "Conv1x1",
-    "DriftError",
-    "FiniteChecks",
-    "Flow",
-    "Glow",
-    "GlowStep",
-    "GlowSteps",
-    "HaarSqueeze",
-    "NonFiniteError",
-    "PixelNorm",
-    "PixelwiseFlow",
-    "RealNVP",
-    "Reversible",
-    "Sequential",
-    "Split",
-    "Squeeze",
-    "Unsqueeze",
-    "check_finite",
-    "frozen",
-    "gathered_checks",
-]
+    "ActNorm", "AffineCoupling", "Bijection", "Conv1x1", "DriftError", "FiniteChecks", "Flow", "Glow", "GlowStep",
+    "GlowSteps", "HaarSqueeze", "NonFiniteError", "PixelNorm", "PixelwiseFlow", "RealNVP", "Reversible", "Sequential",
+    "Split", "Squeeze", "Unsqueeze", "check_finite", "frozen", "gathered_checks",
+]  # fmt: skip

@@ -26,17 +26,9 @@ from flowprox.flows.bijection import Bijection
 from flowprox.naming import require_positive
 
 __all__ = [
-    "ActNorm",
-    "AffineCoupling",
-    "Conv1x1",
-    "GlowStep",
-    "HaarSqueeze",
-    "PixelNorm",
-    "Split",
-    "Squeeze",
-    "Unsqueeze",
+    "ActNorm", "AffineCoupling", "Conv1x1", "GlowStep", "HaarSqueeze", "PixelNorm", "Split", "Squeeze", "Unsqueeze",
     "soft_bound",
-]
+]  # fmt: skip
 
 
 def _per_sample(value: Tensor, x: Tensor) -> Tensor:

@@ -21,20 +21,7 @@ from flowprox.noise.gaussian import (
 )
 
 __all__ = [
-    "NOISES",
-    "Density",
-    "FlowNoise",
-    "Generators",
-    "GaussianNoise",
-    "HeteroscedasticNoise",
-    "MNISTNoise",
-    "Noise",
-    "as_noise",
-    "is_exact",
-    "make_noise",
-    "noise_density",
-    "noise_level",
-    "radial_noise",
-    "residual_p_value",
+    "NOISES", "Density", "FlowNoise", "Generators", "GaussianNoise", "HeteroscedasticNoise", "MNISTNoise", "Noise",
+    "as_noise", "is_exact", "make_noise", "noise_density", "noise_level", "radial_noise", "residual_p_value",
     "sinusoidal_noise",
-]
+]  # fmt: skip

@@ -12,21 +12,7 @@ from flowprox.solvers.posterior import PosteriorSampling, PosteriorSolution, Sam
 from flowprox.solvers.problem import Solution, SolverInterrupted, null_space_perturbed
 
 __all__ = [
-    "LBFGS",
-    "Adam",
-    "Discrepancy",
-    "GANPrior",
-    "LatentMAP",
-    "NoiseMAP",
-    "OPTIMIZERS",
-    "PosteriorSampling",
-    "PosteriorSolution",
-    "SamplerOptions",
-    "Proposal",
-    "Solution",
-    "SolverInterrupted",
-    "TorchLBFGS",
-    "WeightedSamples",
-    "importance_samples",
-    "null_space_perturbed",
-]
+    "LBFGS", "Adam", "Discrepancy", "GANPrior", "LatentMAP", "NoiseMAP", "OPTIMIZERS", "PosteriorSampling",
+    "PosteriorSolution", "SamplerOptions", "Proposal", "Solution", "SolverInterrupted", "TorchLBFGS", "WeightedSamples",
+    "importance_samples", "null_space_perturbed",
+]  # fmt: skip

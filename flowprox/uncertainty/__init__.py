@@ -15,22 +15,7 @@ from flowprox.uncertainty.intervals import (
 )
 
 __all__ = [
-    "Alarm",
-    "Intervals",
-    "ScaleNet",
-    "calibration_records",
-    "conformal_factor",
-    "coverage",
-    "coverage_limits",
-    "crps",
-    "fit_alarm",
-    "fit_intervals",
-    "interval_statistics",
-    "measured_estimates",
-    "measured_intervals",
-    "rank_p_value",
-    "ranks",
-    "residual_p_value",
-    "tarp",
-    "uniform_p_value",
-]
+    "Alarm", "Intervals", "ScaleNet", "calibration_records", "conformal_factor", "coverage", "coverage_limits", "crps",
+    "fit_alarm", "fit_intervals", "interval_statistics", "measured_estimates", "measured_intervals", "rank_p_value",
+    "ranks", "residual_p_value", "tarp", "uniform_p_value",
+]  # fmt: skip

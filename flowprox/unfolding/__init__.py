@@ -7,17 +7,6 @@ from flowprox.unfolding.density import BoundDensity, ConditionalDensity, ErrorDe
 from flowprox.unfolding.networks import GradientStep, ProximalStep, Unfolded, UnfoldedHQS, UnfoldedPGD, export_program
 
 __all__ = [
-    "BoundDensity",
-    "ConditionalDensity",
-    "Conditioning",
-    "ErrorDensity",
-    "GradientStep",
-    "LatentMeanNet",
-    "MultiScaleNet",
-    "ProximalStep",
-    "Unfolded",
-    "UnfoldedHQS",
-    "UnfoldedPGD",
-    "export_program",
-    "fit_density",
-]
+    "BoundDensity", "ConditionalDensity", "Conditioning", "ErrorDensity", "GradientStep", "LatentMeanNet",
+    "MultiScaleNet", "ProximalStep", "Unfolded", "UnfoldedHQS", "UnfoldedPGD", "export_program", "fit_density",
+]  # fmt: skip

@@ -12,14 +12,6 @@ from flowprox.evaluation.report.page import Results, read_results, write_page, w
 from flowprox.evaluation.report.pictures import MEASUREMENT, picture_path, truth_path
 
 __all__ = [
-    "MEASUREMENT",
-    "PARTS",
-    "ReportOptions",
-    "Results",
-    "picture_path",
-    "read_results",
-    "truth_path",
-    "write_page",
-    "write_report",
-    "write_tables",
-]
+    "MEASUREMENT", "PARTS", "ReportOptions", "Results", "picture_path", "read_results", "truth_path", "write_page",
+    "write_report", "write_tables",
+]  # fmt: skip
