@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flowprox.naming import Values
+
 _SSIM_WINDOW = 11
-_SSIM_SIGMA = 1.5
-_STRIP = 2**16  # pixels that are looked at together: they fit in the cache, and memory does not grow with the image
 
 
 def psnr(x_hat: Tensor, x: Tensor, *, clip: bool = True) -> Tensor:
@@ -45,8 +45,7 @@ def psnr(x_hat: Tensor, x: Tensor, *, clip: bool = True) -> Tensor:
 def ssim(x_hat: Tensor, x: Tensor, *, clip: bool = True) -> Tensor:
     """Structural similarity (B,), at most 1: Gaussian window of 11x11, sigma 1.5, mean over windows inside and channels.
 
-    Equal to ``skimage.metrics.structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)``; arguments
-    as in ``psnr``.
+    That of scikit-image with ``gaussian_weights`` and without ``use_sample_covariance``; arguments as in ``psnr``.
 
     Raises:
         ValueError: shapes differ, are not (B, C, H, W), or the images are smaller than the window.
@@ -61,44 +60,15 @@ def ssim(x_hat: Tensor, x: Tensor, *, clip: bool = True) -> Tensor:
         >>> round(float(ssim(x, x)), 3)
         1.0
     """
+    from skimage.metrics import structural_similarity  # whoever measures no SSIM does not wait for it
+
     x_hat, x = _prepared(x_hat, x, clip)
     if min(x.shape[-2:]) < _SSIM_WINDOW:
-        raise ValueError(f"ssim needs images of at least {_SSIM_WINDOW}x{_SSIM_WINDOW}, got {tuple(x.shape[-2:])}")
-    taps = torch.arange(_SSIM_WINDOW, dtype=x.dtype, device=x.device) - _SSIM_WINDOW // 2
-    taps = torch.exp(-0.5 * (taps / _SSIM_SIGMA).square())
-    weights = (taps / taps.sum()).tolist()
-    a, b = x_hat.flatten(0, 1), x.flatten(0, 1)
-    height, width = x.shape[-2:]
-    n, rows = max(1, _STRIP // (height * width)), max(1, _STRIP // width)
-    sums = x.new_zeros(len(a))
-    for i in range(0, len(a), n):
-        for top in range(0, height - _SSIM_WINDOW + 1, rows):
-            strip = slice(i, i + n), slice(top, top + rows + _SSIM_WINDOW - 1)
-            sums[i : i + n] += _similarity(a[strip], b[strip], weights).flatten(1).sum(1)
-    n_windows = (height - _SSIM_WINDOW + 1) * (width - _SSIM_WINDOW + 1)
-    return sums.view(x.shape[:2]).mean(1) / n_windows
-
-
-def _similarity(a: Tensor, b: Tensor, weights: list[float]) -> Tensor:
-    """SSIM (Wang et al. 2004, Eq. 13) of every window inside pictures (N, H, W)."""
-    mean_a, mean_b = _window_means(a, weights), _window_means(b, weights)
-    var_a = (_window_means(a * a, weights) - mean_a * mean_a).clamp_min(0)
-    var_b = (_window_means(b * b, weights) - mean_b * mean_b).clamp_min(0)
-    cov = _window_means(a * b, weights) - mean_a * mean_b
-    c1, c2 = 0.01**2, 0.03**2
-    numerator = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
-    return numerator / ((mean_a * mean_a + mean_b * mean_b + c1) * (var_a + var_b + c2))
-
-
-def _window_means(x: Tensor, weights: list[float]) -> Tensor:
-    """Weighted means over all windows inside (N, H, W), by rows and then by columns."""
-    for axis in (1, 2):
-        n = x.shape[axis] - len(weights) + 1
-        means = x.narrow(axis, 0, n) * weights[0]
-        for k, weight in enumerate(weights[1:], 1):
-            means.add_(x.narrow(axis, k, n), alpha=weight)
-        x = means
-    return x
+        raise ValueError(f"ssim needs images of at least {_SSIM_WINDOW}x{_SSIM_WINDOW}, got {tuple(x.shape)}")
+    window: Values = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    pairs = zip(x_hat.cpu().numpy(), x.cpu().numpy(), strict=True)
+    each = [structural_similarity(a, b, data_range=1, channel_axis=0, **window) for a, b in pairs]
+    return x.new_tensor(each)
 
 
 def best_scaled(x_hat: Tensor, x: Tensor) -> Tensor:

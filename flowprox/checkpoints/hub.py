@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flowprox.checkpoints.card import CARD, WEIGHTS, Card, CheckpointError, read_card, read_weights
 from flowprox.files import first_line
+from flowprox.naming import Values
 
 HUB = "hf:"
 """Stands before the name of a model on the hub."""
@@ -108,31 +109,8 @@ def _readme(card: Card, repo_id: str) -> str:
         tags=["normalizing-flow", "inverse-problems", "image-reconstruction"],
         **({"model_name": card.name, "eval_results": results} if results else {}),
     )
-    sections = {
-        "Input": card.preprocessing,
-        "Problem it was trained for": card.problem,
-        "Metrics": card.metrics,
-        "Training": card.training,
-        "Notes": card.notes,
-    }
-    tables = []
-    for title, values in sections.items():
-        cells = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (values or {}).items()}
-        rows = ["| {} | {} |".format(key, cell.replace("|", "\\|").replace("\n", " ")) for key, cell in cells.items()]
-        tables += ["\n".join([f"## {title}\n\n| | |", "|---|---|", *rows])] if rows else []
-    arguments = json.dumps(card.model.get("arguments", {}), indent=2)
-    text = [
-        f"---\n{data.to_yaml()}\n---",
-        f"# {card.name}",
-        f"`{card.model['kind']}` with {card.n_parameters:,} parameters, stored as {card.weights_dtype}, for "
-        "image reconstruction with normalizing-flow priors.",
-        f'```python\nimport flowprox\n\nmodel = flowprox.load_model("{HUB}{repo_id}")\n```',
-        f"**License.** {card.license} ([{_LICENSE}]({_LICENSE}))",
-        f"**Trained on.** {images}: {card.training.get('terms') or 'terms unknown'}",
-        f"**Intended use.** {card.intended_use}",
-        *tables,
-        f"## Constructor\n\n`{card.model['kind']}` with\n\n```json\n{arguments}\n```",
-        f"SHA-256 of `{WEIGHTS}`: `{card.sha256}`",
-    ]
-    content = "\n\n".join(text) + "\n"
-    return str(huggingface_hub.ModelCard(content, ignore_metadata_errors=False))
+    sections = {"Input": card.preprocessing, "Problem it was trained for": card.problem, "Metrics": card.metrics}
+    words: Values = {"card": card, "repo_id": repo_id, "images": images, "dumps": json.dumps}
+    words["sections"] = {**sections, "Training": card.training, "Notes": card.notes}
+    template = str(Path(__file__).with_name("readme.md"))
+    return str(huggingface_hub.ModelCard.from_template(data, template, **words))
