@@ -97,25 +97,19 @@ def at_scale(recipe: EvaluationOptions, scale: str) -> EvaluationOptions:
     if scale not in known:
         raise ValueError(f"the recipe has no scale {scale!r}; {nearest(scale, known)}")
     wanted = {scale, AS_WRITTEN} if scale == SMOKE else {scale}  # "smoke" takes those of "small" too
-
-    def is_used(one: EvaluatedProblem | EvaluatedMethod) -> bool:
-        return one.scales is None or not wanted.isdisjoint(one.scales)
-
-    used = _restricted(recipe, list(filter(is_used, recipe.problems)), list(filter(is_used, recipe.methods)))
+    problems, methods = (
+        [one for one in ones if one.scales is None or not wanted.isdisjoint(one.scales)]
+        for ones in (recipe.problems, recipe.methods)
+    )
+    used = _restricted(recipe, problems, methods)
     if scale in recipe.scales:
         return _replaced(used, recipe.scales[scale])
     return _smoke(used) if scale == SMOKE else used
 
 
-def _restricted(
-    recipe: EvaluationOptions, problems: list[EvaluatedProblem], methods: list[EvaluatedMethod]
-) -> EvaluationOptions:
+def _restricted(recipe: EvaluationOptions, problems: Sequence[Any], methods: Sequence[Any]) -> EvaluationOptions:
     """The recipe with fewer problems and methods; what names a problem that has gone goes with it."""
-
-    def names(problems: Sequence[EvaluatedProblem]) -> set[str]:
-        return {name for one in planned_problems(problems) for name in (one.label, one.problem.name)}
-
-    gone = names(recipe.problems) - names(problems)
+    gone = _names(planned_problems(recipe.problems)) - _names(planned_problems(problems))
     methods = [
         dataclasses.replace(
             method,
@@ -125,47 +119,38 @@ def _restricted(
         for method in methods
         if method.problems is None or set(method.problems) - gone
     ]
-    return dataclasses.replace(recipe, problems=problems, methods=methods)
+    return dataclasses.replace(recipe, problems=list(problems), methods=methods)
+
+
+def _names(problems: Sequence[PlannedProblem]) -> set[str]:
+    """By which methods may name the problems."""
+    return {name for one in problems for name in (one.label, one.problem.name)}
 
 
 def _smoke(recipe: EvaluationOptions) -> EvaluationOptions:
     """What runs anywhere within seconds: the pictures that ship, first places of series, a flow that ships."""
     quick = {method.name: dict(METHODS[method.name].quick) for method in recipe.methods if method.name in METHODS}
     small = _replaced(recipe, ScaleOptions(limit=1, source=SAMPLES, options=quick))
-    methods = [
-        dataclasses.replace(
-            method,
-            flow=method.flow if method.flow is None or _is_at_hand(method.flow) else SMOKE_FLOW,
-            tune=_first(method.tune),
-            series=_first(method.series),
-        )
-        for method in small.methods
-    ]
-    problems = [
-        dataclasses.replace(problem, series=_first(problem.series), published=_first(problem.published))
-        for problem in small.problems
-        if _has_its_files(problem)
-    ]
+    methods = []
+    for method in small.methods:
+        try:
+            _ = method.flow and load_card(method.flow)
+        except (CheckpointError, OSError):  # it is not at hand
+            method = dataclasses.replace(method, flow=SMOKE_FLOW)
+        methods.append(dataclasses.replace(method, tune=_first(method.tune), series=_first(method.series)))
+    problems = []
+    for problem in small.problems:
+        values = {**problem.parameters, **(problem.parameters.get("noise_parameters") or {})}
+        files = [values[key] for key in ("path", "mask", "kernel") if isinstance(values.get(key), str)]
+        if all(Path(file).is_file() for file in files):
+            short = {"series": _first(problem.series), "published": _first(problem.published)}
+            problems.append(dataclasses.replace(problem, **short))
     tuning = small.tune_images and dataclasses.replace(small.tune_images, source=SAMPLES, limit=1, split="all")
     return _restricted(dataclasses.replace(small, tune_images=tuning), problems, methods)
 
 
 def _first(series: Values) -> Values:
     return {key: values[:1] if isinstance(values, list) else values for key, values in series.items()}
-
-
-def _has_its_files(problem: EvaluatedProblem) -> bool:
-    values = {**problem.parameters, **(problem.parameters.get("noise_parameters") or {})}
-    return all(Path(values[key]).is_file() for key in ("path", "mask", "kernel") if isinstance(values.get(key), str))
-
-
-def _is_at_hand(name: str) -> bool:
-    """Whether a model can be loaded."""
-    try:
-        load_card(name)
-    except (CheckpointError, OSError):
-        return False
-    return True
 
 
 def _replaced(recipe: EvaluationOptions, scale: ScaleOptions) -> EvaluationOptions:
@@ -206,9 +191,15 @@ def planned(recipe: EvaluationOptions) -> list[Case]:
     """
     problems = planned_problems(recipe.problems)
     methods = [one for method in recipe.methods for one in _methods(method)]
-    cases = [Case(problem, method) for problem in problems for method in methods if _is_used(method, problem)]
+    cases = [
+        Case(problem, method)
+        for problem in problems
+        for method in methods
+        if METHODS[method.name].applies_to(problem.problem.name)
+        and (method.problems is None or _names([problem]) & {*method.problems})
+    ]
     _check_distinct("problems", [problem.label for problem in problems])
-    names = {name for problem in problems for name in (problem.label, problem.problem.name)}
+    names = _names(problems)
     for method in methods:
         for name in {*(method.problems or ()), *method.options_for} - names:
             raise ValueError(f"method {method.label} names the problem {name!r}; {nearest(name, names)}")
@@ -221,19 +212,12 @@ def planned(recipe: EvaluationOptions) -> list[Case]:
             if near := difflib.get_close_matches(label, labels, n=1, cutoff=0.8):
                 raise ValueError(f"published of {problem.label} names {label!r}; did you mean {near[0]}?")
     _check_distinct("methods", [f"{case.label} on {case.problem.label}" for case in cases])
-    return [Case(problem, _with_models_of(problem.problem.name, method)) for problem, method in cases]
-
-
-def _with_models_of(problem: str, method: EvaluatedMethod) -> EvaluatedMethod:
-    """The method with the problem's name in its models' names."""
-    names = {part: getattr(method, part) for part in ("flow", "model", "noise", "intervals")}
-    own = {part: name.replace("{problem}", problem) for part, name in names.items() if isinstance(name, str)}
-    return dataclasses.replace(method, **own)
-
-
-def _is_used(method: EvaluatedMethod, problem: PlannedProblem) -> bool:
-    named = method.problems is None or bool({problem.label, problem.problem.name} & set(method.problems))
-    return named and METHODS[method.name].applies_to(problem.problem.name)
+    planned = []
+    for problem, method in cases:  # models may have the problem's name in theirs
+        parts = {part: getattr(method, part) for part in ("flow", "model", "noise", "intervals")}
+        own = {k: n.replace("{problem}", problem.problem.name) for k, n in parts.items() if isinstance(n, str)}
+        planned.append(Case(problem, dataclasses.replace(method, **own)))
+    return planned
 
 
 def planned_problems(problems: Sequence[EvaluatedProblem]) -> list[PlannedProblem]:
@@ -258,16 +242,13 @@ def published_figures(recipe: EvaluationOptions, scale: str = AS_WRITTEN) -> dic
 def _methods(method: EvaluatedMethod) -> Iterator[EvaluatedMethod]:
     """The variants of a method, each with a label."""
     name = method.label or method.name
-    check_options(method.name, {**method.options, **method.series, **method.tune}.keys() | _keys(method.options_for))
+    options_for = {key for options in method.options_for.values() for key in options}
+    check_options(method.name, {**method.options, **method.series, **method.tune}.keys() | options_for)
     if missing := METHODS[method.name].missing({"flow": method.flow, "model": method.model}):
         raise ValueError(f"method {name} needs {missing}: the name, folder or hf:ORG/NAME of one")
     for values in _places(method.series):
         options = {**method.options, **values}
         yield dataclasses.replace(method, label=_labelled(name, values), options=options, series={})
-
-
-def _keys(options_for: Mapping[str, Values]) -> set[str]:
-    return {key for options in options_for.values() for key in options}
 
 
 def _labelled(name: str, values: Values) -> str:
@@ -338,18 +319,14 @@ def load_images(options: ImageOptions, seed: int, limit: int | None) -> list[Eva
         name = entry.key if entry.key.endswith("]") else str(PurePosixPath(entry.key).with_suffix(""))
         content = hashlib.blake2b(pixels.tobytes(), digest_size=8).hexdigest()
         x = as_float(torch.from_numpy(pixels))
-        images.append(EvaluatedImage(name, x, image_seed(seed, name), content, _group(entry.name)))
+        group = "portraits" if Path(entry.name).stem in PORTRAITS else "other pictures"
+        is_ours = Path(os.path.abspath(entry.name)).parent == SAMPLES_FOLDER
+        images.append(EvaluatedImage(name, x, image_seed(seed, name), content, group if is_ours else None))
     n_called = Counter(image.name.casefold() for image in images)
     return [
         image._replace(name=f"{image.name}-{image.hash[:6]}") if n_called[image.name.casefold()] > 1 else image
         for image in images
     ]
-
-
-def _group(path: str) -> str | None:
-    if Path(os.path.abspath(path)).parent != SAMPLES_FOLDER:
-        return None
-    return "portraits" if Path(path).stem in PORTRAITS else "other pictures"
 
 
 # The file ------------------------------------------------------------------------------------------------------------
@@ -376,16 +353,16 @@ def write_recipe(recipe: EvaluationOptions, path: Path) -> None:
 
 def _plain(record: object) -> object:
     if dataclasses.is_dataclass(record):
-        values = {field: getattr(record, field.name) for field in dataclasses.fields(record)}
-        return {field.name: _plain(value) for field, value in values.items() if not _is_empty(field, value)}
+        plain = {}
+        for field in dataclasses.fields(record):
+            value = getattr(record, field.name)
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            if value != default or default not in (None, {}, []):
+                plain[field.name] = _plain(value)
+        return plain
     if isinstance(record, Mapping):
         return {str(key): _plain(value) for key, value in record.items()}
     return [_plain(value) for value in record] if isinstance(record, list | tuple) else record
-
-
-def _is_empty(field: dataclasses.Field[object], value: object) -> bool:
-    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    return value == default and default in (None, {}, [])
 
 
 def read_published(path: Path, scales: Collection[str] = ()) -> Published:

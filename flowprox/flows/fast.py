@@ -506,27 +506,6 @@ def _patches(x: Tensor, size: int) -> Tensor:
     return windows.permute(0, 1, 2, 4, 5, 3).reshape(-1, size * size * x.shape[1])
 
 
-class _Coupling(NamedTuple):
-    """Bounded log-scale and shift."""
-
-    log_scale: Tensor
-    shift: Tensor
-    bounds: Bounds
-
-    @classmethod
-    def of(cls, raw: Tensor, coupling: AffineCoupling, dtype: torch.dtype) -> _Coupling:
-        """From the net's output (B, 2 (C//2), H, W)."""
-        return cls(*bounded(coupling.bounds, *raw.to(dtype).chunk(2, dim=1)), coupling.bounds)
-
-    def pull(self, d_log_scale: Tensor, d_shift: Tensor) -> Tensor:
-        """draw; the derivative of the bound is 1 - (value / bound)^2."""
-        scale_bound, shift_bound = self.bounds
-        d_log_scale = d_log_scale * (1 - (self.log_scale / scale_bound).square())
-        if shift_bound is not None:
-            d_shift = d_shift * (1 - (self.shift / shift_bound).square())
-        return _cat(d_log_scale, d_shift)
-
-
 @dataclass
 class _Sums:
     """What one step's backward pass adds up over the chunks; None where nothing asks."""
@@ -556,87 +535,72 @@ _Memory = tuple[Tensor, list[tuple[Tensor, ...]]]  # a step's input; of each chu
 
 @dataclass
 class _Step:
-    """One step, its tensors at hand, for a chunk of images."""
+    """One step in one direction, its tensors at hand, for a chunk of images."""
 
     coupling: AffineCoupling
     net: _Net
     linear: tuple[Tensor, Tensor]
     undo: tuple[Tensor, Tensor] | None
     dtype: torch.dtype
+    backwards: bool
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """(z, log-scales summed, raw, hidden)."""
-        u = pixelwise(x, *self.linear)
+    def apply(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """(z, log-scales summed, raw, hidden), or backwards x from z and minus that sum."""
+        u = x if self.backwards else pixelwise(x, *self.linear)
         first, second = halves(u)
         hidden = self.net.hidden(self._condition(second))
         raw = self.net.last(hidden[-1])
-        c = _Coupling.of(raw, self.coupling, x.dtype)
-        first.mul_(torch.exp(c.log_scale)).add_(c.shift)
-        return u, c.log_scale.sum((1, 2, 3)), raw, hidden
+        log_scale, shift = self._bounded(raw, x.dtype)
+        if not self.backwards:
+            first.mul_(torch.exp(log_scale)).add_(shift)
+            return u, log_scale.sum((1, 2, 3)), raw, hidden
+        u = _cat((first - shift) * torch.exp(-log_scale), second)
+        return pixelwise(u, *self.linear), -log_scale.sum((1, 2, 3)), raw, hidden
 
-    def decode(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """(x, minus log-scales summed, raw, hidden)."""
-        first, second = halves(z)
-        hidden = self.net.hidden(self._condition(second))
-        raw = self.net.last(hidden[-1])
-        c = _Coupling.of(raw, self.coupling, z.dtype)
-        u = _cat((first - c.shift) * torch.exp(-c.log_scale), second)
-        return pixelwise(u, *self.linear), -c.log_scale.sum((1, 2, 3)), raw, hidden
-
-    def pull_encode(self, kept: _Kept, a: Tensor, b: Tensor | None, sums: _Sums) -> tuple[Tensor, Tensor]:
-        """(dL/dx, x) from a = dL/dz, b = dL/dlogdet."""
-        if self.undo is None:
-            x = kept.x
-            first, second = halves(pixelwise(x, *self.linear))
-            hidden, c = self._again(second, kept)
-        else:
-            z_1, second = halves(kept.x)
-            hidden, c = self._again(second, kept)
-            first = (z_1 - c.shift) * torch.exp(-c.log_scale)
-            x = pixelwise(_cat(first, second), *self.undo)
-        a_1, a_2 = halves(a)
-        d_first = a_1 * torch.exp(c.log_scale)
-        d_log_scale = d_first * first if b is None else d_first * first + b
-        d_second = self._through_net(hidden, c, d_log_scale, a_1, sums)
-        du = _cat(d_first, a_2 + d_second)
-        sums.add_linear(du, x)
-        return pixelwise(du, self.linear[0].T), x
-
-    def pull_decode(self, kept: _Kept, a: Tensor, b: Tensor | None, sums: _Sums) -> tuple[Tensor, Tensor]:
-        """(dL/dz, z) from a = dL/dx, b = dL/dlogdet."""
-        if self.undo is None:
-            z = kept.x
-            z_1, second = halves(z)
-            hidden, c = self._again(second, kept)
-            inverse_scale = torch.exp(-c.log_scale)
-            u = _cat((z_1 - c.shift) * inverse_scale, second)
-        else:
-            u = pixelwise(kept.x, *self.undo)
-            first, second = halves(u)
-            hidden, c = self._again(second, kept)
-            inverse_scale = torch.exp(-c.log_scale)
-            z = _cat(first / inverse_scale + c.shift, second)
+    def pull(self, kept: _Kept, a: Tensor, b: Tensor | None, sums: _Sums) -> tuple[Tensor, Tensor]:
+        """The gradient of the input, and the input, from those of output and logdet, a and b."""
+        is_mixed = (self.undo is None) == self.backwards  # z is at hand, not what the linear part makes u of
+        u = kept.x if is_mixed else pixelwise(kept.x, *(self.undo or self.linear))
+        first, second = halves(u)
+        n_again = len(self.net.layers) - 1 - len(kept.hidden)
+        hidden = [*self.net.hidden(self._condition(second), n_again), *kept.hidden]
+        log_scale, shift = self._bounded(self.net.last(hidden[-1]) if kept.raw is None else kept.raw, second.dtype)
+        inverse = torch.exp(-log_scale) if is_mixed or self.backwards else log_scale
+        if is_mixed:
+            first = (first - shift) * inverse
+            u = _cat(first, second)
+        x, transposed = kept.x, self.linear[0].T
+        if not self.backwards:
+            x = x if self.undo is None else pixelwise(u, *self.undo)
+            a_1, a_2 = halves(a)
+            d_1 = a_1 * torch.exp(log_scale)
+            d_log_scale = d_1 * first if b is None else d_1 * first + b
+            du = _cat(d_1, a_2 + self._through_net(hidden, (log_scale, shift), d_log_scale, a_1, sums))
+            sums.add_linear(du, x)
+            return pixelwise(du, transposed), x
+        x = x if self.undo is None else _cat(first / inverse + shift, second)
         sums.add_linear(a, u)
-        du_1, du_2 = halves(pixelwise(a, self.linear[0].T))
-        d_1 = du_1 * inverse_scale
-        d_log_scale = du_1 * halves(u)[0] if b is None else du_1 * halves(u)[0] + b
-        return _cat(d_1, du_2 + self._through_net(hidden, c, -d_log_scale, -d_1, sums)), z
+        du_1, du_2 = halves(pixelwise(a, transposed))
+        d_1 = du_1 * inverse
+        d_log_scale = du_1 * first if b is None else du_1 * first + b
+        return _cat(d_1, du_2 + self._through_net(hidden, (log_scale, shift), -d_log_scale, -d_1, sums)), x
 
     def _condition(self, second: Tensor) -> Tensor:
         return second.to(self.dtype).contiguous(memory_format=torch.channels_last)
 
-    def _again(self, second: Tensor, kept: _Kept) -> tuple[list[Tensor], _Coupling]:
-        n_again = len(self.net.layers) - 1 - len(kept.hidden)
-        hidden = [*self.net.hidden(self._condition(second), n_again), *kept.hidden]
-        raw = self.net.last(hidden[-1]) if kept.raw is None else kept.raw
-        return hidden, _Coupling.of(raw, self.coupling, second.dtype)
+    def _bounded(self, raw: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(s, t) from the net's output (B, 2 (C//2), H, W)."""
+        return bounded(self.coupling.bounds, *raw.to(dtype).chunk(2, dim=1))
 
     def _through_net(
-        self, hidden: list[Tensor], c: _Coupling, d_log_scale: Tensor, d_shift: Tensor, sums: _Sums
+        self, hidden: list[Tensor], values: tuple[Tensor, Tensor], d_log_scale: Tensor, d_shift: Tensor, sums: _Sums
     ) -> Tensor:
-        """dL/du_2 by way of log-scale and shift."""
-        raw = c.pull(d_log_scale, d_shift).to(self.dtype)
-        return self.net.backward(hidden, raw, sums.net).to(d_shift.dtype)
+        """dL/du_2 by way of log-scale and shift; the derivative of a bound is 1 - (value / bound)^2."""
+        scale_bound, shift_bound = self.coupling.bounds
+        d_log_scale = d_log_scale * (1 - (values[0] / scale_bound).square())
+        if shift_bound is not None:
+            d_shift = d_shift * (1 - (values[1] / shift_bound).square())
+        return self.net.backward(hidden, _cat(d_log_scale, d_shift).to(self.dtype), sums.net).to(d_shift.dtype)
 
 
 @dataclass
@@ -657,7 +621,7 @@ class _Chain:
         matrix, bias, *parameters = tensors
         undo = None if self.undo is None else (self.undo[0][i], self.undo[1][i])
         net = self._net(i, parameters) if self.nets is None else self.nets[i]
-        return _Step(self.couplings[i], net, (matrix[i], bias[i]), undo, self.dtype)
+        return _Step(self.couplings[i], net, (matrix[i], bias[i]), undo, self.dtype, self.backwards)
 
     def _net(self, i: int, parameters: Sequence[Tensor]) -> _Net:
         start, parts = sum(map(sum, self.layout[:i])), []
@@ -682,7 +646,7 @@ class _Chain:
             step = self.step(i, tensors)
             outputs, logdets, memory = [], [], []
             for part in self.chunks(i, x):
-                y, step_logdet, raw, hidden = (step.decode if self.backwards else step.encode)(x[part])
+                y, step_logdet, raw, hidden = step.apply(x[part])
                 outputs.append(y)
                 logdets.append(step_logdet)
                 if self.keep in _KEPT_LAYERS:
@@ -721,7 +685,7 @@ class _Chain:
             for j, part in enumerate(self.chunks(i, grad)):
                 memory = _Kept(kept[i][0][part], kept[i][1][j][0], kept[i][1][j][1:]) if kept else _Kept(y[part])
                 b = None if grad_logdet is None else grad_logdet[part].view(-1, 1, 1, 1)
-                pulled, x = (step.pull_decode if self.backwards else step.pull_encode)(memory, grad[part], b, sums)
+                pulled, x = step.pull(memory, grad[part], b, sums)
                 grads.append(pulled)
                 inputs.append(x)
             grad, y = _joined(grads), _joined(inputs)
