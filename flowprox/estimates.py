@@ -38,6 +38,7 @@ Doubts = Callable[[Tensor, Tensor, Physics], list[Record]]
 """x_hat (B, C, H, W), y, physics -> of each image whether an alarm is raised, and its p-values."""
 
 _SSIM_SIDE = 11
+_HARDLY_LOUDER = 1.05  # a level that is so far off, or an estimate that leaves as much, is nothing to warn of
 
 
 class Estimate(NamedTuple):
@@ -116,7 +117,7 @@ def estimate(
                 fact[key] = value
     if x is not None:
         facts = [figure | fact for figure, fact in zip(figures(x_hat, x, y, physics, kind), facts, strict=True)]
-    p_values = residual_p_value(x_hat, y, physics)
+    p_values = residual_p_value(x_hat, y, physics, _HARDLY_LOUDER)
     if p_values is not None:
         facts = [fact | {"residual_p_value": p} for fact, p in zip(facts, p_values.tolist(), strict=True)]
     if doubts is not None:

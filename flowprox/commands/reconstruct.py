@@ -141,8 +141,11 @@ def _print_notes(records: list[Values]) -> None:
 
 def _print_doubts(records: list[Values]) -> None:
     """Which results are not to be trusted, and why."""
-    tested = [one for one in records if "alarm" not in one]  # of a calibrated network the usual residual is known
-    unexplained = [record for record in tested if record.get("residual_p_value", 1) < _RARE]
+    from flowprox.methods import METHODS
+
+    # of a calibrated network the usual residual is known; methods without a trained prior leave what their own weight leaves
+    is_tested = "alarm" not in records[0] and METHODS.get(records[0]["method"], METHODS["unfolded"]).parts
+    unexplained = [record for record in records if is_tested and record.get("residual_p_value", 1) < _RARE]
     alarming = [record for record in records if record.get("alarm", {}).get("raised")]
     for record in alarming[:_N_NAMED]:
         p_values = {key: value for key, value in record["alarm"].items() if key != "raised"}

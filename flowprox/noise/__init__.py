@@ -18,10 +18,11 @@ from flowprox.noise.gaussian import (
     radial_noise,
     residual_p_value,
     sinusoidal_noise,
+    standard_residual,
 )
 
 __all__ = [
     "NOISES", "Density", "FlowNoise", "Generators", "GaussianNoise", "HeteroscedasticNoise", "MNISTNoise", "Noise",
     "as_noise", "is_exact", "make_noise", "noise_density", "noise_level", "radial_noise", "residual_p_value",
-    "sinusoidal_noise",
+    "sinusoidal_noise", "standard_residual",
 ]  # fmt: skip

@@ -286,20 +286,13 @@ def make_noise(name: str, shape: Sequence[int], **parameters: object) -> Noise:
     return NOISES[name](**given)
 
 
-@torch.no_grad()
-def residual_p_value(x_hat: Tensor, y: Tensor, physics: Physics) -> Tensor | None:
-    """Chi-squared test whether the stated white Gaussian noise explains y - A x_hat: probability of at least as much, (B,).
+def standard_residual(x_hat: Tensor, y: Tensor, physics: Physics) -> Tensor | None:
+    """(y - A x_hat) / sigma, (B, n) in float64: standard normal for the true image. None where the noise is not white Gaussian
+    noise of one known standard deviation above 0, or y is complex.
 
-    It is exact for the true image. An estimate has been fitted to the noise, so that its residual is smaller and the test
-    rarely rejects; one that is smoother than the image, or of another operator or noise, leaves more. Entries without noise, as
-    masked ones, are not counted. None where the noise is not white Gaussian noise of one known standard deviation above 0, or y
-    is complex.
-
-    Example:
-        >>> from flowprox.operators import make_physics
-        >>> x, physics = torch.rand(2, 3, 16, 16), make_physics("denoising", (3, 16, 16), sigma=0.1)
-        >>> (residual_p_value(x, x + 0.15 * torch.randn_like(x), physics) < 0.001).tolist()
-        [True, True]
+    Where y has been clipped to [0, 1], entries at these ends are NaN, the others those of a normal variable cut at the ends:
+    Phi^-1((F(y) - F(a)) / (F(b) - F(a))), F(t) = Phi((t - A x_hat) / sigma); a = 0 and b = 1, of 8 bits, which have been
+    rounded, 1/510 and 1 - 1/510.
     """
     noise = getattr(physics, "noise_model", None)
     if not isinstance(noise, deepinv.physics.GaussianNoise) or y.is_complex():
@@ -308,6 +301,37 @@ def residual_p_value(x_hat: Tensor, y: Tensor, physics: Physics) -> Tensor | Non
     if sigma.numel() != 1 or not sigma > 0 or mean:
         return None
     residual = ((y - physics.A(x_hat)) / sigma).flatten(1).double()
-    n = (residual != 0).sum(1)
-    p = stats.chi2.sf(residual.square().sum(1).cpu().numpy(), n.clamp(min=1).cpu().numpy())
+    y = y.flatten(1).double()
+    at_end = ((y == 0) | (y == 1)) & (residual != 0)  # what a mask hides is no end
+    is_clipped = at_end.any(1, keepdim=True) & ((y >= 0) & (y <= 1)).all(1, keepdim=True)
+    if not is_clipped.any():
+        return residual
+    inside = (y > 0) & (y < 1)
+    low = (255 * y - (255 * y).round()).abs().lt(1e-3).all(1, keepdim=True) / 510
+    below, here, above = (torch.special.ndtr(residual + (t - y) / sigma) for t in (low, y, 1 - low))
+    score = torch.special.ndtri(((here - below) / (above - below)).clamp(1e-15, 1 - 1e-15))
+    score = torch.where(score.isnan(), residual, score)  # so far away that both ends are one
+    return torch.where(is_clipped & (residual != 0), torch.where(inside, score, math.nan), residual)
+
+
+@torch.no_grad()
+def residual_p_value(x_hat: Tensor, y: Tensor, physics: Physics, factor: float = 1.0) -> Tensor | None:
+    """Chi-squared test whether white Gaussian noise of ``factor`` times the stated level explains y - A x_hat: probability of
+    at least as much, (B,).
+
+    It is exact for the true image and the factor 1. An estimate has been fitted to the noise, so that its residual is smaller
+    and the test rarely rejects; one that is smoother than the image, or of another operator or noise, leaves more. Not counted
+    are entries without noise, as masked ones, and clipped ones. None where ``standard_residual`` is.
+
+    Example:
+        >>> from flowprox.operators import make_physics
+        >>> x, physics = torch.rand(2, 3, 16, 16), make_physics("denoising", (3, 16, 16), sigma=0.1)
+        >>> (residual_p_value(x, x + 0.15 * torch.randn_like(x), physics) < 0.001).tolist()
+        [True, True]
+    """
+    residual = standard_residual(x_hat, y, physics)
+    if residual is None:
+        return None
+    n = (residual.nan_to_num() != 0).sum(1)
+    p = stats.chi2.sf((residual / factor).square().nansum(1).cpu().numpy(), n.clamp(min=1).cpu().numpy())
     return torch.from_numpy(p).to(residual)

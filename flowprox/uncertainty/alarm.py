@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from flowprox.flows import Flow
 from flowprox.naming import Specified
+from flowprox.noise import noise_level, standard_residual
 
 SCORES = ("residual", "latents", "layout", "kernel")
 """What is compared with the reference, a p-value each; the kernel of blurs only."""
@@ -141,6 +142,10 @@ def alarm_features(x_hat: Tensor, y: Tensor, physics: Physics, flow: Flow) -> li
     """What is compared, (B, n) for each of ``SCORES``; the last is missing where the operator has no kernel."""
     residual = y - physics.A(x_hat)
     squares = residual.abs().flatten(1).square().mean(1, keepdim=True)
+    told = standard_residual(x_hat, y, physics)
+    if told is not None and bool(told.isnan().any()):  # clipped as a picture: what is not told is as stated
+        told = noise_level(physics, y)[:, None] * told.nan_to_num(nan=1.0)
+        squares = told.square().mean(1, keepdim=True).to(squares)
     height, width = (side - side % flow.divisor for side in x_hat.shape[-2:])
     z, _ = flow(x_hat[..., :height, :width])
     groups = flow.latent_groups((height, width)).flatten().to(z.device)
