@@ -11,7 +11,6 @@ over x; ``flowprox.solvers.objective.Objective.value`` computes them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,9 +33,6 @@ FORMS = ("latent", "image")
 _SLOPE = 0.2  # of log residual against log gamma near the best image, measured on faces
 _SLOPES = (0.1, 2.0)  # the secant is kept within; 2 is the slope far from the solution of a linear problem
 _LONGEST = 2.0  # factor of gamma from one stage to the next
-
-Minimize = Callable[[Tensor, Tensor, int], Trace]
-"""(gamma (B,), z (B, D), number of iterations) to a trace."""
 
 
 @dataclass(frozen=True)
@@ -76,52 +72,6 @@ class Discrepancy:
         if not 1 <= self.limit < float("inf"):
             raise ValueError(f"limit must be at least 1 and finite, got {self.limit}")
         require_count("n_stages", self.n_stages)
-
-    def stage(self, optimizer: Optimizer, n_iterations: int) -> Optimizer:
-        """The optimizer with another number of iterations, and its share of a limit on evaluations."""
-        changes: dict[str, int] = {"n_iterations": n_iterations}
-        limit = getattr(optimizer, "max_evaluations", None)
-        if limit is not None:
-            changes["max_evaluations"] = max(1, limit * n_iterations // optimizer.n_iterations)
-        return replace(optimizer, **changes)  # type: ignore[type-var]
-
-    def choose(
-        self,
-        minimize: Minimize,
-        misfit: Callable[[Tensor], Tensor],
-        target: Tensor,
-        z: Tensor,
-        scale: Callable[[Tensor], Tensor],
-        n_iterations: int,
-    ) -> tuple[Trace, Tensor]:
-        """Run the stages: their traces, joined, and gamma (B,).
-
-        Arguments:
-            minimize: of one stage.
-            misfit: ||y - A g(z)||^2 of latents (B, D), (B,).
-            target: E||noise||^2, (B,).
-            z: where the first stage begins, (B, D).
-            scale: what ``share`` is a part of, (B,), for latents (B, D).
-            n_iterations: of all stages together; the first has as many as two of the others.
-        """
-        wanted = 2 * math.log(self.tau) + target.log()
-        middle = (self.share * scale(z)).log()
-        gamma, slope = middle, torch.full_like(middle, _SLOPE)
-        n_each = max(1, n_iterations // (self.n_stages + 1))
-        parts = [minimize(gamma.exp(), z, max(1, n_iterations - (self.n_stages - 1) * n_each))]
-        left = misfit(parts[-1].z).log()
-        for _ in range(self.n_stages - 1):
-            if parts[-1].interrupted:
-                break
-            middle = (self.share * scale(parts[-1].z)).log()
-            step = ((wanted - left) / slope).clamp(-math.log(_LONGEST), math.log(_LONGEST))
-            step = (gamma + step).clamp(middle - math.log(self.limit), middle + math.log(self.limit)) - gamma
-            gamma = gamma + step
-            parts.append(minimize(gamma.exp(), parts[-1].z, n_each))
-            before, left = left, misfit(parts[-1].z).log()
-            secant = ((left - before) / step).clamp(*_SLOPES)
-            slope = torch.where(step.abs() > 0.05, secant, slope)  # of a short step rounding makes anything
-        return _joined(parts), gamma.exp()
 
 
 def noise_energy(y: Tensor, physics: Physics, measured: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,28 +198,43 @@ class LatentMAP(Reconstructor):
             return objective.solution(trace, gamma)
 
     def _with_discrepancy(self, objective: Objective, u: Tensor, rule: Discrepancy) -> tuple[Trace, Tensor]:
-        problem = objective.problem
+        """Run the stages: their traces, joined, and gamma (B,)."""
+        problem, optimizer, n = objective.problem, self.optimizer, self.optimizer.n_iterations
         measured = measured_entries(problem.y, problem.physics, problem.image_shape)
         energy, n_measured = noise_energy(problem.y, problem.physics, measured)
-        variance = energy / n_measured
+        limit = getattr(optimizer, "max_evaluations", None)
 
         def bayes(z: Tensor) -> Tensor:
-            """The weight in ||r||^2 / (2 sigma^2) + 1/2 ||z||^2, times 2 sigma^2."""
+            """log of the middle gamma: a share of the weight in ||r||^2 / (2 sigma^2) + 1/2 ||z||^2, times 2 sigma^2."""
+            scale = energy / n_measured
             if self.form == "image":
-                return 0.7 * variance  # the density of images is best trusted by a third (docs/log.md)
-            if self.norm == "squared":
-                return variance
-            length = torch.linalg.vector_norm(z, dim=1)  # at the start z = 0 a common one
-            return 2 * variance * torch.where(length > 0, length, 0.4 * math.sqrt(z.shape[1]))
+                scale = 0.7 * scale  # the density of images is best trusted by a third (docs/log.md)
+            elif self.norm == "unsquared":
+                length = torch.linalg.vector_norm(z, dim=1)  # at the start z = 0 a common one
+                scale = 2 * scale * torch.where(length > 0, length, 0.4 * math.sqrt(z.shape[1]))
+            return (rule.share * scale).log()
 
-        def minimize(gamma: Tensor, u: Tensor, n_iterations: int) -> Trace:
-            objective.weight = gamma
-            return objective.minimize(rule.stage(self.optimizer, n_iterations), u)
+        def stage(gamma: Tensor, u: Tensor, n_stage: int) -> tuple[Trace, Tensor]:
+            """So many iterations with exp(gamma), and the log of the energy of what they leave of y."""
+            objective.weight = gamma.exp()
+            limits = {} if limit is None else {"max_evaluations": max(1, limit * n_stage // n)}
+            trace = objective.minimize(replace(optimizer, n_iterations=n_stage, **limits), u)  # type: ignore[type-var]
+            return trace, squared_error(problem.residual(objective.image(trace.z))).log()
 
-        def misfit(u: Tensor) -> Tensor:
-            return squared_error(problem.residual(objective.image(u)))
-
-        return rule.choose(minimize, misfit, energy, u, bayes, self.optimizer.n_iterations)
+        wanted, gamma = 2 * math.log(rule.tau) + energy.log(), bayes(u)
+        slope, n_each = torch.full_like(gamma, _SLOPE), max(1, n // (rule.n_stages + 1))
+        trace, left = stage(gamma, u, max(1, n - (rule.n_stages - 1) * n_each))
+        parts = [trace]
+        while len(parts) < rule.n_stages and not parts[-1].interrupted:
+            middle = bayes(parts[-1].z)
+            step = ((wanted - left) / slope).clamp(-math.log(_LONGEST), math.log(_LONGEST))
+            step = (gamma + step).clamp(middle - math.log(rule.limit), middle + math.log(rule.limit)) - gamma
+            gamma, before = gamma + step, left
+            trace, left = stage(gamma, parts[-1].z, n_each)
+            parts.append(trace)
+            secant = ((left - before) / step).clamp(*_SLOPES)
+            slope = torch.where(step.abs() > 0.05, secant, slope)  # of a short step rounding makes anything
+        return _joined(parts), gamma.exp()
 
 
 def _joined(parts: list[Trace]) -> Trace:
