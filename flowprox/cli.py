@@ -15,11 +15,9 @@ import os
 import re
 import signal
 import sys
-import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from jsonargparse import ArgumentParser
 from flowprox import __version__
 from flowprox.commands import COMMANDS, Command
 from flowprox.commands.terminal import check_yaml, find_recipe
+from flowprox.files import handled_signals
 from flowprox.naming import Values, nearest, printable, require_package
 from flowprox.options import EvaluatedMethod, EvaluatedProblem, ImageOptions, ScaleOptions
 
@@ -105,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a terminal may know fewer letters than a file's name has
             stream.reconfigure(errors="replace")
     try:
-        with _terminated_as_interrupted(), warnings.catch_warnings():
+        with handled_signals(_interrupt, signal.SIGTERM), warnings.catch_warnings():
             # as one line, without the place in the code that it comes from
             warnings.showwarning = lambda text, *_: print(f"flowprox: warning: {printable(str(text))}", file=sys.stderr)
             status = _run(words)
@@ -129,21 +128,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Within the block SIGTERM ends a command as Ctrl-C does: what is half-written is removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def on_signal(number: int, frame: object) -> None:
-        raise KeyboardInterrupt("terminated")
-
-    before = signal.signal(signal.SIGTERM, on_signal)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _interrupt(number: int, frame: object) -> None:
+    """SIGTERM ends a command as Ctrl-C does: what is half-written is removed."""
+    raise KeyboardInterrupt("terminated")
 
 
 def _run(words: list[str]) -> int:

@@ -6,8 +6,10 @@ import hashlib
 import os
 import re
 import secrets
+import signal
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -112,6 +114,18 @@ def sole_writer(folder: str | os.PathLike[str]) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def handled_signals(handler: Callable[[int, object], None], *numbers: int) -> Iterator[None]:
+    """Within the block the handler takes these signals; in another thread than the main one nothing is done."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in numbers if is_main}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def force_to_disk(file: IO[Any]) -> None:

@@ -137,11 +137,6 @@ def _blurred_image_size(height: int, width: int, parameters: Values) -> tuple[in
     return height + h - 1, width + w - 1
 
 
-def _enlarged_size(height: int, width: int, parameters: Values) -> tuple[int, int]:
-    factor = checked_factor(parameters["factor"])
-    return height * factor, width * factor
-
-
 def _compressed_sensing(shape: ImageShape, *, m: int, structured: bool, **where: Any) -> LinearPhysics:
     require_choice("structured", structured, (True, False))
     return (StructuredSensing if structured else DenseSensing)(m, shape, **where)
@@ -152,15 +147,14 @@ def _one_bit(shape: ImageShape, *, noise_first: bool, **sensing: Any) -> Physics
     return OneBitSensing(_compressed_sensing(shape, **sensing), noise_first=noise_first).to(sensing["device"])
 
 
-def _mri(shape: ImageShape, *, device: Device, mask: Array | None, coils: Any = None, **kspace: Any) -> LinearPhysics:
-    """MRI by coils of the sensitivities ``coils``, or one that sees all alike."""
+def _mri(shape: ImageShape, *, device: Device, mask: Array | None, **kspace: Any) -> LinearPhysics:
+    coils = {key: kspace.pop(key) for key in ("n_coils", "coil_maps") if key in kspace}
     seen = kspace_mask(*shape[1:], **kspace) if mask is None else _array("mask", mask)
-    return RealMRI(seen, shape, device=device) if coils is None else CoilMRI(seen, coils, shape, device=device)
-
-
-def _multicoil_mri(shape: ImageShape, *, n_coils: int, coil_maps: Array | None, **single: Any) -> LinearPhysics:
-    own = None if coil_maps is None else _array("coil_maps", coil_maps, torch.complex64)
-    return _mri(shape, coils=coil_sensitivities(n_coils, *shape[1:]) if own is None else own, **single)
+    if not coils:
+        return RealMRI(seen, shape, device=device)
+    own = None if coils["coil_maps"] is None else _array("coil_maps", coils["coil_maps"], torch.complex64)
+    maps = coil_sensitivities(coils["n_coils"], *shape[1:]) if own is None else own
+    return CoilMRI(seen, maps, shape, device=device)
 
 
 _KSPACE = {
@@ -252,7 +246,7 @@ PROBLEMS: dict[str, ProblemKind] = {
             "sigma": Parameter(0.01, _SIGMA, "image range"),
         },
         "an image factor times smaller in height and width, filtered before it is sampled, and noise",
-        image_size=_enlarged_size,
+        image_size=lambda height, width, p: (height * checked_factor(p["factor"]), width * p["factor"]),
     ),
     "mri": ProblemKind(
         _mri,
@@ -262,7 +256,7 @@ PROBLEMS: dict[str, ProblemKind] = {
         drawn="mask",
     ),
     "multicoil-mri": ProblemKind(
-        _multicoil_mri,
+        _mri,
         {
             **_KSPACE,
             "n_coils": Parameter(8, "number of simulated coils around the image"),

@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flowprox.checkpoints import save_model, save_training_state
 from flowprox.data.datasets import check_apart
-from flowprox.files import first_line, refuse_foreign, sole_writer
+from flowprox.files import first_line, handled_signals, refuse_foreign, sole_writer
 from flowprox.flows import FiniteChecks, NonFiniteError, gathered_checks
 from flowprox.graphs import HostReads, compile_regions
 from flowprox.naming import Values
@@ -174,21 +174,14 @@ def _threads(n: int | None) -> Iterator[None]:
 def _stop_signals() -> Iterator[threading.Event]:
     """An event set by SIGTERM or SIGINT, so that a run can write its state; a second SIGINT interrupts as usual."""
     stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
 
     def on_signal(number: int, frame: object) -> None:
         if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.set()
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with handled_signals(on_signal, signal.SIGTERM, signal.SIGINT):
         yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
