@@ -43,7 +43,7 @@
     measured = clean.map((value, i) => (noise ? value + sigma() * noise[i] : value * (1 - hidden[i % n])));
     show(before, measured);
     show(over, measured);
-    show(after, measured);
+    after.closest("figure").hidden = true; // until it is restored
     document.querySelector("#try-level output").textContent = sigma().toFixed(2);
   }
 
@@ -93,6 +93,7 @@
       const result = await network.run({ y: tensor(measured, 1, 3, n, n), ...operator });
       const restored = Object.values(result)[0].data;
       show(after, restored);
+      after.closest("figure").hidden = false;
       const error = clean.reduce((sum, value, i) => sum + (value - Math.min(1, Math.max(0, restored[i]))) ** 2, 0) / clean.length;
       at("note").textContent = `${(-10 * Math.log10(error)).toFixed(2)} dB, ${((performance.now() - started) / 1000).toFixed(1)} s`;
       window.flowproxTry = { measured: [...measured], mask: [...mask], sigma: sigma(), restored: [...restored] };
