@@ -39,8 +39,7 @@ def demo_recipe() -> EvaluationOptions:
     The classical method is the best on validation faces (``recipes/evaluate/classical.yaml``), tuned there. BM3D is an extra,
     for its license; without it total variation denoises.
     """
-    has_bm3d = importlib.util.find_spec("bm3d") is not None
-    classical = {"denoising": "bm3d" if has_bm3d else "tv", "inpainting": "biharmonic", "deblurring": "tv"}
+    classical = {"denoising": "bm3d" if _has_bm3d() else "tv", "inpainting": "biharmonic", "deblurring": "tv"}
     methods = [EvaluatedMethod("measurement")]
     methods += [EvaluatedMethod(name, problems=[problem]) for problem, name in classical.items()]
     for problem in DEMO_PROBLEMS:
@@ -52,6 +51,10 @@ def demo_recipe() -> EvaluationOptions:
     return EvaluationOptions(
         images, [EvaluatedProblem(name, label=name) for name in DEMO_PROBLEMS], methods, name="demo"
     )
+
+
+def _has_bm3d() -> bool:
+    return importlib.util.find_spec("bm3d") is not None
 
 
 def run_demo(

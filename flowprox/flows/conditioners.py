@@ -331,12 +331,16 @@ class PackedConvolution:
 
     def __call__(self, x: Tensor, relu: bool = False) -> Tensor:
         """(B, O, H, W) from x (B, I, H, W)."""
-        if torch.compiler.is_compiling() or not (self._packs and len(x)) or _is_differentiated(x):
+        is_differentiated = (torch.is_grad_enabled() and x.requires_grad) or forward_ad.unpack_dual(
+            x
+        ).tangent is not None
+        if torch.compiler.is_compiling() or not (self._packs and len(x)) or is_differentiated:
             y = F.conv2d(x, self.weight, self.bias, padding=self.padding)
             return y.relu_() if relu else y
         blocks = self._blocks.get(x.shape)
         if blocks is None:
-            blocks = _packed(self.weight, self.padding, x.shape)
+            places = [self.padding, [1, 1], [1, 1], 1, list(x.shape)]
+            blocks = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *places)
             self._blocks = {**dict(list(self._blocks.items())[-1:]), x.shape: blocks}
         after = "relu" if relu else "none"
         return torch.ops.mkldnn._convolution_pointwise(
@@ -348,26 +352,13 @@ class PackedConvolution:
         return {**self.__dict__, "_blocks": {}}
 
 
-def _is_differentiated(x: Tensor) -> bool:
-    return (torch.is_grad_enabled() and x.requires_grad) or forward_ad.unpack_dual(x).tangent is not None
-
-
 def _can_pack(weight: Tensor) -> bool:
+    has_bfloat16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     return (
         weight.device.type == "cpu"
         and weight.dtype in _DTYPES
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
         and all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_convolution_weight", "_convolution_pointwise"))
-        and (weight.dtype == torch.float32 or _has_bfloat16())
+        and (weight.dtype == torch.float32 or bool(has_bfloat16()))
     )
-
-
-def _has_bfloat16() -> bool:
-    found = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return found is not None and bool(found())
-
-
-def _packed(weight: Tensor, padding: list[int], shape: torch.Size) -> Tensor:
-    """An opaque tensor: V laid out for x of that shape."""
-    return torch.ops.mkldnn._reorder_convolution_weight(weight, padding, [1, 1], [1, 1], 1, list(shape))

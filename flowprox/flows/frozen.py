@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -70,7 +69,9 @@ def _prepare(flow: nn.Module) -> ExitStack:
             chain.freeze(True)
         on_the_fast_path = {module for chain in chains if chain.has_fast_path for module in all_modules(chain)}
         for module in modules:
-            if module not in on_the_fast_path and _has_own_weight(module) and module.weight.device.type == "cpu":
+            if not isinstance(module, nn.Conv2d) or module in on_the_fast_path or parametrize.is_parametrized(module):
+                continue  # a parametrized weight is made anew by every access
+            if module.weight.device.type == "cpu":
                 stack.callback(setattr, module.weight, "data", module.weight.data)
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
         return stack.pop_all()
@@ -83,8 +84,3 @@ def _restore(parameters: list[nn.Parameter], in_training: list[nn.Module], chain
         parameter.requires_grad_(True)
     for chain in chains:
         chain.freeze(False)
-
-
-def _has_own_weight(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Whether it is a convolution whose weight is not made anew by every access, as a parametrized one is."""
-    return isinstance(module, nn.Conv2d) and not parametrize.is_parametrized(module)

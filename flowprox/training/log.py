@@ -15,9 +15,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -130,86 +130,65 @@ class RunLog:
 # Loggers --------------------------------------------------------------------------------------------------------------
 
 
-class Logger:
-    """Where the figures and pictures of a run go: that of Lightning Fabric, or a client that replaces its methods."""
+class Logger(NamedTuple):
+    """Where the figures and pictures of a run go: the methods of one of Lightning Fabric's loggers, or of a client.
 
-    logger: Any
+    Arguments:
+        figures: notes figures by name, all of them finite, of a step.
+        picture: notes the grid of samples (C, H, W) in [0, 1] of a step; a logger of numbers leaves it out.
+        close: writes what is still to be written.
+    """
 
-    def __init__(self, folder: Path, recipe: Values, rows: Sequence[Values]) -> None:
-        """For a run in a folder that goes on after ``rows``, the figures of an earlier part of it."""
-        raise NotImplementedError
-
-    def figures(self, values: Mapping[str, float], step: int) -> None:
-        """Note figures by name, all of them finite."""
-        self.logger.log_metrics(dict(values), step)
-
-    def picture(self, x: Tensor, step: int) -> None:
-        """Note the grid of samples (C, H, W) in [0, 1]; a logger of numbers leaves it out."""
-
-    def close(self) -> None:
-        """Write what is still to be written."""
+    figures: Callable[[Values, int], object]
+    picture: Callable[[Tensor, int], object]
+    close: Callable[[], object]
 
 
-class _TensorBoard(Logger):
-    def __init__(self, folder: Path, recipe: Values, rows: Sequence[Values]) -> None:
-        from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+def _tensorboard(folder: Path, recipe: Values, rows: Sequence[Values]) -> Logger:
+    from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
-        purge_step = rows[-1]["step"] + 1 if rows else None  # what a killed predecessor wrote beyond its state
-        self.logger = TensorBoardLogger(folder, "tensorboard", "", purge_step=purge_step)
-
-    def picture(self, x: Tensor, step: int) -> None:
-        self.logger.experiment.add_image("samples", x, step)
-
-    def close(self) -> None:
-        self.logger.experiment.close()
+    purge_step = rows[-1]["step"] + 1 if rows else None  # what a killed predecessor wrote beyond its state
+    logger = TensorBoardLogger(folder, "tensorboard", "", purge_step=purge_step)
+    writer: Any = logger.experiment
+    return Logger(logger.log_metrics, lambda x, step: writer.add_image("samples", x, step), writer.close)
 
 
-class _CSV(Logger):
-    def __init__(self, folder: Path, recipe: Values, rows: Sequence[Values]) -> None:
-        from lightning_fabric.loggers.csv_logs import CSVLogger
+def _csv(folder: Path, recipe: Values, rows: Sequence[Values]) -> Logger:
+    from lightning_fabric.loggers.csv_logs import CSVLogger
 
-        (folder / "csv" / "metrics.csv").unlink(missing_ok=True)  # the earlier rows are written again
-        self.logger = CSVLogger(folder, "csv", "")
-        for row in rows:
-            self.figures({key: value for key, value in row.items() if key != "step" and value is not None}, row["step"])
-
-    def close(self) -> None:
-        self.logger.save()
+    (folder / "csv" / "metrics.csv").unlink(missing_ok=True)  # the earlier rows are written again
+    logger = CSVLogger(folder, "csv", "")
+    for row in rows:
+        known = {key: value for key, value in row.items() if key != "step" and value is not None}
+        logger.log_metrics(known, row["step"])
+    return Logger(logger.log_metrics, lambda x, step: None, logger.save)
 
 
-class _WandB(Logger):
-    def __init__(self, folder: Path, recipe: Values, rows: Sequence[Values]) -> None:
-        self.module = importlib.import_module("wandb")
-        mode = os.environ.get("WANDB_MODE", "offline")
-        self.run: Any = self.module.init(dir=folder, mode=mode, name=recipe.get("name"), config=recipe)
+def _wandb(folder: Path, recipe: Values, rows: Sequence[Values]) -> Logger:
+    module = importlib.import_module("wandb")
+    mode = os.environ.get("WANDB_MODE", "offline")
+    run: Any = module.init(dir=folder, mode=mode, name=recipe.get("name"), config=recipe)
 
-    def figures(self, values: Mapping[str, float], step: int) -> None:
-        self.run.log(dict(values), step=step)
+    def note(values: Values, step: int) -> None:
+        run.log(values, step=step)
 
-    def picture(self, x: Tensor, step: int) -> None:
-        self.run.log({"samples": self.module.Image(_pixels(x))}, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
+    return Logger(note, lambda x, step: note({"samples": module.Image(_pixels(x))}, step), run.finish)
 
 
-class _MLflow(Logger):
-    def __init__(self, folder: Path, recipe: Values, rows: Sequence[Values]) -> None:
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # a folder; MLflow would rather have a database
-        module = importlib.import_module("mlflow")
-        place = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlflow").resolve().as_uri()
-        self.client: Any = module.MlflowClient(place)
-        self.run = self.client.create_run("0", run_name=recipe.get("name")).info.run_id
+def _mlflow(folder: Path, recipe: Values, rows: Sequence[Values]) -> Logger:
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # a folder; MLflow would rather have a database
+    place = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlflow").resolve().as_uri()
+    client: Any = importlib.import_module("mlflow").MlflowClient(place)
+    run = client.create_run("0", run_name=recipe.get("name")).info.run_id
 
-    def figures(self, values: Mapping[str, float], step: int) -> None:
+    def note(values: Values, step: int) -> None:
         for name, value in values.items():
-            self.client.log_metric(self.run, name, value, step=step)
+            client.log_metric(run, name, value, step=step)
 
-    def picture(self, x: Tensor, step: int) -> None:
-        self.client.log_image(self.run, _pixels(x), key="samples", step=step)
+    def picture(x: Tensor, step: int) -> None:
+        client.log_image(run, _pixels(x), key="samples", step=step)
 
-    def close(self) -> None:
-        self.client.set_terminated(self.run)
+    return Logger(note, picture, lambda: client.set_terminated(run))
 
 
 def _pixels(x: Tensor) -> np.ndarray:
@@ -217,7 +196,7 @@ def _pixels(x: Tensor) -> np.ndarray:
     return (x * 255).round().byte().permute(1, 2, 0).numpy()
 
 
-_LOGGERS: dict[str, type[Logger]] = {"tensorboard": _TensorBoard, "csv": _CSV, "wandb": _WandB, "mlflow": _MLflow}
+_LOGGERS = {"tensorboard": _tensorboard, "csv": _csv, "wandb": _wandb, "mlflow": _mlflow}
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny"}
 
 

@@ -310,22 +310,18 @@ class Contents:
         chosen = {(row.problem, row.method): row.tuned for row in self.rows}
         lines, best = [], []
         for record in self.chapter.tuning:
-            method, problem, options = (
-                str(record.get("method")),
-                str(record.get("problem")),
-                record.get("options") or {},
-            )
-            line = {"method": method, "problem": problem, "options": _words(options), "PSNR (dB)": record.get("psnr")}
-            lines.append(line | {"images": record.get("n_images"), "failed": str(record.get("failed", ""))})
-            best.append(chosen.get((problem, method)) == options and "failed" not in record)
+            line = {key: str(record.get(key)) for key in ("method", "problem")}
+            options = record.get("options") or {}
+            best.append(chosen.get((line["problem"], line["method"])) == options and "failed" not in record)
+            line |= {"options": _words(options), "PSNR (dB)": record.get("psnr"), "images": record.get("n_images")}
+            lines.append(line | {"failed": str(record.get("failed", ""))})
         caption = "Mean PSNR of every combination on the images for tuning; the chosen one is bold."
         return make_table("tuning", caption, lines, {"PSNR (dB)": ".2f", "images": ".0f"}, {"PSNR (dB)": best})
 
     def failures(self) -> Table:
         """Every reconstruction that failed, with its message."""
-        heads = {"method": "method", "problem": "problem", "image": "image", "message": "failed"}
-        failed = [record for record in self.chapter.records if "failed" in record]
-        lines = [{head: str(record[key]) for head, key in heads.items()} for record in failed]
+        failed = self.figures.dropna(subset="failed")[["method", "problem", "image", "failed"]].astype(str)
+        lines = failed.rename(columns={"failed": "message"}).reset_index(drop=True)
         return make_table("failures", "Reconstructions that failed; the means are those of the others.", lines)
 
 
