@@ -232,6 +232,12 @@ def _with_remedy(message: str, words: list[str]) -> str:
     if unknown := re.search(r"unrecognized arguments: (\S+)", message):
         name = unknown[1].lstrip("-").partition("=")[0]
         return f"unknown option {unknown[1]}; {nearest(name, _defaults(words), '--')}"
+    if missing := re.search(r"arguments are required: (.*)", message):
+        command, names = words[0], [name.partition(".")[2] for name in missing[1].split(", ")]
+        own = COMMANDS[command].positional.split() if command in COMMANDS else []
+        wanted = ", ".join(name.upper() if name in own else f"--{name}" for name in names)
+        recipe = " or a recipe, --config" if command in COMMANDS and COMMANDS[command].has_recipe else ""
+        return f"{command} needs {wanted}{recipe}; flowprox {command} --help explains"
     if unknown := re.search(r"argument command: invalid choice: '([^']*)'", message):
         return f"unknown command {unknown[1]!r}; {nearest(unknown[1], COMMANDS)}"
     return message

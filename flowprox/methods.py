@@ -43,7 +43,7 @@ from flowprox.baselines import (
 from flowprox.checkpoints import load_model
 from flowprox.flows import Flow, frozen
 from flowprox.graphs import compile_regions
-from flowprox.naming import Values, nearest
+from flowprox.naming import Values, nearest, require_level
 from flowprox.noise import NOISES, FlowNoise, make_noise
 from flowprox.operators import PROBLEMS, Problem, fit_to_divisor, mirrored
 from flowprox.solvers import LBFGS, Adam, LatentMAP, NoiseMAP, PosteriorSampling, SamplerOptions, TorchLBFGS
@@ -530,6 +530,10 @@ def make_method(
     check_options(name, options)
     for option, value in options.items():
         _check_type(f"option {option} of {name}", value, method.parameters[option].annotation)
+    if problem_name in PROBLEMS and PROBLEMS[problem_name].measures_pictures:
+        for key, value in (*options.items(), *(noise.items() if isinstance(noise, Mapping) else ())):
+            if key in ("sigma", "sigma_start"):
+                require_level(key, value)
     loaded = {
         key: _noise(part, shape, device) if key == "noise" else _loaded(part, device)
         for key, part in parts.items()

@@ -265,10 +265,13 @@ def test_a_recipe_in_the_folder_is_not_overwritten(
 
 @pytest.mark.filterwarnings("default")
 def test_a_warning_is_one_line(world: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["reconstruct", str(world / "a.png"), "--method", "adjoint", "--problem", "denoising", "--measured"]
-    assert main([*words, "--parameters", "sigma=25", "--out", "rec"]) == 0
+    np.save("bright.npy", np.ones((3, 3)))
+    words = ["reconstruct", str(world / "a.png"), "--method", "adjoint", "--problem", "deblurring", "--measured"]
+    assert main([*words, "--parameters", "kernel=bright.npy", "--out", "rec"]) == 0
     printed = capsys.readouterr().err.strip()
-    assert printed.startswith("flowprox: warning: sigma is 25, and images lie in [0, 1]") and ".py" not in printed
+    assert (
+        printed.startswith("flowprox: warning: kernel sums to 9 and its smallest value is 1") and ".py" not in printed
+    )
     assert printed.count("\n") == 0
 
 
@@ -536,7 +539,10 @@ BAD_COMMANDS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "abbreviated option": (lambda world: ["sample", "--model", "m", "--temp=1"], "did you mean --temperature"),
     "a word as long as a book": (lambda world: ["methods", "x" * 5000], "... "),
     "no such recipe among many": (lambda world: ["recipes", "zzzz"], "more"),
-    "option missing": (lambda world: ["sample"], "sample.model"),
+    "option missing": (lambda world: ["sample"], "sample needs --model; flowprox sample --help"),
+    "no place for results": (lambda world: ["reconstruct", "a.png", "--measured"], "reconstruct needs --out;"),
+    "nothing given": (lambda world: ["calibrate"], "calibrate needs MODEL, DATA, --out;"),
+    "no recipe": (lambda world: ["evaluate"], "evaluate needs --problems, --methods or a recipe, --config;"),
     "option of another type": (
         lambda world: ["sample", "--model", "m", "--seed", "one"],
         "Parser key \"seed\": Expected a <class 'int'>. Got value: one",

@@ -17,6 +17,7 @@ from helpers import assert_adjoint, assert_linear, dense_matrix
 from PIL import Image
 from torch import Tensor
 
+from flowprox.methods import make_method
 from flowprox.naming import build
 from flowprox.noise import GaussianNoise, make_noise
 from flowprox.operators import (
@@ -26,6 +27,7 @@ from flowprox.operators import (
     CircularBlur,
     LearnedBlur,
     Problem,
+    VariedProblem,
     center_mask,
     data_gradient,
     data_prox,
@@ -221,7 +223,6 @@ def test_blur_computes_in_float32_for_bfloat16_images() -> None:
 WARNED: dict[str, tuple[str, dict[str, Any], str]] = {
     "brighter": ("deblurring", {"kernel": torch.ones(3, 3)}, "kernel sums to 9"),
     "negative": ("deblurring", {"kernel": torch.tensor([[-0.5, 2.0, -0.5]])}, r"smallest value is -0\.5"),
-    "8-bit sigma": ("denoising", {"sigma": 25}, r"divided by 255, here 0\.098"),
 }
 
 
@@ -230,6 +231,21 @@ def test_what_is_hardly_meant_is_warned_of(case: str) -> None:
     name, parameters, message = WARNED[case]
     with pytest.warns(UserWarning, match=message):
         make_physics(name, SHAPE, **parameters)
+
+
+def test_levels_of_8_bit_are_refused_for_pictures_only() -> None:
+    message = r"sigma is 25, and images lie in \[0, 1\]; one of 8-bit gray levels is divided by 255: 25/255 = 0\.098"
+    for parameters in ({"sigma": 25}, {"noise": "radial", "noise_parameters": {"sigma": 25.0}}):
+        for name in (key for key, kind in PROBLEMS.items() if kind.measures_pictures):
+            with pytest.raises(ValueError, match=message):
+                Problem(name, parameters)
+    with pytest.raises(ValueError, match=message):
+        VariedProblem("denoising", SHAPE, {"sigma": (0, 25)})
+    with pytest.raises(ValueError, match=r"sigma_start is 49, .* 49/255 = 0\.192"):
+        make_method("plug-and-play", "deblurring", model=torch.nn.Identity(), sigma_start=49.0)
+    with pytest.raises(ValueError, match=message):
+        make_method("noise-map", "denoising", flow="glow-faces64", noise={"name": "gaussian", "sigma": 25})
+    assert Problem("mri", {"sigma": 25}).parameters["sigma"] == 25  # k-space in units of its own
 
 
 def test_masks_and_kernels_are_read_from_pictures(tmp_path: Path) -> None:

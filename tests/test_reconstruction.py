@@ -326,6 +326,28 @@ def test_a_blurred_photograph_is_not_taken_as_periodic(pictures: Path) -> None:
     assert record["parameters"]["boundary"] == "circular" and record["assumed"] == []
 
 
+def test_a_size_that_does_not_fit_is_that_of_the_file(pictures: Path) -> None:
+    for problem, parameters, behind in (
+        ("super-resolution", {"factor": 2}, "size 9x14 and shows an image of 18x28"),
+        ("inpainting", {"mask": np.ones((9, 14))}, "size 9x14,"),
+    ):
+        job = ReconstructionJob(None, problem, parameters, True, method="latent-map", flow="glow-faces64", pad=False)
+        with pytest.raises(ValueError, match=f"{behind}.* the model needs multiples of 8"):
+            reconstruct_files(job, [pictures / "two/b.png"], pictures / "out")
+
+
+def test_within_plug_and_play_a_network_is_used_for_denoising(pictures: Path) -> None:
+    remarks = {
+        "unfolded-denoising-natural": [],
+        "unfolded-inpainting-faces64": ["inpainting and is used for denoising"],
+    }
+    for name, expected in remarks.items():
+        job = ReconstructionJob(name, "super-resolution", {"factor": 2, "sigma": 0.01}, True, method="plug-and-play")
+        job = replace(job, options={"n_iterations": 1})
+        (record,) = reconstruct_files(job, [pictures / "one"], pictures / name)
+        assert [remark.partition("trained for ")[2] for remark in record["assumed"]] == expected
+
+
 def test_a_network_beyond_its_training_is_used_with_a_warning(model: str, pictures: Path) -> None:
     jobs_and_words = [
         (replace(_simulated(model), parameters={"sigma": 0.25}), "trained with sigma 0.0 to 0.1 and is used with 0.25"),

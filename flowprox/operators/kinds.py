@@ -203,7 +203,11 @@ PROBLEMS: dict[str, ProblemKind] = {
         {
             "sigma_blur": Parameter(5.0, "standard deviation of the Gaussian kernel", "pixels"),
             "kernel_size": Parameter(9, "odd side of the square that the kernel is cut to", "pixels"),
-            "boundary": Parameter("circular", f"what is seen outside: {', '.join(BOUNDARIES)} (nothing: y is smaller)"),
+            "boundary": Parameter(
+                "circular",
+                f"what is seen outside: {', '.join(BOUNDARIES)} (nothing: y is smaller); of measured pictures it is "
+                "replicate where none is given",
+            ),
             "sigma": Parameter(0.01, _SIGMA, "image range"),
             "kernel": Parameter(None, "own kernel (h, w) with odd sides and sum 1; an array, .npy file or picture"),
         },

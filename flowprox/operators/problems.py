@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from deepinv.physics import LinearPhysics, NoiseModel, Physics
 from torch import Tensor
 
-from flowprox.naming import Values, nearest, require_device, require_positive
+from flowprox.naming import Values, nearest, require_device, require_level, require_positive
 from flowprox.noise import NOISES, GaussianNoise, Noise, make_noise
 from flowprox.noise.base import at_least_zero, finite_number
 from flowprox.operators.imaging import PhotonNoise
@@ -152,9 +151,6 @@ def noise_of(
         for key, value in zip(_PHOTONS, (photons, attenuation), strict=True):
             require_positive(key, value)
         return PhotonNoise(photons, attenuation * float(physics.get_buffer("operator_norm"))).to(device)
-    if noise is None and isinstance(sigma, int | float) and sigma > 1 and PROBLEMS[problem.name].measures_pictures:
-        remedy = f"one in 8-bit gray levels is divided by 255, here {sigma / 255:.3g}"
-        warnings.warn(f"sigma is {sigma:g}, and images lie in [0, 1]: {remedy}", stacklevel=3)
     if noise is None and noise_norm is None:
         return GaussianNoise(0.0 if sigma is None else sigma).to(device)
     measured = measurement_shape(physics, image_shape, device=device)
@@ -213,6 +209,8 @@ class VariedProblem:
             is_pair = isinstance(ends, Sequence) and not isinstance(ends, str) and len(ends) == 2
             if not is_pair or not 0 <= ends[0] <= ends[1]:
                 raise ValueError(f"the range of {key} must be two numbers, 0 <= low <= high; got {ends!r}")
+            if key == "sigma" and self._kind.measures_pictures:
+                require_level(key, ends[1])
             self._ranges[key] = float(ends[0]), float(ends[1])
         if "noise" in parameters and "sigma" in ranges:
             raise ValueError("ranges of sigma are for white noise: leave out noise")
@@ -270,7 +268,10 @@ def _complete(name: str, parameters: Values, defaults: Values) -> Values:
         if stated := [key for key in of_no_use if parameters[key] != defaults[key]]:
             raise ValueError(f"{name}: {own} takes the place of what {stated[0]} describes; leave one of them out")
         set_ -= of_no_use
-    complete = {key: _canonical(parameters.get(key, default)) for key, default in defaults.items()}
+    complete: Values = {key: _canonical(parameters.get(key, default)) for key, default in defaults.items()}
+    if PROBLEMS[name].measures_pictures:
+        for own in (complete, complete["noise_parameters"] or {}):
+            require_level("sigma", own.get("sigma"))
     return complete | {key: None for key in _displaced(parameters) if key in defaults and key not in set_}
 
 

@@ -34,7 +34,7 @@ from flowprox.files import check_place, sha256, sole_writer
 from flowprox.flows import Flow
 from flowprox.methods import METHODS, check_options, make_method
 from flowprox.noise import NOISES
-from flowprox.operators import PROBLEMS, make_physics, measure_each, measurement_shape
+from flowprox.operators import PROBLEMS, Problem, make_physics, measure_each, measurement_shape
 from flowprox.reconstruction.files import (
     Input,
     earlier_records,
@@ -320,9 +320,10 @@ class _Task:
             if (height % divisor or width % divisor) and not (self.job.pad and can_extend):
                 remedy = "allow padding (--pad) or crop it"
                 remedy = remedy if can_extend else f"{self.problem.name} allows no padding: crop it"
-                raise ValueError(
-                    f"{image.label} has size {height}x{width}, and the model needs multiples of {divisor}; {remedy}"
-                )
+                sides = content.shape[2:] or content.shape[1:]
+                behind = f" and shows an image of {height}x{width}" if (height, width) != tuple(sides) else ""
+                size = "x".join(map(str, sides)) + behind
+                raise ValueError(f"{image.label} has size {size}, and the model needs multiples of {divisor}; {remedy}")
 
     def _check_problem_is_known(self) -> None:
         """A measurement needs the random operator and the noise level it was made with; others would be believed silently."""
@@ -354,7 +355,8 @@ class _Task:
             self._methods.clear()
             self.assumed.append("beyond its border a photograph goes on as its last pixel, boundary=replicate")
         check = getattr(self.parts["model"], "check", None)
-        self.assumed += [] if check is None else check(self.problem)
+        used_for = Problem("denoising", {"sigma": 0.0}) if self.name == "plug-and-play" else self.problem
+        self.assumed += [] if check is None else check(used_for)
         if self.intervals is not None:
             self.intervals.check(self.sha256, self.problem, self.operator_seed)
         network = self.parts["model"] if self.name == "unfolded" else None

@@ -270,7 +270,8 @@ class Unfolded(Pretrained, Specified, Reconstructor):
             is_known = (key in ranges or key in trained.parameters) and not (key == "mask" and ranges)
             if is_known and not _lies_within(value, low, high):
                 span = low if low == high else f"{low} to {high}"
-                remarks.append(f"{card.name} was trained with {key} {span} and is used with {value}")
+                uses = f"was trained with {key} {span} and is used with {value}"
+                remarks.append(f"{card.name} {f'was not trained with this {key}' if low is None else uses}")
         return remarks
 
     @property

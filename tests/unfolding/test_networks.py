@@ -268,7 +268,12 @@ USES: dict[str, tuple[dict, str, dict, str | None]] = {
     "random masks": ({"ranges": RANGES}, "random-inpainting", {"keep": 0.5}, None),
     "too few pixels": ({"ranges": RANGES}, "random-inpainting", {"keep": 0.05}, "keep 0.1 to 0.9"),
     "another problem": ({}, "denoising", {}, "net was trained for inpainting and is used for denoising"),
-    "a kernel": ({"name": "deblurring"}, "deblurring", {"kernel": torch.ones(3, 3)}, "kernel None"),
+    "a kernel": (
+        {"name": "deblurring"},
+        "deblurring",
+        {"kernel": torch.ones(3, 3)},
+        "not trained with this kernel",
+    ),
 }
 
 
