@@ -207,6 +207,7 @@ def test_a_sweep_trains_every_setting_and_goes_on(
 
     monkeypatch.setattr(subprocess, "run", run)
     plan = {"command": "train-flow", "config": str(world / "recipe.yaml"), "options": {"training.max_steps": 1}}
+    plan["options"]["training.precision"] = "32"  # a word of the option, not a number
     plan["grid"] = {"training.learning_rate": [0.1, 0.01]}
     Path("sweep.yaml").write_text(yaml.safe_dump(plan))
     assert main(["sweep", "sweep.yaml", "--out", "runs"]) == 130

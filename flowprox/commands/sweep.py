@@ -51,7 +51,7 @@ def sweep(recipe: str, out: str = "runs/sweep") -> int:
             print(f"run {number} of {len(combinations)}: {run}" + (" (is done)" if done else ""), flush=True)
             if done:
                 continue
-            words = [f"--{key}={json.dumps(value)}" for key, value in options.items()]
+            words = [f"--{key}={one if isinstance(one, str) else json.dumps(one)}" for key, one in options.items()]
             command = [plan["command"], "--config", str(config), *words, "--out", str(run), "--resume"]
             status = subprocess.run([sys.executable, "-m", "flowprox", *command]).returncode
             if status == 130:
