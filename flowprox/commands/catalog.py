@@ -172,7 +172,7 @@ def push(model: str, repository: str, private: bool = True, revision: str | None
 
 
 def models(name: str | None = None) -> None:
-    """List the shipped models and what to use them for, or print the card of one.
+    """List the models that have names, shipped ones and yours (FLOWPROX_MODELS), and their use, or print the card of one.
 
     Arguments:
         name: a shipped model, a folder, or hf:ORG/NAME whose card to print.
@@ -182,21 +182,22 @@ def models(name: str | None = None) -> None:
     if name is not None:
         print(load_card(name).to_json(), end="")
         return
-    cards = [load_card(name) for name in list_models()]
+    cards = {name: load_card(name) for name in list_models()}
     if not cards:
         print("no models are shipped with this installation")
         return
-    intervals = [card for card in cards if card.model["kind"] == "Intervals"]
-    networks = [card for card in cards if card not in intervals]
+    intervals = [name for name, card in cards.items() if card.model["kind"] == "Intervals"]
     rows = [
-        [card.name, _purpose(card), _terms(card).partition(":")[0], f"{card.n_bytes / 1e6:.1f}"] for card in networks
+        [name, _purpose(card), _terms(card).partition(":")[0], f"{card.n_bytes / 1e6:.1f}"]
+        for name, card in cards.items()
+        if name not in intervals
     ]
     print_table(["model", "use it for", "trained on", "MB"], rows, justify="left")
-    for card in intervals:
-        print(f"error bars: --intervals {card.name}")
-    for license in sorted({card.license for card in cards}):
+    for name in intervals:
+        print(f"error bars: --intervals {name}")
+    for license in sorted({card.license for card in cards.values()}):
         print(f"license of the weights: {license}")
-    print("\n".join(sorted({f"  {_terms(card)}" for card in cards if ":" in _terms(card)})))
+    print("\n".join(sorted({f"  {_terms(card)}" for card in cards.values() if ":" in _terms(card)})))
 
 
 def _purpose(card: Card) -> str:
