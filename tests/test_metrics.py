@@ -63,3 +63,10 @@ def test_shapes_that_differ_raise(metric):
 def test_ssim_of_a_small_image_raises():
     with pytest.raises(ValueError, match="at least 11x11"):
         ssim(torch.rand(1, 3, 8, 16), torch.rand(1, 3, 8, 16))
+
+
+def test_ssim_in_strips_is_that_of_the_whole(monkeypatch):
+    x_hat, x = images(2, size=(40, 20))
+    whole = ssim(x_hat, x)
+    monkeypatch.setattr("flowprox.metrics._STRIP", 20 * 7)  # 7 rows of windows at a time, and fewer in the end
+    torch.testing.assert_close(ssim(x_hat, x), whole, rtol=0, atol=1e-12)
