@@ -39,15 +39,8 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
-MODEL_MODULES = (
-    "flowprox.networks",
-    "flowprox.flows",
-    "flowprox.noise",
-    "flowprox.prox",
-    "flowprox.operators",
-    "flowprox.unfolding",
-    "flowprox.baselines",
-    "flowprox.uncertainty",
+MODEL_MODULES = tuple(
+    f"flowprox.{name}" for name in "networks flows noise prox operators unfolding baselines uncertainty".split()
 )
 """Modules whose import registers every kind that a model's card may name, lowest first: a flow is loaded without deepinv."""
 

@@ -565,7 +565,7 @@ class _Step:
         n_again = len(self.net.layers) - 1 - len(kept.hidden)
         hidden = [*self.net.hidden(self._condition(second), n_again), *kept.hidden]
         log_scale, shift = self._bounded(self.net.last(hidden[-1]) if kept.raw is None else kept.raw, second.dtype)
-        inverse = torch.exp(-log_scale) if is_mixed or self.backwards else log_scale
+        inverse = torch.exp(-log_scale) if is_mixed or self.backwards else log_scale  # which is not used then
         if is_mixed:
             first = (first - shift) * inverse
             u = _cat(first, second)
