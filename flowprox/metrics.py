@@ -73,7 +73,7 @@ def ssim(x_hat: Tensor, x: Tensor, *, clip: bool = True) -> Tensor:
     for i, (a, b) in enumerate(zip(x_hat.cpu().numpy(), x.cpu().numpy(), strict=True)):
         for top in range(0, height - _SSIM_WINDOW + 1, n):
             strip = slice(top, top + n + _SSIM_WINDOW - 1)
-            _, similarity = structural_similarity(a[:, strip], b[:, strip], channel_axis=0, full=True, **options)
+            similarity = structural_similarity(a[:, strip], b[:, strip], channel_axis=0, full=True, **options)[1]
             sums[i] += float(similarity[:, inside, inside].sum())
     return x.new_tensor(sums) / (x.shape[1] * (height - _SSIM_WINDOW + 1) * (width - _SSIM_WINDOW + 1))
 
