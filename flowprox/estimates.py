@@ -166,10 +166,18 @@ def calibration_of(network: object, problem: Problem, seed: int = 0) -> Interval
 
 
 def doubts_of(network: object, calibration: Intervals | None) -> Doubts | None:
-    """The alarm of a trained network, if its calibration has one."""
-    if calibration is None or calibration.alarm is None or not isinstance(network, Unfolded) or not network.flows():
+    """The alarm of a trained network, if its calibration has one; ValueError where its prior has other weights by now."""
+    if calibration is None or (alarm := calibration.alarm) is None or not isinstance(network, Unfolded):
         return None
-    return partial(calibration.alarm.records, flow=network.flows()[-1])
+    if alarm.prior is None:
+        return partial(alarm.records, flow=flows[-1]) if (flows := network.flows()) else None
+    flow = load_model(alarm.prior, device=network.log_shrinkage.device)
+    if flow.card.sha256 != (known := calibration.card.training.get("prior_sha256")):
+        raise ValueError(
+            f"the alarm was made with a prior {alarm.prior!r} of hash {known!s:.12}, not {flow.card.sha256:.12}; "
+            "make another with flowprox calibrate --intervals"
+        )
+    return partial(alarm.records, flow=flow)
 
 
 def figures(x_hat: Tensor, x: Tensor, y: Tensor, physics: Physics, kind: ProblemKind) -> list[Record]:

@@ -85,6 +85,28 @@ def test_it_is_silent_for_its_own_kind_and_raised_for_others(world: World) -> No
     assert raised(world, torch.rand(50, 3, SIDE, SIDE)).all()
 
 
+def test_a_prior_looks_at_the_estimates(world: World) -> None:
+    """The alarm names the flow that it was made with, and refuses another in its place."""
+    flow = Glow((3, SIDE, SIDE), n_levels=1, n_steps=1, hidden_channels=4).eval()
+    card = save_model(flow, world.folder / "prior", {})
+    words = [str(world.folder / "network"), str(world.folder / "shard.npz"), f"--out={world.folder / 'watched'}"]
+    words += [
+        f"--intervals={world.folder / 'network-intervals'}",
+        f"--image_size={SIDE}",
+        f"--prior={world.folder / 'prior'}",
+    ]
+    assert main(["calibrate", *words]) == 0
+    watched = load_model(world.folder / "watched")
+    assert watched.alarm.prior == str(world.folder / "prior") and watched.card.training["prior_sha256"] == card.sha256
+    assert watched.alarm.sizes[1] == flow.n_latent_groups
+    problem = make_physics("denoising", (3, SIDE, SIDE), sigma=SIGMA)
+    (doubt,) = doubts_of(world.network, watched)(squares(1, 3), squares(1, 3), problem)
+    assert doubt["residual"] < 0.05  # y without noise
+    save_model(Glow((3, SIDE, SIDE), n_levels=1, n_steps=1, hidden_channels=8), world.folder / "prior", {})
+    with pytest.raises(ValueError, match="the alarm was made with a prior"):
+        doubts_of(world.network, watched)
+
+
 def test_p_values_are_uniform() -> None:
     """The estimate is the image, so that residual, latents and density are independent draws of one kind."""
     flow = Glow((1, 4, 4), n_levels=1, n_steps=1, hidden_channels=4).eval()
@@ -110,7 +132,7 @@ def test_a_wrong_kernel_is_seen_where_the_residual_is_not_larger() -> None:
     for name, physics in (("stated", stated), ("other", other)):
         y = physics(x[1000:])
         scores[name] = alarm(x[1000:], y, stated, flow)
-    assert uniform_p_value(scores["stated"][:, 3]) > 1e-3 and scores["other"][:, 3].median() < 0.01
+    assert uniform_p_value(scores["stated"][:, 4]) > 1e-3 and scores["other"][:, 4].median() < 0.01
     assert scores["other"][:, 0].median() > 0.05
 
 
@@ -165,7 +187,7 @@ def test_reconstruct_says_what_is_not_to_be_trusted(world: World, capsys: pytest
     assert "trusted: usual" not in shown
     records = {record["image"]: record for record in read_records(out / "records.jsonl")}
     assert records["strange"]["alarm"]["raised"] and not records["usual"]["alarm"]["raised"]
-    assert {"residual", "latents", "layout"} < records["usual"]["alarm"].keys()
+    assert {"residual", "latents", "means", "layout"} < records["usual"]["alarm"].keys()
     noisy = squares(1, 3)[0] + 2 * SIGMA * torch.randn(3, SIDE, SIDE)
     np.save(world.folder / "noisy.npy", noisy.numpy())
     words = ["reconstruct", str(world.folder / "noisy.npy"), "--problem=denoising", "--parameters", f"sigma={SIGMA}"]

@@ -41,6 +41,8 @@ class CalibrateOptions:
         parameters: KEY=VALUE ... of the problem, where they differ from the model's card.
         intervals: earlier intervals of the network for the problem: they stay as they are and get an alarm, or with samples a
             density, which needs training.
+        prior: a flow of clean images (name or folder) through which the alarm looks at the estimates: it sees more than the
+            network's own flow, which serves without one.
         samples: also train the density that flowprox reconstruct --samples draws from.
         n_training: how many images train the half-widths.
         n_calibration: how many calibrate; alpha needs at least 1 / alpha - 1.
@@ -63,6 +65,7 @@ class CalibrateOptions:
     problem: str | None = None
     parameters: list[str] | None = None
     intervals: str | None = None
+    prior: str | None = None
     samples: bool = False
     n_training: int = 1000
     n_calibration: int = 150
@@ -83,7 +86,7 @@ def calibrate(options: CalibrateOptions) -> None:
     for name in ("n_training", "n_calibration", "n_steps", "n_test", "n_alarm"):
         require_count(name, getattr(options, name), 0 if name in ("n_test", "n_alarm") else 1)
     check_device(options.device)
-    check_models(options.model)
+    check_models(options.model, options.prior)
     import torch
     from deepinv.physics import LinearPhysics
     from rich.console import Console
@@ -122,8 +125,8 @@ def calibrate(options: CalibrateOptions) -> None:
         earlier.check(card.sha256, problem, seed)
         complete, facts = earlier, dict(earlier.card.training)
         if options.n_alarm:
-            complete, n_alarm = _with_alarm(earlier, network, physics, pool, options)
-            facts |= {"n_alarm": n_alarm, "alarm_data": options.data}
+            complete, alarm_facts = _with_alarm(earlier, network, physics, pool, options)
+            facts |= alarm_facts
         if options.samples:
             if options.training is None:
                 raise ValueError("samples need images that train their density: give some with --training")
@@ -168,7 +171,7 @@ def calibrate(options: CalibrateOptions) -> None:
             method, physics, floats(training), floats(calibration), options.alpha, options.n_steps, options.seed, show
         )
     watched = torch.cat([calibration, rest if options.test else rest[len(test) :]])
-    intervals, n_alarm = _with_alarm(intervals, network, physics, watched, options)
+    intervals, alarm_facts = _with_alarm(intervals, network, physics, watched, options)
     if options.samples:
         intervals = _with_density(intervals, network, physics, training, options)
     metrics: dict[str, float] = {}
@@ -184,7 +187,7 @@ def calibrate(options: CalibrateOptions) -> None:
         "alpha": options.alpha,
         "n_training": len(training),
         "n_calibration": len(calibration),
-        "n_alarm": n_alarm,
+        **alarm_facts,
         "n_test": len(test) if metrics else 0,
         "training": options.training or options.data,
         "test": options.test or options.data,
@@ -202,22 +205,29 @@ def calibrate(options: CalibrateOptions) -> None:
 
 def _with_alarm(
     intervals: Intervals, network: Unfolded, physics: LinearPhysics, images: Tensor, options: CalibrateOptions
-) -> tuple[Intervals, int]:
-    """The intervals with an alarm, and of how many of the images (B, C, H, W), of 8 bits, it is; too few make none."""
+) -> tuple[Intervals, Values]:
+    """The intervals with an alarm, and of what it is: images (B, C, H, W), of 8 bits. Too few make none."""
+    from flowprox.checkpoints import load_model
     from flowprox.uncertainty import Intervals, fit_alarm, measured_estimates
 
     images = images[: options.n_alarm]
-    if len(images) < _FEWEST_FOR_ALARM or not network.flows():
+    flows = [load_model(options.prior, device=options.device)] if options.prior else network.flows()
+    if len(images) < _FEWEST_FOR_ALARM or not flows:
         if options.n_alarm:
             print(
-                f"no alarm: it needs {_FEWEST_FOR_ALARM} images that are left, not {len(images)}, and a network with flows"
+                f"no alarm: it needs {_FEWEST_FOR_ALARM} images that are left, not {len(images)}, and a flow (a prior)"
             )
-        return intervals, 0
+        return intervals, {"n_alarm": 0}
     seeds = range(options.seed + _APART, options.seed + _APART + len(images))
     x = (images.float() / 255).to(options.device)
     estimates = [(x_hat, y) for _, y, x_hat in measured_estimates(network, x, physics, seeds)]
-    alarm = fit_alarm(estimates, physics, network.flows()[-1])
-    return Intervals(intervals.scale, intervals.alpha, intervals.factor, alarm, intervals.density), len(images)
+    alarm = fit_alarm(estimates, physics, flows[-1], prior=options.prior)
+    facts = {
+        "n_alarm": len(images),
+        "alarm_data": options.data,
+        "prior_sha256": flows[-1].card.sha256 if options.prior else None,
+    }
+    return Intervals(intervals.scale, intervals.alpha, intervals.factor, alarm, intervals.density), facts
 
 
 def _with_density(

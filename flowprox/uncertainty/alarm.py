@@ -2,6 +2,7 @@ r"""An alarm: is a reconstruction like those of the images on which it was calib
 
     residual   log ||y - A x_hat||^2                             against the stated noise: too much or too little is left
     latents    log mean z_i^2 over each (level, channel) of z = f(x_hat)             how much detail there is, of each kind
+    means      mean z_i over each                                                    which colors and directions it has
     layout     means of x_hat over a grid of 4x4 blocks                               where what colors are
     kernel     <q, d> / ||q|| ||d||,  q = P (y - A x_hat),  d = P (A' x_hat - A x_hat),  P = I - A A^T     of blurs only
     score      (u - m)^T C^-1 (u - m)                            of each of these vectors u
@@ -9,10 +10,10 @@ r"""An alarm: is a reconstruction like those of the images on which it was calib
     p-value    (1 + #{reference images with at least this score}) / (n + 1)
 
 Symbols: y measurement, x_hat estimate, f the flow, A' the blur with the square root of the kernel, which is wider (a Gaussian
-one by sqrt 2): what is left must not look like a change of the kernel. P takes away what another estimate could explain. m, C
-and the units are mean, covariance and quantiles over one part of the calibration images, C drawn towards its diagonal by 0.3;
+one by sqrt 2): what is left must not look like a change of the kernel. P takes away what another estimate could explain. m, C,
+median and q are mean, covariance and quantiles over one part of the calibration images, C drawn towards its diagonal by 0.3;
 the other n are the reference. For an image exchangeable with these each p-value is valid (conformal). The alarm is raised where
-the p-value of the largest score is at most the level: a false alarm with at most that probability.
+the p-value of the sum is at most the level: a false alarm with at most that probability.
 
 Without calibration there is the chi-squared test of the residual, ``flowprox.noise.residual_p_value``.
 
@@ -39,7 +40,7 @@ from flowprox.flows import Flow
 from flowprox.naming import Specified
 from flowprox.noise import noise_level, standard_residual
 
-SCORES = ("residual", "latents", "layout", "kernel")
+SCORES = ("residual", "latents", "means", "layout", "kernel")
 """What is compared with the reference, a p-value each; the kernel of blurs only."""
 
 _SMALLEST = 1e-6  # a residual, and a mean square of latents, below which nothing is told apart
@@ -54,6 +55,7 @@ class Alarm(Specified, nn.Module):
         sizes: of what is compared for each of ``SCORES``, or for all but the last.
         n_reference: images whose scores are the reference.
         level: at most this part of the images like those of the reference raises the alarm, in (0, 1).
+        prior: name or folder of the flow that sees the estimates; None for the network's own last one.
 
     Raises:
         ValueError: the level is outside (0, 1), or too low for the number of images; the message says how many are needed.
@@ -61,19 +63,21 @@ class Alarm(Specified, nn.Module):
 
     center: Tensor
     whitener: Tensor
+    median: Tensor
     unit: Tensor
     reference: Tensor
 
-    def __init__(self, sizes: Sequence[int], n_reference: int, level: float = 0.01) -> None:
+    def __init__(self, sizes: Sequence[int], n_reference: int, level: float = 0.01, prior: str | None = None) -> None:
         super().__init__()
         if not 0 < level < 1:
             raise ValueError(f"level must lie between 0 and 1, got {level}; 0.01 asks for one false alarm in a hundred")
         needed = math.ceil(1 / level - 1e-9) - 1
         if n_reference < needed:
             raise ValueError(f"an alarm of level {level} needs at least {needed} reference images, got {n_reference}")
-        self.sizes, self.level = tuple(sizes), level
+        self.sizes, self.level, self.prior = tuple(sizes), level, prior
         self.register_buffer("center", torch.zeros(sum(sizes)))
         self.register_buffer("whitener", torch.eye(sum(sizes)))
+        self.register_buffer("median", torch.zeros(len(sizes)))
         self.register_buffer("unit", torch.ones(len(sizes)))
         self.register_buffer("reference", torch.zeros(n_reference, len(sizes)))
 
@@ -82,8 +86,12 @@ class Alarm(Specified, nn.Module):
         return self.p_values(self.scores(x_hat, y, physics, flow))
 
     def scores(self, x_hat: Tensor, y: Tensor, physics: Physics, flow: Flow) -> Tensor:
-        """How far images lie from those of the calibration, (B, k), in units of the scores; arguments as those of the call."""
-        return self.whitened(torch.cat(alarm_features(x_hat, y, physics, flow), dim=1)) / self.unit
+        """Excess of each of ``SCORES``, (B, k); arguments as those of the call."""
+        return self.excess(torch.cat(alarm_features(x_hat, y, physics, flow), dim=1))
+
+    def excess(self, features: Tensor) -> Tensor:
+        """How far features (B, F) lie from those of the calibration: 0 is usual, one in a hundred reaches 1, (B, k)."""
+        return (self.whitened(features) - self.median) / self.unit
 
     def whitened(self, features: Tensor) -> Tensor:
         """Squared distance of features (B, F) from the center, (B, k)."""
@@ -95,8 +103,8 @@ class Alarm(Specified, nn.Module):
         return (1 + (self.reference[None] >= scores[:, None]).sum(1)) / (len(self.reference) + 1)
 
     def is_raised(self, scores: Tensor) -> Tensor:
-        """Whether not to trust an image, (B,), by the largest of its scores (B, k)."""
-        above = (self.reference.amax(1)[None] >= scores.amax(1)[:, None]).sum(1)
+        """Whether not to trust an image, (B,), by the sum of its scores (B, k)."""
+        above = (total(self.reference)[None] >= total(scores)[:, None]).sum(1)
         return (1 + above) / (len(self.reference) + 1) <= self.level
 
     def records(self, x_hat: Tensor, y: Tensor, physics: Physics, flow: Flow) -> list[dict[str, float | bool]]:
@@ -108,7 +116,18 @@ class Alarm(Specified, nn.Module):
         ]
 
 
-def fit_alarm(estimates: Sequence[tuple[Tensor, Tensor]], physics: Physics, flow: Flow, level: float = 0.01) -> Alarm:
+def total(scores: Tensor) -> Tensor:
+    """What raises the alarm, (B,), of scores (B, k)."""
+    return scores.clamp(min=0).sum(1)
+
+
+def fit_alarm(
+    estimates: Sequence[tuple[Tensor, Tensor]],
+    physics: Physics,
+    flow: Flow,
+    level: float = 0.01,
+    prior: str | None = None,
+) -> Alarm:
     """The alarm of reconstructions of images that the network has not seen: half of them tell center and spread.
 
     Arguments:
@@ -116,6 +135,7 @@ def fit_alarm(estimates: Sequence[tuple[Tensor, Tensor]], physics: Physics, flow
         physics: the operator.
         flow: sees the estimates; an unfolded network's own last one, or the prior.
         level: of false alarms.
+        prior: the flow's name, if it is not the network's own.
 
     Raises:
         ValueError: too few images for the level; the message says how many are needed.
@@ -123,7 +143,7 @@ def fit_alarm(estimates: Sequence[tuple[Tensor, Tensor]], physics: Physics, flow
     parts = [alarm_features(x_hat, y, physics, flow) for x_hat, y in estimates]
     features = torch.cat([torch.cat(one, dim=1) for one in parts])
     n_fit = len(features) // 2
-    alarm = Alarm([one.shape[1] for one in parts[0]], len(features) - n_fit, level).to(features.device)
+    alarm = Alarm([one.shape[1] for one in parts[0]], len(features) - n_fit, level, prior).to(features.device)
     fitted, rest = features[:n_fit], features[n_fit:]
     alarm.center.copy_(fitted.mean(0))
     spread = (fitted - alarm.center).double().square().mean(0).sqrt() + _SMALLEST
@@ -132,8 +152,10 @@ def fit_alarm(estimates: Sequence[tuple[Tensor, Tensor]], physics: Physics, flow
         correlation = (1 - _SHRINKAGE) * part.T @ part / n_fit + _SHRINKAGE * torch.eye(part.shape[1]).to(part)
         whiteners.append(torch.linalg.inv(torch.linalg.cholesky(correlation)).T)
     alarm.whitener.copy_(torch.block_diag(*whiteners) / spread[:, None])
-    alarm.unit.copy_(alarm.whitened(fitted).quantile(0.99, dim=0))
-    alarm.reference.copy_(alarm.whitened(rest) / alarm.unit)
+    median, largest = alarm.whitened(fitted).quantile(torch.tensor([0.5, 0.99]).to(fitted), dim=0)
+    alarm.median.copy_(median)
+    alarm.unit.copy_(largest - median)
+    alarm.reference.copy_(alarm.excess(rest))
     return alarm
 
 
@@ -149,9 +171,10 @@ def alarm_features(x_hat: Tensor, y: Tensor, physics: Physics, flow: Flow) -> li
     height, width = (side - side % flow.divisor for side in x_hat.shape[-2:])
     z, _ = flow(x_hat[..., :height, :width])
     groups = flow.latent_groups((height, width)).flatten().to(z.device)
-    latents = z.new_zeros(len(z), flow.n_latent_groups).index_add_(1, groups, z.square()) / torch.bincount(groups)
+    none, sizes = z.new_zeros(len(z), flow.n_latent_groups), torch.bincount(groups)
+    latents, means = (none.index_add(1, groups, values) / sizes for values in (z.square(), z))
     layout = F.adaptive_avg_pool2d(x_hat, _GRID).flatten(1)
-    features = [(squares + _SMALLEST).log(), (latents + _SMALLEST).log(), layout]
+    features = [(squares + _SMALLEST).log(), (latents + _SMALLEST).log(), means, layout]
     kernel = getattr(physics, "filter", None)
     if isinstance(physics, LinearPhysics) and isinstance(kernel, Tensor):
         features.append(_kernel_score(x_hat, residual, physics, kernel)[:, None])
