@@ -170,9 +170,11 @@ def test_the_residual_of_the_truth_has_uniform_p_values() -> None:
 
 def test_alarms_refused() -> None:
     with pytest.raises(ValueError, match="needs at least 99 reference images, got 98"):
+        Alarm([1, 3, 3, 1], 98)
+    with pytest.raises(ValueError, match="sizes must be 5 numbers, or one less, got 3"):
         Alarm([1, 3, 1], 98)
     with pytest.raises(ValueError, match="level must lie between 0 and 1, got 2"):
-        Alarm([1, 3, 1], 98, level=2)
+        Alarm([1, 3, 3, 1], 98, level=2)
 
 
 def test_reconstruct_says_what_is_not_to_be_trusted(world: World, capsys: pytest.CaptureFixture[str]) -> None:

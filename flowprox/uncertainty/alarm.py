@@ -58,7 +58,8 @@ class Alarm(Specified, nn.Module):
         prior: name or folder of the flow that sees the estimates; None for the network's own last one.
 
     Raises:
-        ValueError: the level is outside (0, 1), or too low for the number of images; the message says how many are needed.
+        ValueError: not as many sizes as scores; the level is outside (0, 1), or too low for the number of images, and the
+            message says how many are needed.
     """
 
     center: Tensor
@@ -71,6 +72,10 @@ class Alarm(Specified, nn.Module):
         super().__init__()
         if not 0 < level < 1:
             raise ValueError(f"level must lie between 0 and 1, got {level}; 0.01 asks for one false alarm in a hundred")
+        if len(sizes) not in (len(SCORES) - 1, len(SCORES)):
+            raise ValueError(
+                f"sizes must be {len(SCORES)} numbers, or one less, got {len(sizes)}: of an earlier version? Calibrate anew"
+            )
         needed = math.ceil(1 / level - 1e-9) - 1
         if n_reference < needed:
             raise ValueError(f"an alarm of level {level} needs at least {needed} reference images, got {n_reference}")
