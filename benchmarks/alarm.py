@@ -26,7 +26,7 @@ from torch import Tensor
 from flowprox import load_model, make_physics
 from flowprox.data import ImageDataset
 from flowprox.uncertainty import measured_estimates
-from flowprox.uncertainty.alarm import SCORES, total
+from flowprox.uncertainty.alarm import total
 
 NETWORKS = ("denoising", "deblurring", "inpainting")
 
@@ -64,11 +64,11 @@ def main() -> None:
     sets = {kind: ImageDataset(getattr(given, kind), 64).images for kind in ("faces", "anime", "photographs")}
     first = {"anime": given.skip_anime}
     images = {kind: found[first.get(kind, 0) :][: given.limit].float() / 255 for kind, found in sets.items()}
-    print(f"{'':12}{'':28}{'area':>7}" + "".join(f"{name:>11}" for name in SCORES) + f"{'alarms':>9}  of")
     for name in given.networks:
         network = load_model(f"unfolded-{name}-faces64")
         alarm = load_model(f"unfolded-{name}-faces64-intervals").alarm
-        flow = load_model(alarm.prior) if alarm.prior else network.flows()[-1]
+        flows = [network.flows()[-1], *([load_model(alarm.prior)] if alarm.prior else [])]
+        print(f"{name:40}{'area':>7}" + "".join(f"{score:>15}" for score in alarm.sizes) + f"{'alarms':>9}  of")
         parameters = network.card.problem["parameters"]
         stated = make_physics(name, (3, 64, 64), **parameters)
 
@@ -78,7 +78,7 @@ def main() -> None:
                 y = stated.A(y) if hide else y  # noqa: B023
                 with torch.no_grad():
                     x_hat = network(y, stated)  # noqa: B023
-                found.append(alarm.scores(x_hat, y, stated, flow))  # noqa: B023
+                found.append(alarm.scores(x_hat, y, stated, *flows))  # noqa: B023
             scores = torch.cat(found)
             return scores, alarm.is_raised(scores)  # noqa: B023
 
@@ -92,9 +92,8 @@ def main() -> None:
             areas = [area(honest[:, i], found[:, i]) for i in range(honest.shape[1])]
             combined = area(total(honest), total(found))
             print(
-                f"{name:12}{what:28}{combined:7.3f}"
-                + "".join(f"{value:11.3f}" for value in areas)
-                + " " * 11 * (len(SCORES) - len(areas))
+                f"{'':12}{what:28}{combined:7.3f}"
+                + "".join(f"{value:15.3f}" for value in areas)
                 + f"{raised.double().mean():9.3f}  {len(raised)}",
                 flush=True,
             )

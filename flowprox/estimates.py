@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,15 +168,17 @@ def doubts_of(network: object, calibration: Intervals | None) -> Doubts | None:
     """The alarm of a trained network, if its calibration has one; ValueError where its prior has other weights by now."""
     if calibration is None or (alarm := calibration.alarm) is None or not isinstance(network, Unfolded):
         return None
-    if alarm.prior is None:
-        return partial(alarm.records, flow=flows[-1]) if (flows := network.flows()) else None
-    flow = load_model(alarm.prior, device=network.log_shrinkage.device)
-    if flow.card.sha256 != (known := calibration.card.training.get("prior_sha256")):
-        raise ValueError(
-            f"the alarm was made with a prior {alarm.prior!r} of hash {known!s:.12}, not {flow.card.sha256:.12}; "
-            "make another with flowprox calibrate --intervals"
-        )
-    return partial(alarm.records, flow=flow)
+    if not (flows := network.flows()[-1:]):
+        return None
+    if alarm.prior is not None:
+        flows.append(load_model(alarm.prior, device=network.log_shrinkage.device))
+        known, own = calibration.card.training.get("prior_sha256"), flows[1].card.sha256
+        if own != known:
+            raise ValueError(
+                f"the alarm was made with a prior {alarm.prior!r} of hash {known!s:.12}, not {own:.12}; make another with "
+                "flowprox calibrate --intervals"
+            )
+    return lambda x_hat, y, physics: alarm.records(x_hat, y, physics, *flows)
 
 
 def figures(x_hat: Tensor, x: Tensor, y: Tensor, physics: Physics, kind: ProblemKind) -> list[Record]:

@@ -41,8 +41,7 @@ class CalibrateOptions:
         parameters: KEY=VALUE ... of the problem, where they differ from the model's card.
         intervals: earlier intervals of the network for the problem: they stay as they are and get an alarm, or with samples a
             density, which needs training.
-        prior: a flow of clean images (name or folder) through which the alarm looks at the estimates: it sees more than the
-            network's own flow, which serves without one.
+        prior: a flow of clean images (name or folder) through which the alarm looks at the estimates, beside the network's own.
         samples: also train the density that flowprox reconstruct --samples draws from.
         n_training: how many images train the half-widths.
         n_calibration: how many calibrate; alpha needs at least 1 / alpha - 1.
@@ -210,23 +209,21 @@ def _with_alarm(
     from flowprox.checkpoints import load_model
     from flowprox.uncertainty import Intervals, fit_alarm, measured_estimates
 
-    images = images[: options.n_alarm]
-    flows = [load_model(options.prior, device=options.device)] if options.prior else network.flows()
+    images, flows = images[: options.n_alarm], network.flows()[-1:]
     if len(images) < _FEWEST_FOR_ALARM or not flows:
         if options.n_alarm:
             print(
-                f"no alarm: it needs {_FEWEST_FOR_ALARM} images that are left, not {len(images)}, and a flow (a prior)"
+                f"no alarm: it needs {_FEWEST_FOR_ALARM} images that are left, not {len(images)}, and a network with flows"
             )
         return intervals, {"n_alarm": 0}
+    facts: Values = {"n_alarm": len(images), "alarm_data": options.data}
+    if options.prior is not None:
+        flows.append(load_model(options.prior, device=options.device))
+        facts["prior_sha256"] = flows[-1].card.sha256
     seeds = range(options.seed + _APART, options.seed + _APART + len(images))
     x = (images.float() / 255).to(options.device)
     estimates = [(x_hat, y) for _, y, x_hat in measured_estimates(network, x, physics, seeds)]
-    alarm = fit_alarm(estimates, physics, flows[-1], prior=options.prior)
-    facts = {
-        "n_alarm": len(images),
-        "alarm_data": options.data,
-        "prior_sha256": flows[-1].card.sha256 if options.prior else None,
-    }
+    alarm = fit_alarm(estimates, physics, *flows, prior=options.prior)
     return Intervals(intervals.scale, intervals.alpha, intervals.factor, alarm, intervals.density), facts
 
 

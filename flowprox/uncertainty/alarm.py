@@ -2,18 +2,19 @@ r"""An alarm: is a reconstruction like those of the images on which it was calib
 
     residual   log ||y - A x_hat||^2                             against the stated noise: too much or too little is left
     latents    log mean z_i^2 over each (level, channel) of z = f(x_hat)             how much detail there is, of each kind
-    means      mean z_i over each                                                    which colors and directions it has
     layout     means of x_hat over a grid of 4x4 blocks                               where what colors are
     kernel     <q, d> / ||q|| ||d||,  q = P (y - A x_hat),  d = P (A' x_hat - A x_hat),  P = I - A A^T     of blurs only
-    score      (u - m)^T C^-1 (u - m)                            of each of these vectors u
-    alarm      max over k of score_k / unit_k                   the unit: the score that 99 of 100 images stay below
-    p-value    (1 + #{reference images with at least this score}) / (n + 1)
+    prior latents, prior means    log mean z_i^2 and mean z_i of z = f_0(x_hat)      with a prior f_0 of clean images
+    score      s = (u - m)^T C^-1 (u - m)                        of each of these vectors u
+    excess     e = (s - median) / (s_99 - median)                s_99: what 99 of 100 images stay below
+    alarm      sum over these of max(e, 0)^2
+    p-value    (1 + #{reference images with at least this excess}) / (n + 1)
 
-Symbols: y measurement, x_hat estimate, f the flow, A' the blur with the square root of the kernel, which is wider (a Gaussian
-one by sqrt 2): what is left must not look like a change of the kernel. P takes away what another estimate could explain. m, C,
-median and q are mean, covariance and quantiles over one part of the calibration images, C drawn towards its diagonal by 0.3;
-the other n are the reference. For an image exchangeable with these each p-value is valid (conformal). The alarm is raised where
-the p-value of the sum is at most the level: a false alarm with at most that probability.
+Symbols: y measurement, x_hat estimate, f the network's flow, A' the blur with the square root of the kernel, which is wider (a
+Gaussian one by sqrt 2): what is left must not look like a change of the kernel. P takes away what another estimate could
+explain. m, C, median and s_99 are of one part of the calibration images, C drawn towards its diagonal by 0.3; the other n are
+the reference. For an image exchangeable with these each p-value is valid (conformal). The alarm is raised where the p-value of
+the sum is at most the level: a false alarm with at most that probability.
 
 Without calibration there is the chi-squared test of the residual, ``flowprox.noise.residual_p_value``.
 
@@ -29,7 +30,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +41,6 @@ from flowprox.flows import Flow
 from flowprox.naming import Specified
 from flowprox.noise import noise_level, standard_residual
 
-SCORES = ("residual", "latents", "means", "layout", "kernel")
-"""What is compared with the reference, a p-value each; the kernel of blurs only."""
-
 _SMALLEST = 1e-6  # a residual, and a mean square of latents, below which nothing is told apart
 _SHRINKAGE = 0.3
 _GRID = 4
@@ -52,10 +50,10 @@ class Alarm(Specified, nn.Module):
     """P-values of reconstructions against those of calibration images; ``fit_alarm`` makes one.
 
     Arguments:
-        sizes: of what is compared for each of ``SCORES``, or for all but the last.
+        sizes: name of what is compared -> how many numbers it is.
         n_reference: images whose scores are the reference.
         level: at most this part of the images like those of the reference raises the alarm, in (0, 1).
-        prior: name or folder of the flow that sees the estimates; None for the network's own last one.
+        prior: name or folder of the prior of clean images; None is none.
 
     Raises:
         ValueError: not as many sizes as scores; the level is outside (0, 1), or too low for the number of images, and the
@@ -68,31 +66,32 @@ class Alarm(Specified, nn.Module):
     unit: Tensor
     reference: Tensor
 
-    def __init__(self, sizes: Sequence[int], n_reference: int, level: float = 0.01, prior: str | None = None) -> None:
+    def __init__(
+        self, sizes: Mapping[str, int], n_reference: int, level: float = 0.01, prior: str | None = None
+    ) -> None:
         super().__init__()
+        if not isinstance(sizes, Mapping):
+            raise ValueError(f"sizes must be a mapping, got {sizes}; an alarm of an earlier version is to be made anew")
         if not 0 < level < 1:
             raise ValueError(f"level must lie between 0 and 1, got {level}; 0.01 asks for one false alarm in a hundred")
-        if len(sizes) not in (len(SCORES) - 1, len(SCORES)):
-            raise ValueError(
-                f"sizes must be {len(SCORES)} numbers, or one less, got {len(sizes)}: of an earlier version? Calibrate anew"
-            )
         needed = math.ceil(1 / level - 1e-9) - 1
         if n_reference < needed:
             raise ValueError(f"an alarm of level {level} needs at least {needed} reference images, got {n_reference}")
-        self.sizes, self.level, self.prior = tuple(sizes), level, prior
-        self.register_buffer("center", torch.zeros(sum(sizes)))
-        self.register_buffer("whitener", torch.eye(sum(sizes)))
+        self.sizes, self.level, self.prior = dict(sizes), level, prior
+        self.register_buffer("center", torch.zeros(sum(sizes.values())))
+        self.register_buffer("whitener", torch.eye(sum(sizes.values())))
         self.register_buffer("median", torch.zeros(len(sizes)))
         self.register_buffer("unit", torch.ones(len(sizes)))
         self.register_buffer("reference", torch.zeros(n_reference, len(sizes)))
 
-    def forward(self, x_hat: Tensor, y: Tensor, physics: Physics, flow: Flow) -> Tensor:
-        """P-value of each of ``SCORES``, (B, k), from estimates (B, C, H, W), their measurements, operator and flow."""
-        return self.p_values(self.scores(x_hat, y, physics, flow))
+    def forward(self, x_hat: Tensor, y: Tensor, physics: Physics, *flows: Flow) -> Tensor:
+        """P-value of each score, (B, k), from estimates (B, C, H, W), their measurements, operator, the network's flow and the
+        prior, if there is one."""
+        return self.p_values(self.scores(x_hat, y, physics, *flows))
 
-    def scores(self, x_hat: Tensor, y: Tensor, physics: Physics, flow: Flow) -> Tensor:
-        """Excess of each of ``SCORES``, (B, k); arguments as those of the call."""
-        return self.excess(torch.cat(alarm_features(x_hat, y, physics, flow), dim=1))
+    def scores(self, x_hat: Tensor, y: Tensor, physics: Physics, *flows: Flow) -> Tensor:
+        """Excess of each score, (B, k); arguments as those of the call."""
+        return self.excess(torch.cat([*alarm_features(x_hat, y, physics, *flows).values()], dim=1))
 
     def excess(self, features: Tensor) -> Tensor:
         """How far features (B, F) lie from those of the calibration: 0 is usual, one in a hundred reaches 1, (B, k)."""
@@ -101,35 +100,35 @@ class Alarm(Specified, nn.Module):
     def whitened(self, features: Tensor) -> Tensor:
         """Squared distance of features (B, F) from the center, (B, k)."""
         white = (features - self.center) @ self.whitener
-        return torch.stack([part.square().sum(1) for part in white.split(self.sizes, dim=1)], dim=1)
+        return torch.stack([part.square().sum(1) for part in white.split([*self.sizes.values()], dim=1)], dim=1)
 
     def p_values(self, scores: Tensor) -> Tensor:
         """Of scores (B, k), each by itself, (B, k)."""
         return (1 + (self.reference[None] >= scores[:, None]).sum(1)) / (len(self.reference) + 1)
 
     def is_raised(self, scores: Tensor) -> Tensor:
-        """Whether not to trust an image, (B,), by the sum of its scores (B, k)."""
+        """Whether not to trust an image, (B,), by the sum of the squares of its scores (B, k)."""
         above = (total(self.reference)[None] >= total(scores)[:, None]).sum(1)
         return (1 + above) / (len(self.reference) + 1) <= self.level
 
-    def records(self, x_hat: Tensor, y: Tensor, physics: Physics, flow: Flow) -> list[dict[str, float | bool]]:
+    def records(self, x_hat: Tensor, y: Tensor, physics: Physics, *flows: Flow) -> list[dict[str, float | bool]]:
         """Of each image, ``raised`` and the p-values by name; arguments as those of the call."""
-        scores = self.scores(x_hat, y, physics, flow)
+        scores = self.scores(x_hat, y, physics, *flows)
         return [
-            {"raised": raised, **dict(zip(SCORES, values, strict=False))}
+            {"raised": raised, **dict(zip(self.sizes, values, strict=True))}
             for raised, values in zip(self.is_raised(scores).tolist(), self.p_values(scores).tolist(), strict=True)
         ]
 
 
 def total(scores: Tensor) -> Tensor:
     """What raises the alarm, (B,), of scores (B, k)."""
-    return scores.clamp(min=0).sum(1)
+    return scores.clamp(min=0).square().sum(1)
 
 
 def fit_alarm(
     estimates: Sequence[tuple[Tensor, Tensor]],
     physics: Physics,
-    flow: Flow,
+    *flows: Flow,
     level: float = 0.01,
     prior: str | None = None,
 ) -> Alarm:
@@ -138,22 +137,23 @@ def fit_alarm(
     Arguments:
         estimates: batches of estimates (B, C, H, W) and their measurements.
         physics: the operator.
-        flow: sees the estimates; an unfolded network's own last one, or the prior.
+        flows: the network's last one, and the prior if there is one.
         level: of false alarms.
-        prior: the flow's name, if it is not the network's own.
+        prior: the prior's name.
 
     Raises:
         ValueError: too few images for the level; the message says how many are needed.
     """
-    parts = [alarm_features(x_hat, y, physics, flow) for x_hat, y in estimates]
-    features = torch.cat([torch.cat(one, dim=1) for one in parts])
+    parts = [alarm_features(x_hat, y, physics, *flows) for x_hat, y in estimates]
+    features = torch.cat([torch.cat([*one.values()], dim=1) for one in parts])
     n_fit = len(features) // 2
-    alarm = Alarm([one.shape[1] for one in parts[0]], len(features) - n_fit, level, prior).to(features.device)
+    sizes = {name: values.shape[1] for name, values in parts[0].items()}
+    alarm = Alarm(sizes, len(features) - n_fit, level, prior).to(features.device)
     fitted, rest = features[:n_fit], features[n_fit:]
     alarm.center.copy_(fitted.mean(0))
     spread = (fitted - alarm.center).double().square().mean(0).sqrt() + _SMALLEST
     whiteners = []
-    for part in ((fitted - alarm.center) / spread).split(alarm.sizes, dim=1):
+    for part in ((fitted - alarm.center) / spread).split([*sizes.values()], dim=1):
         correlation = (1 - _SHRINKAGE) * part.T @ part / n_fit + _SHRINKAGE * torch.eye(part.shape[1]).to(part)
         whiteners.append(torch.linalg.inv(torch.linalg.cholesky(correlation)).T)
     alarm.whitener.copy_(torch.block_diag(*whiteners) / spread[:, None])
@@ -165,25 +165,34 @@ def fit_alarm(
 
 
 @torch.no_grad()
-def alarm_features(x_hat: Tensor, y: Tensor, physics: Physics, flow: Flow) -> list[Tensor]:
-    """What is compared, (B, n) for each of ``SCORES``; the last is missing where the operator has no kernel."""
+def alarm_features(x_hat: Tensor, y: Tensor, physics: Physics, *flows: Flow) -> dict[str, Tensor]:
+    """What is compared, (B, n) each; the kernel of blurs only, the prior where there are two flows."""
     residual = y - physics.A(x_hat)
     squares = residual.abs().flatten(1).square().mean(1, keepdim=True)
     told = standard_residual(x_hat, y, physics)
     if told is not None and bool(told.isnan().any()):  # clipped as a picture: what is not told is as stated
         told = noise_level(physics, y)[:, None] * told.nan_to_num(nan=1.0)
         squares = told.square().mean(1, keepdim=True).to(squares)
-    height, width = (side - side % flow.divisor for side in x_hat.shape[-2:])
-    z, _ = flow(x_hat[..., :height, :width])
-    groups = flow.latent_groups((height, width)).flatten().to(z.device)
-    none, sizes = z.new_zeros(len(z), flow.n_latent_groups), torch.bincount(groups)
-    latents, means = (none.index_add(1, groups, values) / sizes for values in (z.square(), z))
-    layout = F.adaptive_avg_pool2d(x_hat, _GRID).flatten(1)
-    features = [(squares + _SMALLEST).log(), (latents + _SMALLEST).log(), means, layout]
+    features = {
+        "residual": (squares + _SMALLEST).log(),
+        "latents": _sizes_and_means(flows[0], x_hat)[0],
+        "layout": F.adaptive_avg_pool2d(x_hat, _GRID).flatten(1),
+    }
     kernel = getattr(physics, "filter", None)
     if isinstance(physics, LinearPhysics) and isinstance(kernel, Tensor):
-        features.append(_kernel_score(x_hat, residual, physics, kernel)[:, None])
+        features["kernel"] = _kernel_score(x_hat, residual, physics, kernel)[:, None]
+    for prior in flows[1:]:
+        features["prior latents"], features["prior means"] = _sizes_and_means(prior, x_hat)
     return features
+
+
+def _sizes_and_means(flow: Flow, x: Tensor) -> tuple[Tensor, Tensor]:
+    """log mean z^2 and mean z over each (level, channel) of the latents of x."""
+    height, width = (side - side % flow.divisor for side in x.shape[-2:])
+    z, _ = flow(x[..., :height, :width])
+    groups = flow.latent_groups((height, width)).flatten().to(z.device)
+    none, n = z.new_zeros(len(z), flow.n_latent_groups), torch.bincount(groups)
+    return (none.index_add(1, groups, z.square()) / n + _SMALLEST).log(), none.index_add(1, groups, z) / n
 
 
 def _kernel_score(x_hat: Tensor, residual: Tensor, physics: LinearPhysics, kernel: Tensor) -> Tensor:
