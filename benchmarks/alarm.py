@@ -1,7 +1,7 @@
 """How well the alarm tells results that are not to be trusted: area under the ROC curve, and alarms, of shipped networks.
 
     python benchmarks/alarm.py --faces '../shared/data/faces64/test-*.npz' --anime '../shared/data/anime64/*.npz' \
-        --photographs '../shared/data/cbsd68-64'
+        --photographs '../shared/data/bsds500-300'
 
 Faces measured as stated are the ones to trust. "area" compares the sum of an image's scores, which is what raises the
 alarm; the areas of the single scores follow. "Alarms" is the part of the images that raise it at its level, 1 %; of faces
@@ -57,12 +57,13 @@ def main() -> None:
     for name, text in (("faces", "test faces"), ("anime", "drawn faces"), ("photographs", "no faces")):
         parser.add_argument(f"--{name}", required=True, help=f"{text}: folder, shard or glob")
     parser.add_argument("--limit", type=int, default=300, help="images of each kind")
-    parser.add_argument("--skip_anime", type=int, default=300, help="drawn faces that the statistics were chosen on")
+    parser.add_argument("--skip_faces", type=int, default=300, help="test faces that the scores were chosen on")
+    parser.add_argument("--skip_anime", type=int, default=300, help="drawn faces that they were chosen on")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--networks", nargs="*", default=NETWORKS, choices=NETWORKS)
     given = parser.parse_args()
     sets = {kind: ImageDataset(getattr(given, kind), 64).images for kind in ("faces", "anime", "photographs")}
-    first = {"anime": given.skip_anime}
+    first = {"faces": given.skip_faces, "anime": given.skip_anime}
     images = {kind: found[first.get(kind, 0) :][: given.limit].float() / 255 for kind, found in sets.items()}
     for name in given.networks:
         network = load_model(f"unfolded-{name}-faces64")
