@@ -163,20 +163,12 @@ class CheckerboardCoupling(AffineCoupling):
         super().__init__(net, scale_bound)
         self.parity = parity % 2
 
-    def _map(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        black, log_scale, shift = self._masked(x)
-        return torch.where(black, x, x * torch.exp(log_scale) + shift), log_scale
-
-    def _unmap(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        black, log_scale, shift = self._masked(z)
-        return torch.where(black, z, (z - shift) * torch.exp(-log_scale)), log_scale
-
-    def _masked(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(mask of what passes (H, W), s with zeros there, t) from the squares that pass."""
+    def _mapped(self, x: Tensor, backwards: bool = False) -> tuple[Tensor, Tensor]:
         rows, columns = (torch.arange(n, device=x.device) for n in x.shape[-2:])
-        black = (rows[:, None] + columns) % 2 == self.parity
+        black = (rows[:, None] + columns) % 2 == self.parity  # what passes, (H, W)
         log_scale, shift = self.scale_and_shift(x * black)
-        return black, log_scale * ~black, shift
+        log_scale = log_scale * ~black
+        return torch.where(black, x, self._moved(x, log_scale, shift, backwards)), log_scale
 
 
 class ChannelFlip(Bijection):

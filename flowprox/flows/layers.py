@@ -290,30 +290,29 @@ class AffineCoupling(Bijection):
         return self.scale_bound, self.shift_bound
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z, log_scale = self._map(x)
+        z, log_scale = self._mapped(x)
         return z, log_scale.sum(dim=(1, 2, 3))
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        x, log_scale = self._unmap(z)
+        x, log_scale = self._mapped(z, backwards=True)
         return x, -log_scale.sum(dim=(1, 2, 3))
 
     def encode(self, x: Tensor) -> Tensor:
-        return self._map(x)[0]
+        return self._mapped(x)[0]
 
     def decode(self, z: Tensor) -> Tensor:
-        return self._unmap(z)[0]
+        return self._mapped(z, backwards=True)[0]
 
-    def _map(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """z and the log-scale."""
+    def _mapped(self, x: Tensor, backwards: bool = False) -> tuple[Tensor, Tensor]:
+        """z from x, or x from z, and the log-scale s."""
         a, b = halves(x)
         log_scale, shift = self.scale_and_shift(b)
-        return torch.cat([a * torch.exp(log_scale) + shift, b], dim=1), log_scale
+        return torch.cat([self._moved(a, log_scale, shift, backwards), b], dim=1), log_scale
 
-    def _unmap(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """x and the log-scale."""
-        a, b = halves(z)
-        log_scale, shift = self.scale_and_shift(b)
-        return torch.cat([(a - shift) * torch.exp(-log_scale), b], dim=1), log_scale
+    @staticmethod
+    def _moved(x: Tensor, log_scale: Tensor, shift: Tensor, backwards: bool) -> Tensor:
+        """exp(s) x + t, or what that is undone to."""
+        return (x - shift) * torch.exp(-log_scale) if backwards else x * torch.exp(log_scale) + shift
 
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -404,24 +403,20 @@ class LinearParts(NamedTuple):
     @classmethod
     def of(cls, steps: Sequence[GlowStep], inverse: bool = False) -> LinearParts:
         """All at once, in float64 and rounded at the end, which gains half a digit of the round trip."""
-        permutation, lu, sign, log_scale, bias = _stacked(steps)
+        parts = [(s.mix.permutation, s.mix.lu, s.mix.sign, s.actnorm.log_scale, s.actnorm.bias) for s in steps]
+        # Apple's accelerator has no float64
+        device = torch.device("cpu") if parts[0][0].device.type == "mps" else parts[0][0].device
+        together = (torch.stack(part).to(device, torch.float64) for part in zip(*parts, strict=True))
+        permutation, lu, sign, log_scale, bias = together
         logdet = log_scale.sum(-1) + lu.diagonal(dim1=-2, dim2=-1).sum(-1)
         if inverse:
             scale, logdet = torch.exp(-log_scale), -logdet
-            parts = scale[:, :, None] * inverse_mixing_matrix(permutation, lu, sign), -scale * bias, logdet
+            linear = scale[:, :, None] * inverse_mixing_matrix(permutation, lu, sign), -scale * bias, logdet
         else:
             weight = mixing_matrix(permutation, lu, sign)
-            parts = weight * torch.exp(log_scale)[:, None], (weight @ bias[:, :, None])[:, :, 0], logdet
+            linear = weight * torch.exp(log_scale)[:, None], (weight @ bias[:, :, None])[:, :, 0], logdet
         like = steps[0].mix.lu
-        return cls(*(part.to(like.device, torch.promote_types(like.dtype, torch.float32)) for part in parts))
-
-
-def _stacked(steps: Sequence[GlowStep]) -> tuple[Tensor, ...]:
-    """P, L and U in one, signs, ActNorm's log-scale and bias of all steps in float64."""
-    parts = [(s.mix.permutation, s.mix.lu, s.mix.sign, s.actnorm.log_scale, s.actnorm.bias) for s in steps]
-    # Apple's accelerator has no float64
-    device = torch.device("cpu") if parts[0][0].device.type == "mps" else parts[0][0].device
-    return tuple(torch.stack(part).to(device, torch.float64) for part in zip(*parts, strict=True))
+        return cls(*(part.to(like.device, torch.promote_types(like.dtype, torch.float32)) for part in linear))
 
 
 def _unshuffled(x: Tensor) -> Tensor:
