@@ -135,11 +135,11 @@ class DualAveraging:
 
     def restart(self, start: Tensor) -> None:
         """Forget everything and go on from ``start``."""
-        self.aim = math.log(10) + start.log()
-        self.log_step = start.log()
-        self.log_average = torch.zeros_like(start)
-        self.error = torch.zeros_like(start)
-        self.n = 0
+        self.aim: Tensor = math.log(10) + start.log()
+        self.log_step: Tensor = start.log()
+        self.log_average: Tensor = torch.zeros_like(start)
+        self.error: Tensor = torch.zeros_like(start)
+        self.n: int = 0
 
     def update(self, acceptance: Tensor) -> None:
         """Learn from the acceptance probability (B,) of one step."""
@@ -186,16 +186,16 @@ class Chains:
         self.randomness, self.jitter = randomness, jitter
         self.n_chains, n_targets, self.n_dimensions = position.z.shape
         one = position.z.new_ones(n_targets)
-        self.fixed = step_size is not None
+        self.fixed: bool = step_size is not None
         self.first_step = 0.5 * self.n_dimensions**-0.25 * one
-        self.averaging = DualAveraging(
+        self.averaging: DualAveraging = DualAveraging(
             self.first_step if step_size is None else step_size * one,
             kernel.target_acceptance,
             # a quarter oscillation makes a whitened Gaussian forget its start; half of one keeps its energy
             0.5 * math.pi / kernel.n_leapfrog,
         )
         self.n_accepted = self.n_jumps = self.n_not_finite = torch.zeros_like(one)
-        self.n_steps = 0
+        self.n_steps: int = 0
         self.restart(position)
 
     @property
@@ -246,8 +246,8 @@ class Chains:
 
     def restart(self, position: Position) -> None:
         """Go on from there in other coordinates: what was adapted is forgotten."""
-        self.position = position
-        self.reference = Reference(torch.zeros_like(position.z[0]), torch.ones_like(position.z[0]))
+        self.position: Position = position
+        self.reference: Reference = Reference(torch.zeros_like(position.z[0]), torch.ones_like(position.z[0]))
         if not self.fixed:
             self.averaging.restart(self.first_step)
 

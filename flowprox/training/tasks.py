@@ -95,7 +95,7 @@ class LikelihoodTask(Task):
 
     figure = "bits_per_dimension"
     higher_is_better = False
-    lost = 0.5
+    lost: float = 0.5
 
     def __init__(self, flow: Flow, options: LikelihoodOptions | None = None) -> None:
         super().__init__(flow)
@@ -144,7 +144,7 @@ class NoiseTask(Task):
 
     figure = "nats_per_dimension"
     higher_is_better = False
-    lost = 0.5
+    lost: float = 0.5
 
     def __init__(self, flow: Flow, noise: Noise, validation: Noise | None = None) -> None:
         super().__init__(FlowNoise(flow))
@@ -212,7 +212,7 @@ class ReconstructionTask(Task):
         teacher_weight: w, in (0, 1].
     """
 
-    lost = 1.0  # dB
+    lost: float = 1.0  # dB
 
     def __init__(
         self,
@@ -302,7 +302,7 @@ class DenoisingTask(Task):
     """Mean squared error of a prox network, at step 1, as a denoiser of Gaussian noise; the lowest and highest standard
     deviation are ``noise_range``, drawn uniformly per image."""
 
-    lost = 1.0  # dB
+    lost: float = 1.0  # dB
 
     def __init__(self, prox: nn.Module, noise_range: list[float]) -> None:
         super().__init__(prox)

@@ -66,20 +66,20 @@ class ErrorDensity(Specified, nn.Module):
     def __init__(self, image_shape: Sequence[int], box: Sequence[int], hidden_channels: Sequence[int]) -> None:
         super().__init__()
         n_channels = image_shape[0]
-        self.image_size = (image_shape[1], image_shape[2])
+        self.image_size: tuple[int, int] = (image_shape[1], image_shape[2])
         self.top, self.left, self.height, self.width = box
-        self.net = MultiScaleNet(2 * n_channels + 1, hidden_channels)
+        self.net: MultiScaleNet = MultiScaleNet(2 * n_channels + 1, hidden_channels)
         shapes = [level.shape[1:] for level in _levels(self.inside(torch.zeros(1, *image_shape)), len(hidden_channels))]
         pairs = zip(hidden_channels, shapes, strict=True)
         self.heads = nn.ModuleList(nn.Conv2d(width, 2 * shape[0], 3, padding=1) for width, shape in pairs)
         for head in self.heads:
             nn.init.zeros_(head.weight)  # type: ignore[arg-type]
             nn.init.zeros_(head.bias)  # type: ignore[arg-type]
-        self.log_scale = nn.ParameterList(torch.zeros(shape[0], 1, 1) for shape in shapes)
-        self.channels = _fixed(torch.eye(shape[0]) for shape in shapes)
-        self.rows = _fixed(torch.eye(shape[1]).repeat(shape[0], 1, 1) for shape in shapes)
-        self.columns = _fixed(torch.eye(shape[2]).repeat(shape[0], 1, 1) for shape in shapes)
-        self.tails = nn.Parameter(torch.full((len(shapes),), _TAILS[-1]), requires_grad=False)
+        self.log_scale: nn.ParameterList = nn.ParameterList(torch.zeros(shape[0], 1, 1) for shape in shapes)
+        self.channels: nn.ParameterList = _fixed(torch.eye(shape[0]) for shape in shapes)
+        self.rows: nn.ParameterList = _fixed(torch.eye(shape[1]).repeat(shape[0], 1, 1) for shape in shapes)
+        self.columns: nn.ParameterList = _fixed(torch.eye(shape[2]).repeat(shape[0], 1, 1) for shape in shapes)
+        self.tails: nn.Parameter = nn.Parameter(torch.full((len(shapes),), _TAILS[-1]), requires_grad=False)
 
     def inside(self, x: Tensor) -> Tensor:
         """The box of images (B, C, H, W), continued to sides that the levels divide."""
