@@ -27,6 +27,8 @@ from flowprox.naming import nearest
 from flowprox.noise.base import Density, Generators, Noise, at_least_zero, finite_number, standard_normal
 from flowprox.noise.digits import MNISTNoise
 
+_HELD = 2**20  # entries of a residual that are looked at together
+
 
 class _Normal(Noise):
     """Independent normal entries."""
@@ -301,17 +303,23 @@ def standard_residual(x_hat: Tensor, y: Tensor, physics: Physics) -> Tensor | No
     if sigma.numel() != 1 or not sigma > 0 or mean:
         return None
     residual = ((y - physics.A(x_hat)) / sigma).flatten(1).double()
-    y = y.flatten(1).double()
+    y = y.flatten(1)
     at_end = ((y == 0) | (y == 1)) & (residual != 0)  # what a mask hides is no end
     is_clipped = at_end.any(1, keepdim=True) & ((y >= 0) & (y <= 1)).all(1, keepdim=True)
     if not is_clipped.any():
         return residual
-    inside = (y > 0) & (y < 1)
-    low = (255 * y - (255 * y).round()).abs().lt(1e-3).all(1, keepdim=True) / 510
+    low = (255 * y - (255 * y).round()).abs().lt(1e-3).all(1, keepdim=True).double() / 510
+    parts = zip(residual.split(_HELD, 1), y.split(_HELD, 1), strict=True)
+    score = torch.cat([_cut_normal(r, t, low, sigma) for r, t in parts], 1)
+    return torch.where(is_clipped & (residual != 0), score, residual)
+
+
+def _cut_normal(residual: Tensor, y: Tensor, low: Tensor, sigma: Tensor) -> Tensor:
+    """The residual of y between low and 1 - low as that of a normal variable cut there; NaN at 0 and 1."""
     below, here, above = (torch.special.ndtr(residual + (t - y) / sigma) for t in (low, y, 1 - low))
     score = torch.special.ndtri(((here - below) / (above - below)).clamp(1e-15, 1 - 1e-15))
     score = torch.where(score.isnan(), residual, score)  # so far away that both ends are one
-    return torch.where(is_clipped & (residual != 0), torch.where(inside, score, math.nan), residual)
+    return torch.where((y > 0) & (y < 1), score, math.nan)
 
 
 @torch.no_grad()
