@@ -87,8 +87,10 @@ def require_positive(name: str, value: float, or_zero: bool = False) -> None:
 def require_level(name: str, value: object) -> None:
     """Raise ``ValueError`` for a noise level above 1, which pictures in [0, 1] do not have."""
     if isinstance(value, int | float) and value > 1:
-        gray = f"one of 8-bit gray levels is divided by 255: {value:g}/255 = {value / 255:.3g}"
-        raise ValueError(f"{name} is {value:g}, and images lie in [0, 1]; {gray}")
+        known = f"{value:g}/255 = {value / 255:.3g}, as {name}={value / 255:.3g}"
+        raise ValueError(
+            f"{name} is {value:g}, and images lie in [0, 1]; one of 8-bit gray levels is divided by 255: {known}"
+        )
 
 
 def require_package(module: str, package: str, needed_for: str, extra: str | None = None) -> ModuleType:
