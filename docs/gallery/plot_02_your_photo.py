@@ -32,7 +32,7 @@ levels = [0.05, 25 / 255, 0.2]
 results = [flowprox.restore(folder / "photo.png", sigma=sigma, truth=clean) for sigma in levels]
 results[1].image.save(folder / "clean.png")
 
-figure, axes = plt.subplots(1, 4, figsize=(11, 3.2))
+_, axes = plt.subplots(1, 4, figsize=(11, 3.2), layout="constrained")
 shown = [("given", Image.open(folder / "photo.png"))]
 shown += [
     (f"sigma {sigma:.2f}: {result.psnr:.1f} dB", result.image) for sigma, result in zip(levels, results, strict=True)
@@ -41,7 +41,6 @@ for axis, (title, picture) in zip(axes, shown, strict=True):
     axis.imshow(picture)
     axis.set_title(title)
     axis.axis("off")
-figure.tight_layout()
 
 # %%
 # The same on the command line:

@@ -25,11 +25,10 @@ restored = flowprox.restore(damaged, mask=mask, sigma=0.0, truth=clean)
 
 # %%
 
-figure, axes = plt.subplots(1, 3, figsize=(10, 2.9))
+_, axes = plt.subplots(1, 3, figsize=(10, 2.9), layout="constrained")
 for axis, title, picture in zip(
     axes, ["damaged", "mask", f"restored, {restored.psnr:.1f} dB"], [damaged, mask, restored.image], strict=True
 ):
     axis.imshow(picture, cmap="gray")
     axis.set_title(title)
     axis.axis("off")
-figure.tight_layout()

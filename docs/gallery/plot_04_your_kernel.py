@@ -28,10 +28,9 @@ restored = flowprox.restore(y, kernel=kernel, sigma=0.01, truth=clean)
 
 # %%
 
-figure, axes = plt.subplots(1, 4, figsize=(11, 3.1))
+_, axes = plt.subplots(1, 4, figsize=(11, 3.1), layout="constrained")
 pictures = {"shaken": y, "kernel": kernel[None], f"restored, {restored.psnr:.1f} dB": restored.x_hat, "truth": clean}
 for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
     axis.imshow((picture / picture.max() if title == "kernel" else picture.clamp(0, 1)).permute(1, 2, 0), cmap="gray")
     axis.set_title(title)
     axis.axis("off")
-figure.tight_layout()

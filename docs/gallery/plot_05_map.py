@@ -29,11 +29,10 @@ print(solution.reasons, f"{psnr(solution.estimate, x).item():.2f} dB")
 # The solution holds the estimate, the loss after each iteration and why the solver stopped. 200 iterations are
 # usual; more measurements than unknowns would need no prior at all, here there is one for five.
 
-figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), width_ratios=[1.4, 1, 1])
+_, axes = plt.subplots(1, 3, figsize=(10, 3.2), width_ratios=[1.4, 1, 1], layout="constrained")
 axes[0].semilogy(solution.losses[:, 0])
 axes[0].set(xlabel="iteration", ylabel="squared misfit")
 for axis, title, picture in zip(axes[1:], ["estimate", "truth"], [solution.estimate, x], strict=True):
     axis.imshow(picture[0].clamp(0, 1).permute(1, 2, 0))
     axis.set_title(title)
     axis.axis("off")
-figure.tight_layout()

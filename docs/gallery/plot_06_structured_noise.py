@@ -33,10 +33,9 @@ white = NoiseMAP(flow, noise=GaussianNoise(power), form="latent", optimizer=LBFG
 
 # %%
 
-figure, axes = plt.subplots(1, 4, figsize=(11, 3.2))
+_, axes = plt.subplots(1, 4, figsize=(11, 3.2), layout="constrained")
 pictures = {"measured": y, "taken for white": white, "its density known": known, "truth": x}
 for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
     axis.imshow(picture[0].clamp(0, 1).permute(1, 2, 0))
     axis.set_title(title if title == "truth" else f"{title}\n{psnr(picture, x).item():.1f} dB")
     axis.axis("off")
-figure.tight_layout()

@@ -39,7 +39,7 @@ print(f"largest R-hat {posterior.r_hat.max():.2f}; chains have mixed below 1.05"
 
 # %%
 
-figure, axes = plt.subplots(1, 5, figsize=(12, 3))
+_, axes = plt.subplots(1, 5, figsize=(12, 3), layout="constrained")
 pictures = {"measured": y, "network": x_hat, "half-width": half_width, "posterior mean": posterior.estimate}
 pictures["deviation"] = posterior.std
 for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
@@ -49,4 +49,3 @@ for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
         axis.imshow(picture[0].clamp(0, 1).permute(1, 2, 0))
     axis.set_title(title)
     axis.axis("off")
-figure.tight_layout()

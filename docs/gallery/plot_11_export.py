@@ -36,9 +36,8 @@ with torch.no_grad():
     x_hat = program(y)
     print(f"largest difference to the network: {(x_hat - model(y, physics)).abs().max():.1e}")
 
-figure, axes = plt.subplots(1, 3, figsize=(8, 2.9))
+_, axes = plt.subplots(1, 3, figsize=(8, 2.9), layout="constrained")
 for axis, title, picture in zip(axes, ["measured", "exported program", "truth"], [y, x_hat, x], strict=True):
     axis.imshow(picture[0].clamp(0, 1).permute(1, 2, 0))
     axis.set_title(title)
     axis.axis("off")
-figure.tight_layout()
