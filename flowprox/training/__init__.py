@@ -6,7 +6,6 @@ The command line is made from these functions, so nothing heavy is imported befo
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 from flowprox.naming import Values
 from flowprox.options import (
@@ -53,17 +52,21 @@ def train_flow(
 
     Errors, of all four functions: see ``flowprox.training.loop.fit``; and ValueError for what cannot be built.
     """
+    from flowprox.training.loop import fit
+    from flowprox.training.tasks import likelihood_task, noise_task
+
     for key, options, nothing, main in (("data", data, _NO_DATA, "train"), ("noise", noise, _NO_NOISE, "name")):
         if options != nothing and not getattr(options, main):
             raise ValueError(f"{key}.{main} is missing; see --help of the command")
     if bool(data.train) == bool(noise.name):
         raise ValueError("give data, the images that the flow is to learn, or noise, and not both")
     if not noise.name:
-        recipe = {"flow": flow, "likelihood": likelihood}
-        return _fit("likelihood_task", (flow, data, likelihood), data, training, out, recipe, resume, name)
+        task = functools.partial(likelihood_task, flow, data, likelihood)
+        return fit(task, data, training, out, {"flow": flow, "likelihood": likelihood}, resume, name)
     if likelihood != _LIKELIHOOD:
         raise ValueError("likelihood tells how images become continuous; noise needs none: leave it out")
-    return _fit("noise_task", (flow, noise), noise, training, out, {"flow": flow}, resume, name)
+    task = functools.partial(noise_task, flow, noise)
+    return fit(task, noise, training, out, {"flow": flow}, resume, name)
 
 
 def train_unfolded(
@@ -86,8 +89,11 @@ def train_unfolded(
         resume: continue the run in OUT, if there is one.
         name: the model's name in its card.
     """
-    recipe = {"model": model, "problem": problem}
-    return _fit("reconstruction_task", (model, problem, data), data, training, out, recipe, resume, name)
+    from flowprox.training.loop import fit
+    from flowprox.training.tasks import reconstruction_task
+
+    task = functools.partial(reconstruction_task, model, problem, data)
+    return fit(task, data, training, out, {"model": model, "problem": problem}, resume, name)
 
 
 def train_denoiser(
@@ -107,8 +113,15 @@ def train_denoiser(
         out: folder of the run; the network is written to OUT/model.
         resume: continue the run in OUT, if there is one.
         name: the model's name in its card.
+
+    Raises:
+        FileExistsError, ValueError, NonFiniteError: see ``flowprox.training.loop.fit``.
     """
-    return _fit("denoising_task", (denoiser, data), data, training, out, {"denoiser": denoiser}, resume, name)
+    from flowprox.training.loop import fit
+    from flowprox.training.tasks import denoising_task
+
+    task = functools.partial(denoising_task, denoiser, data)
+    return fit(task, data, training, out, {"denoiser": denoiser}, resume, name)
 
 
 def train_gan(
@@ -128,12 +141,12 @@ def train_gan(
         out: folder of the run; the generator is written to OUT/model.
         resume: continue the run in OUT, if there is one.
         name: the model's name in its card.
+
+    Raises:
+        FileExistsError, ValueError, NonFiniteError: see ``flowprox.training.loop.fit``.
     """
-    return _fit("gan_task", (gan, data), data, training, out, {"gan": gan}, resume, name)
+    from flowprox.training.loop import fit
+    from flowprox.training.tasks import gan_task
 
-
-def _fit(task: str, arguments: tuple[object, ...], *others: Any) -> TrainingResult:
-    """``fit`` with the task that a function of ``flowprox.training.tasks`` makes of these arguments, in every process."""
-    from flowprox.training import loop, tasks
-
-    return loop.fit(functools.partial(getattr(tasks, task), *arguments), *others)
+    task = functools.partial(gan_task, gan, data)
+    return fit(task, data, training, out, {"gan": gan}, resume, name)
