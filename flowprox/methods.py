@@ -46,6 +46,7 @@ from flowprox.graphs import compile_regions
 from flowprox.naming import Values, nearest, require_level
 from flowprox.noise import NOISES, FlowNoise, make_noise
 from flowprox.operators import PROBLEMS, Problem, fit_to_divisor, mirrored
+from flowprox.operators.imaging import RealMRI, centered_symmetry
 from flowprox.solvers import LBFGS, Adam, LatentMAP, NoiseMAP, PosteriorSampling, SamplerOptions, TorchLBFGS
 
 _PARTS = ("flow", "model", "noise")
@@ -81,6 +82,8 @@ class Measurement(Reconstructor):
 class SelfEnsemble(Reconstructor):
     """x_hat = (D(y, A) + M D(M y, M A M)) / 2: a network D averaged over the image and its mirror image, M left to right.
 
+    For MRI of real images M runs over all symmetries of the square, or of the rectangle.
+
     References:
         Lim et al. 2017, Enhanced deep residual networks for super-resolution, https://arxiv.org/abs/1707.02921, Sec. 3.4
 
@@ -103,6 +106,10 @@ class SelfEnsemble(Reconstructor):
     def forward(self, y: Tensor, physics: Physics) -> Tensor:  # type: ignore[override]
         if not isinstance(physics, LinearPhysics):
             raise ValueError(f"{type(physics).__name__} has no mirror image that is known")
+        if isinstance(physics, RealMRI):
+            n = 8 if y.shape[-2] == y.shape[-1] else 4
+            each = (self.model(centered_symmetry(y, k), physics.symmetry(k)) for k in range(n))
+            return torch.stack([centered_symmetry(x_hat, k, back=True) for k, x_hat in enumerate(each)]).mean(0)
         return (self.model(y, physics) + self.model(y.flip(-1), mirrored(physics)).flip(-1)) / 2
 
 
@@ -362,7 +369,7 @@ METHODS: dict[str, Method] = {
     "self-ensemble": Method(
         SelfEnsemble,
         "a trained network, averaged over the image and its mirror image",
-        ("denoising", "inpainting", "random-inpainting", "deblurring", "super-resolution"),
+        ("denoising", "inpainting", "random-inpainting", "deblurring", "super-resolution", "mri"),
     ),
     "latent-map": Method(
         _flat(LatentMAP, "optimizer", **_OPTIMIZERS),

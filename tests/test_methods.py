@@ -16,6 +16,7 @@ from flowprox.flows import Flow, Glow
 from flowprox.methods import METHODS, Method, check_options, make_method, method_options
 from flowprox.networks import DCGANGenerator
 from flowprox.operators import PROBLEMS, make_physics, measure_each, mirrored
+from flowprox.operators.imaging import RealMRI, centered_symmetry
 from flowprox.prox import UNetProx
 from flowprox.unfolding import UnfoldedPGD
 
@@ -77,7 +78,22 @@ def test_a_self_ensemble_commutes_with_the_mirror(problem: str) -> None:
     network = _parts("unfolded")["model"]
     assert not torch.allclose(network(y.flip(-1), mirror), network(y, physics).flip(-1))
     with pytest.raises(ValueError, match="has no mirror image"):
-        method(torch.rand(1, 6, *SHAPE[1:]), make_physics("mri", SHAPE))
+        method(torch.rand(1, 6, 1, *SHAPE[1:]), make_physics("multicoil-mri", SHAPE, n_coils=1))
+
+
+def test_a_self_ensemble_of_mri_commutes_with_every_symmetry_of_the_square() -> None:
+    method = make_method("self-ensemble", "mri", **_parts("self-ensemble"))
+    physics = make_physics("mri", SHAPE, sigma=0.1)
+    assert isinstance(physics, RealMRI)
+    x = torch.rand(1, *SHAPE)
+    y, network = physics.A(x), _parts("unfolded")["model"]
+    for k in range(1, 8):
+        turned, other = centered_symmetry(y, k), physics.symmetry(k)
+        torch.testing.assert_close(other.A(centered_symmetry(x, k)), turned)
+        torch.testing.assert_close(
+            method(turned, other), centered_symmetry(method(y, physics), k), rtol=1e-4, atol=1e-4
+        )
+        assert not torch.allclose(network(turned, other), centered_symmetry(network(y, physics), k))
 
 
 def test_a_network_is_compiled_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

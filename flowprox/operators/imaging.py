@@ -99,6 +99,14 @@ class RealMRI(ExactProx):
         inverse = torch.where(gram > 0, 1.0 / torch.where(gram > 0, gram, torch.ones_like(gram)), 0.0)
         return torch.fft.irfft2(inverse * torch.fft.rfft2(self.A_adjoint(y)), s=y.shape[-2:])
 
+    def symmetry(self, k: int) -> RealMRI:
+        """The operator of images and measurements after ``centered_symmetry(., k)``."""
+        assert self.img_size is not None
+        mask = centered_symmetry(self.get_buffer("mask"), k)
+        other = RealMRI(mask, (self.img_size[0], *mask.shape), device=mask.device)
+        other.set_noise_model(self.noise_model)
+        return other
+
     @property
     def _channels(self) -> int:
         assert self.img_size is not None
@@ -108,6 +116,19 @@ class RealMRI(ExactProx):
         expected, got = (factor * self._channels, *self.get_buffer("mask").shape), tuple(x.shape[1:])
         if got != expected:
             raise ValueError(f"{name} of shape {got} do not fit the MRI operator, which takes {expected}")
+
+
+def centered_symmetry(x: Tensor, k: int, back: bool = False) -> Tensor:
+    """The k-th of the 8 symmetries of a square, of x (..., H, W) about the pixel (H // 2, W // 2); ``back`` undoes it.
+
+    Those below 4 keep the shape. An image and its centered Fourier transform take them alike.
+    """
+    if k & 4 and back:
+        x = x.mT
+    for dim in (-1, -2):
+        if k & -dim:
+            x = x.flip(dim).roll(1 - x.shape[dim] % 2, dim)
+    return x.mT if k & 4 and not back else x
 
 
 class CoilMRI(MultiCoilMRI):
