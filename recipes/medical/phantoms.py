@@ -1,5 +1,5 @@
-"""Random phantoms to train on where no medical images may be had, gray PNGs: bodies of nested ellipses with texture, and heads, layers
-around a brain whose cortex is folded, as bright as scanners leave them.
+"""Random phantoms to train on where no medical images may be had, gray PNGs: bodies of nested ellipses with texture, and heads,
+layers around a brain whose cortex is folded, as bright as scanners leave them.
 
     python recipes/medical/phantoms.py runs/phantoms --n 400 --size 256 --seed 0
     python recipes/medical/phantoms.py runs/heads --kind head --n 600
@@ -49,8 +49,8 @@ def phantom(size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def head(size: int, rng: np.random.Generator) -> np.ndarray:
-    """(H, W) uint8: skin, fat, skull and liquid around a brain of white matter, gray matter along its furrows, and ventricles, under
-    the uneven brightness and the noise of a scanner."""
+    """(H, W) uint8: skin, fat, skull and liquid around a brain of white matter, gray matter along its furrows, and ventricles,
+    under the uneven brightness and the noise of a scanner."""
     body = ellipse(size, rng, rng.uniform(0.7, 1.1), 0.15)
     depth = distance_transform_edt(body) / size  # from the skin inwards
     borders = np.cumsum(rng.uniform([0.0, 0.005, 0.005, 0.0], [0.015, 0.03, 0.03, 0.02]))
@@ -59,7 +59,8 @@ def head(size: int, rng: np.random.Generator) -> np.ndarray:
     liquid, white = levels[3], rng.uniform(0.4, 0.9)
     gray = white * rng.uniform(0.6, 0.95) if rng.random() < 0.8 else white * rng.uniform(1.05, 1.3)
     scale = rng.uniform(4.0, 10.0)
-    folds = gaussian_filter(rng.standard_normal((size, size)), scale) + 0.5 * gaussian_filter(rng.standard_normal((size, size)), scale / 2)
+    coarse, fine = (gaussian_filter(rng.standard_normal((size, size)), s) for s in (scale, scale / 2))
+    folds = coarse + 0.5 * fine
     furrow = np.abs(folds / folds.std())
     inwards = np.clip(1 - (depth - borders[3]) / rng.uniform(0.06, 0.25), 0, 1)  # 1 at the brain's surface
     cortex = np.maximum(inwards, rng.uniform(0.0, 0.3)) ** 0.5
