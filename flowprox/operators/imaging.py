@@ -101,9 +101,8 @@ class RealMRI(ExactProx):
 
     def symmetry(self, k: int) -> RealMRI:
         """The operator of images and measurements after ``centered_symmetry(., k)``."""
-        assert self.img_size is not None
         mask = centered_symmetry(self.get_buffer("mask"), k)
-        other = RealMRI(mask, (self.img_size[0], *mask.shape), device=mask.device)
+        other = RealMRI(mask, (self._channels, mask.shape[0], mask.shape[1]), device=mask.device)
         other.set_noise_model(self.noise_model)
         return other
 
