@@ -156,7 +156,7 @@ def completed(words: list[str]) -> list[str]:
     """The words as the parser takes them.
 
     Switches get their value, recipes by name their path; recipes stand right after the command, so that options override
-    them and a later recipe an earlier one; and other training images are validated by their own part.
+    them and a later recipe an earlier one; and other training images are validated by their own part, under terms of their own.
     """
     words = _with_values_of_switches(words)
     recipes, others, rest = [], [], iter(words)
@@ -171,8 +171,9 @@ def completed(words: list[str]) -> list[str]:
                 check_yaml(Path(value))
             others.append(word)
     keys = {word.partition("=")[0] for word in others}
-    if recipes and "--data.train" in keys and not {"--data.validation", "--data"} & keys:
-        others.append("--data.validation=null")
+    if recipes and "--data.train" in keys:
+        own = {"validation": "null", "terms": "not stated; the terms of a network that this one started from go on"}
+        others += [f"--data.{key}={value}" for key, value in own.items() if not {f"--data.{key}", "--data"} & keys]
     return [*others[:1], *recipes, *others[1:]]
 
 
