@@ -12,6 +12,7 @@ import math
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +23,7 @@ from deepinv.models import Reconstructor
 from deepinv.physics import Inpainting, Physics
 from torch import Tensor, nn
 
-from flowprox.checkpoints import Card, list_models, load_model
+from flowprox.checkpoints import Card, list_models, load_card, load_model
 from flowprox.flows import Flow, NonFiniteError
 from flowprox.metrics import best_scaled, psnr, ssim
 from flowprox.naming import Values
@@ -161,6 +162,10 @@ def calibration_of(network: object, problem: Problem, seed: int = 0) -> Interval
         shipped.check(card.sha256, problem, seed)
     except ValueError:  # they are for another problem
         return None
+    alarm, prior_sha256 = shipped.alarm, shipped.card.training.get("prior_sha256")
+    if alarm is not None and alarm.prior is not None and load_card(alarm.prior).sha256 != prior_sha256:
+        warnings.warn(f"no alarm: another model {alarm.prior!r} stands before the prior it was made with", stacklevel=2)
+        shipped.alarm = None
     return shipped
 
 

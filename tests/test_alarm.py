@@ -107,6 +107,19 @@ def test_a_prior_looks_at_the_estimates(world: World) -> None:
         doubts_of(world.network, watched)
 
 
+def test_a_folder_that_hides_the_prior_takes_the_shipped_alarm_away_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, problem = load_model("unfolded-denoising-faces64"), Problem("denoising", {"sigma": 0.2})
+    shipped = calibration_of(network, problem)
+    assert shipped is not None and doubts_of(network, shipped) is not None
+    save_model(Glow((3, SIDE, SIDE), n_levels=1, n_steps=1, hidden_channels=4), tmp_path / "glow-faces64", {})
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="no alarm: another model 'glow-faces64'"):
+        shipped = calibration_of(network, problem)
+    assert shipped is not None and doubts_of(network, shipped) is None
+
+
 def test_p_values_are_uniform() -> None:
     """The estimate is the image, so that residual, latents and density are independent draws of one kind."""
     flow = Glow((1, 4, 4), n_levels=1, n_steps=1, hidden_channels=4).eval()

@@ -157,7 +157,11 @@ def reconstruct_files(
                         y, x, physics = task.measurement(image)
                         show = partial(lambda before, n, n_most: shown.update(bar, completed=before + n / n_most), i)
                         (found,) = estimate(task.method(y.shape[1:]), y, physics, task.kind, x, show, task.doubts)
-                        record = key | task.write(image, (y, x, physics), found, out)
+                        half_width = task.half_width(found.x_hat, y, physics)
+                        if task.density is not None:
+                            found = task.with_samples(image, found, y, physics, out)
+                        record = key | task.write(image, y[0], found, half_width, out)
+                        record |= task.interval(found, half_width, x)
                         records.write(record)
                     finished[image.label] = record
                     if record.get("reason") == "interrupted":
@@ -398,46 +402,55 @@ class _Task:
         content, physics = content.to(self.job.device), self.physics(shape)
         if image.is_measurement:
             return content, None, physics
-        return measure_each(content, physics, [image_seed(self.job.seed, image.path.stem)]), content, physics
+        return measure_each(content, physics, [self._seed(image)]), content, physics
 
-    def write(
-        self, image: Input, measured: tuple[Tensor, Tensor | None, Physics], found: Estimate, out: Path
-    ) -> Record:
+    def _seed(self, image: Input) -> int:
+        return image_seed(self.job.seed, image.path.stem)
+
+    @torch.no_grad()
+    def half_width(self, x_hat: Tensor, y: Tensor, physics: Physics) -> Tensor | None:
+        """Of the intervals (C, H, W), if there are any."""
+        return None if self.intervals is None else self.intervals(x_hat[None].to(y.device), y, physics)[0].cpu()
+
+    def with_samples(self, image: Input, found: Estimate, y: Tensor, physics: Physics, out: Path) -> Estimate:
+        """Draw and write the samples, with the image's seed: the estimate with their deviation."""
+        assert self.density is not None and isinstance(physics, LinearPhysics)
+        generator = torch.Generator().manual_seed(self._seed(image))
+        samples = self.density.sample(y, physics, self.job.samples, generator)[:, 0].cpu()
+        folder = _made(out, "samples", image.name)
+        for i, x in enumerate(samples):
+            save_image(x, folder / f"{i}.png")
+        deviation = samples.std(0)
+        facts = {"samples": len(samples), "mean_deviation": float(deviation.mean())}
+        return found._replace(deviation=deviation, facts=found.facts | facts)
+
+    def interval(self, found: Estimate, half_width: Tensor | None, x: Tensor | None) -> Record:
+        """What the record says of the intervals."""
+        if self.intervals is None or half_width is None:
+            return {}
+        card, facts = self.intervals.card, {"mean_half_width": float(half_width.mean())}
+        if x is not None:
+            inside = (found.x_hat - x[0].cpu()).abs() <= half_width
+            facts["coverage"] = float(inside.double().mean())
+        return {
+            "intervals": {"alpha": self.intervals.alpha, "calibration": card.name, "sha256": card.sha256[:16], **facts}
+        }
+
+    def write(self, image: Input, y: Tensor, found: Estimate, half_width: Tensor | None, out: Path) -> Record:
         """Write the image's files, or none; its record. What was measured in gray stays gray."""
-        (y, x, physics), (x_hat, facts, deviation) = measured, found
-        seed = image_seed(self.job.seed, image.path.stem)
-        half_width, more = None, {}
-        if self.intervals is not None:
-            with torch.no_grad():
-                half_width = self.intervals(x_hat[None].to(y.device), y, physics)[0].cpu()
-            card = self.intervals.card
-            more = {"alpha": self.intervals.alpha, "calibration": card.name, "sha256": card.sha256[:16]}
-            more = {"intervals": more | {"mean_half_width": float(half_width.mean())}}
-            if x is not None:
-                inside = (x_hat - x[0].cpu()).abs() <= half_width
-                more["intervals"]["coverage"] = float(inside.double().mean())
-        if self.density is not None:
-            assert isinstance(physics, LinearPhysics)
-            generator = torch.Generator().manual_seed(seed)
-            samples = self.density.sample(y, physics, self.job.samples, generator)[:, 0].cpu()
-            for i, sample in enumerate(samples):
-                save_image(sample, _made(out, "samples", image.name) / f"{i}.png")
-            deviation = samples.std(0)
-            facts = facts | {"samples": len(samples), "mean_deviation": float(deviation.mean())}
-        y = y[0]
         colored = half_width is not None or self.density is not None
-        if x is None and not colored and y.ndim == 3 and len(y) == 3 and bool((y == y[:1]).all()):
-            deviation = None if deviation is None else deviation.mean(0, keepdim=True)
-            x_hat, y = x_hat.mean(0, keepdim=True), y[:1]
+        if image.is_measurement and not colored and y.ndim == 3 and len(y) == 3 and bool((y == y[:1]).all()):
+            std = None if found.deviation is None else found.deviation.mean(0, keepdim=True)
+            found, y = found._replace(x_hat=found.x_hat.mean(0, keepdim=True), deviation=std), y[:1]
         try:
-            write_picture(x_hat, out, image.name, image.form)
+            write_picture(found.x_hat, out, image.name, image.form)
             write = write_picture if self.kind.measures_pictures else write_array
             write(y.cpu(), out / "measurements", image.name)
-            if deviation is not None:
-                write_deviation(deviation, _made(out, "deviations"), image.name)
+            if found.deviation is not None:
+                write_deviation(found.deviation, _made(out, "deviations"), image.name)
             if half_width is not None:
-                write_array(x_hat - half_width, _made(out, "lower"), image.name)
-                write_array(x_hat + half_width, _made(out, "upper"), image.name)
+                write_array(found.x_hat - half_width, _made(out, "lower"), image.name)
+                write_array(found.x_hat + half_width, _made(out, "upper"), image.name)
                 write_deviation(half_width, _made(out, "half-widths"), image.name)
         except BaseException:
             remove_image(out, image.name)
@@ -453,12 +466,11 @@ class _Task:
             **self.facts,
             "measured": image.is_measurement,
             "assumed": self.assumed,
-            "height": x_hat.shape[1],
-            "width": x_hat.shape[2],
+            "height": found.x_hat.shape[1],
+            "width": found.x_hat.shape[2],
             **({"operator_seed": self.operator_seed} if self.kind.drawn else {}),
-            **({} if image.is_measurement else {"seed": seed}),
-            **facts,
-            **more,
+            **({} if image.is_measurement else {"seed": self._seed(image)}),
+            **found.facts,
         }
 
 

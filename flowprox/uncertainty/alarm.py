@@ -56,7 +56,7 @@ class Alarm(Specified, nn.Module):
         prior: name or folder of the prior of clean images; None is none.
 
     Raises:
-        ValueError: not as many sizes as scores; the level is outside (0, 1), or too low for the number of images, and the
+        ValueError: sizes are no mapping; the level is outside (0, 1), or too low for the number of images, and the
             message says how many are needed.
     """
 
