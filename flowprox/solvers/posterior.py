@@ -97,7 +97,7 @@ class SamplerOptions:
         precondition: estimate a scale per latent dimension and image (and, for the rotating samplers, a center) during
             warm-up. "dense" moves in the coordinates in which the posterior is white where the chains are after a third of
             the warm-up, by its Gauss-Newton Hessian I + J^T J / sigma^2: for Gaussian noise. It takes D runs of the flow
-            for each chain, twice, and 16 D^2 bytes for each image.
+            for each chain, twice, and 20 D^2 bytes.
         n_kept: draws per chain that are returned, evenly spaced; mean and standard deviation are over all of them.
         jitter: relative spread of the step size, at least 0 and less than 1.
 
@@ -331,18 +331,18 @@ class _Target:
             raise ValueError('precondition "dense" is for operators and noise that all images share: solve one by one')
         factors = []
         for image, level in enumerate(sigma.expand(z.shape[1]).tolist()):
-            hessian = torch.eye(z.shape[2], dtype=torch.float64, device=z.device)
+            hessian = torch.eye(z.shape[2]).to(z)
             for one in z[:, image]:
-                here = self.physics.A(self.problem.decode(one[None])).flatten()
-                steps = torch.eye(len(one)).to(one).mul_(_STEP).split(_BATCH)
-                columns = [
-                    (self.physics.A(self.problem.decode(one + step)).flatten(1) - here) / _STEP for step in steps
-                ]
-                jacobian = torch.cat(columns).double() / level  # (D, m)
-                hessian.addmm_(jacobian, jacobian.T, alpha=1 / len(z))
-                self.n_evaluations += len(one)
-            factors.append(torch.linalg.cholesky(hessian).to(z))
+                _add_square(hessian, self._jacobian(one) / level, 1 / len(z))
+            factors.append(torch.linalg.cholesky(hessian.double()).to(z))
         self.whitening = z.mean(0), torch.stack(factors)
+
+    def _jacobian(self, z: Tensor) -> Tensor:
+        """Of A(g(z)) at z (D,), transposed, (D, m), by differences."""
+        self.n_evaluations += len(z)
+        here = self.physics.A(self.problem.decode(z[None])).flatten()
+        steps = torch.eye(len(z)).to(z).mul_(_STEP).split(_BATCH)
+        return torch.cat([(self.physics.A(self.problem.decode(z + step)).flatten(1) - here) / _STEP for step in steps])
 
     def latents(self, w: Tensor) -> Tensor:
         """z (M, B, D) of what the chains move in."""
@@ -392,6 +392,12 @@ class _Target:
         if not self.per_image:
             return function(values)
         return torch.cat([function(chain) for chain in values.split(len(self.y))])
+
+
+def _add_square(hessian: Tensor, jacobian: Tensor, weight: float, n_rows: int = 1024) -> None:
+    """Add weight J J^T, of J (D, m), to the lower triangle of a matrix (D, D); above it some of it is missing."""
+    for end in range(n_rows, len(jacobian) + n_rows, n_rows):
+        hessian[end - n_rows : end, :end].addmm_(jacobian[end - n_rows : end], jacobian[:end].T, alpha=weight)
 
 
 class _Record:

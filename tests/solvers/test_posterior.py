@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flowprox.flows import ActNorm, Conv1x1, Flow, HaarSqueeze, Sequential, Unsqueeze
 from flowprox.operators import make_physics
-from flowprox.solvers.posterior import TRACES, PosteriorSampling, PosteriorSolution, SamplerOptions
+from flowprox.solvers.posterior import TRACES, PosteriorSampling, PosteriorSolution, SamplerOptions, _add_square
 from flowprox.solvers.sampling import KERNELS
 
 SHAPE = (1, 4, 4)
@@ -376,3 +376,11 @@ class Cut(Denoising):
 def test_wrong_measurements(y: Tensor, physics: Physics | None, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         quick().solve(y, physics or make_physics("denoising", SHAPE, sigma=0.1), **arguments)
+
+
+@pytest.mark.parametrize("n_rows", [3, 100])
+def test_a_hessian_is_added_up_in_blocks_of_rows(n_rows: int) -> None:
+    jacobian = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    hessian = torch.eye(7)
+    _add_square(hessian, jacobian, 0.5, n_rows)
+    torch.testing.assert_close(hessian.tril(), (torch.eye(7) + 0.5 * jacobian @ jacobian.T).tril())
