@@ -207,6 +207,8 @@ def faked(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     for module in model.modules():
         if hasattr(module, "_initialization_pending"):
             module._initialization_pending = False  # type: ignore[assignment]
+        if module._buffers.pop("data_dep_init_done", None) is not None:  # normflows' ActNorm reads it in every pass
+            module.data_dep_init_done = True  # type: ignore[assignment]
         for values in (module._parameters, module._buffers):
             for name, value in values.items():
                 if value is not None:

@@ -72,7 +72,8 @@ class Request:
     @property
     def parameters(self) -> dict[str, Any]:
         """Of the problem, without the mask."""
-        blur = {"sigma_blur": self.width, "kernel_size": 2 * round(3 * self.width) + 1, "boundary": "replicate"}
+        blur = {"sigma_blur": self.width, "kernel_size": 2 * round(3 * self.width) + 1}
+        blur |= {"boundary": "replicate"} if self.is_clean else {}
         return {"sigma": self.sigma} | (blur if self.problem == "deblurring" else {})
 
     @property

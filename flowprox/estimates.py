@@ -87,7 +87,7 @@ def estimate(
     """
     divisor = divisor_of(method)
     fitted = Fitted(y, physics, slice(None), slice(None))  # type: ignore[arg-type]
-    if kind.extend is not None and any(side % divisor for side in y.shape[-2:]):
+    if kind.extend is not None and divisor > 1:
         fitted = kind.extend(y, physics, divisor)  # type: ignore[arg-type]
     solve = getattr(method, "solve", method)
     takes = inspect.signature(getattr(method, "solve", method.forward)).parameters

@@ -29,7 +29,7 @@ from flowprox.flows import Flow
 from flowprox.methods import make_method
 from flowprox.metrics import psnr
 from flowprox.naming import Values, require_device
-from flowprox.operators import PROBLEMS, Problem, make_physics
+from flowprox.operators import PROBLEMS, Problem, make_physics, measured_part
 from flowprox.records import Record
 
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
@@ -128,7 +128,7 @@ def restore(
     trained = getattr(getattr(network, "card", None), "problem", None) or {}
     own = mask is not None or kernel is not None
     known = trained.get("parameters", {}) if trained.get("name") == name and not own else {}
-    operator = Problem(name, known).replaced(**_operator_parameters(name, mask, kernel), **parameters)
+    operator = Problem(name, known).replaced(**{**_operator_parameters(name, mask, kernel), **parameters})
     kind = PROBLEMS[name]
     if not kind.measures_pictures:
         raise ValueError(f"problem {name} measures no pictures; use flowprox reconstruct")
@@ -157,6 +157,8 @@ def restore(
     if name.endswith("inpainting") and not operator.parameters["sigma"] and operator.parameters["noise"] is None:
         kept = physics.get_buffer("mask").reshape(-1, *x_hat.shape[-2:]).cpu() > 0
         x_hat = torch.where(kept, wide[0].cpu(), x_hat)  # what is known without noise stays
+    x_hat = measured_part(x_hat, wide, physics)
+    deviation = None if deviation is None else measured_part(deviation, wide, physics)
     x_hat = x_hat.mean(0, keepdim=True) if y.shape[0] == 1 else x_hat
     x = None if truth is None else _as_tensor(truth, "truth")[0].float()
     if x is not None and x.shape != x_hat.shape:
@@ -167,7 +169,7 @@ def restore(
 
 
 def _operator_parameters(name: str, mask: Picture | None, kernel: object) -> Values:
-    """What a photograph's operator is told: its own mask or kernel, and that it goes on beyond its border."""
+    """What a photograph's operator is told: its own mask or kernel, and that nothing is known beyond its border."""
     parameters: Values = {}
     for key, value in (("mask", mask), ("kernel", kernel)):
         if value is not None and key not in PROBLEMS.get(name, PROBLEMS["denoising"]).parameters:
@@ -181,7 +183,7 @@ def _operator_parameters(name: str, mask: Picture | None, kernel: object) -> Val
                 raise ValueError("kernel is a black picture; its bright pixels are the blur")
             kernel = kernel / kernel.sum()
         parameters["kernel"] = kernel
-    return parameters | ({"boundary": "replicate"} if name == "deblurring" else {})
+    return parameters | ({"boundary": "valid"} if name == "deblurring" else {})
 
 
 def _method(network: Any, trained: Values, operator: Problem, device: str, tile: int) -> Reconstructor:

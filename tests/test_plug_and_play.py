@@ -294,3 +294,14 @@ def test_every_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(f"{home}.load_model", _tiny_model, raising=False)
     for block in BLOCKS:
         exec(compile(block.replace("64", "16"), str(PAGE), "exec"), names)
+
+
+def test_a_flat_picture_stays_flat_where_a_blur_has_seen_less_of_it() -> None:
+    class Unchanged(deepinv.models.Denoiser):
+        def forward(self, x: Tensor, sigma: float | Tensor, **kwargs: object) -> Tensor:
+            return x
+
+    physics = make_physics("deblurring", SHAPE, kernel_size=5, boundary="valid", sigma=0.01)
+    x = torch.full((1, *SHAPE), 0.5)
+    torch.testing.assert_close(PlugAndPlay(Unchanged())(physics.A(x), physics), x, rtol=0, atol=1e-4)
+    assert (PlugAndPlay(Unchanged(), start="adjoint")(physics.A(x), physics) - x).abs().max() > 0.1

@@ -319,7 +319,8 @@ def test_a_photograph_given_to_a_model_is_not_degraded(model: str, pictures: Pat
 def test_a_blurred_photograph_is_not_taken_as_periodic(pictures: Path) -> None:
     job = ReconstructionJob(problem="deblurring", parameters={"kernel_size": 3}, method="adjoint", measured=True)
     (record,) = reconstruct_files(job, [pictures / "one"], pictures / "photo")
-    assert record["parameters"]["boundary"] == "replicate" and "boundary=replicate" in record["assumed"][0]
+    assert record["parameters"]["boundary"] == "valid" and "boundary=valid" in record["assumed"][0]
+    assert (record["height"], record["width"]) == load_image(pictures / "one/a.png").shape[1:]
     given = replace(job, parameters={"kernel_size": 3, "boundary": "circular"})
     assert reconstruct_files(given, [pictures / "one"], pictures / "given")[0]["assumed"] == []
     (record,) = reconstruct_files(replace(job, measured=False), [pictures / "one"], pictures / "clean")

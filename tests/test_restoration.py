@@ -94,6 +94,15 @@ def test_a_picture_is_a_kernel(network: nn.Module, tmp_path: Path) -> None:
     torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
+def test_of_a_blurred_picture_nothing_is_known_beyond_its_border(network: nn.Module) -> None:
+    x, kernel = torch.rand(3, 16, 16), torch.rand(5, 3)
+    kernel = kernel / kernel.sum()
+    one = restore(x, model=network, kernel=kernel).x_hat
+    assert one.shape == x.shape  # what the blur took in from beyond is cut off
+    assert torch.equal(one, restore(x, model=network, kernel=kernel, boundary="valid").x_hat)
+    assert not torch.allclose(one, restore(x, model=network, kernel=kernel, boundary="circular").x_hat)
+
+
 def test_a_flow_is_a_prior(network: Any) -> None:
     flow = network.flows()[0]
     assert restore(torch.rand(3, 8, 8), model=flow, sigma=0.1).image.shape == (3, 8, 8)

@@ -3,7 +3,7 @@ Your kernel
 ===========
 
 A photograph that was shaken, and the path of the shake as the blur's kernel. The prior is the denoiser of
-photographs again; the border is continued, since a photograph goes on beyond it.
+photographs again. What lies beyond the border of a photograph was blurred into it and is not known.
 """
 
 import matplotlib.pyplot as plt
@@ -12,8 +12,8 @@ from skimage.data import astronaut
 
 import flowprox
 
-photo = astronaut()[20:180, 140:300]  # NASA, public domain
-clean = torch.from_numpy(photo.copy()).permute(2, 0, 1) / 255  # (3, 160, 160)
+photo = astronaut()[16:184, 136:304]  # NASA, public domain
+scene = torch.from_numpy(photo.copy()).permute(2, 0, 1) / 255  # (3, 168, 168)
 
 # %%
 # The kernel has odd sides and sum 1: an array, an .npy file, or a picture.
@@ -22,8 +22,9 @@ kernel = torch.zeros(9, 9)
 for i in range(9):
     kernel[min(8, 2 + i // 2), i] = 1 / 9
 
-physics = flowprox.make_physics("deblurring", clean.shape, kernel=kernel, boundary="replicate", sigma=0.01)
-y = physics(clean[None], seed=0)[0]
+physics = flowprox.make_physics("deblurring", scene.shape, kernel=kernel, boundary="valid", sigma=0.01)
+y = physics(scene[None], seed=0)[0]  # (3, 160, 160)
+clean = scene[:, 4:-4, 4:-4]
 restored = flowprox.restore(y, kernel=kernel, sigma=0.01, truth=clean)
 
 # %%

@@ -55,7 +55,8 @@ class PlugAndPlay(Baseline):
         weight: of closeness to the denoised image in the data step of "hqs".
         iteration: "hqs" (the data step is solved exactly) or "pgd" (a gradient step).
         start: x before the first step: "adjoint" (A^T y), for inpainting "biharmonic" (``Biharmonic``), for super-resolution
-            "bicubic" (y enlarged): a denoiser takes black holes for content. None takes what fits the operator.
+            "bicubic" (y enlarged): a denoiser takes black holes for content. None takes what fits the operator: of a blur of
+            boundary "valid" y, continued.
         final_data_step: end with a data step instead of a denoising, for measurements without noise.
 
     Raises:
@@ -127,6 +128,9 @@ class PlugAndPlay(Baseline):
             raise ValueError(f"start 'bicubic' is for super-resolution, not {type(physics).__name__}; use 'adjoint'")
         if self.start == "biharmonic" or (self.start is None and isinstance(physics, Inpainting)):
             return Biharmonic()(y, physics)
+        if self.start is None and getattr(physics, "padding", "") == "valid":  # A^T y is dark at the border
+            below, right = ((n - m) // 2 for n, m in zip(x.shape[-2:], y.shape[-2:], strict=True))
+            return F.pad(y, (right, right, below, below), mode="replicate")
         return F.interpolate(y, x.shape[-2:], mode="bicubic") if is_enlarged and self.start != "adjoint" else x
 
     def schedule(self, x: Tensor, physics: Physics) -> tuple[list[Tensor], Tensor]:

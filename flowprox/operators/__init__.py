@@ -38,13 +38,13 @@ from flowprox.operators.measurements import (
 )
 from flowprox.operators.problems import Problem, VariedProblem, make_physics
 from flowprox.operators.sensing import DenseSensing, OneBitSensing, StructuredSensing
-from flowprox.operators.sizes import Fitted, fit_to_divisor, mirrored
+from flowprox.operators.sizes import Fitted, fit_to_divisor, measured_part, mirrored
 
 __all__ = [
     "BOUNDARIES", "CT", "CircularBlur", "CircularConvolution", "DenseSensing", "CoilMRI", "LearnedBlur", "ExactProx",
     "FILTERS", "Fitted", "OneBitSensing", "PROBLEMS", "PaddedBlur", "Parameter", "Problem", "ProblemKind", "RealMRI",
     "StructuredSensing", "SuperResolution", "VariedProblem", "WindowedBlur", "coil_sensitivities",
     "filtered_backprojection", "kspace_mask", "center_mask", "check_adjoint", "check_measurement", "data_gradient",
-    "data_prox", "fit_to_divisor", "make_physics", "measure", "measure_each", "measured_entries", "measurement_shape",
-    "mirrored", "random_mask", "visibility",
+    "data_prox", "fit_to_divisor", "make_physics", "measure", "measure_each", "measured_entries", "measured_part",
+    "measurement_shape", "mirrored", "random_mask", "visibility",
 ]  # fmt: skip

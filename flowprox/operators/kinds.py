@@ -206,7 +206,7 @@ PROBLEMS: dict[str, ProblemKind] = {
             "boundary": Parameter(
                 "circular",
                 f"what is seen outside: {', '.join(BOUNDARIES)} (nothing: y is smaller); of measured pictures it is "
-                "replicate where none is given",
+                "valid where none is given",
             ),
             "sigma": Parameter(0.01, _SIGMA, "image range"),
             "kernel": Parameter(None, "own kernel (h, w) with odd sides and sum 1; an array, .npy file or picture"),

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from deepinv.physics import Blur, Denoising, Inpainting, LinearPhysics
+from deepinv.physics import Blur, Denoising, Inpainting, LinearPhysics, Physics
 from torch import Tensor
 
 from flowprox.noise import noise_level
@@ -77,6 +77,15 @@ def fit_to_divisor(y: Tensor, physics: LinearPhysics, divisor: int) -> Fitted:
         kind = type(physics).__name__
         raise ValueError(f"measurements of {kind} cannot be extended: use sizes divisible by {divisor}")
     return Fitted(extended, operator, *inside)
+
+
+def measured_part(x: Tensor, y: Tensor, physics: Physics) -> Tensor:
+    """Of x (..., H, W) the pixels that y shows: all but the frame beyond it that a blur of boundary "valid" takes in."""
+    if getattr(physics, "padding", "") != "valid":
+        return x
+    (height, width), (rows, columns) = y.shape[-2:], x.shape[-2:]
+    top, left = (rows - height) // 2, (columns - width) // 2
+    return x[..., top : top + height, left : left + width]
 
 
 def _extended_blur(

@@ -34,7 +34,7 @@ from flowprox.files import check_place, sha256, sole_writer
 from flowprox.flows import Flow
 from flowprox.methods import METHODS, check_options, make_method
 from flowprox.noise import NOISES
-from flowprox.operators import PROBLEMS, Problem, make_physics, measure_each, measurement_shape
+from flowprox.operators import PROBLEMS, Problem, make_physics, measure_each, measured_part, measurement_shape
 from flowprox.reconstruction.files import (
     Input,
     earlier_records,
@@ -160,6 +160,8 @@ def reconstruct_files(
                         half_width = task.half_width(found.x_hat, y, physics)
                         if task.density is not None:
                             found = task.with_samples(image, found, y, physics, out)
+                        if image.is_measurement:
+                            found, half_width = _of_its_size(found, half_width, y, physics)
                         record = key | task.write(image, y[0], found, half_width, out)
                         record |= task.interval(found, half_width, x)
                         records.write(record)
@@ -175,6 +177,16 @@ def reconstruct_files(
                 raise _explained(error, images[len(finished)].label, after) from error
             write_volumes(images, out)
     return list(finished.values())
+
+
+def _of_its_size(
+    found: Estimate, half_width: Tensor | None, y: Tensor, physics: Physics
+) -> tuple[Estimate, Tensor | None]:
+    """What is shown of a measurement's estimate, and of its intervals: as much as was measured."""
+    parts = (found.x_hat, found.deviation, half_width)
+    x_hat, deviation, half_width = (part if part is None else measured_part(part, y, physics) for part in parts)
+    assert x_hat is not None
+    return found._replace(x_hat=x_hat, deviation=deviation), half_width
 
 
 def _progress(found: Mapping[str, Record], images: Sequence[Input], out: Path) -> str:
@@ -355,9 +367,9 @@ class _Task:
             )
         has_border = "boundary" in self.kind.parameters and "boundary" not in (self.job.parameters or {})
         if pictures and self.measured and has_border:
-            self.problem, self._physics = self.problem.replaced(boundary="replicate"), None
+            self.problem, self._physics = self.problem.replaced(boundary="valid"), None
             self._methods.clear()
-            self.assumed.append("beyond its border a photograph goes on as its last pixel, boundary=replicate")
+            self.assumed.append("what lies beyond a photograph's border is not known, boundary=valid")
         check = getattr(self.parts["model"], "check", None)
         used_for = Problem("denoising", {"sigma": 0.0}) if self.name == "plug-and-play" else self.problem
         self.assumed += [] if check is None else check(used_for)
@@ -417,8 +429,9 @@ class _Task:
         assert self.density is not None and isinstance(physics, LinearPhysics)
         generator = torch.Generator().manual_seed(self._seed(image))
         samples = self.density.sample(y, physics, self.job.samples, generator)[:, 0].cpu()
+        shown = measured_part(samples, y, physics) if image.is_measurement else samples
         folder = _made(out, "samples", image.name)
-        for i, x in enumerate(samples):
+        for i, x in enumerate(shown):
             save_image(x, folder / f"{i}.png")
         deviation = samples.std(0)
         facts = {"samples": len(samples), "mean_deviation": float(deviation.mean())}
