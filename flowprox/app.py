@@ -219,4 +219,7 @@ def serve(port: int, show: bool = False) -> None:
     from gradio.themes import Base  # pyright: ignore[reportMissingImports]
 
     local = Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none from elsewhere
-    page.launch(server_name="127.0.0.1", server_port=port, inbrowser=show, share=False, ssr_mode=False, theme=local)
+    print(f"http://127.0.0.1:{port}, for this machine alone; Ctrl-C ends it", flush=True)
+    page.launch(
+        server_name="127.0.0.1", server_port=port, inbrowser=show, share=False, quiet=True, ssr_mode=False, theme=local
+    )

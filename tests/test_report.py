@@ -138,10 +138,10 @@ def test_measured_beside_published(page: str) -> None:
     assert "Published in: Somebody (2020), Table 1." in text
 
 
-def test_without_published_figures_the_page_says_so(results: Path) -> None:
+def test_published_figures_are_those_of_the_recipe(results: Path) -> None:
     (results / "recipe.yaml").unlink()
     text = read(write_report(results, TABLES)).text
-    assert "No published figures" in text and "−1.50" not in text
+    assert "28.50" in text and "−1.50" not in text and "not run here" not in text
 
 
 def test_means_intervals_comparisons_and_cases(page: str) -> None:

@@ -142,7 +142,6 @@ def _chapter(contents: Contents, name: str, options: ReportOptions) -> Record:
         "facts": _facts(chapter.records),
         "notes": [*chapter.notes, *missing],
         "overview": [*overview, contents.beside_published()] if shows("overview") else [],
-        "wants_published": not chapter.published.psnr and any(record.get("recipe") for record in chapter.records),
         "curves": charts.curves(contents, f"{name}-v") if shows("curves") else [],
         "sections": sections,
         "tuning": contents.tuning() if shows("tuning") and chapter.tuning else None,
