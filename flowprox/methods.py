@@ -540,7 +540,7 @@ def make_method(
     if problem_name in PROBLEMS and PROBLEMS[problem_name].measures_pictures:
         for key, value in (*options.items(), *(noise.items() if isinstance(noise, Mapping) else ())):
             if key in ("sigma", "sigma_start"):
-                require_level(key, value)
+                require_level(key, value, most=2.0)  # a method may be told more than there is
     loaded = {
         key: _noise(part, shape, device) if key == "noise" else _loaded(part, device)
         for key, part in parts.items()

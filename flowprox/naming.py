@@ -84,9 +84,9 @@ def require_positive(name: str, value: float, or_zero: bool = False) -> None:
         raise ValueError(f"{name} must be finite and {'at least 0' if or_zero else 'positive'}, got {value!r}")
 
 
-def require_level(name: str, value: object) -> None:
-    """Raise ``ValueError`` for a noise level above 1, which pictures in [0, 1] do not have."""
-    if isinstance(value, int | float) and value > 1:
+def require_level(name: str, value: object, most: float = 1.0) -> None:
+    """Raise ``ValueError`` for a noise level above ``most``, which pictures in [0, 1] do not have."""
+    if isinstance(value, int | float) and value > most:
         known = f"{value:g}/255 = {value / 255:.3g}, as {name}={value / 255:.3g}"
         raise ValueError(
             f"{name} is {value:g}, and images lie in [0, 1]; one of 8-bit gray levels is divided by 255: {known}"

@@ -21,6 +21,7 @@ from PIL import Image
 
 from flowprox import list_models
 from flowprox.cli import completed, main, make_parser
+from flowprox.methods import METHODS, make_method
 from flowprox.training.tasks import gan_task, reconstruction_task
 
 FOLDER = Path(__file__).parents[1] / "recipes"
@@ -205,3 +206,16 @@ def test_later_recipes_override_earlier_ones_and_options_both(tmp_path: Path) ->
     made = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert (made["name"], made["model"]["n_folds"], made["training"]["max_steps"]) == ("mine", 4, 1)
     assert made["problem"]["parameters"] == {"sigma": 0.2}
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "evaluate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_methods_take_every_value_that_a_recipe_tries(path: Path) -> None:
+    """At smoke a grid has one value only."""
+    recipe = yaml.safe_load(path.read_text())
+    problems = {problem["name"] for problem in recipe["problems"]}
+    for method in recipe["methods"]:
+        name, grids = method["name"], {**method.get("tune", {}), **method.get("series", {})}
+        fitting = filter(METHODS[name].applies_to, () if METHODS[name].parts else problems)
+        for problem, (option, values) in itertools.product(fitting, grids.items()):
+            for value in values:
+                make_method(name, problem, **{option: value})
