@@ -45,8 +45,9 @@ from flowprox.flows import Flow, frozen
 from flowprox.graphs import compile_regions
 from flowprox.naming import Values, nearest, require_level
 from flowprox.noise import NOISES, FlowNoise, make_noise
-from flowprox.operators import PROBLEMS, Problem, fit_to_divisor, mirrored
+from flowprox.operators import PROBLEMS, PaddedBlur, Problem, fit_to_divisor, mirrored
 from flowprox.operators.imaging import RealMRI, centered_symmetry
+from flowprox.operators.sizes import continued
 from flowprox.solvers import LBFGS, Adam, LatentMAP, NoiseMAP, PosteriorSampling, SamplerOptions, TorchLBFGS
 
 _PARTS = ("flow", "model", "noise")
@@ -73,9 +74,11 @@ class Adjoint(Reconstructor):
 
 
 class Measurement(Reconstructor):
-    """x_hat = y: what doing nothing gives, where the measurement is a picture of the image's size."""
+    """x_hat = y: what doing nothing gives, where the measurement is a picture of the image's size, or less a blur's frame."""
 
     def forward(self, y: Tensor, physics: Physics) -> Tensor:  # type: ignore[override]
+        if isinstance(physics, PaddedBlur) and physics.padding == "valid":
+            return continued(y, physics.A_adjoint(y))
         return y
 
 
@@ -153,15 +156,22 @@ class Tiled(Reconstructor):
         self, y: Tensor, physics: LinearPhysics, callback: Callable[[int, int], None] | None = None
     ) -> Tensor:
         """x_hat (B, C, H, W); ``callback`` is called after every tile with their number so far and in all."""
-        is_local = isinstance(physics, Denoising | Inpainting)
-        if is_local and y.shape[1] == 1 and self.n_channels not in (None, 1):
+        is_local, n = isinstance(physics, Denoising | Inpainting), int(self.n_channels or 1)
+        alike = self.is_measured and y.shape[1] == n and bool((y == y[:, :1]).all())  # gray, in colors
+        if is_local and n > 1 and (y.shape[1] == 1 or alike):
             # the colors' noise is one: gray has as much of it as colors of sqrt(C) times the level have
-            contrast, louder = 1.0, _louder(physics, math.sqrt(self.n_channels)) if self.is_measured else physics
+            contrast, louder = 1.0, _louder(physics, math.sqrt(n)) if self.is_measured else physics
             if isinstance(physics, Denoising) and self.levels and louder is not physics:  # no more than it knows
                 contrast = float((max(self.levels) / louder.noise_model.sigma.max()).clamp(max=1))  # type: ignore[union-attr, operator]
                 louder = _louder(louder, contrast)
-            colors = (0.5 + contrast * (y - 0.5)).expand(-1, self.n_channels, -1, -1)
-            return 0.5 + (self(colors, louder, callback).mean(1, keepdim=True) - 0.5) / contrast
+            colors = (0.5 + contrast * (y - 0.5)).expand(-1, n, -1, -1)
+            gray = 0.5 + (self._whole(colors, louder, callback).mean(1, keepdim=True) - 0.5) / contrast
+            return gray.expand_as(y)
+        return self._whole(y, physics, callback)
+
+    def _whole(self, y: Tensor, physics: LinearPhysics, callback: Callable[[int, int], None] | None) -> Tensor:
+        """The estimate of measurements with the channels that the model takes."""
+        is_local = isinstance(physics, Denoising | Inpainting)
         if not is_local or not self.tile or y.shape[-2] * y.shape[-1] <= self.tile**2:
             return self.model(y, physics)
         fitted = fit_to_divisor(y, physics, self.divisor)

@@ -21,6 +21,7 @@ from deepinv.models import Reconstructor
 from PIL import Image
 from torch import Tensor
 
+from flowprox.baselines import PlugAndPlay
 from flowprox.checkpoints import load_model
 from flowprox.data import ARRAY_SUFFIXES, load_image, load_measurement, picture_form, suffix_of
 from flowprox.data.files import as_pil, form_of_pil, from_pil
@@ -112,7 +113,7 @@ def restore(
         OSError: a file cannot be read.
 
     Warns:
-        UserWarning: the alarm of a calibrated model is raised.
+        UserWarning: the alarm of a calibrated model is raised, or the model was not trained for what it is used for.
 
     Example:
         >>> from flowprox.samples import sample_images
@@ -132,6 +133,9 @@ def restore(
     kind = PROBLEMS[name]
     if not kind.measures_pictures:
         raise ValueError(f"problem {name} measures no pictures; use flowprox reconstruct")
+    is_guessed = not known and not {"mask", "mask_size"} & set(parameters)
+    if name.endswith("inpainting") and mask is None and (is_guessed or kind.drawn):
+        raise ValueError(f"{name} needs mask, of the size of the image: white (1) is kept, black (0) is filled in")
     if name == "denoising" and "sigma" not in {*parameters, *known} and "noise" not in parameters:
         raise ValueError("denoising needs sigma, the standard deviation of the noise where pixels lie in [0, 1]")
 
@@ -147,6 +151,10 @@ def restore(
     if name.endswith("inpainting"):
         wide = physics.A(wide)  # what the mask hides is no measurement
     method = _method(network, trained, operator, device, tile)
+    check = getattr(network, "check", None)
+    used_for = Problem("denoising", {"sigma": 0.0}) if isinstance(method, PlugAndPlay) else operator
+    for remark in check(used_for) if check is not None else ():
+        warnings.warn(remark, stacklevel=2)
     doubts = doubts_of(network, calibration_of(network, operator))
     x_hat, facts, deviation = estimate(method, wide, physics, kind, doubts=doubts)[0]
     alarm = facts.get("alarm")
@@ -159,7 +167,8 @@ def restore(
         x_hat = torch.where(kept, wide[0].cpu(), x_hat)  # what is known without noise stays
     x_hat = measured_part(x_hat, wide, physics)
     deviation = None if deviation is None else measured_part(deviation, wide, physics)
-    x_hat = x_hat.mean(0, keepdim=True) if y.shape[0] == 1 else x_hat
+    if y.shape[0] == 1:
+        x_hat, deviation = x_hat.mean(0, keepdim=True), None if deviation is None else deviation.mean(0, keepdim=True)
     x = None if truth is None else _as_tensor(truth, "truth")[0].float()
     if x is not None and x.shape != x_hat.shape:
         raise ValueError(f"truth has shape {tuple(x.shape)}, the restored image {tuple(x_hat.shape)}")
@@ -175,15 +184,22 @@ def _operator_parameters(name: str, mask: Picture | None, kernel: object) -> Val
         if value is not None and key not in PROBLEMS.get(name, PROBLEMS["denoising"]).parameters:
             raise ValueError(f"problem {name} has no use for {key}; leave it out")
     if mask is not None:
-        parameters["mask"] = (_as_tensor(mask, "mask")[0].mean(0) > 0.5).float().numpy()
+        parameters["mask"] = str(mask) if isinstance(mask, str | os.PathLike) else _seen(mask)
     if kernel is not None:
-        if isinstance(kernel, str | os.PathLike) and Path(kernel).suffix != ".npy":
-            kernel = load_image(Path(kernel), channels=1)[0]
-            if float(kernel.sum()) <= 0:
-                raise ValueError("kernel is a black picture; its bright pixels are the blur")
-            kernel = kernel / kernel.sum()
-        parameters["kernel"] = kernel
+        gray = np.asarray(kernel.convert("L"), dtype=np.float64) if isinstance(kernel, Image.Image) else None
+        kernel = str(kernel) if isinstance(kernel, os.PathLike) else kernel
+        parameters["kernel"] = kernel if gray is None else gray / gray.sum().clip(1)
     return parameters | ({"boundary": "valid"} if name == "deblurring" else {})
+
+
+def _seen(mask: Image.Image | np.ndarray | Tensor) -> np.ndarray:
+    """The mask (H, W) as 1 and 0; whole numbers above 1 are gray levels."""
+    values = np.asarray(mask.convert("L") if isinstance(mask, Image.Image) else mask)
+    is_gray_level = values.dtype.kind in "iu" and values.size > 0 and values.max() > 1
+    values = values / (np.iinfo(np.uint8 if values.max() < 256 else np.uint16).max if is_gray_level else 1.0)
+    if values.ndim > 2:
+        values = values.reshape(values.shape[-3:]).mean(-1 if values.shape[-1] in (1, 3) else 0)
+    return (values > 0.5).astype(np.float32)
 
 
 def _method(network: Any, trained: Values, operator: Problem, device: str, tile: int) -> Reconstructor:

@@ -327,6 +327,35 @@ def test_a_blurred_photograph_is_not_taken_as_periodic(pictures: Path) -> None:
     assert record["parameters"]["boundary"] == "circular" and record["assumed"] == []
 
 
+def test_the_measurement_of_a_blur_without_border_is_continued(pictures: Path) -> None:
+    job = ReconstructionJob(problem="deblurring", parameters={"kernel_size": 3}, method="measurement", measured=True)
+    reconstruct_files(job, [pictures / "one"], pictures / "continued")
+    x = load_image(pictures / "one/a.png")
+    torch.testing.assert_close(load_image(pictures / "continued/a.png"), x)
+
+
+def test_pictures_and_arrays_of_a_blur_do_not_share_a_border(pictures: Path) -> None:
+    np.save(pictures / "blurred.npy", load_image(pictures / "one/a.png").numpy())
+    job = ReconstructionJob(problem="deblurring", parameters={"kernel_size": 3}, method="adjoint", measured=True)
+    (record,) = reconstruct_files(job, [pictures / "blurred.npy"], pictures / "array")
+    assert "boundary=circular" in record["assumed"][0]
+    with pytest.raises(ValueError, match="give parameter boundary"):
+        reconstruct_files(job, [pictures / "one", pictures / "blurred.npy"], pictures / "both")
+
+
+def test_another_mask_under_the_same_name_is_another_job(pictures: Path) -> None:
+    mask = np.ones(load_image(pictures / "one/a.png").shape[1:], dtype=np.float32)
+    job = ReconstructionJob(
+        problem="inpainting", parameters={"mask": str(pictures / "mask.npy")}, method="adjoint", measured=True
+    )
+    np.save(pictures / "mask.npy", mask)
+    reconstruct_files(job, [pictures / "one"], pictures / "masked")
+    mask[0] = 0
+    np.save(pictures / "mask.npy", mask)
+    with pytest.raises(ValueError, match="results of another job"):
+        reconstruct_files(job, [pictures / "one"], pictures / "masked")
+
+
 def test_a_size_that_does_not_fit_is_that_of_the_file(pictures: Path) -> None:
     for problem, parameters, behind in (
         ("super-resolution", {"factor": 2}, "size 9x14 and shows an image of 18x28"),

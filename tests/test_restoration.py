@@ -14,6 +14,7 @@ from torch import nn
 
 import flowprox
 from flowprox.restoration import restore
+from flowprox.samples import sample_images
 
 SHAPE = (3, 10, 13)
 
@@ -92,6 +93,35 @@ def test_a_picture_is_a_kernel(network: nn.Module, tmp_path: Path) -> None:
     one = restore(x, model=network, kernel=tmp_path / "kernel.png").x_hat
     other = restore(x, model=network, kernel=torch.ones(3, 3) / 9).x_hat
     torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "whole numbers", "bits", "picture", "file"])
+def test_a_mask_is_what_is_bright(network: nn.Module, tmp_path: Path, kind: str) -> None:
+    x, seen = torch.rand(SHAPE), np.ones(SHAPE[1:], dtype=np.uint8)
+    seen[3:6, 4:9] = 0
+    np.save(tmp_path / "mask.npy", seen)
+    masks = {"whole numbers": seen.astype(int), "bits": seen > 0, "picture": Image.fromarray(255 * seen)}
+    mask = {**masks, "bytes": seen, "file": tmp_path / "mask.npy"}[kind]
+    expected = restore(x, model=network, mask=torch.from_numpy(seen).float())
+    assert torch.equal(restore(x, model=network, mask=mask).x_hat, expected.x_hat)
+
+
+def test_a_mask_is_not_made_up(network: nn.Module) -> None:
+    for problem in ("inpainting", "random-inpainting"):
+        with pytest.raises(ValueError, match=f"{problem} needs mask"):
+            restore(torch.rand(SHAPE), problem, model=network)
+
+
+def test_of_a_gray_picture_a_network_of_color_is_told_more_noise() -> None:
+    x = dict(sample_images())["coffee"][:, :33, :47].mean(0, keepdim=True)
+    y = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    restored = restore(y, sigma=0.1, truth=x)
+    assert restored.psnr is not None and restored.psnr > 26 and restored.x_hat.shape == x.shape
+
+
+def test_what_a_network_was_not_trained_for_is_said() -> None:
+    with pytest.warns(UserWarning, match="was trained with sigma"):
+        restore(torch.rand(3, 16, 16), sigma=0.9)
 
 
 def test_of_a_blurred_picture_nothing_is_known_beyond_its_border(network: nn.Module) -> None:

@@ -27,6 +27,7 @@ from flowprox.naming import Values, require_choice, require_count, require_posit
 from flowprox.noise import noise_level
 from flowprox.operators import data_prox
 from flowprox.operators.imaging import SuperResolution
+from flowprox.operators.sizes import continued
 from flowprox.priors import FlowDenoiser, ReconstructorDenoiser
 from flowprox.prox import FlowProx
 
@@ -129,8 +130,7 @@ class PlugAndPlay(Baseline):
         if self.start == "biharmonic" or (self.start is None and isinstance(physics, Inpainting)):
             return Biharmonic()(y, physics)
         if self.start is None and getattr(physics, "padding", "") == "valid":  # A^T y is dark at the border
-            below, right = ((n - m) // 2 for n, m in zip(x.shape[-2:], y.shape[-2:], strict=True))
-            return F.pad(y, (right, right, below, below), mode="replicate")
+            return continued(y, x)
         return F.interpolate(y, x.shape[-2:], mode="bicubic") if is_enlarged and self.start != "adjoint" else x
 
     def schedule(self, x: Tensor, physics: Physics) -> tuple[list[Tensor], Tensor]:

@@ -133,7 +133,7 @@ def _deblurring(shape: ImageShape, *, seed: int, device: Device, boundary: str, 
 def _blurred_image_size(height: int, width: int, parameters: Values) -> tuple[int, int]:
     if parameters["boundary"] != "valid":
         return height, width
-    h, w = checked_kernel(_kernel(**parameters), None).shape
+    h, w = checked_kernel(_kernel(**parameters), (1, height, width)).shape
     return height + h - 1, width + w - 1
 
 

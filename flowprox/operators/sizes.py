@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from deepinv.physics import Blur, Denoising, Inpainting, LinearPhysics, Physics
 from torch import Tensor
 
@@ -86,6 +87,12 @@ def measured_part(x: Tensor, y: Tensor, physics: Physics) -> Tensor:
     (height, width), (rows, columns) = y.shape[-2:], x.shape[-2:]
     top, left = (rows - height) // 2, (columns - width) // 2
     return x[..., top : top + height, left : left + width]
+
+
+def continued(y: Tensor, like: Tensor) -> Tensor:
+    """y (B, C, H, W) with a frame of its outermost pixels, of the size of ``like``."""
+    below, right = ((n - m) // 2 for n, m in zip(like.shape[-2:], y.shape[-2:], strict=True))
+    return F.pad(y, (right, right, below, below), mode="replicate")
 
 
 def _extended_blur(

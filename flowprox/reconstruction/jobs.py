@@ -189,6 +189,10 @@ def _of_its_size(
     return found._replace(x_hat=x_hat, deviation=deviation), half_width
 
 
+def _is_file(value: object) -> bool:
+    return isinstance(value, str | Path) and Path(value).is_file()
+
+
 def _progress(found: Mapping[str, Record], images: Sequence[Input], out: Path) -> str:
     return f"{len(found)} of {len(images)} images are finished, in {out}; the same command continues"
 
@@ -265,7 +269,8 @@ class _Task:
     def hash(self) -> str:
         """Of all that a reconstruction depends on apart from its input."""
         models = {part: getattr(getattr(model, "card", None), "sha256", model) for part, model in self.parts.items()}
-        problem = {"name": self.problem.name, **self.problem.parameters}
+        files = {key: sha256(Path(one)) for key, one in self.problem.parameters.items() if _is_file(one)}
+        problem = {"name": self.problem.name, **self.problem.parameters, **files}
         job = {key: getattr(self.job, key) for key in ("seed", "size")}
         job |= {"options": dict(self.job.options), "measured": self.measured}
         if self.intervals is not None:
@@ -351,7 +356,7 @@ class _Task:
             )
         known = {**self.trained.get("parameters", {}), **(self.job.parameters or {})}
         is_told = getattr(self.parts["model"], "levels", None) is not None
-        if is_told and all(known.get(key) is None for key in ("sigma", "noise_norm", "noise")):
+        if is_told and all(known.get(key) is None for key in ("sigma", "noise_norm", "noise", "photons")):
             raise ValueError(
                 f"{self.label} is told the noise level of a measurement: give parameter sigma, its standard deviation "
                 "where images lie in [0, 1]"
@@ -366,7 +371,15 @@ class _Task:
                 else "pictures are clean: they were degraded first and compared (--measured takes them as they are)"
             )
         has_border = "boundary" in self.kind.parameters and "boundary" not in (self.job.parameters or {})
-        if pictures and self.measured and has_border:
+        if has_border and measured and len({image.is_picture for image in measured}) > 1:
+            raise ValueError(
+                "the blur of pictures and of arrays is taken at the border in two ways: give parameter boundary"
+            )
+        if has_border and measured and not measured[0].is_picture:
+            self.assumed.append(
+                "the blur goes round the border, boundary=circular; that of a photograph does not (valid)"
+            )
+        elif has_border and measured and self.name != "wiener":  # which knows one boundary only
             self.problem, self._physics = self.problem.replaced(boundary="valid"), None
             self._methods.clear()
             self.assumed.append("what lies beyond a photograph's border is not known, boundary=valid")
