@@ -12,6 +12,7 @@ import functools
 import importlib
 import inspect
 import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import requires
 from types import ModuleType
@@ -74,7 +75,7 @@ def require_choice(name: str, value: object, choices: Iterable[object]) -> None:
 
 def require_count(name: str, value: object, least: int = 1) -> None:
     """Raise ``ValueError`` unless it is a whole number of at least so many."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) < least:
         raise ValueError(f"{name} must be at least {least} and a whole number, got {value!r}")
 
 
@@ -193,6 +194,8 @@ def _encode(value: Any) -> Any:
         return {str(key): _encode(item) for key, item in value.items()}
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
     raise TypeError(f"cannot write {type(value).__name__} into a model card; pass plain values or flowprox models")
 
 

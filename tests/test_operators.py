@@ -92,6 +92,16 @@ def test_linear_with_its_adjoint(make: Callable[[], LinearPhysics], shape: tuple
     assert_adjoint(physics.A, physics.A_adjoint, (2, *shape))
 
 
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("sides", [(1, 1), (1, 5), (3, 1), (3, 5)], ids=str)
+def test_kernels_with_a_side_of_one_have_their_adjoint(boundary: str, sides: tuple[int, int]) -> None:
+    kernel = torch.rand(sides)
+    for shape in ((1, 6, 7), (1, 1, 7), (1, 6, 1)):
+        if all(n >= k for n, k in zip(shape[1:], sides, strict=True)):
+            physics = make_physics("deblurring", shape, kernel=kernel / kernel.sum(), boundary=boundary).double()
+            assert_adjoint(physics.A, physics.A_adjoint, (2, *shape))
+
+
 @every_operator
 def test_same_result_in_a_batch_and_channels_last(
     make: Callable[[], LinearPhysics], shape: tuple[int, int, int]
@@ -493,6 +503,7 @@ def test_a_new_noise_takes_the_place_of_the_one_before() -> None:
         ("random-inpainting", {}, "random-inpainting-keep0.5"),
         ("deblurring", {"sigma_blur": 8}, "deblurring-sigma_blur8"),
         ("deblurring", {"boundary": "reflect"}, "deblurring-sigma_blur5-boundary-reflect"),
+        ("denoising", {"noise": "sinusoidal"}, "denoising-noise-sinusoidal"),
     ],
 )
 def test_problem_label_and_json(name: str, parameters: dict[str, Any], label: str) -> None:
@@ -500,6 +511,14 @@ def test_problem_label_and_json(name: str, parameters: dict[str, Any], label: st
     assert problem.label == label
     assert Problem(**json.loads(problem.to_json())) == problem
     assert make_physics(problem, (3, 20, 24)).A(torch.rand(1, 3, 20, 24)).shape == (1, 3, 20, 24)
+
+
+def test_no_filter_is_told_as_text_or_none_and_from_the_default() -> None:
+    bare = Problem("super-resolution", {"filter": None, "factor": 2})
+    assert bare == Problem("super-resolution", {"filter": "none", "factor": 2})
+    assert bare.label == "super-resolution-factor2-filternone" != Problem("super-resolution", {"factor": 2}).label
+    x = torch.rand(1, *SHAPE)
+    assert torch.equal(*(make_physics("super-resolution", SHAPE, filter=f, factor=2).A(x) for f in ("none", None)))
 
 
 def test_parameters_override_those_of_a_problem() -> None:

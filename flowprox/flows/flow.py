@@ -72,7 +72,7 @@ class Flow(Pretrained, Bijection):
             NonFiniteError: the latent is not finite.
         """
         self._check_image(x)
-        z, logdet = self.bijection(_laid_out(x) - self.offset)
+        z, logdet = self.bijection(self._laid_out(x) - self.offset)
         return check_finite(z.flatten(1), type(self).__name__, "forward"), logdet
 
     def inverse(self, z: Tensor, image_size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ class Flow(Pretrained, Bijection):
             ValueError: D does not fit ``image_size``.
             NonFiniteError: the image is not finite.
         """
-        x, logdet = self.bijection.inverse(_laid_out(self._unflatten(z, image_size)))
+        x, logdet = self.bijection.inverse(self._laid_out(self._unflatten(z, image_size)))
         return check_finite(x + self.offset, type(self).__name__, "inverse"), logdet
 
     def encode(self, x: Tensor) -> Tensor:
@@ -98,23 +98,23 @@ class Flow(Pretrained, Bijection):
     def encode_image(self, x: Tensor) -> Tensor:
         """f(x) with the latent arranged as an image (B, C, H, W), not checked to be finite."""
         self._check_image(x)
-        return self.bijection.encode(_laid_out(x) - self.offset)
+        return self.bijection.encode(self._laid_out(x) - self.offset)
 
     def decode_image(self, z: Tensor) -> Tensor:
         """g of a latent arranged as an image (B, C, H, W), not checked to be finite."""
         self._check_image(z, "z")
-        return self.bijection.decode(_laid_out(z)) + self.offset
+        return self.bijection.decode(self._laid_out(z)) + self.offset
 
     def inverse_image(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(g(z), log|det Dg(z)|) of a latent arranged as an image (B, C, H, W), not checked to be finite."""
         self._check_image(z, "z")
-        x, logdet = self.bijection.inverse(_laid_out(z))
+        x, logdet = self.bijection.inverse(self._laid_out(z))
         return x + self.offset, logdet
 
     def unchecked_log_prob(self, x: Tensor) -> Tensor:
         """log p(x), not checked to be finite: an image that overflows stays alone."""
         self._check_image(x)
-        z, logdet = self.bijection(_laid_out(x) - self.offset)
+        z, logdet = self.bijection(self._laid_out(x) - self.offset)
         return self.base_log_prob(z.flatten(1)) + logdet
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -145,8 +145,7 @@ class Flow(Pretrained, Bijection):
         """
         require_count("n", n)
         require_positive("temperature", temperature, or_zero=True)
-        height, width = image_size or (self.height, self.width)
-        self._check_size(height, width, "image_size")
+        height, width = self._sides(image_size)
         like = next(self.parameters())
         z = torch.randn(n, self.n_channels * height * width, dtype=like.dtype, device=like.device, generator=generator)
         return self.decode(temperature * z, (height, width))
@@ -161,7 +160,7 @@ class Flow(Pretrained, Bijection):
 
     def distribution(self, image_size: tuple[int, int] | None = None) -> FlowDistribution:
         """p(x) as a distribution of ``torch.distributions`` over images (C, H, W); by default of the size of ``sample``."""
-        return FlowDistribution(self, image_size or (self.height, self.width))
+        return FlowDistribution(self, self._sides(image_size))
 
     def latent_groups(self, image_size: tuple[int, int] | None = None) -> Tensor:
         """Which (level, channel) of the multi-scale latent each entry of the image-shaped latent belongs to.
@@ -171,7 +170,7 @@ class Flow(Pretrained, Bijection):
         Returns:
             integers (C, H, W) from 0 to ``n_latent_groups`` - 1.
         """
-        height, width = image_size or (self.height, self.width)
+        height, width = self._sides(image_size)
         first = torch.arange(self.n_channels).view(1, -1, 1, 1).expand(1, self.n_channels, height, width)
         return first[0] if self.n_levels == 0 else _groups(self.n_channels, height, width, self.n_levels)[0]
 
@@ -181,7 +180,9 @@ class Flow(Pretrained, Bijection):
         return int(self.latent_groups().max()) + 1
 
     def _unflatten(self, z: Tensor, image_size: tuple[int, int] | None) -> Tensor:
-        if z.ndim == 2 and image_size is None:
+        if image_size is not None:
+            image_size = self._sides(image_size)
+        elif z.ndim == 2:
             image_size = (self.height, self.width)
             if z.shape[1] != math.prod(self.image_shape):
                 side = math.isqrt(z.shape[1] // self.n_channels)
@@ -194,12 +195,25 @@ class Flow(Pretrained, Bijection):
         self._check_size(*image_size, "image_size")
         return z.view(z.shape[0], self.n_channels, *image_size)
 
+    def _sides(self, image_size: tuple[int, int] | None) -> tuple[int, int]:
+        """(H, W) as asked for, or those the flow was made for."""
+        sides = (self.height, self.width) if image_size is None else image_size
+        if not isinstance(sides, Sequence) or len(sides) != 2:
+            raise ValueError(f"image_size must be (height, width), got {image_size!r}")
+        self._check_size(*sides, "image_size")
+        return sides[0], sides[1]
+
     def _check_image(self, x: Tensor, name: str = "x") -> None:
         if x.ndim != 4 or x.shape[1] != self.n_channels:
             raise ValueError(f"{name} must have shape (B, {self.n_channels}, H, W), got {tuple(x.shape)}")
         if not x.is_floating_point():
             raise ValueError(f"{name} must hold floating-point numbers, images in [0, 1]; got {x.dtype}")
         self._check_size(x.shape[-2], x.shape[-1], name)
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        """In the weights' type, of at least float32, and channels-last, in which the layers stay: narrow nets gain a third."""
+        dtype = torch.promote_types(next(self.parameters(), x).dtype, torch.float32)
+        return x.to(dtype).contiguous(memory_format=torch.channels_last)
 
     def _check_size(self, height: int, width: int, name: str) -> None:
         if height % self.divisor or width % self.divisor or height < 1 or width < 1:
@@ -238,7 +252,11 @@ class FlowDistribution(Distribution):
         return self.flow.decode(z, self.image_size).view(*sample_shape, *shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log p(x) of images (..., C, H, W)."""
+        """log p(x) of images (..., C, H, W); ValueError for others."""
+        if value.shape[-3:] != self.event_shape:
+            raise ValueError(
+                f"images must have shape (..., {', '.join(map(str, self.event_shape))}), got {tuple(value.shape)}"
+            )
         return self.flow.log_prob(value.reshape(-1, *self.event_shape)).view(value.shape[:-3])
 
 
@@ -274,11 +292,6 @@ class PixelwiseFlow(Specified, Flow):
         Flow.__init__(
             self, Sequential([PixelNorm(flow.image_shape), flow.bijection]), flow.image_shape, flow.n_levels, offset=0.0
         )
-
-
-def _laid_out(x: Tensor) -> Tensor:
-    """Channels-last, in which the layers then stay: convolutions are faster so, those of narrow nets by a third."""
-    return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous(memory_format=torch.channels_last)
 
 
 def _groups(n_channels: int, height: int, width: int, n_levels: int, first: int = 0) -> Tensor:

@@ -119,11 +119,17 @@ class PaddedBlur(Blur):
 
     def A(self, x: Tensor, **kwargs: object) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """k * x: (B, C, H, W), or less the kernel's sides plus one where the boundary is "valid"."""
-        return conv2d(x, self.get_buffer("filter").to(x.dtype), padding=self.padding)
+        kernel = self.get_buffer("filter").to(x.dtype)
+        return conv2d(x, kernel, padding="valid" if kernel.numel() == 1 else self.padding)
 
     def A_adjoint(self, y: Tensor, **kwargs: object) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The adjoint of A, (B, C, H, W)."""
-        return conv_transpose2d(y, self.get_buffer("filter").to(y.dtype), padding=self.padding)
+        kernel, (height, width) = self.get_buffer("filter").to(y.dtype), y.shape[-2:]
+        if self.padding == "valid" or kernel.numel() == 1:
+            return conv_transpose2d(y, kernel, padding="valid")
+        h, w = (int(side == 1) for side in kernel.shape[-2:])  # deepinv folds a side of one wrongly: framed with zeros
+        kernel, y = nn.functional.pad(kernel, (w, w, h, h)), nn.functional.pad(y, (0, w, 0, h))
+        return conv_transpose2d(y, kernel, padding=self.padding)[..., :height, :width]
 
 
 class WindowedBlur(LinearPhysics):

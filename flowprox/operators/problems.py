@@ -79,11 +79,12 @@ class Problem:
         """Short name for tables and files: the first parameter, and every other one that is not at its default."""
         defaults, given = PROBLEMS[self.name].defaults, self.parameters
         first = next((key for key in ("mask", "kernel") if given.get(key) is not None), next(iter(defaults)))
-        shown = {key: value for key, value in given.items() if value is not None}
+        gone = _displaced(given)
+        shown = {key: value for key, value in given.items() if value is not None or key not in gone}
         parts = [
             _label_part(key, value)
             for key, value in shown.items()
-            if key == first or isinstance(value, np.ndarray) or value != defaults[key]
+            if isinstance(value, np.ndarray) or value != defaults[key] or (key == first and value is not None)
         ]
         return "-".join([self.name, *parts])
 
@@ -269,6 +270,8 @@ def _complete(name: str, parameters: Values, defaults: Values) -> Values:
             raise ValueError(f"{name}: {own} takes the place of what {stated[0]} describes; leave one of them out")
         set_ -= of_no_use
     complete: Values = {key: _canonical(parameters.get(key, default)) for key, default in defaults.items()}
+    if isinstance(complete.get("filter"), str) and complete["filter"] == "none":  # as the command line gives it
+        complete["filter"] = None
     if PROBLEMS[name].measures_pictures:
         for own in (complete, complete["noise_parameters"] or {}):
             require_level("sigma", own.get("sigma"))
@@ -311,4 +314,4 @@ def _label_part(key: str, value: object) -> str:
         return f"{key}-{Path(value).stem}"
     if isinstance(value, np.ndarray | NoiseModel):
         return f"{key}-{'given' if isinstance(value, np.ndarray) else type(value).__name__}"
-    return f"{key}{value}"
+    return f"{key}{'none' if value is None else value}"

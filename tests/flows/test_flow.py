@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flow_cases import NoHostReads, decode_loss, inverse_loss, log_prob_loss, prox_loss
@@ -362,6 +363,38 @@ def test_weights_in_half_precision_leave_the_bijection_exact(name: str, dtype: t
         assert torch.isfinite(flow.sample(2)).all()
         assert flow.encode(x.to(dtype)).dtype == torch.float32
         assert (flow.decode(flow.encode(x)) - x).abs().max() < 0.02
+
+
+@every_flow
+def test_images_and_latents_of_any_type_are_computed_in_that_of_the_weights(name: str) -> None:
+    for own in (torch.float32, torch.float64):
+        flow = moved(FLOWS[name]()).to(own).eval()
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            x, z = torch.rand(2, *SMALL).to(dtype), torch.randn(2, 192).to(dtype)
+            for call, v in [(flow.encode, x), (flow.log_prob, x), (flow.decode, z)]:
+                for recorded in (False, True):
+                    with torch.set_grad_enabled(recorded):
+                        found = call(v)
+                        assert found.dtype == own and torch.equal(found, call(v.to(own)))
+
+
+def test_sizes_of_samples_and_densities_that_do_not_fit_are_named() -> None:
+    flow, z = FLOWS["realnvp"]().eval(), torch.randn(1, 192)
+    assert flow.sample(np.int64(2)).shape == (2, *SMALL)  # type: ignore[arg-type]
+    assert Glow(SMALL, np.int64(1), 1, 4).spec() == Glow(SMALL, 1, 1, 4).spec()  # type: ignore[arg-type]
+    for n in (True, 2.0, np.int64(0), np.bool_(True)):
+        with pytest.raises(ValueError, match="n must be at least 1 and a whole number"):
+            flow.sample(n)  # type: ignore[arg-type]
+    size: Any
+    for size, message in [(8, r"image_size must be \(height, width\), got 8"), ((7, 7), "image_size has size 7x7")]:
+        for call in (lambda s: flow.sample(1, image_size=s), lambda s: flow.decode(z, s), flow.distribution):
+            with pytest.raises(ValueError, match=message):
+                call(size)
+    p = flow.distribution()
+    assert p.log_prob(p.sample((2, 5))).shape == (2, 5) and p.log_prob(torch.rand(SMALL)).shape == ()
+    for shape in ((5, 8, 8, 3), (2, 3, 8, 6), (8, 8), (192,)):
+        with pytest.raises(ValueError, match=r"images must have shape \(..., 3, 8, 8\), got"):
+            p.log_prob(torch.rand(shape))
 
 
 @pytest.mark.parametrize("name", ["glow", "realnvp"])
