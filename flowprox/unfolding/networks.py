@@ -32,7 +32,15 @@ from flowprox.checkpoints import Pretrained
 from flowprox.flows import Flow, frozen
 from flowprox.naming import Specified, nearest
 from flowprox.noise import noise_level
-from flowprox.operators import PROBLEMS, Problem, data_gradient, data_prox, filtered_backprojection, fit_to_divisor
+from flowprox.operators import (
+    PROBLEMS,
+    PaddedBlur,
+    Problem,
+    data_gradient,
+    data_prox,
+    filtered_backprojection,
+    fit_to_divisor,
+)
 from flowprox.prox import FlowProx, at_level
 from flowprox.unfolding.conditioning import Conditioning
 
@@ -467,8 +475,8 @@ def export_program(model: Reconstructor, physics: Physics, y: Tensor, inputs: Se
             "mask" (1, C, H, W). Without them they are constants.
 
     Raises:
-        ValueError: the model is no unfolded network (solvers decide as they go, which no program can); y holds a single
-            measurement, for which the batch size cannot be left open; the operator has no tensor of that name.
+        ValueError: the model is no unfolded network (solvers decide as they go, which no program can); exact data steps of a
+            blur that is not circular; y holds a single measurement, for which the batch size cannot be left open; the operator has no tensor of that name.
 
     Example:
         >>> from flowprox import Glow, FlowProx, UnfoldedPGD, make_physics
@@ -484,6 +492,9 @@ def export_program(model: Reconstructor, physics: Physics, y: Tensor, inputs: Se
         raise ValueError(f"only unfolded networks can be exported; {type(model).__name__} decides as it goes")
     if len(y) < 2:
         raise ValueError("y must hold at least two measurements, so that the batch size can be left open; repeat it")
+    if isinstance(physics, PaddedBlur) and isinstance(model.data_step, ProximalStep):
+        gradients = "its exact data steps take conjugate gradients, which no program holds"
+        raise ValueError(f"a blur of boundary {physics.padding!r} cannot be exported: {gradients}; use 'circular'")
     tensors = {key.rpartition(".")[2]: key for key, _ in physics.named_buffers()}
     for name in inputs:
         if name not in tensors:

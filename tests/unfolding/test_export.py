@@ -95,3 +95,9 @@ def test_a_solver_is_refused() -> None:
     physics = make_physics("denoising", (3, 8, 8))
     with pytest.raises(ValueError, match="only unfolded networks"):
         export_program(TotalVariation(), physics, torch.rand(2, 3, 8, 8))
+
+
+def test_exact_data_steps_without_a_closed_form_are_refused() -> None:
+    physics = make_physics("deblurring", SHAPE, kernel_size=3, boundary="replicate")
+    with pytest.raises(ValueError, match="boundary 'replicate' cannot be exported"):
+        export_program(trained("exact data steps"), physics, torch.rand(2, *SHAPE))
