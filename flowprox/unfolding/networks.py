@@ -476,7 +476,8 @@ def export_program(model: Reconstructor, physics: Physics, y: Tensor, inputs: Se
 
     Raises:
         ValueError: the model is no unfolded network (solvers decide as they go, which no program can); exact data steps of a
-            blur that is not circular; y holds a single measurement, for which the batch size cannot be left open; the operator has no tensor of that name.
+            blur that is not circular; y holds a single measurement, for which the batch size cannot be left open; the operator
+            has no tensor of that name.
 
     Example:
         >>> from flowprox import Glow, FlowProx, UnfoldedPGD, make_physics
