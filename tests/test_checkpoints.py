@@ -789,3 +789,14 @@ def test_a_folder_is_free_after_its_writer_was_killed(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
     with sole_writer(tmp_path / "a"):
         pass
+
+
+def test_names_that_name_nothing_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    flow = flowprox.Glow((3, 8, 8), n_levels=1, n_steps=1, hidden_channels=4)
+    flowprox.save_model(flow, ".")
+    with pytest.raises(CheckpointError, match="name of the model is empty"):
+        flowprox.load_model("")
+    with pytest.raises(ValueError, match="is a name of the hub"):
+        flowprox.save_model(flow, "hf:me/mine")
+    assert not Path("hf:me").exists()

@@ -130,6 +130,8 @@ def _within(path: Path) -> Path | None:
 def find_model(name: str | os.PathLike[str], files: tuple[str, ...] = _BOTH, revision: str | None = None) -> Path:
     """The folder of a model, named as in ``load_model``; of a hub's model ``files`` are downloaded. Imports no torch."""
     text = os.fspath(name)
+    if not text:
+        raise CheckpointError("the name of the model is empty; give a folder, a shipped name or hf:ORG/NAME")
     if text.startswith(HUB):
         return download(text, files, revision)
     path = Path(name).expanduser()
@@ -308,6 +310,8 @@ def save_model(
     import safetensors.torch
     import torch
 
+    if os.fspath(folder).startswith(HUB):
+        raise ValueError(f"folder {os.fspath(folder)!r} is a name of the hub; save to a folder, then push_to_hub it")
     folder = Path(folder)
     model, spec = _unwrapped(model)
     half = "float16" if half is True else half

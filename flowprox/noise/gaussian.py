@@ -239,7 +239,9 @@ def noise_level(physics: nn.Module, like: Tensor, *, allow_rms: bool = False) ->
         sigma = noise.scale.double().square().mean().sqrt()  # broadcasting repeats every entry equally often
     if sigma is None:
         kind = type(noise).__name__
-        raise ValueError(f"the noise, {kind}, has no level sigma; give the physics a GaussianNoise(sigma)")
+        raise ValueError(
+            f"the noise, {kind}, has no level sigma; give the physics a GaussianNoise(sigma), or use NoiseMAP"
+        )
     sigma = torch.as_tensor(sigma, dtype=like.dtype.to_real(), device=like.device).flatten()
     n = like.shape[0]  # not len(like), which would fix the batch size of an exported program
     if len(sigma) not in (1, n):
