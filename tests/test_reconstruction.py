@@ -339,6 +339,8 @@ def test_pictures_and_arrays_of_a_blur_do_not_share_a_border(pictures: Path) -> 
     job = ReconstructionJob(problem="deblurring", parameters={"kernel_size": 3}, method="adjoint", measured=True)
     (record,) = reconstruct_files(job, [pictures / "blurred.npy"], pictures / "array")
     assert "boundary=circular" in record["assumed"][0]
+    (record,) = reconstruct_files(replace(job, method="wiener"), [pictures / "one"], pictures / "wiener")
+    assert record["parameters"]["boundary"] == "circular" and "boundary=circular" in record["assumed"][0]
     with pytest.raises(ValueError, match="give parameter boundary"):
         reconstruct_files(job, [pictures / "one", pictures / "blurred.npy"], pictures / "both")
 

@@ -371,18 +371,18 @@ class _Task:
                 else "pictures are clean: they were degraded first and compared (--measured takes them as they are)"
             )
         has_border = "boundary" in self.kind.parameters and "boundary" not in (self.job.parameters or {})
-        if has_border and measured and len({image.is_picture for image in measured}) > 1:
+        if has_border and len({image.is_picture for image in measured}) > 1:
             raise ValueError(
                 "the blur of pictures and of arrays is taken at the border in two ways: give parameter boundary"
             )
-        if has_border and measured and not measured[0].is_picture:
-            self.assumed.append(
-                "the blur goes round the border, boundary=circular; that of a photograph does not (valid)"
-            )
-        elif has_border and measured and self.name != "wiener":  # which knows one boundary only
+        if has_border and measured and measured[0].is_picture and self.name != "wiener":
             self.problem, self._physics = self.problem.replaced(boundary="valid"), None
             self._methods.clear()
             self.assumed.append("what lies beyond a photograph's border is not known, boundary=valid")
+        elif has_border and measured:  # an array, or a method that knows no other
+            self.assumed.append(
+                "the blur goes round the border, boundary=circular; that of a photograph does not (valid)"
+            )
         check = getattr(self.parts["model"], "check", None)
         used_for = Problem("denoising", {"sigma": 0.0}) if self.name == "plug-and-play" else self.problem
         self.assumed += [] if check is None else check(used_for)
