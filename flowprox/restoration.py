@@ -31,6 +31,7 @@ from flowprox.methods import make_method
 from flowprox.metrics import psnr
 from flowprox.naming import Values, require_device
 from flowprox.operators import PROBLEMS, Problem, make_physics, measured_part
+from flowprox.operators.kinds import gray_levels
 from flowprox.records import Record
 
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
@@ -87,7 +88,7 @@ def restore(
     problem: str | None = None,
     model: str | torch.nn.Module | None = None,
     mask: Picture | None = None,
-    kernel: np.ndarray | Tensor | str | os.PathLike[str] | None = None,
+    kernel: np.ndarray | Tensor | Image.Image | str | os.PathLike[str] | None = None,
     truth: Picture | None = None,
     device: str = "cpu",
     tile: int = 1024,
@@ -101,7 +102,7 @@ def restore(
         model: a trained network, denoiser or flow, or where one is, or any method (y, physics) -> x_hat; by default the
             shipped denoiser of photographs, for other problems as the prior of plug and play.
         mask: of the size of the image; white (1) is kept, black (0) is filled in.
-        kernel: the blur (h, w), odd sides and sum 1; or the path of an .npy file, or of a picture, which is scaled to sum 1.
+        kernel: the blur (h, w), odd sides and sum 1; or an .npy file, or a picture, which is scaled to sum 1.
         truth: the clean picture, to compare with.
         device: cpu, cuda or mps.
         tile: side of the tiles, in pixels, that a network computes a picture of more than tile x tile pixels in; 0: never.
@@ -186,15 +187,17 @@ def _operator_parameters(name: str, mask: Picture | None, kernel: object) -> Val
     if mask is not None:
         parameters["mask"] = str(mask) if isinstance(mask, str | os.PathLike) else _seen(mask)
     if kernel is not None:
-        gray = np.asarray(kernel.convert("L"), dtype=np.float64) if isinstance(kernel, Image.Image) else None
+        gray = gray_levels(kernel) if isinstance(kernel, Image.Image) else None
         kernel = str(kernel) if isinstance(kernel, os.PathLike) else kernel
-        parameters["kernel"] = kernel if gray is None else gray / gray.sum().clip(1)
+        parameters["kernel"] = kernel if gray is None else gray / (gray.sum() or 1.0)
     return parameters | ({"boundary": "valid"} if name == "deblurring" else {})
 
 
 def _seen(mask: Image.Image | np.ndarray | Tensor) -> np.ndarray:
     """The mask (H, W) as 1 and 0; whole numbers above 1 are gray levels."""
-    values = np.asarray(mask.convert("L") if isinstance(mask, Image.Image) else mask)
+    if isinstance(mask, Image.Image) and mask.mode[0] not in "1IF":
+        mask = mask.convert("L")
+    values = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
     is_gray_level = values.dtype.kind in "iu" and values.size > 0 and values.max() > 1
     values = values / (np.iinfo(np.uint8 if values.max() < 256 else np.uint16).max if is_gray_level else 1.0)
     if values.ndim > 2:

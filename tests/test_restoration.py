@@ -90,7 +90,10 @@ def test_what_a_mask_keeps_stays_without_noise(network: nn.Module) -> None:
 def test_a_picture_is_a_kernel(network: nn.Module, tmp_path: Path) -> None:
     Image.fromarray(np.full((3, 3), 80, dtype=np.uint8)).save(tmp_path / "kernel.png")
     x = torch.rand(SHAPE)
+    Image.fromarray(np.full((3, 3), 20000, dtype=np.uint16)).save(tmp_path / "deep.png")
     one = restore(x, model=network, kernel=tmp_path / "kernel.png").x_hat
+    torch.testing.assert_close(one, restore(x, model=network, kernel=tmp_path / "deep.png").x_hat)
+    assert torch.equal(one, restore(x, model=network, kernel=Image.open(tmp_path / "kernel.png")).x_hat)
     other = restore(x, model=network, kernel=torch.ones(3, 3) / 9).x_hat
     torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 

@@ -12,7 +12,7 @@ from helpers import assert_adjoint, assert_linear
 from torch import Tensor
 
 from flowprox import FlowProx, Glow, UnfoldedHQS, UnfoldedPGD
-from flowprox.operators import WindowedBlur, fit_to_divisor, make_physics, mirrored
+from flowprox.operators import WindowedBlur, fit_to_divisor, make_physics, measured_part, mirrored
 from flowprox.operators.sizes import _continued
 
 SIGMA_ZERO: dict[str, dict[str, Any]] = {
@@ -85,6 +85,14 @@ def test_a_valid_boundary_belongs_to_the_image(size: tuple[int, int]) -> None:
     measured = fitted.physics.get_buffer("mask") > 0
     assert measured.sum() == y[0, 0].numel() and all(side % 4 == 0 for side in extended.shape[-2:])
     torch.testing.assert_close(fitted.physics.A(extended)[..., measured], y.flatten(-2), rtol=0, atol=1e-5)
+
+
+def test_what_a_blur_without_border_shows_is_the_middle() -> None:
+    kernel = torch.zeros(3, 5)
+    kernel[1, 2] = 1.0
+    physics = make_physics("deblurring", (3, 9, 14), kernel=kernel, boundary="valid", sigma=0.0)
+    x = torch.rand(1, 3, 9, 14)
+    assert torch.equal(measured_part(x, physics.A(x), physics), physics.A(x))
 
 
 MIRRORED: dict[str, tuple[str, dict[str, Any]]] = {

@@ -288,6 +288,13 @@ PROBLEMS: dict[str, ProblemKind] = {
 """The operators by name; another entry adds one."""
 
 
+def gray_levels(picture: Image.Image) -> np.ndarray:
+    """A picture (H, W) of 8 or 16 bits as gray levels in [0, 1], float64; of floats as they are."""
+    is_deep = picture.mode[0] in "IF"  # Pillow would cut 16 bits off at 255
+    values = np.asarray(picture if is_deep else picture.convert("L"), dtype=np.float64)
+    return values if picture.mode == "F" else values / (65535 if is_deep else 255)
+
+
 def _array(name: str, value: Array, dtype: torch.dtype = torch.float32) -> Tensor:
     """An array, tensor, nested list, .npy file or picture as float32; a picture of a mask is 1 where it is bright, one of a
     kernel has the sum 1."""
@@ -300,8 +307,8 @@ def _array(name: str, value: Array, dtype: torch.dtype = torch.float32) -> Tenso
                 value = np.array(np.load(path, mmap_mode="r", allow_pickle=False))  # a header of too much fails
             else:
                 with Image.open(path) as picture:
-                    gray = np.asarray(picture.convert("L"), dtype=np.float64)
-                value = gray / gray.sum().clip(1) if name == "kernel" else gray >= 128
+                    gray = gray_levels(picture)
+                value = gray / (gray.sum() or 1.0) if name == "kernel" else gray >= 0.5
         except (ValueError, EOFError, OSError) as error:
             what = f"{name}: {str(value)!r} is not a plain .npy array or a picture"
             raise ValueError(f"{what} ({error}); write it with numpy.save") from error

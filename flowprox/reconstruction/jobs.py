@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +265,7 @@ class _Task:
         self._methods: dict[tuple[int, ...] | None, Reconstructor] = {}
         self._held: dict[str, Tensor] = {}
 
-    @property
+    @cached_property  # once the inputs are checked the problem stays
     def hash(self) -> str:
         """Of all that a reconstruction depends on apart from its input."""
         models = {part: getattr(getattr(model, "card", None), "sha256", model) for part, model in self.parts.items()}
